@@ -1,0 +1,1 @@
+"""Frozen, pretrained encoders: what the model sees and hears with."""

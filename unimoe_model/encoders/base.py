@@ -1,0 +1,43 @@
+"""What the frozen encoders of all modalities have in common."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+
+class FrozenEncoder(nn.Module):
+    """A pretrained encoder that is never trained: always in eval mode, no gradients.
+
+    A subclass builds its weights, calls :meth:`freeze` at the end of its ``__init__`` and
+    implements ``forward``, which returns features of shape ``[B, n, feature_size]``.
+
+    Args:
+        name: what the encoder really is, e.g. ``"EfficientNet-Lite0"``.
+        feature_size: channels of the features it returns.
+        stand_in_for: the encoder of the paper that it replaces, e.g. ``"CLIP ViT-L/14"``;
+            None where it is the paper's own family.
+    """
+
+    def __init__(self, name: str, feature_size: int, stand_in_for: str | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.feature_size = feature_size
+        self.stand_in_for = stand_in_for
+
+    def freeze(self) -> None:
+        """Puts every submodule in eval mode and turns off the gradients of all parameters."""
+        self.train(False)
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        """Stays in eval mode whatever ``mode`` says, so that a host's ``train()`` is harmless."""
+        return super().train(False)
+
+    def fingerprint(self) -> str:
+        """Hash of the name and all weights; a cache of features is valid for this value only."""
+        digest = hashlib.sha256(self.name.encode())
+        for key, tensor in self.state_dict().items():
+            digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
