@@ -1,4 +1,4 @@
-"""Uni-MoE (arXiv 2405.11273), small and whole: one model for text, pictures, video, speech and audio.
+"""Uni-MoE (arXiv 2405.11273), small: one model for text, pictures, video, speech and audio.
 
 Importing this package loads nothing heavy; import what you need from its modules.
 """
