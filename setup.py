@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent
 TORCH_TARGET_VERSION = "0x020b000000000000"
 MINIMUM_TORCH = (2, 11)
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0")
-CXX_FLAGS = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"]
-NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
+# No contraction: a multiply and an add round as they do in the plain torch reference.
+CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-ffp-contract=off"]
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo", "--fmad=false"]
 # Commands that compile nothing. An sdist takes csrc from MANIFEST.in, so it needs no torch either.
 COMMANDS_WITHOUT_EXTENSION = {"egg_info", "sdist", "clean"}
 
@@ -103,7 +104,7 @@ def decide_cuda(switch, torch_cuda, cuda_home, nvcc):
 
 
 def decide(environ):
-    """Decides what to build from the environment, and from torch unless the extension is skipped."""
+    """Decides what to build, from the environment and (unless it is skipped) from torch."""
     skip = read_switch(environ, "UNIMOE_SKIP_EXT") == "1"
     cuda_switch = read_switch(environ, "UNIMOE_CUDA")
     reason = None
@@ -129,8 +130,8 @@ def import_torch():
         import torch
     except ImportError as error:
         sys.exit(
-            f"unimoe: the extension is compiled against the torch you run, which cannot be imported "
-            f"here ({error}): install torch, then `pip install --no-build-isolation .` "
+            f"unimoe: the extension is compiled against the torch you run, which cannot be "
+            f"imported here ({error}): install torch, then `pip install --no-build-isolation .` "
             f"(or UNIMOE_SKIP_EXT=1 for a pure-Python install)"
         )
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:

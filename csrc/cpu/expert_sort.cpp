@@ -1,0 +1,88 @@
+// Stable counting sort of expert ids. The sorted order is unique, so the result does not depend on
+// how many threads share the work.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+
+namespace unimoe {
+namespace {
+
+// Fewer ids than this to a thread cost more to hand out than to sort.
+constexpr int64_t kIdsPerChunk = 16384;
+
+// Sentinels, and any id that is not an expert's, go to the last bucket.
+inline int64_t bucket_of(int32_t id, int64_t num_experts) {
+  return std::min(static_cast<int64_t>(static_cast<uint32_t>(id)), num_experts);
+}
+
+using Sorted = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Sorted expert_sort(Tensor ids, int64_t num_experts) {
+  check_int32_vector(ids, "ids");
+  UNIMOE_CHECK(num_experts >= 1, "num_experts (", num_experts, ") must be at least 1");
+  const int64_t rows = ids.size(0);
+  UNIMOE_CHECK(rows <= std::numeric_limits<int32_t>::max(), "ids (", rows,
+               " rows) must have fewer than 2^31");
+
+  Tensor row_order = empty({rows}, ScalarType::Int, ids);
+  Tensor inverse_order = empty({rows}, ScalarType::Int, ids);
+  Tensor tokens_per_expert = empty({num_experts}, ScalarType::Int, ids);
+  Tensor expert_offsets = empty({num_experts + 1}, ScalarType::Int, ids);
+
+  const int32_t* id = const_data<int32_t>(ids);
+  int32_t* order = mutable_data<int32_t>(row_order);
+  int32_t* inverse = mutable_data<int32_t>(inverse_order);
+  int32_t* counts = mutable_data<int32_t>(tokens_per_expert);
+  int32_t* offsets = mutable_data<int32_t>(expert_offsets);
+
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t chunks =
+      std::max<int64_t>(1, std::min(threads, (rows + kIdsPerChunk - 1) / kIdsPerChunk));
+  const int64_t chunk_rows = (rows + chunks - 1) / chunks;
+  const int64_t buckets = num_experts + 1;
+
+  // next[chunk][bucket]: first the chunk's histogram, then where its next row of a bucket goes.
+  std::vector<int32_t> next(chunks * buckets, 0);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      int32_t* histogram = next.data() + chunk * buckets;
+      const int64_t last = std::min(rows, (chunk + 1) * chunk_rows);
+      for (int64_t n = chunk * chunk_rows; n < last; ++n)
+        ++histogram[bucket_of(id[n], num_experts)];
+    }
+  });
+
+  int32_t position = 0;
+  for (int64_t bucket = 0; bucket < buckets; ++bucket) {
+    offsets[bucket] = position;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      int32_t& slot = next[chunk * buckets + bucket];
+      const int32_t count = slot;
+      slot = position;
+      position += count;
+    }
+    if (bucket < num_experts) counts[bucket] = position - offsets[bucket];
+  }
+
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      int32_t* slots = next.data() + chunk * buckets;
+      const int64_t last = std::min(rows, (chunk + 1) * chunk_rows);
+      for (int64_t n = chunk * chunk_rows; n < last; ++n) {
+        const int32_t to = slots[bucket_of(id[n], num_experts)]++;
+        order[to] = static_cast<int32_t>(n);
+        inverse[n] = to;
+      }
+    }
+  });
+  return {row_order, inverse_order, tokens_per_expert, expert_offsets};
+}
+
+}  // namespace
+}  // namespace unimoe
+
+STABLE_TORCH_LIBRARY_IMPL(unimoe, CPU, m) {
+  m.impl("expert_sort", TORCH_BOX(&unimoe::expert_sort));
+}

@@ -1,0 +1,176 @@
+// Token permutation: copies rows into expert order and sums them back.
+#include <algorithm>
+#include <cstring>
+
+#include "check.h"
+
+namespace unimoe {
+namespace {
+
+// A thread should move at least this much: waking it costs as long as copying some tens of KB.
+constexpr int64_t kBytesPerTask = 64 * 1024;
+// Columns summed at a time; the partial sums of one block stay in the first-level cache.
+constexpr int64_t kColumns = 512;
+// Partial sums of a dot product. Their number fixes the order of the additions.
+constexpr int64_t kLanes = 16;
+
+int64_t rows_per_task(int64_t row_bytes) {
+  return std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, row_bytes));
+}
+
+int32_t routed_rows(const Tensor& expert_offsets) {
+  return const_data<int32_t>(expert_offsets)[expert_offsets.size(0) - 1];
+}
+
+Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k) {
+  check_matrix(x, "x");
+  check_offsets(expert_offsets);
+  check_int32_vector(row_order, "row_order");
+  const int64_t rows = row_order.size(0);
+  check_top_k(top_k, "row_order", rows);
+  check_rows(row_order, "row_order", x.size(0) * top_k);
+
+  Tensor out = empty({rows, x.size(1)}, x.scalar_type(), x);
+  const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
+  const char* from = const_data<char>(x);
+  char* to = mutable_data<char>(out);
+  const int32_t* order = const_data<int32_t>(row_order);
+  const int64_t routed = routed_rows(expert_offsets);
+  torch::stable::parallel_for(0, rows, rows_per_task(row_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i < routed) {
+        std::memcpy(to + i * row_bytes, from + order[i] / top_k * row_bytes, row_bytes);
+      } else {
+        std::memset(to + i * row_bytes, 0, row_bytes);
+      }
+    }
+  });
+  return out;
+}
+
+// One token: sums its rows in k order. `score` is null where every weight is 1.
+template <typename T, typename S>
+void sum_rows(T* out, const T* rows, const int32_t* position, const S* score, int64_t top_k,
+              int64_t routed, int64_t width) {
+  using Sum = Accumulator<T>;
+  Sum sums[kColumns];
+  for (int64_t first = 0; first < width; first += kColumns) {
+    const int64_t columns = std::min(kColumns, width - first);
+    std::fill_n(sums, columns, Sum(0));
+    for (int64_t k = 0; k < top_k; ++k) {
+      if (position[k] >= routed) continue;
+      const T* row = rows + position[k] * width + first;
+      const Sum weight = score ? static_cast<Sum>(score[k]) : Sum(1);
+      for (int64_t d = 0; d < columns; ++d) sums[d] += weight * static_cast<Sum>(row[d]);
+    }
+    for (int64_t d = 0; d < columns; ++d) out[first + d] = static_cast<T>(sums[d]);
+  }
+}
+
+Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
+                 std::optional<Tensor> scores, int64_t top_k) {
+  check_matrix(rows, "rows");
+  check_offsets(expert_offsets);
+  check_rows(inverse_order, "inverse_order", rows.size(0));
+  check_top_k(top_k, "rows", rows.size(0));
+  const int64_t tokens = rows.size(0) / top_k;
+  const int64_t width = rows.size(1);
+  if (scores) check_scores(*scores, tokens, top_k);
+
+  Tensor out = empty({tokens, width}, rows.scalar_type(), rows);
+  const int32_t* inverse = const_data<int32_t>(inverse_order);
+  const int64_t routed = routed_rows(expert_offsets);
+  dispatch_floating(rows.scalar_type(), "rows", [&](auto element) {
+    using T = decltype(element);
+    dispatch_scores(scores ? scores->scalar_type() : ScalarType::Float, [&](auto weight) {
+      using S = decltype(weight);
+      const S* score = scores ? const_data<S>(*scores) : nullptr;
+      const T* from = const_data<T>(rows);
+      T* to = mutable_data<T>(out);
+      const int64_t grain = rows_per_task(width * top_k * static_cast<int64_t>(sizeof(T)));
+      torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          sum_rows(to + t * width, from, inverse + t * top_k, score ? score + t * top_k : nullptr,
+                   top_k, routed, width);
+        }
+      });
+    });
+  });
+  return out;
+}
+
+// One routed row: writes its gradient and returns that of its score.
+template <typename T>
+Accumulator<T> scale_and_dot(T* grad_row, const T* grad, const T* row, Accumulator<T> weight,
+                             int64_t width) {
+  using Sum = Accumulator<T>;
+  Sum lanes[kLanes] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const Sum g = static_cast<Sum>(grad[d + lane]);
+      grad_row[d + lane] = static_cast<T>(weight * g);
+      lanes[lane] += g * static_cast<Sum>(row[d + lane]);
+    }
+  }
+  for (; d < width; ++d) {
+    const Sum g = static_cast<Sum>(grad[d]);
+    grad_row[d] = static_cast<T>(weight * g);
+    lanes[d % kLanes] += g * static_cast<Sum>(row[d]);
+  }
+  Sum total = 0;
+  for (const Sum lane : lanes) total += lane;
+  return total;
+}
+
+std::tuple<Tensor, Tensor> unpermute_backward(Tensor grad, Tensor rows, Tensor inverse_order,
+                                              Tensor expert_offsets, Tensor scores, int64_t top_k) {
+  check_matrix(rows, "rows");
+  check_offsets(expert_offsets);
+  check_rows(inverse_order, "inverse_order", rows.size(0));
+  check_top_k(top_k, "rows", rows.size(0));
+  const int64_t tokens = rows.size(0) / top_k;
+  const int64_t width = rows.size(1);
+  check_scores(scores, tokens, top_k);
+  check_grad(grad, rows, tokens);
+
+  Tensor grad_rows = empty({rows.size(0), width}, rows.scalar_type(), rows);
+  Tensor grad_scores = empty({tokens, top_k}, scores.scalar_type(), scores);
+  const int32_t* inverse = const_data<int32_t>(inverse_order);
+  const int64_t routed = routed_rows(expert_offsets);
+  dispatch_floating(rows.scalar_type(), "rows", [&](auto element) {
+    using T = decltype(element);
+    dispatch_scores(scores.scalar_type(), [&](auto weight) {
+      using S = decltype(weight);
+      const T* out_grad = const_data<T>(grad);
+      const T* row = const_data<T>(rows);
+      const S* score = const_data<S>(scores);
+      T* row_grad = mutable_data<T>(grad_rows);
+      S* score_grad = mutable_data<S>(grad_scores);
+      const int64_t grain = rows_per_task(width * static_cast<int64_t>(sizeof(T)));
+      torch::stable::parallel_for(0, tokens * top_k, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+          const int64_t at = inverse[n] * width;
+          if (inverse[n] >= routed) {
+            std::fill_n(row_grad + at, width, T(0));
+            score_grad[n] = S(0);
+            continue;
+          }
+          score_grad[n] =
+              static_cast<S>(scale_and_dot(row_grad + at, out_grad + n / top_k * width, row + at,
+                                           static_cast<Accumulator<T>>(score[n]), width));
+        }
+      });
+    });
+  });
+  return {grad_rows, grad_scores};
+}
+
+}  // namespace
+}  // namespace unimoe
+
+STABLE_TORCH_LIBRARY_IMPL(unimoe, CPU, m) {
+  m.impl("permute", TORCH_BOX(&unimoe::permute));
+  m.impl("unpermute", TORCH_BOX(&unimoe::unpermute));
+  m.impl("unpermute_backward", TORCH_BOX(&unimoe::unpermute_backward));
+}

@@ -1,0 +1,61 @@
+// The Python module `_C`. It holds no operator: each file under cpu/ and cuda/ registers its own
+// with the dispatcher when this library is loaded, for schemas that Python declares.
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#elif defined(__GNUC__)
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#else
+constexpr const char* kCompiler = "unknown";
+#endif
+
+// What the CPU that runs this has, of the instruction sets that the kernels can make use of.
+py::list cpu_features() {
+  py::list names;
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+#define UNIMOE_ADD_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) names.append(name)
+  UNIMOE_ADD_FEATURE("avx2");
+  UNIMOE_ADD_FEATURE("fma");
+  UNIMOE_ADD_FEATURE("avx512f");
+  UNIMOE_ADD_FEATURE("avx512bw");
+  UNIMOE_ADD_FEATURE("avx512vl");
+  UNIMOE_ADD_FEATURE("avx512vnni");
+  UNIMOE_ADD_FEATURE("avx512bf16");
+#undef UNIMOE_ADD_FEATURE
+#endif
+  return names;
+}
+
+py::object text_or_none(const std::string& text) {
+  if (text.empty()) return py::none();
+  return py::str(text);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["cuda"] = text_or_none(UNIMOE_BUILD_CUDA);
+  info["cuda_archs"] = text_or_none(UNIMOE_BUILD_ARCHS);
+  info["compiler"] = kCompiler;
+  info["flags"] = UNIMOE_BUILD_FLAGS;
+  info["cpu_features"] = cpu_features();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native operators of unimoe_kernels.";
+  m.def("build_info", &build_info,
+        "What this binary was built with, and the CPU features found at run time.");
+}

@@ -1,0 +1,94 @@
+// Aliases of the LibTorch stable ABI and the few things that it lacks. Every use of torch in csrc
+// goes through this header, so that one binary runs on any torch from TORCH_TARGET_VERSION on.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+#include <type_traits>
+
+namespace unimoe {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Sums are carried in float32, and in float64 for float64 inputs.
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// A contiguous uninitialised tensor on the device of `like`. The C call costs a fraction of
+// torch::stable::empty, which boxes six arguments and goes through the dispatcher.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  int64_t strides[4];
+  int64_t stride = 1;
+  for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) {
+    strides[i] = stride;
+    const int64_t size = sizes.begin()[i];
+    stride *= size > 1 ? size : 1;
+  }
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                               dtype_code, device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// data_ptr<T>() of the stable ABI does not know BFloat16 and Half by every spelling; callers have
+// dispatched on the dtype already.
+template <typename T>
+const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Calls `body` with a value of the C++ type of `dtype`, one of the four floating types.
+template <typename Body>
+void dispatch_floating(ScalarType dtype, const char* name, Body&& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    case ScalarType::Half:
+      return body(Half{});
+    default:
+      throw std::runtime_error(std::string(name) +
+                               " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// The same for scores, which are float32, or float64 beside float64 rows.
+template <typename Body>
+void dispatch_scores(ScalarType dtype, Body&& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    default:
+      throw std::runtime_error("scores must be float32 or float64");
+  }
+}
+
+}  // namespace unimoe
