@@ -1,0 +1,130 @@
+"""Runs the experts of transformers' mixture-of-experts models on our operators."""
+
+import torch
+import torch.nn.functional as F
+
+from unimoe_kernels.ops.expert_sort.op import expert_sort
+from unimoe_kernels.ops.grouped_mm.op import grouped_mm
+from unimoe_kernels.ops.moe_mlp.op import moe_mlp
+from unimoe_kernels.ops.permute.op import permute
+from unimoe_kernels.ops.unpermute.op import unpermute
+
+_NAME = "unimoe"
+_MIN_VERSION = (5, 17)
+
+
+def register_with_transformers() -> None:
+    """Adds `"unimoe"` to the experts implementations of transformers.
+
+    Afterwards `from_pretrained(..., experts_implementation="unimoe")`,
+    `from_config(config, experts_implementation="unimoe")` and
+    `model.set_experts_implementation("unimoe")` work for every model whose experts class carries
+    transformers' `use_experts_implementation`. Calling it again changes nothing.
+
+    Experts with a plain silu, gelu or relu gate run through `moe_mlp`. All others (an overridden
+    gate such as that of gpt-oss, other activations, no gate, a norm after each expert) keep their
+    own activation code between two `grouped_mm`. Transposed weights, biases, and the ids of other
+    ranks' experts under expert parallelism are understood in both.
+
+    Raises:
+        ImportError: if transformers is missing or older than 5.17, which has no such registry.
+    """
+    try:
+        import transformers
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(
+            "register_with_transformers needs transformers: pip install 'transformers>=5.17'"
+        ) from error
+    major, minor = transformers.__version__.split(".")[:2]
+    if (int(major), int(minor)) < _MIN_VERSION:
+        raise ImportError(f"transformers is {transformers.__version__}, it must be at least 5.17")
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, unimoe_experts_forward)
+
+
+def unimoe_experts_forward(
+    experts: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The forward of an experts module of transformers.
+
+    Args:
+        experts: a module of a class decorated with `use_experts_implementation`.
+        hidden_states: `[T, D]`.
+        top_k_index: `[T, K]`, integer; ids of num_experts or more are other ranks' and skipped.
+        top_k_weights: `[T, K]`, floating point.
+
+    Returns:
+        `[T, D]`, dtype of hidden_states.
+    """
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    first_proj, first_bias = _weight_and_bias(experts, first)
+    down_proj, down_bias = _weight_and_bias(experts, "down_proj")
+    dtype = down_proj.dtype
+    if torch.is_autocast_enabled(hidden_states.device.type) and dtype != torch.float64:
+        # A linear layer would have run in this dtype; the operators themselves are not autocast.
+        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    operands = (hidden_states, first_proj, first_bias, down_proj, down_bias)
+    x_TD, first_proj, first_bias, down_proj, down_bias = (
+        operand if operand is None else operand.to(dtype) for operand in operands
+    )
+    scores_TK = top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+    activation = _plain_gate(experts)
+    if activation is not None:
+        y_TD = moe_mlp(
+            x_TD,
+            first_proj,
+            down_proj,
+            top_k_index,
+            scores_TK,
+            activation=activation,
+            gate_up_bias=first_bias,
+            down_bias=down_bias,
+        )
+        return y_TD.to(hidden_states.dtype)
+
+    top_k = top_k_index.shape[-1]
+    sort = expert_sort(top_k_index, first_proj.shape[0])
+    rows_ND = permute(x_TD, sort, top_k)
+    hidden = grouped_mm(rows_ND, first_proj, sort.expert_offsets, first_bias)
+    act_NF = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+    out_ND = grouped_mm(act_NF.to(dtype), down_proj, sort.expert_offsets, down_bias)
+    if experts.has_post_expert_norm:
+        out_ND = experts.post_expert_norm(out_ND)
+    return unpermute(out_ND, sort, top_k, scores_TK).to(hidden_states.dtype)
+
+
+def _weight_and_bias(
+    experts: torch.nn.Module, name: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A stacked weight as `[E, out, in]`, a view where it is stored transposed, and its bias."""
+    weight = getattr(experts, name)
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    return (weight.transpose(1, 2) if experts.is_transposed else weight), bias
+
+
+def _plain_gate(experts: torch.nn.Module) -> str | None:
+    """The activation name of `moe_mlp` that equals this module's gate, or None if none does."""
+    from transformers.activations import ACT2FN
+    from transformers.integrations.moe import ExpertsInterface
+
+    if not experts.has_gate or experts.has_post_expert_norm:
+        return None
+    # The default gate is defined beside the registry; an overridden one in the model's own module.
+    if type(experts)._apply_gate.__module__ != ExpertsInterface.__module__:
+        return None
+    # Exact types: a subclass may compute something else, and then the module's own code runs.
+    kind = type(experts.act_fn)
+    inner = getattr(experts.act_fn, "act", None)
+    if kind in (torch.nn.SiLU, type(ACT2FN["silu"])):
+        return "silu"
+    if kind is torch.nn.ReLU:
+        return "relu"
+    if kind is type(ACT2FN["gelu"]) and inner is F.gelu:
+        return "gelu"
+    if kind is type(ACT2FN["gelu_pytorch_tanh"]) and getattr(inner, "func", None) is F.gelu:
+        return "gelu_tanh"
+    return None

@@ -1,0 +1,52 @@
+"""What every layer checks and does with its input before it calls an operator."""
+
+import torch
+
+
+def check_positive(**sizes: int) -> None:
+    """Raises ValueError for the first size below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} ({value}) must be at least 1")
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raises ValueError unless 1 <= top_k <= num_experts."""
+    check_positive(num_experts=num_experts, top_k=top_k)
+    if top_k > num_experts:
+        raise ValueError(f"top_k ({top_k}) must be at most num_experts ({num_experts})")
+
+
+def check_hidden(x: torch.Tensor, weight: torch.Tensor, hidden_size: int) -> None:
+    """Raises unless x is [..., hidden_size] on the device and in the dtype of weight."""
+    if x.dim() < 1 or x.shape[-1] != hidden_size:
+        raise ValueError(
+            f"x (shape {tuple(x.shape)}) must have hidden_size ({hidden_size}) as last dimension"
+        )
+    if x.device != weight.device:
+        raise ValueError(
+            f"x (on {x.device}) must be on the device of the weights ({weight.device})"
+        )
+    if x.dtype != weight.dtype and not autocasts(x, weight):
+        raise TypeError(f"x ({x.dtype}) must have the dtype of the weights ({weight.dtype})")
+
+
+def flatten_mask(token_mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """Checks that token_mask is bool with the leading shape of x and flattens it to [T]."""
+    if token_mask is None:
+        return None
+    if token_mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"token_mask (shape {tuple(token_mask.shape)}) must have the shape of x without its "
+            f"last dimension {tuple(x.shape[:-1])}"
+        )
+    if token_mask.dtype != torch.bool:
+        raise TypeError(f"token_mask ({token_mask.dtype}) must have dtype torch.bool")
+    return token_mask.reshape(-1)
+
+
+def autocasts(*tensors: torch.Tensor) -> bool:
+    """Whether torch.autocast is on and takes all of these: it leaves float64 and integers alone."""
+    return torch.is_autocast_enabled(tensors[0].device.type) and all(
+        t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors
+    )

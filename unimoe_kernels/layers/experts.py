@@ -1,0 +1,234 @@
+"""All experts of a layer as stacked weights, with or without LoRA."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from unimoe_kernels.layers._inputs import autocasts, check_hidden, check_positive
+from unimoe_kernels.ops.expert_sort.op import expert_sort
+from unimoe_kernels.ops.grouped_lora.op import grouped_lora
+from unimoe_kernels.ops.grouped_mm.op import grouped_mm
+from unimoe_kernels.ops.moe_mlp.op import moe_mlp
+from unimoe_kernels.ops.permute.op import permute
+from unimoe_kernels.ops.swiglu.op import swiglu
+from unimoe_kernels.ops.unpermute.op import unpermute
+
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+_LORA_NAMES = ("gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B")
+
+
+class GroupedExperts(nn.Module):
+    """E gated feed-forward experts in two stacked weights.
+
+    Expert e maps a row x to `down_proj[e] @ (act(gate) * up)` where
+    `[gate; up] = gate_up_proj[e] @ x`, in the layout that checkpoints have.
+
+    Attributes:
+        gate_up_proj: `[E, 2F, D]`, gate rows first.
+        down_proj: `[E, D, F]`.
+        gate_up_bias: `[E, 2F]`, or None without bias.
+        down_bias: `[E, D]`, or None without bias.
+        gate_up_lora_A: `[E, r, D]`, or None without LoRA; likewise `gate_up_lora_B` `[E, 2F, r]`,
+            `down_lora_A` `[E, r, F]` and `down_lora_B` `[E, D, r]`.
+
+    Args:
+        num_experts: E, at least 1.
+        hidden_size: D.
+        intermediate_size: F.
+        activation: `"silu"`, `"gelu"`, `"gelu_tanh"` or `"relu"`; see `swiglu`.
+        bias: whether experts have biases; they start at zero.
+        lora_rank: r; above 0 it is the same as a call of `add_lora`.
+        lora_alpha: the LoRA product is scaled by `lora_alpha / lora_rank`.
+        initializer_range: standard deviation of the initial weights, 0.02 as in LLaMA.
+        device: device of the weights.
+        dtype: dtype of the weights.
+
+    Raises:
+        ValueError: if a size is below 1, lora_rank is negative or the activation is unknown.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "silu",
+        bias: bool = False,
+        lora_rank: int = 0,
+        lora_alpha: float = 16,
+        initializer_range: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(
+            num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size
+        )
+        if lora_rank < 0:
+            raise ValueError(f"lora_rank ({lora_rank}) must be at least 0")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation ({activation!r}) must be one of {_ACTIVATIONS}")
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.activation = activation
+        self.initializer_range = initializer_range
+        self.lora_rank = 0
+        self.lora_alpha = lora_alpha
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        self.gate_up_proj = parameter(2 * intermediate_size, hidden_size)
+        self.down_proj = parameter(hidden_size, intermediate_size)
+        self.gate_up_bias = parameter(2 * intermediate_size) if bias else None
+        self.down_bias = parameter(hidden_size) if bias else None
+        for name in _LORA_NAMES:
+            self.register_parameter(name, None)
+        self.reset_parameters()
+        if lora_rank > 0:
+            self.add_lora(lora_rank, lora_alpha)
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew: normal, biases zero, and LoRA back to a zero product."""
+        nn.init.normal_(self.gate_up_proj, std=self.initializer_range)
+        nn.init.normal_(self.down_proj, std=self.initializer_range)
+        if self.gate_up_bias is not None:
+            nn.init.zeros_(self.gate_up_bias)
+            nn.init.zeros_(self.down_bias)
+        if self.lora_rank > 0:
+            self._reset_lora()
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Sends every token through its experts and adds their answers, weighted.
+
+        Args:
+            x: `[T, D]`, dtype and device of the weights (under torch.autocast any of float32,
+                bfloat16, float16).
+            ids: `[T, K]`, int32 or int64; an id of E or more is skipped and contributes zero.
+            scores: `[T, K]`, float32 (float64 for float64 weights).
+
+        Returns:
+            `[T, D]`, dtype of x, or of torch.autocast where that is on.
+
+        Raises:
+            ValueError: if x is not `[T, D]` on the device of the weights, or ids or scores have
+                another shape than `[T, K]`.
+            TypeError: if x has another dtype than the weights.
+        """
+        check_hidden(x, self.gate_up_proj, self.hidden_size)
+        if x.dim() != 2:
+            raise ValueError(f"x (shape {tuple(x.shape)}) must be [T, D]")
+        x, *weights = self._operands(x)
+        gate_up_proj, down_proj, gate_up_bias, down_bias, *lora = weights
+        if self.lora_rank == 0:
+            return moe_mlp(
+                x,
+                gate_up_proj,
+                down_proj,
+                ids,
+                scores,
+                activation=self.activation,
+                gate_up_bias=gate_up_bias,
+                down_bias=down_bias,
+            )
+        gate_up_A, gate_up_B, down_A, down_B = lora
+        scale = self.lora_alpha / self.lora_rank
+        sort = expert_sort(ids, self.num_experts)
+        offsets_E1 = sort.expert_offsets
+        rows_ND = permute(x, sort, ids.shape[1])
+        gate_up_N2F = grouped_mm(rows_ND, gate_up_proj, offsets_E1, gate_up_bias)
+        gate_up_N2F = gate_up_N2F + grouped_lora(rows_ND, gate_up_A, gate_up_B, offsets_E1, scale)
+        act_NF = swiglu(gate_up_N2F, self.activation)
+        out_ND = grouped_mm(act_NF, down_proj, offsets_E1, down_bias)
+        out_ND = out_ND + grouped_lora(act_NF, down_A, down_B, offsets_E1, scale)
+        return unpermute(out_ND, sort, ids.shape[1], scores)
+
+    def add_lora(self, rank: int, alpha: float = 16, *, freeze_base: bool = True) -> None:
+        """Gives every expert a low-rank correction of both projections: `W + alpha/rank * B @ A`.
+
+        A starts Kaiming uniform with a = sqrt(5) and B at zero, so the output does not change yet.
+
+        Args:
+            rank: r, at least 1.
+            alpha: numerator of the scale. It is not part of the state dict.
+            freeze_base: whether the weights and biases stop requiring gradients, the usual way to
+                train LoRA.
+
+        Raises:
+            ValueError: if rank is below 1.
+            RuntimeError: if the experts have LoRA already.
+
+        Reference:
+            LoRA, arXiv 2106.09685.
+        """
+        check_positive(rank=rank)
+        if self.lora_rank > 0:
+            raise RuntimeError(
+                f"the experts already have LoRA of rank {self.lora_rank}; call merge_lora() first"
+            )
+        if freeze_base:
+            for base in self.parameters():
+                base.requires_grad_(False)
+        sizes = {
+            "gate_up": (2 * self.intermediate_size, self.hidden_size),
+            "down": (self.hidden_size, self.intermediate_size),
+        }
+        for name, (rows, columns) in sizes.items():
+            lora_A = self.gate_up_proj.new_empty(self.num_experts, rank, columns)
+            lora_B = self.gate_up_proj.new_empty(self.num_experts, rows, rank)
+            setattr(self, f"{name}_lora_A", nn.Parameter(lora_A))
+            setattr(self, f"{name}_lora_B", nn.Parameter(lora_B))
+        self.lora_rank = rank
+        self.lora_alpha = alpha
+        self._reset_lora()
+
+    @torch.no_grad()
+    def merge_lora(self) -> None:
+        """Adds the LoRA products to the weights in place and removes the LoRA parameters.
+
+        The product is formed in float32 (float64 for float64 weights) and rounded once to the
+        dtype of the weight. `requires_grad` of the weights stays as it is.
+
+        Raises:
+            RuntimeError: if the experts have no LoRA.
+        """
+        if self.lora_rank == 0:
+            raise RuntimeError("the experts have no LoRA to merge; call add_lora() first")
+        scale = self.lora_alpha / self.lora_rank
+        for name in ("gate_up", "down"):
+            weight = getattr(self, f"{name}_proj")
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            lora_A = getattr(self, f"{name}_lora_A").to(wide)
+            lora_B = getattr(self, f"{name}_lora_B").to(wide)
+            weight.copy_(torch.baddbmm(weight.to(wide), lora_B, lora_A, alpha=scale))
+        for name in _LORA_NAMES:
+            setattr(self, name, None)
+        self.lora_rank = 0
+
+    def _reset_lora(self) -> None:
+        for lora_A in (self.gate_up_lora_A, self.down_lora_A):
+            # kaiming_uniform_ with a = sqrt(5) on each expert's matrix: bound 1 / sqrt(columns).
+            bound = lora_A.shape[-1] ** -0.5
+            nn.init.uniform_(lora_A, -bound, bound)
+        nn.init.zeros_(self.gate_up_lora_B)
+        nn.init.zeros_(self.down_lora_B)
+
+    def _operands(self, x: torch.Tensor) -> list[torch.Tensor | None]:
+        """X and all parameters, in the dtype of torch.autocast where that is on."""
+        names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias", *_LORA_NAMES)
+        tensors = [x, *(getattr(self, name) for name in names)]
+        if not autocasts(x, self.gate_up_proj):
+            return tensors
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+    def extra_repr(self) -> str:
+        """What print(module) shows between the parentheses."""
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, activation={self.activation!r}, "
+            f"bias={self.gate_up_bias is not None}, lora_rank={self.lora_rank}"
+        )

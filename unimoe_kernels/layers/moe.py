@@ -1,0 +1,245 @@
+"""The mixture-of-experts layer: router, experts, and how auxiliary losses reach training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from unimoe_kernels.layers._inputs import check_hidden
+from unimoe_kernels.layers.aux_loss import inject_aux_loss
+from unimoe_kernels.layers.experts import GroupedExperts
+from unimoe_kernels.layers.looped_moe import LoopedMoE
+from unimoe_kernels.layers.router import TopKRouter
+from unimoe_kernels.ops.topk_router.op import RouterOutput
+
+_AUX_LOSS_MODES = ("return", "inject")
+_FFN_KEYS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+
+
+class MoE(nn.Module):
+    """A drop-in replacement for a feed-forward block: `[..., D] -> [..., D]`.
+
+    `moe(x)` routes every token to `top_k` of `num_experts` experts and returns the weighted sum of
+    their answers. With the default options it computes what `LoopedMoE` does.
+
+    Auxiliary losses. `aux_loss="return"`: training code calls `moe(x, return_router=True)` and adds
+    `moe.aux_loss_of(router_output)` to its loss. `aux_loss="inject"`: for hosts that pass on
+    nothing but tensors; the gradient of the same sum is added in the backward of y (see
+    `inject_aux_loss`), and the losses in a returned `RouterOutput` are detached so that they cannot
+    count twice. The layer keeps nothing of a forward on itself, so activation checkpointing,
+    gradient accumulation and `no_grad` need no care. Only a factor the host puts on its own
+    loss (1/steps of accumulation, a GradScaler's scale) cannot be seen from here: set
+    `aux_loss_scale` to it.
+
+    Attributes:
+        router: `TopKRouter`, weight `router.weight` `[E, D]`.
+        experts: `GroupedExperts`, weights `experts.gate_up_proj` `[E, 2F, D]` and
+            `experts.down_proj` `[E, D, F]`; `experts.add_lora` gives them LoRA.
+        load_balancing_coef: coefficient of the load-balancing loss.
+        router_z_coef: coefficient of the router z-loss.
+        aux_loss: `"return"` or `"inject"`.
+        aux_loss_scale: factor on the injected gradient, 1.0 at first; unused with `"return"`.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: F, the width of one expert.
+        num_experts: E, at least 1.
+        top_k: K, between 1 and E.
+        mode: how scores come from logits, see `topk_router`.
+        activation: `"silu"`, `"gelu"`, `"gelu_tanh"` or `"relu"`.
+        bias: whether experts have biases.
+        load_balancing_coef: at least 0.
+        router_z_coef: at least 0.
+        aux_loss: `"return"` or `"inject"`.
+        correction_bias: see `TopKRouter`.
+        num_groups: see `TopKRouter`.
+        top_groups: see `TopKRouter`.
+        scale: see `TopKRouter`.
+        balance: see `TopKRouter`.
+        initializer_range: standard deviation of all initial weights, 0.02 as in LLaMA.
+        device: device of the weights.
+        dtype: dtype of the weights.
+
+    Raises:
+        ValueError: if a size is below 1, top_k is above num_experts, a coefficient is negative, or
+            an option has an unknown value.
+
+    Reference:
+        Uni-MoE, arXiv 2405.11273. Load-balancing loss: Switch Transformers, arXiv 2101.03961, and
+        GShard, arXiv 2006.16668. z-loss: ST-MoE, arXiv 2202.08906.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        mode: str = "topk_softmax",
+        activation: str = "silu",
+        bias: bool = False,
+        load_balancing_coef: float = 0.0,
+        router_z_coef: float = 0.0,
+        aux_loss: str = "return",
+        correction_bias: bool = False,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        scale: float = 1.0,
+        balance: str = "all",
+        initializer_range: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if load_balancing_coef < 0:
+            raise ValueError(f"load_balancing_coef ({load_balancing_coef}) must be at least 0")
+        if router_z_coef < 0:
+            raise ValueError(f"router_z_coef ({router_z_coef}) must be at least 0")
+        if aux_loss not in _AUX_LOSS_MODES:
+            raise ValueError(f"aux_loss ({aux_loss!r}) must be one of {_AUX_LOSS_MODES}")
+        self.load_balancing_coef = load_balancing_coef
+        self.router_z_coef = router_z_coef
+        self.aux_loss = aux_loss
+        self.aux_loss_scale = 1.0
+        common = {"initializer_range": initializer_range, "device": device, "dtype": dtype}
+        self.router = TopKRouter(
+            hidden_size,
+            num_experts,
+            top_k,
+            mode=mode,
+            correction_bias=correction_bias,
+            num_groups=num_groups,
+            top_groups=top_groups,
+            scale=scale,
+            balance=balance,
+            **common,
+        )
+        self.experts = GroupedExperts(
+            num_experts, hidden_size, intermediate_size, activation=activation, bias=bias, **common
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        return_router: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, RouterOutput]:
+        """Applies the layer.
+
+        Args:
+            x: `[..., D]`, dtype and device of the weights (under torch.autocast any of float32,
+                bfloat16, float16); may hold no token at all.
+            token_mask: the shape of x without its last dimension, bool. Tokens with False change
+                no loss; they are routed and answered like all others. None means all True.
+            return_router: whether to return what the router said, too.
+
+        Returns:
+            y in the shape of x; with return_router `(y, RouterOutput)`, whose T tokens are the
+            leading dimensions of x flattened.
+
+        Raises:
+            ValueError: if the shape or device of x, or the shape of token_mask is wrong.
+            TypeError: if the dtype of x is not that of the weights, or token_mask is not bool.
+        """
+        check_hidden(x, self.router.weight, self.router.hidden_size)
+        routed = self.router(x, token_mask)
+        x_TD = x.reshape(-1, x.shape[-1])
+        y = self.experts(x_TD, routed.ids, routed.scores).reshape(x.shape)
+        if self.aux_loss == "inject":
+            if self.load_balancing_coef > 0 or self.router_z_coef > 0:
+                y = inject_aux_loss(y, self.aux_loss_of(routed) * self.aux_loss_scale)
+            routed = routed._replace(
+                load_balancing_loss=routed.load_balancing_loss.detach(),
+                router_z_loss=routed.router_z_loss.detach(),
+            )
+        return (y, routed) if return_router else y
+
+    def aux_loss_of(self, routed: RouterOutput) -> torch.Tensor:
+        """The auxiliary loss of one forward, `()`: both router losses times their coefficients."""
+        return (
+            self.load_balancing_coef * routed.load_balancing_loss
+            + self.router_z_coef * routed.router_z_loss
+        )
+
+    @classmethod
+    def from_looped(cls, looped: LoopedMoE, **options) -> MoE:
+        """Copies the weights of a `LoopedMoE` into a new layer, bit for bit.
+
+        Args:
+            looped: the layer to copy; it stays as it is.
+            **options: `load_balancing_coef`, `router_z_coef`, `aux_loss` and `balance` of `MoE`.
+        """
+        moe = cls.from_ffns(looped.experts, looped.top_k, **options)
+        with torch.no_grad():
+            moe.router.weight.copy_(looped.gate.weight)
+        return moe.train(looped.training)
+
+    @classmethod
+    def from_ffns(
+        cls,
+        ffns: Sequence[nn.Module | Mapping[str, torch.Tensor]],
+        top_k: int,
+        **options,
+    ) -> MoE:
+        """Assembles a layer whose experts are given dense SwiGLU blocks, with a new router.
+
+        Copies of one trained FFN make the sparse upcycling of a dense model; FFNs trained one a
+        modality make the third stage of Uni-MoE.
+
+        Args:
+            ffns: one per expert, in order: modules, or their state dicts, with exactly the keys
+                `gate_proj.weight` `[F, D]`, `up_proj.weight` `[F, D]`, `down_proj.weight` `[D, F]`,
+                all of one shape, dtype and device.
+            top_k: K, between 1 and the number of ffns.
+            **options: options of `MoE` except bias, device and dtype.
+
+        Raises:
+            ValueError: if ffns is empty, or keys, shapes, dtypes or devices do not fit.
+
+        Reference:
+            Sparse Upcycling, arXiv 2212.05055; Uni-MoE, arXiv 2405.11273, section 3.3.
+        """
+        weights = [_ffn_weights(ffn, index) for index, ffn in enumerate(ffns)]
+        if not weights:
+            raise ValueError("ffns is empty, it must hold one FFN for each expert")
+        gate_FD = weights[0][0]
+        if gate_FD.dim() != 2:
+            raise ValueError(f"ffns[0] {_FFN_KEYS[0]} is {tuple(gate_FD.shape)}, it must be [F, D]")
+        intermediate_size, hidden_size = gate_FD.shape
+        like = (gate_FD.dtype, gate_FD.device)
+        expected = [gate_FD.shape, gate_FD.shape, gate_FD.shape[::-1]]
+        for index, ffn_weights in enumerate(weights):
+            for key, weight, shape in zip(_FFN_KEYS, ffn_weights, expected, strict=True):
+                if weight.shape != shape or (weight.dtype, weight.device) != like:
+                    raise ValueError(
+                        f"ffns[{index}] {key} is {tuple(weight.shape)} {weight.dtype} on "
+                        f"{weight.device}, it must be {tuple(shape)} {like[0]} on {like[1]}"
+                    )
+        moe = cls(
+            hidden_size,
+            intermediate_size,
+            len(weights),
+            top_k,
+            dtype=gate_FD.dtype,
+            device=gate_FD.device,
+            **options,
+        )
+        with torch.no_grad():
+            for expert_id, (gate_FD, up_FD, down_DF) in enumerate(weights):
+                moe.experts.gate_up_proj[expert_id, :intermediate_size].copy_(gate_FD)
+                moe.experts.gate_up_proj[expert_id, intermediate_size:].copy_(up_FD)
+                moe.experts.down_proj[expert_id].copy_(down_DF)
+        return moe
+
+
+def _ffn_weights(
+    ffn: nn.Module | Mapping[str, torch.Tensor], index: int
+) -> tuple[torch.Tensor, ...]:
+    """Gate, up and down weight of one FFN; ValueError unless it has these keys and no others."""
+    state = ffn.state_dict() if isinstance(ffn, nn.Module) else ffn
+    if set(state) != set(_FFN_KEYS):
+        raise ValueError(f"ffns[{index}] has the keys {sorted(state)}, it must have {_FFN_KEYS}")
+    return tuple(state[key] for key in _FFN_KEYS)
