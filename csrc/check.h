@@ -33,6 +33,13 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
+inline void check_floating(const Tensor& tensor, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+  UNIMOE_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                   dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+               name, " must be float32, float64, bfloat16 or float16");
+}
+
 inline void check_matrix(const Tensor& tensor, const char* name) {
   UNIMOE_CHECK(tensor.dim() == 2, name, " (shape ", shape_of(tensor), ") must be 2-D");
   UNIMOE_CHECK(tensor.is_contiguous(), name, " must be contiguous");

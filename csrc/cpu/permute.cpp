@@ -24,6 +24,7 @@ int32_t routed_rows(const Tensor& expert_offsets) {
 
 Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k) {
   check_matrix(x, "x");
+  check_floating(x, "x");
   check_offsets(expert_offsets);
   check_int32_vector(row_order, "row_order");
   const int64_t rows = row_order.size(0);

@@ -1,0 +1,250 @@
+// Token permutation: copies rows into expert order and sums them back. A warp works on one row,
+// with the widest vectors (at most 16 bytes) that the row's width and alignment allow.
+#include <algorithm>
+
+#include "launch.cuh"
+
+namespace unimoe {
+namespace {
+
+constexpr int kRowsPerBlock = 8;
+// Vectors of a row that one warp handles; wider rows are shared between blocks, so that a few
+// tokens still fill the device.
+constexpr int kVectorsPerWarp = 4 * kWarp;
+constexpr int kVectorBytes = 16;
+
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T values[N];
+};
+
+LaunchShape rows_shape(int64_t rows, int64_t vectors) {
+  const int64_t splits = std::max<int64_t>(1, ceil_div<int64_t>(vectors, kVectorsPerWarp));
+  UNIMOE_CHECK(splits <= 65535, "rows of ", vectors, " vectors are too wide");
+  return {dim3(static_cast<unsigned>(ceil_div<int64_t>(rows, kRowsPerBlock)),
+               static_cast<unsigned>(splits)),
+          dim3(kWarp, kRowsPerBlock)};
+}
+
+bool is_aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+__device__ int64_t row_of_warp() {
+  return static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.y;
+}
+
+// The copy knows nothing of the dtype: Bytes is an unsigned integer or uint4.
+template <typename Bytes>
+__global__ void permute_kernel(const Bytes* __restrict__ x, const int* __restrict__ row_order,
+                               const int* __restrict__ routed_rows, Bytes* __restrict__ out,
+                               int64_t rows, int64_t vectors, int top_k) {
+  const int64_t i = row_of_warp();
+  if (i >= rows) return;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kVectorsPerWarp;
+  const int64_t last = min(first + kVectorsPerWarp, vectors);
+  const bool routed = i < *routed_rows;
+  const Bytes* from = x + (routed ? row_order[i] / top_k : 0) * vectors;
+  for (int64_t v = first + threadIdx.x; v < last; v += kWarp) {
+    out[i * vectors + v] = routed ? from[v] : Bytes{};
+  }
+}
+
+template <typename Bytes>
+void launch_permute(const Tensor& x, const Tensor& row_order, const int* routed_rows, Tensor& out,
+                    int64_t row_bytes, int64_t top_k) {
+  const int64_t vectors = row_bytes / static_cast<int64_t>(sizeof(Bytes));
+  launch(permute_kernel<Bytes>, rows_shape(out.size(0), vectors), x, const_data<Bytes>(x),
+         const_data<int>(row_order), routed_rows, mutable_data<Bytes>(out), out.size(0), vectors,
+         top_k);
+}
+
+const int* last_offset(const Tensor& expert_offsets) {
+  return const_data<int>(expert_offsets) + expert_offsets.size(0) - 1;
+}
+
+Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k) {
+  check_matrix(x, "x");
+  check_floating(x, "x");
+  check_offsets(expert_offsets);
+  check_int32_vector(row_order, "row_order");
+  check_same_device(row_order, "row_order", x);
+  check_same_device(expert_offsets, "expert_offsets", x);
+  check_top_k(top_k, "row_order", row_order.size(0));
+  check_rows(row_order, "row_order", x.size(0) * top_k);
+
+  Tensor out = empty({row_order.size(0), x.size(1)}, x.scalar_type(), x);
+  const int* routed = last_offset(expert_offsets);
+  const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
+  const void* from = x.const_data_ptr();
+  const auto fits = [&](int64_t bytes) {
+    return row_bytes % bytes == 0 && is_aligned(from, bytes);
+  };
+  if (fits(16)) {
+    launch_permute<uint4>(x, row_order, routed, out, row_bytes, top_k);
+  } else if (fits(8)) {
+    launch_permute<uint2>(x, row_order, routed, out, row_bytes, top_k);
+  } else if (fits(4)) {
+    launch_permute<uint32_t>(x, row_order, routed, out, row_bytes, top_k);
+  } else {
+    launch_permute<uint16_t>(x, row_order, routed, out, row_bytes, top_k);
+  }
+  return out;
+}
+
+// out[t] = sum over k, in k order, of score * row; `scores` is null where every weight is 1.
+template <typename T, typename S, int N>
+__global__ void unpermute_kernel(const T* __restrict__ rows, const int* __restrict__ inverse_order,
+                                 const int* __restrict__ routed_rows, const S* __restrict__ scores,
+                                 T* __restrict__ out, int64_t tokens, int64_t vectors, int top_k) {
+  using Sum = Accumulator<T>;
+  const int64_t t = row_of_warp();
+  if (t >= tokens) return;
+  const int routed = *routed_rows;
+  const auto* from = reinterpret_cast<const Vector<T, N>*>(rows);
+  auto* to = reinterpret_cast<Vector<T, N>*>(out) + t * vectors;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kVectorsPerWarp;
+  const int64_t last = min(first + kVectorsPerWarp, vectors);
+  for (int64_t v = first + threadIdx.x; v < last; v += kWarp) {
+    Sum sums[N] = {};
+    for (int k = 0; k < top_k; ++k) {
+      const int64_t n = t * top_k + k;
+      const int64_t position = inverse_order[n];
+      if (position >= routed) continue;
+      const Sum weight = scores ? static_cast<Sum>(scores[n]) : Sum(1);
+      const Vector<T, N> row = from[position * vectors + v];
+#pragma unroll
+      for (int d = 0; d < N; ++d) sums[d] += weight * static_cast<Sum>(row.values[d]);
+    }
+    Vector<T, N> result;
+#pragma unroll
+    for (int d = 0; d < N; ++d) result.values[d] = static_cast<T>(sums[d]);
+    to[v] = result;
+  }
+}
+
+// Calls `body` with the number of elements of a vector, as a type.
+template <typename T, typename Body>
+void dispatch_vector(int64_t width, std::initializer_list<const void*> pointers, Body&& body) {
+  constexpr int n = kVectorBytes / static_cast<int>(sizeof(T));
+  const bool aligned = std::all_of(pointers.begin(), pointers.end(), [](const void* pointer) {
+    return is_aligned(pointer, kVectorBytes);
+  });
+  if (aligned && width % n == 0) {
+    body(std::integral_constant<int, n>{});
+  } else {
+    body(std::integral_constant<int, 1>{});
+  }
+}
+
+Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
+                 std::optional<Tensor> scores, int64_t top_k) {
+  check_matrix(rows, "rows");
+  check_offsets(expert_offsets);
+  check_rows(inverse_order, "inverse_order", rows.size(0));
+  check_same_device(inverse_order, "inverse_order", rows);
+  check_same_device(expert_offsets, "expert_offsets", rows);
+  check_top_k(top_k, "rows", rows.size(0));
+  const int64_t tokens = rows.size(0) / top_k;
+  const int64_t width = rows.size(1);
+  if (scores) {
+    check_scores(*scores, tokens, top_k);
+    check_same_device(*scores, "scores", rows);
+  }
+
+  Tensor out = empty({tokens, width}, rows.scalar_type(), rows);
+  dispatch_floating(rows.scalar_type(), "rows", [&](auto element) {
+    using T = decltype(element);
+    dispatch_scores(scores ? scores->scalar_type() : ScalarType::Float, [&](auto weight) {
+      using S = decltype(weight);
+      dispatch_vector<T>(width, {rows.const_data_ptr(), out.const_data_ptr()}, [&](auto n) {
+        launch(unpermute_kernel<T, S, n>, rows_shape(tokens, width / n), rows, const_data<T>(rows),
+               const_data<int>(inverse_order), last_offset(expert_offsets),
+               scores ? const_data<S>(*scores) : nullptr, mutable_data<T>(out), tokens, width / n,
+               top_k);
+      });
+    });
+  });
+  return out;
+}
+
+// One warp for a routed row: its gradient, and the dot product that is the gradient of its score.
+// The lanes' partial sums meet in a fixed order.
+template <typename T, typename S, int N>
+__global__ void unpermute_backward_kernel(const T* __restrict__ grad, const T* __restrict__ rows,
+                                          const int* __restrict__ inverse_order,
+                                          const int* __restrict__ routed_rows,
+                                          const S* __restrict__ scores, T* __restrict__ grad_rows,
+                                          S* __restrict__ grad_scores, int64_t num_rows,
+                                          int64_t vectors, int top_k) {
+  using Sum = Accumulator<T>;
+  const int64_t n = row_of_warp();
+  if (n >= num_rows) return;
+  const int64_t position = inverse_order[n];
+  const bool routed = position < *routed_rows;
+  const Sum weight = static_cast<Sum>(scores[n]);
+  const auto* out_grad = reinterpret_cast<const Vector<T, N>*>(grad) + n / top_k * vectors;
+  const auto* row = reinterpret_cast<const Vector<T, N>*>(rows) + position * vectors;
+  auto* row_grad = reinterpret_cast<Vector<T, N>*>(grad_rows) + position * vectors;
+  Sum dot = 0;
+  for (int64_t v = threadIdx.x; v < vectors; v += kWarp) {
+    Vector<T, N> result{};
+    if (routed) {
+      const Vector<T, N> g = out_grad[v];
+      const Vector<T, N> r = row[v];
+#pragma unroll
+      for (int d = 0; d < N; ++d) {
+        result.values[d] = static_cast<T>(weight * static_cast<Sum>(g.values[d]));
+        dot += static_cast<Sum>(g.values[d]) * static_cast<Sum>(r.values[d]);
+      }
+    }
+    row_grad[v] = result;
+  }
+  for (int step = kWarp / 2; step > 0; step /= 2) dot += __shfl_down_sync(kFullWarp, dot, step);
+  if (threadIdx.x == 0) grad_scores[n] = static_cast<S>(dot);
+}
+
+std::tuple<Tensor, Tensor> unpermute_backward(Tensor grad, Tensor rows, Tensor inverse_order,
+                                              Tensor expert_offsets, Tensor scores, int64_t top_k) {
+  check_matrix(rows, "rows");
+  check_offsets(expert_offsets);
+  check_rows(inverse_order, "inverse_order", rows.size(0));
+  check_top_k(top_k, "rows", rows.size(0));
+  const int64_t tokens = rows.size(0) / top_k;
+  const int64_t width = rows.size(1);
+  check_scores(scores, tokens, top_k);
+  check_grad(grad, rows, tokens);
+  check_same_device(inverse_order, "inverse_order", rows);
+  check_same_device(expert_offsets, "expert_offsets", rows);
+  check_same_device(scores, "scores", rows);
+  check_same_device(grad, "grad", rows);
+
+  Tensor grad_rows = empty({rows.size(0), width}, rows.scalar_type(), rows);
+  Tensor grad_scores = empty({tokens, top_k}, scores.scalar_type(), scores);
+  // A warp reduces a whole row, so the columns are not split over blocks.
+  LaunchShape shape = rows_shape(rows.size(0), 0);
+  dispatch_floating(rows.scalar_type(), "rows", [&](auto element) {
+    using T = decltype(element);
+    dispatch_scores(scores.scalar_type(), [&](auto weight) {
+      using S = decltype(weight);
+      const std::initializer_list<const void*> pointers = {
+          rows.const_data_ptr(), grad.const_data_ptr(), grad_rows.const_data_ptr()};
+      dispatch_vector<T>(width, pointers, [&](auto n) {
+        launch(unpermute_backward_kernel<T, S, n>, shape, rows, const_data<T>(grad),
+               const_data<T>(rows), const_data<int>(inverse_order), last_offset(expert_offsets),
+               const_data<S>(scores), mutable_data<T>(grad_rows), mutable_data<S>(grad_scores),
+               rows.size(0), width / n, top_k);
+      });
+    });
+  });
+  return {grad_rows, grad_scores};
+}
+
+}  // namespace
+}  // namespace unimoe
+
+STABLE_TORCH_LIBRARY_IMPL(unimoe, CUDA, m) {
+  m.impl("permute", TORCH_BOX(&unimoe::permute));
+  m.impl("unpermute", TORCH_BOX(&unimoe::unpermute));
+  m.impl("unpermute_backward", TORCH_BOX(&unimoe::unpermute_backward));
+}
