@@ -1,0 +1,39 @@
+"""Mixture-of-experts layers and the operators they are made of.
+
+The public API is exactly `__all__`.
+"""
+
+# Loading the extension registers the C++ and CUDA operators; the backends of an operator are
+# decided when it is declared, so this comes first.
+from unimoe_kernels import _extension  # noqa: F401, I001
+from unimoe_kernels._backends import available_backends, use_backend
+from unimoe_kernels.ops import (
+    ExpertSort,
+    RouterOutput,
+    expert_sort,
+    grouped_lora,
+    grouped_mm,
+    moe_mlp,
+    permute,
+    swiglu,
+    topk_router,
+    unpermute,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExpertSort",
+    "RouterOutput",
+    "__version__",
+    "available_backends",
+    "expert_sort",
+    "grouped_lora",
+    "grouped_mm",
+    "moe_mlp",
+    "permute",
+    "swiglu",
+    "topk_router",
+    "unpermute",
+    "use_backend",
+]

@@ -1,0 +1,220 @@
+"""Declares operators and picks the implementation that a call runs.
+
+An operator has one schema and up to three overloads of it in the `unimoe` namespace:
+
+=============  ==========================  ====================================================
+backend        overload                    filled by
+=============  ==========================  ====================================================
+`cpp`/`cuda`   `unimoe::<op>` (default)    `csrc/`, by device; the reference until it is there
+`triton`       `unimoe::<op>.triton`       `ops/<op>/kernel.py`
+`reference`    `unimoe::<op>.reference`    `ops/<op>/reference.py`, any device
+=============  ==========================  ====================================================
+
+The overload is chosen when the public function is called. Its gradient formula calls backward
+operators of the same backend, so forward and backward of one call never mix.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+_OVERLOAD_OF = {"reference": "reference", "cpp": "default", "cuda": "default", "triton": "triton"}
+
+_library = torch.library.Library("unimoe", "FRAGMENT")
+_overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}
+# op -> device type -> backends that run there, the automatic choice first
+_available: dict[str, dict[str, tuple[str, ...]]] = {}
+_parts: dict[str, tuple[str, ...]] = {}
+_public: list[str] = []
+_forced: str | None = None
+
+
+class BackendChoice(NamedTuple):
+    """The backend that an operator takes on a device, and why."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+def declare(
+    op: str,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    triton: Callable | None = None,
+    native: Callable | None = None,
+    parts: tuple[str, ...] = (),
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    public: bool = True,
+) -> None:
+    """Registers an operator and the overloads of its backends.
+
+    Args:
+        op: Name of the operator.
+        schema: Arguments and results in the dispatcher's schema language, without the name.
+        reference: Plain torch implementation for any device.
+        fake: Allocates the results from the shapes and dtypes of the arguments alone.
+        triton: Implementation that launches Triton kernels.
+        native: What the default overload runs on a device for which `csrc` has no kernel. Default:
+            `reference`.
+        parts: Operators that this one is composed of. It counts as having a backend when one of
+            them has it.
+        setup_context: As in `torch.library.register_autograd`.
+        backward: As there, with the name of the backend (a key of `overload`) put first.
+        public: Whether the operator is listed by `report`.
+    """
+    implementations = {"default": native or reference, "reference": reference}
+    if triton is not None:
+        implementations["triton"] = triton
+    _overloads[op] = {}
+    for overload, implementation in implementations.items():
+        name = op if overload == "default" else f"{op}.{overload}"
+        _library.define(name + schema)
+        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"unimoe::{name}", fake, lib=_library)
+        if backward is not None:
+            torch.library.register_autograd(
+                f"unimoe::{name}",
+                partial(backward, overload),
+                setup_context=setup_context,
+                lib=_library,
+            )
+        _overloads[op][overload] = getattr(getattr(torch.ops.unimoe, op), overload)
+    _parts[op] = parts
+    if public:
+        _public.append(op)
+
+
+def find_kernels() -> None:
+    """Looks up which backends each declared operator has; to be called after the last `declare`."""
+    for op in _overloads:
+        _available[op] = {"cpu": _order(op, "cpu"), "cuda": _order(op, "cuda")}
+
+
+def _order(op: str, device: str) -> tuple[str, ...]:
+    native = "cuda" if device == "cuda" else "cpp"
+    has_native = any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"unimoe::{part}", device.upper())
+        for part in (op, *_parts[op])
+    )
+    has_triton = _triton_runs_on(device) and any(
+        "triton" in _overloads[part] for part in _parts[op] or (op,)
+    )
+    if device == "cuda":
+        order = (native if has_native else None, "triton" if has_triton else None, "reference")
+    else:
+        order = (native if has_native else None, "reference", "triton" if has_triton else None)
+    return tuple(backend for backend in order if backend is not None)
+
+
+def _triton_runs_on(device: str) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    # On a CPU Triton kernels run only in its interpreter, which is a tool for tests.
+    return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def overload(op: str, name: str) -> torch._ops.OpOverload:
+    """Returns overload `name` of `op`, or its reference where it has no such overload."""
+    overloads = _overloads[op]
+    return overloads.get(name, overloads["reference"])
+
+
+def select(op: str, tensor: Tensor) -> torch._ops.OpOverload:
+    """Returns the overload of `op` that a call on the device of `tensor` takes."""
+    available = _available[op].get(tensor.device.type, ("reference",))
+    backend = _forced if _forced in available else available[0]
+    return _overloads[op][_OVERLOAD_OF[backend]]
+
+
+def available_backends(op: str, device: str | torch.device | None = None) -> tuple[str, ...]:
+    """Lists the backends that an operator has on a device, the automatic choice first.
+
+    Args:
+        op: Name of an operator, such as `"permute"`.
+        device: A device or device type. Default: CUDA where torch sees a GPU, else the CPU.
+
+    Raises:
+        ValueError: If there is no such operator.
+    """
+    if op not in _public:
+        raise ValueError(f"op ({op!r}) must be one of {', '.join(_public)}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _available[op].get(torch.device(device).type, ("reference",))
+
+
+def _check_backend(name: str, source: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} ({name!r}) must be one of {', '.join(BACKENDS)}")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Makes every operator that has backend `name` on the device of its input use it.
+
+    Operators without that backend there keep their automatic choice. The choice is fixed in the
+    forward: a backward that runs after the block still uses `name`. It holds for the whole
+    process, not for one thread. The environment variable `UNIMOE_BACKEND` sets the same for a
+    whole run.
+
+    Example: `with use_backend("reference"): y = moe(x)` runs the layer in plain torch.
+
+    Args:
+        name: `"reference"`, `"cpp"`, `"cuda"` or `"triton"`.
+
+    Raises:
+        ValueError: If `name` is not a backend.
+        RuntimeError: If no operator has that backend here.
+    """
+    global _forced
+    _check_backend(name, "name")
+    if not any(name in order for op in _public for order in _available[op].values()):
+        raise RuntimeError(f"backend {name!r} is not available: {_why_not(name)}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def _why_not(backend: str) -> str:
+    if backend == "triton":
+        return "the package triton is not installed"
+    built = "without CUDA" if backend == "cuda" else "or does not load"
+    return f"the extension unimoe_kernels._C is not built {built}"
+
+
+def report() -> list[BackendChoice]:
+    """Lists for every operator and device type the backend that a call takes, with the reason."""
+    rows = []
+    for op in _public:
+        for device, order in _available[op].items():
+            forced = _forced in order
+            backend = _forced if forced else order[0]
+            if forced:
+                reason = "asked for by use_backend or UNIMOE_BACKEND"
+            elif backend == "reference":
+                reason = f"no {'C++' if device == 'cpu' else 'CUDA or Triton'} kernel here"
+            else:
+                reason = f"first of {', '.join(order)}"
+            rows.append(BackendChoice(op, device, backend, reason))
+    return rows
+
+
+if "UNIMOE_BACKEND" in os.environ:
+    _check_backend(os.environ["UNIMOE_BACKEND"], "UNIMOE_BACKEND")
+    _forced = os.environ["UNIMOE_BACKEND"]

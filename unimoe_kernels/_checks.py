@@ -1,0 +1,73 @@
+"""Argument checks shared by the operators: name, value and expectation in one line.
+
+They look at shapes, dtypes and devices only, so they cost no synchronisation and trace under
+`torch.compile`. `VALUE_CHECKS` turns on those that read values.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+VALUE_CHECKS = os.environ.get("UNIMOE_CHECKS", "0") not in ("", "0")
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: str, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> None:
+    """Checks dtype and number of dimensions; `shape` is such as `"[T, D]"`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} ({type(tensor).__name__}) must be a tensor of shape {shape}")
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} ({tensor.dtype}) must have dtype {expected}")
+    if tensor.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name} (shape {tuple(tensor.shape)}) must have shape {shape}")
+
+
+def check_size(name: str, tensor: Tensor, dim: int, expected: int, what: str) -> None:
+    """Checks one size of a tensor; `what` says where the expected value comes from."""
+    if tensor.shape[dim] != expected:
+        raise ValueError(
+            f"{name} (shape {tuple(tensor.shape)}) must have size {expected} in dimension {dim}: "
+            f"{what}"
+        )
+
+
+def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Checks that two tensors have the same dtype and device."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{name} ({tensor.dtype}) must have the dtype of {other_name} ({other.dtype})"
+        )
+    check_device(name, tensor, other_name, other)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Checks that two tensors are on the same device."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} (on {tensor.device}) must be on the device of {other_name} ({other.device})"
+        )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Checks that a value is one of a few."""
+    if value not in choices:
+        raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}")
+
+
+def check_positive(name: str, value: int) -> None:
+    """Checks that an integer is at least 1."""
+    if value < 1:
+        raise ValueError(f"{name} ({value}) must be at least 1")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype that sums are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,26 @@
+"""Operators, one folder each: reference.py (specification), kernel.py (Triton), op.py (public)."""
+
+from unimoe_kernels import _backends
+from unimoe_kernels.ops.expert_sort.op import ExpertSort, expert_sort
+from unimoe_kernels.ops.grouped_lora.op import grouped_lora
+from unimoe_kernels.ops.grouped_mm.op import grouped_mm
+from unimoe_kernels.ops.moe_mlp.op import moe_mlp
+from unimoe_kernels.ops.permute.op import permute
+from unimoe_kernels.ops.swiglu.op import swiglu
+from unimoe_kernels.ops.topk_router.op import RouterOutput, topk_router
+from unimoe_kernels.ops.unpermute.op import unpermute
+
+_backends.find_kernels()
+
+__all__ = [
+    "ExpertSort",
+    "RouterOutput",
+    "expert_sort",
+    "grouped_lora",
+    "grouped_mm",
+    "moe_mlp",
+    "permute",
+    "swiglu",
+    "topk_router",
+    "unpermute",
+]

@@ -1,0 +1,1 @@
+"""The operator `expert_sort`."""

@@ -1,0 +1,86 @@
+"""`expert_sort`: the order in which routed rows lie when they are grouped by expert."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unimoe_kernels import _backends, _checks
+from unimoe_kernels.ops.expert_sort import reference
+
+
+class ExpertSort(NamedTuple):
+    """Where each routed row goes; all tensors are int32. Row `n` is choice `n % K` of token `n // K`.
+
+    Attributes:
+        row_order: `[N]`, sorted position -> row.
+        inverse_order: `[N]`, row -> sorted position.
+        tokens_per_expert: `[E]`, rows of each expert.
+        expert_offsets: `[E + 1]`, expert `e` owns sorted positions
+            `expert_offsets[e]` to `expert_offsets[e + 1] - 1`; the last value is the number of rows
+            that any of the E experts takes.
+    """
+
+    row_order: Tensor
+    inverse_order: Tensor
+    tokens_per_expert: Tensor
+    expert_offsets: Tensor
+
+
+def expert_sort(ids: Tensor, num_experts: int) -> ExpertSort:
+    """Groups routed rows by expert, keeping their order within an expert.
+
+    Example: three tokens, two choices each, three experts: `ids = [[0, 2], [2, 1], [0, 1]]` gives
+    `row_order = [0, 4, 3, 5, 1, 2]`, `inverse_order = [0, 4, 5, 2, 1, 3]`,
+    `tokens_per_expert = [2, 2, 2]` and `expert_offsets = [0, 2, 4, 6]`.
+
+    Args:
+        ids: `[T, K]` or `[N]`, int32 (int64 is converted), any strides. A value of `num_experts` or
+            more marks a row that belongs to another rank: it is sorted to the end.
+        num_experts: E, the number of experts held here.
+
+    Returns:
+        An `ExpertSort` on the device of `ids`.
+
+    Raises:
+        ValueError: If `ids` is neither 1-D nor 2-D, has 2**31 or more elements, or `num_experts` is
+            less than 1. With `UNIMOE_CHECKS=1` also if an id is negative (otherwise such a row
+            counts as another rank's).
+        TypeError: If `ids` is not int32 or int64.
+
+    Note:
+        Not differentiable. A stable counting sort: bit-identical every run, without host
+        synchronisation on a GPU.
+    """
+    _checks.check_tensor("ids", ids, "[T, K]" if ids.dim() != 1 else "[N]", _checks.INTEGERS)
+    _checks.check_positive("num_experts", num_experts)
+    if ids.numel() >= 2**31:
+        raise ValueError(f"ids ({ids.numel()} elements) must have fewer than 2**31 elements")
+    if _checks.VALUE_CHECKS and ids.numel() and ids.min() < 0:
+        raise ValueError(f"ids (minimum {ids.min().item()}) must not be negative")
+    ids_N = ids.reshape(-1).to(torch.int32).contiguous()
+    return ExpertSort(*_backends.select("expert_sort", ids)(ids_N, num_experts))
+
+
+def _fake(ids, num_experts):
+    order = ids.new_empty(ids.shape)
+    inverse = ids.new_empty(ids.shape)
+    return order, inverse, ids.new_empty((num_experts,)), ids.new_empty((num_experts + 1,))
+
+
+def _triton(ids, num_experts):
+    from unimoe_kernels.ops.expert_sort import kernel
+
+    return kernel.expert_sort(ids, num_experts)
+
+
+_backends.declare(
+    "expert_sort",
+    "(Tensor ids, int num_experts) -> (Tensor row_order, Tensor inverse_order, "
+    "Tensor tokens_per_expert, Tensor expert_offsets)",
+    reference=reference.expert_sort,
+    triton=_triton,
+    fake=_fake,
+)

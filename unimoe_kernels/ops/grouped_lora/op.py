@@ -1,0 +1,125 @@
+"""`grouped_lora`: low-rank updates of expert weights, without building them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from unimoe_kernels import _backends, _checks
+from unimoe_kernels.ops.grouped_mm.op import check_grouped_weight
+
+
+def grouped_lora(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, expert_offsets: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Applies each expert's low-rank update to its rows: `y[i] = scale * B[e] @ (A[e] @ x[i])`.
+
+    Example: with `scale = alpha / r` added to `grouped_mm(x, weight, expert_offsets)` this equals
+    `grouped_mm(x, weight + scale * lora_B @ lora_A, expert_offsets)`.
+
+    Args:
+        x: `[N, D]` in expert order, float16, bfloat16, float32 or float64, any strides.
+        lora_A: `[E, r, D]`, dtype and device of `x`.
+        lora_B: `[E, F, r]`, likewise.
+        expert_offsets: `[E + 1]`, int32, as `expert_sort` gives it.
+        scale: Factor of the update.
+
+    Returns:
+        `[N, F]`, dtype of `x`, contiguous; zeros from row `expert_offsets[E]` on.
+
+    Raises:
+        ValueError: If the shapes do not fit each other or the devices differ.
+        TypeError: If dtypes differ or are none of those above.
+
+    Note:
+        Differentiable in `x`, `lora_A` and `lora_B`, deterministic. Keeps `x` and the `[N, r]`
+        products for the backward.
+
+    Reference:
+        arXiv:2106.09685.
+    """
+    _checks.check_tensor("x", x, "[N, D]")
+    check_grouped_weight("lora_A", lora_A, "x", x, expert_offsets)
+    _checks.check_tensor("lora_B", lora_B, "[E, F, r]")
+    _checks.check_size("lora_B", lora_B, 0, lora_A.shape[0], "E of lora_A")
+    _checks.check_size("lora_B", lora_B, 2, lora_A.shape[1], "r of lora_A")
+    _checks.check_same("lora_B", lora_B, "x", x)
+    y, _ = _backends.select("grouped_lora", x)(
+        x.contiguous(), lora_A, lora_B, expert_offsets, scale
+    )
+    return y
+
+
+def _forward(backend, x, lora_A, lora_B, expert_offsets, scale):
+    grouped_mm = _backends.overload("grouped_mm", backend)
+    low_NR = grouped_mm(x, lora_A, expert_offsets, None)
+    # The scale goes to the narrow product: r columns instead of F.
+    return grouped_mm(low_NR * scale, lora_B, expert_offsets, None), low_NR
+
+
+def _backward_op(backend, grad, x, lora_A, lora_B, low, expert_offsets, scale, needs_x):
+    grouped_mm = _backends.overload("grouped_mm", backend)
+    wgrad = _backends.overload("grouped_mm_wgrad", backend)
+    grad_B, _ = wgrad(grad, low * scale, expert_offsets, False)
+    grad_low_NR = grouped_mm(grad, lora_B.transpose(1, 2), expert_offsets, None) * scale
+    grad_A, _ = wgrad(grad_low_NR, x, expert_offsets, False)
+    if not needs_x:
+        return x.new_empty(0), grad_A, grad_B
+    grad_x = grouped_mm(grad_low_NR, lora_A.transpose(1, 2), expert_offsets, None)
+    return grad_x, grad_A, grad_B
+
+
+def _fake(x, lora_A, lora_B, expert_offsets, scale):
+    return (
+        x.new_empty((x.shape[0], lora_B.shape[1])),
+        x.new_empty((x.shape[0], lora_A.shape[1])),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, lora_A, lora_B, expert_offsets, ctx.scale = inputs
+    low = output[1]
+    ctx.mark_non_differentiable(low)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, lora_A, lora_B, low, expert_offsets)
+
+
+def _backward(backend, ctx, grad, _):
+    if grad is None:
+        return (None,) * 5
+    grad_x, grad_A, grad_B = _backends.overload("grouped_lora_backward", backend)(
+        grad.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad[0]
+    )
+    return grad_x if ctx.needs_input_grad[0] else None, grad_A, grad_B, None, None
+
+
+def _backward_fake(grad, x, lora_A, lora_B, low, expert_offsets, scale, needs_x):
+    return (
+        x.new_empty(x.shape if needs_x else (0,)),
+        x.new_empty(lora_A.shape),
+        x.new_empty(lora_B.shape),
+    )
+
+
+_backends.declare(
+    "grouped_lora_backward",
+    "(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor low, Tensor expert_offsets, "
+    "float scale, bool needs_x) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)",
+    reference=partial(_backward_op, "reference"),
+    native=partial(_backward_op, "default"),
+    parts=("grouped_mm",),
+    fake=_backward_fake,
+    public=False,
+)
+_backends.declare(
+    "grouped_lora",
+    "(Tensor x, Tensor lora_A, Tensor lora_B, Tensor expert_offsets, float scale) "
+    "-> (Tensor y, Tensor low)",
+    reference=partial(_forward, "reference"),
+    native=partial(_forward, "default"),
+    parts=("grouped_mm",),
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

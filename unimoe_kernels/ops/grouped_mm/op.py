@@ -1,0 +1,120 @@
+"""`grouped_mm`: every expert multiplies its own rows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from unimoe_kernels import _backends, _checks
+from unimoe_kernels.ops.grouped_mm import reference
+
+
+def grouped_mm(
+    x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Multiplies each group of rows by the weight of its expert: `y[i] = weight[e] @ x[i] + bias[e]`.
+
+    Expert `e` owns rows `expert_offsets[e]` to `expert_offsets[e + 1] - 1`. Groups may be of any
+    size, empty too; rows from `expert_offsets[E]` on give zeros.
+
+    Example: `x = [[1], [2], [3]]`, `weight = [[[10]], [[100]]]` and `expert_offsets = [0, 1, 2]`
+    give `[[10], [200], [0]]`.
+
+    Args:
+        x: `[N, D]` in expert order, float16, bfloat16, float32 or float64, any strides.
+        weight: `[E, F, D]`, dtype and device of `x`.
+        expert_offsets: `[E + 1]`, int32, rising from 0, as `expert_sort` gives it.
+        bias: `[E, F]` or None.
+
+    Returns:
+        `[N, F]`, dtype of `x`, contiguous.
+
+    Raises:
+        ValueError: If the shapes do not fit each other or the devices differ.
+        TypeError: If dtypes differ or are none of those above.
+
+    Note:
+        Differentiable in `x`, `weight` and `bias`; deterministic. Products are summed in float32
+        (float64 for float64).
+    """
+    _checks.check_tensor("x", x, "[N, D]")
+    check_grouped_weight("weight", weight, "x", x, expert_offsets)
+    if bias is not None:
+        _checks.check_tensor("bias", bias, "[E, F]")
+        _checks.check_size("bias", bias, 0, weight.shape[0], "E of weight")
+        _checks.check_size("bias", bias, 1, weight.shape[1], "F of weight")
+        _checks.check_same("bias", bias, "x", x)
+    return _backends.select("grouped_mm", x)(x.contiguous(), weight, expert_offsets, bias)
+
+
+def check_grouped_weight(
+    name: str, weight: Tensor, x_name: str, x: Tensor, expert_offsets: Tensor
+) -> None:
+    """Checks a stack of weights `[E, F, D]` against rows `[N, D]` and offsets `[E + 1]`."""
+    _checks.check_tensor(name, weight, "[E, F, D]")
+    _checks.check_size(name, weight, 2, x.shape[1], f"D of {x_name}")
+    _checks.check_same(name, weight, x_name, x)
+    _checks.check_tensor("expert_offsets", expert_offsets, "[E + 1]", (_checks.INTEGERS[0],))
+    _checks.check_size(
+        "expert_offsets", expert_offsets, 0, weight.shape[0] + 1, f"E of {name} plus 1"
+    )
+    _checks.check_device("expert_offsets", expert_offsets, x_name, x)
+
+
+def _fake(x, weight, expert_offsets, bias):
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, expert_offsets, _ = inputs
+    ctx.save_for_backward(
+        x if ctx.needs_input_grad[1] else None,
+        weight if ctx.needs_input_grad[0] else None,
+        expert_offsets,
+    )
+
+
+def _backward(backend, ctx, grad):
+    x, weight, expert_offsets = ctx.saved_tensors
+    needs_x, needs_weight, _, needs_bias = ctx.needs_input_grad
+    grad = grad.contiguous()
+    grad_x = grad_weight = grad_bias = None
+    if needs_x:
+        grouped_mm_ = _backends.overload("grouped_mm", backend)
+        grad_x = grouped_mm_(grad, weight.transpose(1, 2), expert_offsets, None)
+    if needs_weight or needs_bias:
+        wgrad = _backends.overload("grouped_mm_wgrad", backend)
+        # Only the sum over rows is wanted when the weight is frozen: give it no columns.
+        x = grad.new_empty((grad.shape[0], 0)) if x is None else x
+        grad_weight, grad_bias = wgrad(grad, x, expert_offsets, needs_bias)
+    return (
+        grad_x,
+        grad_weight if needs_weight else None,
+        None,
+        grad_bias if needs_bias else None,
+    )
+
+
+def _wgrad_fake(grad, x, expert_offsets, has_bias):
+    num_experts = expert_offsets.shape[0] - 1
+    return (
+        x.new_empty((num_experts, grad.shape[1], x.shape[1])),
+        x.new_empty((num_experts if has_bias else 0, grad.shape[1])),
+    )
+
+
+_backends.declare(
+    "grouped_mm_wgrad",
+    "(Tensor grad, Tensor x, Tensor expert_offsets, bool has_bias) "
+    "-> (Tensor grad_weight, Tensor grad_bias)",
+    reference=reference.grouped_mm_wgrad,
+    fake=_wgrad_fake,
+    public=False,
+)
+_backends.declare(
+    "grouped_mm",
+    "(Tensor x, Tensor weight, Tensor expert_offsets, Tensor? bias) -> Tensor",
+    reference=reference.grouped_mm,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

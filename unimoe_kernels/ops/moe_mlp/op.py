@@ -1,0 +1,289 @@
+"""`moe_mlp`: the experts of a layer as one operator that keeps little for its backward.
+
+Forward, in rows `N = T * K` sorted by expert, with scores `s` and activation `act`:
+
+    X = permute(x)    H = X W1' + b1    A = act(H)    Y = A W2' + b2    y = unpermute(Y, s)
+
+Backward keeps x, H, the scores and the sort, and needs neither Y nor A: with `dO = permute(dy)`,
+
+    dA' = dO W2    dS = rowsum(dA' * A) + rowsum(dO * b2)    dH = act'(H)[s * dA']
+    dW2 = (s * dO)' A    dW1 = dH' X    dx = unpermute(dH W1)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from unimoe_kernels import _backends, _checks
+from unimoe_kernels.ops.swiglu.op import ACTIVATIONS
+
+
+def moe_mlp(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    *,
+    activation: str = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    limit: float = 7.0,
+    alpha: float = 1.702,
+) -> Tensor:
+    """Runs each token through its K experts and sums the results, weighted by score.
+
+    `y[t] = sum_k scores[t, k] * expert(ids[t, k], x[t])` with
+    `expert(e, v) = down_proj[e] @ act(gate_up_proj[e] @ v + gate_up_bias[e]) + down_bias[e]`, where
+    `act` is `swiglu` with the given activation.
+
+    Example: with one expert, `ids` all zero and `scores` all one this is the FFN
+    `swiglu(x @ gate_up_proj[0].T) @ down_proj[0].T`.
+
+    Args:
+        x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.
+        gate_up_proj: `[E, 2F, D]`, gate rows first, dtype and device of `x`.
+        down_proj: `[E, D, F]`, likewise.
+        ids: `[T, K]`, int32 or int64. A value of E or more is another rank's expert and adds 0.
+        scores: `[T, K]`, any floating dtype, used in float32 (float64 for float64 `x`).
+        activation: As in `swiglu`, with its `limit` and `alpha`.
+        gate_up_bias: `[E, 2F]` or None.
+        down_bias: `[E, D]` or None.
+        limit: Clamp of `"swiglu_clamped"`.
+        alpha: Slope of `"swiglu_clamped"`.
+
+    Returns:
+        `[T, D]`, dtype of `x`, contiguous.
+
+    Raises:
+        ValueError: If shapes do not fit each other, devices differ or `activation` is unknown.
+        TypeError: If dtypes differ or are none of those above.
+
+    Note:
+        Differentiable in everything but `ids`; deterministic. Keeps for the backward `x`, the
+        pre-activations `[N, 2F]`, the scores, two int32 orders `[N]` and the offsets.
+    """
+    _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias)
+    outputs = _backends.select("moe_mlp", x)(
+        x.contiguous(),
+        gate_up_proj,
+        down_proj,
+        ids.to(torch.int32).contiguous(),
+        scores.to(_checks.accumulation_dtype(x.dtype)).contiguous(),
+        gate_up_bias,
+        down_bias,
+        activation,
+        limit,
+        alpha,
+    )
+    return outputs[0]
+
+
+def _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias):
+    _checks.check_tensor("x", x, "[T, D]")
+    _checks.check_tensor("gate_up_proj", gate_up_proj, "[E, 2F, D]")
+    num_experts, double_width, _ = gate_up_proj.shape
+    _checks.check_positive("E of gate_up_proj", num_experts)
+    if double_width % 2:
+        shape = tuple(gate_up_proj.shape)
+        raise ValueError(f"gate_up_proj (shape {shape}) must have an even size in dimension 1")
+    _checks.check_size("gate_up_proj", gate_up_proj, 2, x.shape[1], "D of x")
+    _checks.check_same("gate_up_proj", gate_up_proj, "x", x)
+    _checks.check_tensor("down_proj", down_proj, "[E, D, F]")
+    _checks.check_size("down_proj", down_proj, 0, num_experts, "E of gate_up_proj")
+    _checks.check_size("down_proj", down_proj, 1, x.shape[1], "D of x")
+    _checks.check_size("down_proj", down_proj, 2, double_width // 2, "F of gate_up_proj")
+    _checks.check_same("down_proj", down_proj, "x", x)
+    _checks.check_tensor("ids", ids, "[T, K]", _checks.INTEGERS)
+    _checks.check_size("ids", ids, 0, x.shape[0], "T of x")
+    _checks.check_positive("K of ids", ids.shape[1])
+    _checks.check_device("ids", ids, "x", x)
+    _checks.check_tensor("scores", scores, "[T, K]")
+    _checks.check_size("scores", scores, 0, x.shape[0], "T of x")
+    _checks.check_size("scores", scores, 1, ids.shape[1], "K of ids")
+    _checks.check_device("scores", scores, "x", x)
+    _checks.check_choice("activation", activation, ACTIVATIONS)
+    for name, bias, width in (
+        ("gate_up_bias", gate_up_bias, double_width),
+        ("down_bias", down_bias, x.shape[1]),
+    ):
+        if bias is not None:
+            _checks.check_tensor(name, bias, "[E, 2F]" if name == "gate_up_bias" else "[E, D]")
+            _checks.check_size(name, bias, 0, num_experts, "E of gate_up_proj")
+            _checks.check_size(name, bias, 1, width, "width of its projection")
+            _checks.check_same(name, bias, "x", x)
+
+
+def _forward(
+    backend, x, gate_up_proj, down_proj, ids, scores, gate_up_bias, down_bias, activation, *gate
+):
+    call = partial(_backends.overload, name=backend)
+    top_k = ids.shape[1]
+    row_order, inverse_order, _, offsets = call("expert_sort")(
+        ids.view(-1), gate_up_proj.shape[0]
+    )
+    x_ND = call("permute")(x, row_order, offsets, top_k)
+    gate_up_rows = call("grouped_mm")(x_ND, gate_up_proj, offsets, gate_up_bias)
+    a_NF = call("swiglu")(gate_up_rows, activation, *gate)
+    y_ND = call("grouped_mm")(a_NF, down_proj, offsets, down_bias)
+    y = call("unpermute")(y_ND, inverse_order, offsets, scores, top_k)
+    return y, gate_up_rows, row_order, inverse_order, offsets
+
+
+def _backward_op(
+    backend,
+    grad,
+    x,
+    gate_up_proj,
+    down_proj,
+    scores,
+    gate_up_rows,
+    row_order,
+    inverse_order,
+    offsets,
+    down_bias,
+    activation,
+    limit,
+    alpha,
+    needs,
+):
+    needs_x, needs_gate_up, needs_down, needs_scores, needs_gate_up_bias, needs_down_bias = needs
+    call = partial(_backends.overload, name=backend)
+    top_k = scores.shape[1]
+    empty = x.new_empty(0)
+    grad_x = grad_gate_up = grad_down = grad_scores = grad_gate_up_bias = grad_down_bias = empty
+    held_N1 = _held(row_order, offsets).unsqueeze(1)
+    scores_N1 = scores.view(-1, 1).index_select(0, row_order).masked_fill_(~held_N1, 0)
+    dout_ND = call("permute")(grad, row_order, offsets, top_k)
+    da_NF = call("grouped_mm")(dout_ND, down_proj.transpose(1, 2), offsets, None)
+    a_NF = call("swiglu")(gate_up_rows, activation, limit, alpha)
+    if needs_scores:
+        grad_scores = (da_NF.to(scores.dtype) * a_NF).sum(1)
+        if down_bias is not None:
+            expert_N = _expert_of_row(row_order, offsets)
+            grad_scores += (dout_ND.to(scores.dtype) * down_bias[expert_N]).sum(1)
+        grad_scores = grad_scores.index_select(0, inverse_order).view_as(scores)
+    if needs_down or needs_down_bias:
+        wgrad = call("grouped_mm_wgrad")
+        scaled_ND = (dout_ND * scores_N1).to(x.dtype)
+        grad_down, grad_down_bias = wgrad(scaled_ND, a_NF, offsets, needs_down_bias)
+    if needs_x or needs_gate_up or needs_gate_up_bias:
+        scaled_NF = (da_NF * scores_N1).to(x.dtype)
+        dh_NF = call("swiglu_backward")(scaled_NF, gate_up_rows, activation, limit, alpha)
+        if needs_gate_up or needs_gate_up_bias:
+            x_ND = call("permute")(x, row_order, offsets, top_k)
+            wgrad = call("grouped_mm_wgrad")
+            grad_gate_up, grad_gate_up_bias = wgrad(dh_NF, x_ND, offsets, needs_gate_up_bias)
+        if needs_x:
+            dx_ND = call("grouped_mm")(dh_NF, gate_up_proj.transpose(1, 2), offsets, None)
+            grad_x = call("unpermute")(dx_ND, inverse_order, offsets, None, top_k)
+    return grad_x, grad_gate_up, grad_down, grad_scores, grad_gate_up_bias, grad_down_bias
+
+
+def _held(row_order: Tensor, offsets: Tensor) -> Tensor:
+    return torch.arange(row_order.shape[0], device=row_order.device) < offsets[-1]
+
+
+def _expert_of_row(row_order: Tensor, offsets: Tensor) -> Tensor:
+    position_N = torch.arange(row_order.shape[0], dtype=torch.int32, device=row_order.device)
+    expert_N = torch.searchsorted(offsets[1:], position_N, right=True)
+    return expert_N.clamp_(max=offsets.shape[0] - 2)
+
+
+def _fake(
+    x, gate_up_proj, down_proj, ids, scores, gate_up_bias, down_bias, activation, limit, alpha
+):
+    num_experts, double_width, _ = gate_up_proj.shape
+    num_rows = ids.shape[0] * ids.shape[1]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((num_rows, double_width)),
+        ids.new_empty((num_rows,)),
+        ids.new_empty((num_rows,)),
+        ids.new_empty((num_experts + 1,)),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, gate_up_proj, down_proj, _, scores, _, down_bias, *ctx.gate = inputs
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, gate_up_proj, down_proj, scores, *saved, down_bias)
+
+
+def _backward(backend, ctx, grad, *_):
+    if grad is None:
+        return (None,) * 10
+    n = ctx.needs_input_grad
+    needs = [n[0], n[1], n[2], n[4], n[5], n[6]]
+    grads = _backends.overload("moe_mlp_backward", backend)(
+        grad.contiguous(), *ctx.saved_tensors, *ctx.gate, needs
+    )
+    x, gate_up, down, scores, gate_up_bias, down_bias = (
+        grad if needed else None for grad, needed in zip(grads, needs, strict=True)
+    )
+    return x, gate_up, down, None, scores, gate_up_bias, down_bias, None, None, None
+
+
+def _backward_fake(
+    grad,
+    x,
+    gate_up_proj,
+    down_proj,
+    scores,
+    gate_up_rows,
+    row_order,
+    inverse_order,
+    offsets,
+    down_bias,
+    activation,
+    limit,
+    alpha,
+    needs,
+):
+    needs_x, needs_gate_up, needs_down, needs_scores, needs_gate_up_bias, needs_down_bias = needs
+    num_experts, double_width, width = gate_up_proj.shape
+    empty = (0,)
+    return (
+        x.new_empty(x.shape if needs_x else empty),
+        x.new_empty(gate_up_proj.shape if needs_gate_up or needs_gate_up_bias else empty),
+        x.new_empty(down_proj.shape if needs_down or needs_down_bias else empty),
+        scores.new_empty(scores.shape) if needs_scores else x.new_empty(empty),
+        x.new_empty((num_experts, double_width) if needs_gate_up_bias else empty),
+        x.new_empty((num_experts, width) if needs_down_bias else empty),
+    )
+
+
+_PARTS = ("expert_sort", "permute", "unpermute", "grouped_mm", "swiglu")
+_backends.declare(
+    "moe_mlp_backward",
+    "(Tensor grad, Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor scores, "
+    "Tensor gate_up_rows, Tensor row_order, Tensor inverse_order, Tensor expert_offsets, "
+    "Tensor? down_bias, str activation, float limit, float alpha, bool[] needs) -> (Tensor grad_x, "
+    "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_scores, "
+    "Tensor grad_gate_up_bias, Tensor grad_down_bias)",
+    reference=partial(_backward_op, "reference"),
+    native=partial(_backward_op, "default"),
+    triton=partial(_backward_op, "triton"),
+    parts=_PARTS,
+    fake=_backward_fake,
+    public=False,
+)
+_backends.declare(
+    "moe_mlp",
+    "(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor ids, Tensor scores, "
+    "Tensor? gate_up_bias, Tensor? down_bias, str activation, float limit, float alpha) -> "
+    "(Tensor y, Tensor gate_up_rows, Tensor row_order, Tensor inverse_order, "
+    "Tensor expert_offsets)",
+    reference=partial(_forward, "reference"),
+    native=partial(_forward, "default"),
+    triton=partial(_forward, "triton"),
+    parts=_PARTS,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
