@@ -5,8 +5,17 @@ The public API is exactly `__all__`.
 
 # Loading the extension registers the C++ and CUDA operators; the backends of an operator are
 # decided when it is declared, so this comes first.
-from unimoe_kernels import _extension  # noqa: F401, I001
+from unimoe_kernels import _extension  # noqa: F401
 from unimoe_kernels._backends import available_backends, use_backend
+from unimoe_kernels.integrations import register_with_transformers
+from unimoe_kernels.layers import (
+    GroupedExperts,
+    LoopedMoE,
+    MoE,
+    SwiGLUFFN,
+    TopKRouter,
+    inject_aux_loss,
+)
 from unimoe_kernels.ops import (
     ExpertSort,
     RouterOutput,
@@ -24,14 +33,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ExpertSort",
+    "GroupedExperts",
+    "LoopedMoE",
+    "MoE",
     "RouterOutput",
+    "SwiGLUFFN",
+    "TopKRouter",
     "__version__",
     "available_backends",
     "expert_sort",
     "grouped_lora",
     "grouped_mm",
+    "inject_aux_loss",
     "moe_mlp",
     "permute",
+    "register_with_transformers",
     "swiglu",
     "topk_router",
     "unpermute",

@@ -3,11 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from unimoe_kernels.ops.expert_sort.op import expert_sort
-from unimoe_kernels.ops.grouped_mm.op import grouped_mm
-from unimoe_kernels.ops.moe_mlp.op import moe_mlp
-from unimoe_kernels.ops.permute.op import permute
-from unimoe_kernels.ops.unpermute.op import unpermute
+from unimoe_kernels.ops import expert_sort, grouped_mm, moe_mlp, permute, unpermute
 
 _NAME = "unimoe"
 _MIN_VERSION = (5, 17)

@@ -12,7 +12,7 @@ from unimoe_kernels.layers.aux_loss import inject_aux_loss
 from unimoe_kernels.layers.experts import GroupedExperts
 from unimoe_kernels.layers.looped_moe import LoopedMoE
 from unimoe_kernels.layers.router import TopKRouter
-from unimoe_kernels.ops.topk_router.op import RouterOutput
+from unimoe_kernels.ops import RouterOutput
 
 _AUX_LOSS_MODES = ("return", "inject")
 _FFN_KEYS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -48,7 +48,7 @@ class MoE(nn.Module):
         num_experts: E, at least 1.
         top_k: K, between 1 and E.
         mode: how scores come from logits, see `topk_router`.
-        activation: `"silu"`, `"gelu"`, `"gelu_tanh"` or `"relu"`.
+        activation: of the experts' gate, see `swiglu`.
         bias: whether experts have biases.
         load_balancing_coef: at least 0.
         router_z_coef: at least 0.

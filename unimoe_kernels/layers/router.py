@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unimoe_kernels.layers._inputs import check_hidden, check_positive, check_top_k, flatten_mask
-from unimoe_kernels.ops.topk_router.op import RouterOutput, topk_router
+from unimoe_kernels.ops import RouterOutput, topk_router
 
 
 class TopKRouter(nn.Module):
@@ -35,8 +35,8 @@ class TopKRouter(nn.Module):
         dtype: dtype of the weight.
 
     Raises:
-        ValueError: if a size is below 1 or top_k is above num_experts. Impossible combinations of
-            mode, groups and bias are refused by `topk_router` at the first call.
+        ValueError: if a size is below 1, top_k is above num_experts, or `topk_router` refuses the
+            mode, groups or balance.
     """
 
     def __init__(
@@ -72,6 +72,9 @@ class TopKRouter(nn.Module):
         )
         bias_E = torch.zeros(num_experts, device=device) if correction_bias else None
         self.register_buffer("correction_bias", bias_E)
+        # The operator itself refuses options that do not go together, here on no tokens.
+        with torch.device("meta"):
+            self._route(torch.empty(0, num_experts), None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -101,11 +104,15 @@ class TopKRouter(nn.Module):
         check_hidden(x, self.weight, self.hidden_size)
         mask_T = flatten_mask(token_mask, x)
         logits_TE = F.linear(x.reshape(-1, self.hidden_size), self.weight)
+        return self._route(logits_TE, mask_T)
+
+    def _route(self, logits_TE: torch.Tensor, mask_T: torch.Tensor | None) -> RouterOutput:
+        bias_E = self.correction_bias
         return topk_router(
             logits_TE,
             self.top_k,
             mode=self.mode,
-            correction_bias=self.correction_bias,
+            correction_bias=None if bias_E is None else bias_E.to(logits_TE.device),
             num_groups=self.num_groups,
             top_groups=self.top_groups,
             scale=self.scale,
