@@ -1,4 +1,5 @@
 import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -44,15 +45,14 @@ def build(name, implementation):
     """A tiny model of random weights, the same at every call, with experts that matter."""
     config_class, options = CONFIGS[name]
     config = getattr(transformers, config_class)(**TINY, **options)
+    torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         config, experts_implementation=implementation, attn_implementation="eager"
     )
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                values = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(values * parameter.shape[-1] ** -0.5)
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return model
 
 
@@ -91,10 +91,11 @@ def test_saved_model_loads_with_unimoe_and_switches(tmp_path):
         model.set_experts_implementation("unimoe")
         switched = model(input_ids).logits
         generated = loaded.generate(input_ids, max_new_tokens=4, do_sample=False)
-    assert not torch.equal(expected, actual) or not expected.any()
+        model.set_experts_implementation("eager")
+        expected_tokens = model.generate(input_ids, max_new_tokens=4, do_sample=False)
     assert relative_error(actual, expected) < 1e-5
     assert relative_error(switched, expected) < 1e-5
-    assert generated.shape == (1, 21)
+    assert torch.equal(generated, expected_tokens)
 
 
 def test_registering_twice_changes_nothing():
@@ -104,7 +105,8 @@ def test_registering_twice_changes_nothing():
 
 
 def test_old_transformers_is_refused(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.16.1")
+    # transformers puts a new module object under its name when it loads a model.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.16.1")
     with pytest.raises(ImportError, match=r"transformers is 5\.16\.1, it must be at least 5\.17"):
         unimoe_kernels.register_with_transformers()
 

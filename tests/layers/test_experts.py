@@ -163,9 +163,10 @@ def test_experts_reject():
         experts(torch.zeros(3, 5), ids, scores)
     with pytest.raises(ValueError, match=r"x \(shape \(1, 3, 4\)\) must be \[T, D\]"):
         experts(torch.zeros(1, 3, 4), ids, scores)
-    for options in ({}, {"lora_rank": 2}):
-        with pytest.raises(ValueError, match="ids"):
-            GroupedExperts(2, 4, 6, **options)(torch.zeros(4, 4), ids, scores)
+    with pytest.raises(ValueError, match=r"ids \(shape \(3, 1\)\) must be \[T, K\] with T = 4"):
+        experts(torch.zeros(4, 4), ids, scores)
+    with pytest.raises(ValueError, match=r"scores \(shape \(3, 2\)\).*\(3, 1\)"):
+        experts(torch.zeros(3, 4), ids, torch.ones(3, 2))
     experts.add_lora(2)
     with pytest.raises(RuntimeError, match="LoRA of rank 2"):
         experts.add_lora(2)

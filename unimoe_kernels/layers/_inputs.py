@@ -47,6 +47,9 @@ def flatten_mask(token_mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tens
 
 def autocasts(*tensors: torch.Tensor) -> bool:
     """Whether torch.autocast is on and takes all of these: it leaves float64 and integers alone."""
-    return torch.is_autocast_enabled(tensors[0].device.type) and all(
-        t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors
+    device_type = tensors[0].device.type
+    return (
+        torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+        and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
     )

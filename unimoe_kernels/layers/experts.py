@@ -122,6 +122,12 @@ class GroupedExperts(nn.Module):
         check_hidden(x, self.gate_up_proj, self.hidden_size)
         if x.dim() != 2:
             raise ValueError(f"x (shape {tuple(x.shape)}) must be [T, D]")
+        if ids.dim() != 2 or ids.shape[0] != x.shape[0]:
+            raise ValueError(f"ids (shape {tuple(ids.shape)}) must be [T, K] with T = {x.shape[0]}")
+        if scores.shape != ids.shape:
+            raise ValueError(
+                f"scores (shape {tuple(scores.shape)}) must have the shape of ids {tuple(ids.shape)}"
+            )
         x, *weights = self._operands(x)
         gate_up_proj, down_proj, gate_up_bias, down_bias, *lora = weights
         if self.lora_rank == 0:
