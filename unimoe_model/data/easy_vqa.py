@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unimoe_model.assets import asset_file, asset_folder
+from unimoe_model.assets import asset_file
 from unimoe_model.data.feature_cache import FeatureCache
 from unimoe_model.data.media_io import load_image, resize_square
 from unimoe_model.data.media_set import MediaSet
@@ -30,6 +30,7 @@ _SPLITS = {
     "validation": ("train", 3600, 400),
     "test": ("test", 0, 1000),
 }
+_BATCH_SIZE = 64
 _ATTRIBUTE = re.compile(rf"\b({'|'.join(SHAPES + COLORS)})\b")
 _NEGATION = re.compile(r"\b(no|not)\b")
 
@@ -131,20 +132,20 @@ def load(cache: FeatureCache, encoder: EfficientNetLite0, split: str) -> MediaSe
         MissingAssetError: the package easy-vqa is not installed.
     """
     _, _, count = _bounds(split)
+    known = labels(split)
     title = f"easy-vqa {split}"
 
     def build() -> dict[str, Tensor]:
         return {"features": encoder.encode(_images(split, count), count, title)}
 
-    asset_folder("easy_vqa")
     fingerprint = f"easy-vqa 1.0 {_SPLITS[split]} {IMAGE_SIZE} px, {encoder.fingerprint()}"
     features = cache.load_or_build(f"easy_vqa-{split}", fingerprint, build)["features"]
-    return MediaSet(features, torch.full((count,), features.shape[1]), labels(split))
+    return MediaSet(features, torch.full((count,), features.shape[1]), known)
 
 
 def _images(split: str, count: int) -> Iterator[Tensor]:
-    for first in range(0, count, _BATCH):
-        indices = range(first, min(first + _BATCH, count))
+    for first in range(0, count, _BATCH_SIZE):
+        indices = range(first, min(first + _BATCH_SIZE, count))
         yield torch.stack(
             [resize_square(load_image(image_path(split, i)), IMAGE_SIZE) for i in indices]
         )
@@ -154,6 +155,3 @@ def _bounds(split: str) -> tuple[str, int, int]:
     if split not in _SPLITS:
         raise ValueError(f"split ({split!r}) must be one of {sorted(_SPLITS)}")
     return _SPLITS[split]
-
-
-_BATCH = 64

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 NUM_FRAMES = 8
@@ -25,7 +25,8 @@ def load_image(path: Path | str) -> Tensor:
     try:
         with Image.open(path) as image:
             return _to_tensor(image)
-    except _READ_ERRORS as error:
+    # Pillow's decoders raise errors of many kinds on damaged bytes, IndexError among them.
+    except Exception as error:
         raise ValueError(
             f"image file {path} must be a whole picture such as PNG or JPEG: {error}"
         ) from error
@@ -57,12 +58,12 @@ def load_video(path: Path | str, num_frames: int = NUM_FRAMES) -> Tensor:
         _require_file(path, "an animated GIF or a folder of pictures")
         try:
             with Image.open(path) as image:
-                all_frames = [_to_tensor(frame) for frame in ImageSequence.Iterator(image)]
-        except _READ_ERRORS as error:
+                picked = pick_frames(getattr(image, "n_frames", 1), num_frames)
+                frames = [_frame(image, i) for i in picked]
+        except Exception as error:
             raise ValueError(
                 f"video file {path} must be a whole animated GIF or a folder of pictures: {error}"
             ) from error
-        frames = [all_frames[i] for i in pick_frames(len(all_frames), num_frames)]
     sizes = sorted({(frame.shape[1], frame.shape[0]) for frame in frames})
     if len(sizes) > 1:
         raise ValueError(f"frames of video {path} must have one size, have {sizes}")
@@ -101,12 +102,14 @@ def resize_square(images: Tensor, size: int) -> Tensor:
     return _to_tensor(square)
 
 
-_READ_ERRORS = (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
-
-
 def _require_file(path: Path, expected: str) -> None:
     if not path.is_file():
         raise ValueError(f"file {path} must be {expected}; there is no such file")
+
+
+def _frame(image: Image.Image, index: int) -> Tensor:
+    image.seek(index)
+    return _to_tensor(image)
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

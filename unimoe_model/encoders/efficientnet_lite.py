@@ -153,8 +153,11 @@ class EfficientNetLite0(FrozenEncoder):
 
         Returns:
             ``[total, tokens, 1280]`` float16 on the CPU.
+
+        Raises:
+            ValueError: ``batches`` hold another number of pictures than ``total``.
         """
-        features = torch.empty(0)
+        features = torch.empty(0, dtype=torch.float16)
         done = 0
         with tqdm(total=total, desc=title, unit="img", mininterval=0.5) as bar:
             for batch in batches:
@@ -164,9 +167,11 @@ class EfficientNetLite0(FrozenEncoder):
                         tokens = self(images.to(self.stem.weight.device)).half().cpu()
                     if not done:
                         features = tokens.new_empty(total, *tokens.shape[1:])
-                    features[done : done + len(tokens)] = tokens
+                    features[done : done + len(tokens)] = tokens[: max(total - done, 0)]
                     done += len(tokens)
                     bar.update(len(tokens))
+        if done != total:
+            raise ValueError(f"batches ({done} pictures) must hold total ({total}) pictures")
         return features
 
 
