@@ -1,0 +1,56 @@
+"""Every .cu file compiles against the torch that is here, with or without CUDA in it."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHS = [
+    "80",
+    pytest.param("90", marks=pytest.mark.slow),
+    pytest.param("100", marks=pytest.mark.slow),
+    pytest.param("120", marks=pytest.mark.slow),
+]
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_cuda_source_compiles(build_script, source, arch, tmp_path):
+    include = Path(torch.__file__).parent / "include"
+    result = subprocess.run(
+        [
+            "nvcc",
+            "-c",
+            str(source),
+            "-o",
+            str(tmp_path / "object.o"),
+            "-std=c++20",
+            "-Xptxas=-v",
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{include}",
+            "-DUSE_CUDA",
+            f"-DTORCH_TARGET_VERSION={build_script.TORCH_TARGET_VERSION}",
+            *build_script.NVCC_FLAGS,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    assert "warning" not in output, output
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", output)]
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill stores", output)]
+    shared = [int(count) for count in re.findall(r"(\d+) bytes smem", output)]
+    print(
+        f"{source.name} sm_{arch}: {len(registers)} kernels, at most {max(registers)} registers, "
+        f"{max(shared, default=0)} bytes of static shared memory, {sum(spills)} bytes spilled"
+    )
+    assert not sum(spills)

@@ -1,0 +1,197 @@
+"""Who may import whom, read from the syntax trees of both packages.
+
+The rules are those of CONTRIBUTING.md: a kernel package that needs torch alone, operators that know
+only themselves and the public functions of others, and a model on public names only.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = ("unimoe_kernels", "unimoe_model")
+
+
+class Import(NamedTuple):
+    module: str
+    names: tuple[str, ...]
+    lazy: bool
+    line: int
+
+    @property
+    def top(self):
+        return self.module.split(".")[0]
+
+    def targets(self):
+        """`from a import b` may bring the module a.b or a name of a: both are listed."""
+        return [self.module, *(f"{self.module}.{name}" for name in self.names)]
+
+
+def imports_of(tree):
+    """Lists the imports of a module; lazy ones are inside a function or under TYPE_CHECKING."""
+    found = []
+
+    def visit(node, lazy):
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, (), lazy, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            names = tuple(alias.name for alias in node.names)
+            found.append(Import(node.module, names, lazy, node.lineno))
+        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            lazy = True
+        for child in ast.iter_child_nodes(node):
+            visit(child, lazy)
+
+    visit(tree, False)
+    return found
+
+
+def files(pattern):
+    return sorted(path for path in ROOT.glob(pattern) if "__pycache__" not in path.parts)
+
+
+def violations(pattern, allowed):
+    """Lists the imports of the files for which `allowed(path, import)` does not hold."""
+    paths = files(pattern)
+    assert paths, f"no file matches {pattern}"
+    return [
+        f"{path.relative_to(ROOT)}:{item.line} imports {item.module} {item.names or ''}"
+        for path in paths
+        for item in imports_of(ast.parse(path.read_text()))
+        if not allowed(path, item)
+    ]
+
+
+def is_stdlib(item):
+    return item.top in sys.stdlib_module_names
+
+
+def public_names():
+    tree = ast.parse((ROOT / "unimoe_kernels" / "__init__.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError("unimoe_kernels/__init__.py has no literal __all__")
+
+
+def test_imports_of_finds_every_form():
+    tree = ast.parse(
+        "import a.b\nfrom c import d\ndef f():\n    import e\nif TYPE_CHECKING:\n    import g\n"
+    )
+    found = [(item.module, item.names, item.lazy) for item in imports_of(tree)]
+    assert found == [
+        ("a.b", (), False),
+        ("c", ("d",), False),
+        ("e", (), True),
+        ("g", (), True),
+    ]
+
+
+def test_references_import_torch_only():
+    def allowed(path, item):
+        return is_stdlib(item) or item.top == "torch"
+
+    assert not violations("unimoe_kernels/ops/*/reference.py", allowed)
+
+
+def test_kernels_import_triton_and_torch_only():
+    def allowed(path, item):
+        return is_stdlib(item) or item.top in ("torch", "triton")
+
+    assert not violations("unimoe_kernels/ops/*/kernel.py", allowed)
+
+
+def test_ops_import_their_own_parts_and_public_functions():
+    """A kernel module needs triton, so op.py loads it inside the function that launches it."""
+    shared = {"unimoe_kernels", "unimoe_kernels._backends", "unimoe_kernels._checks"}
+
+    def allowed(path, item):
+        own = f"unimoe_kernels.ops.{path.parent.name}"
+        if is_stdlib(item) or item.top == "torch":
+            return True
+        if item.module == own:
+            return set(item.names) <= {"reference", "kernel"} and (
+                item.lazy or "kernel" not in item.names
+            )
+        if item.module == "unimoe_kernels":
+            return set(item.targets()) <= shared
+        is_other_op = item.module.startswith("unimoe_kernels.ops.") and item.module.endswith(".op")
+        return is_other_op and not any(name.startswith("_") for name in item.names)
+
+    assert not violations("unimoe_kernels/ops/*/op.py", allowed)
+
+
+def test_layers_import_public_ops():
+    exported = set()
+    for item in imports_of(ast.parse((ROOT / "unimoe_kernels/ops/__init__.py").read_text())):
+        exported |= set(item.names)
+
+    def allowed(path, item):
+        if is_stdlib(item) or item.top == "torch":
+            return True
+        if item.module == "unimoe_kernels.ops":
+            return set(item.names) <= exported
+        return item.module.startswith("unimoe_kernels.layers")
+
+    assert not violations("unimoe_kernels/layers/*.py", allowed)
+
+
+def test_kernel_package_imports_nothing_but_torch_when_loaded():
+    """Triton, transformers, peft and the rest come in lazily, or in a kernel.py."""
+
+    def allowed(path, item):
+        if item.lazy or path.name == "kernel.py":
+            return item.top != "unimoe_model"
+        return is_stdlib(item) or item.top in ("torch", "unimoe_kernels")
+
+    assert not violations("unimoe_kernels/**/*.py", allowed)
+
+
+def test_kernel_modules_are_loaded_lazily_everywhere():
+    def allowed(path, item):
+        return item.lazy or not any(
+            target.startswith("unimoe_kernels.ops.") and target.endswith(".kernel")
+            for target in item.targets()
+        )
+
+    assert not violations("unimoe_kernels/**/*.py", allowed)
+
+
+def test_model_imports_public_names_of_the_kernel_package():
+    public = public_names()
+
+    def allowed(path, item):
+        if item.top != "unimoe_kernels":
+            return True
+        return item.module == "unimoe_kernels" and set(item.names) <= public and bool(item.names)
+
+    assert not violations("unimoe_model/**/*.py", allowed)
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_packages_import_no_tests_or_benchmarks(package):
+    def allowed(path, item):
+        return item.top not in ("tests", "benchmarks", "pytest")
+
+    assert not violations(f"{package}/**/*.py", allowed)
+
+
+def test_no_utils_module():
+    assert not [path for package in OURS for path in files(f"{package}/**/utils.py")]
+
+
+def test_import_brings_in_neither_triton_nor_transformers():
+    code = (
+        "import sys, unimoe_kernels; "
+        "print(sorted({'triton', 'transformers', 'peft', 'einops'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
