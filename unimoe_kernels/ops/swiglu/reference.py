@@ -17,7 +17,7 @@ def swiglu(gate_up: Tensor, activation: str, limit: float, alpha: float) -> Tens
         out = gate * torch.sigmoid(alpha * gate) * (up + 1)
     else:
         out = _ACTIVATIONS[activation](gate) * up
-    return out.to(gate_up.dtype)
+    return out.to(gate_up.dtype).contiguous()
 
 
 def swiglu_backward(
