@@ -126,7 +126,8 @@ class GroupedExperts(nn.Module):
             raise ValueError(f"ids (shape {tuple(ids.shape)}) must be [T, K] with T = {x.shape[0]}")
         if scores.shape != ids.shape:
             raise ValueError(
-                f"scores (shape {tuple(scores.shape)}) must have the shape of ids {tuple(ids.shape)}"
+                f"scores (shape {tuple(scores.shape)}) must have the shape of ids "
+                f"{tuple(ids.shape)}"
             )
         x, *weights = self._operands(x)
         gate_up_proj, down_proj, gate_up_bias, down_bias, *lora = weights
