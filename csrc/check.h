@@ -72,10 +72,14 @@ inline void check_same_device(const Tensor& tensor, const char* name, const Tens
                " must be on the device of the first input");
 }
 
-inline void check_scores(const Tensor& scores, int64_t tokens, int64_t top_k) {
+// Scores weigh the rows in the dtype in which the rows are summed.
+inline void check_scores(const Tensor& scores, const Tensor& rows, int64_t tokens, int64_t top_k) {
   check_matrix(scores, "scores");
   UNIMOE_CHECK(scores.size(0) == tokens && scores.size(1) == top_k, "scores (shape ",
                shape_of(scores), ") must be [", tokens, ", ", top_k, "]");
+  const bool wide = rows.scalar_type() == ScalarType::Double;
+  UNIMOE_CHECK(scores.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+               "scores must be ", wide ? "float64" : "float32", " beside these rows");
 }
 
 inline void check_grad(const Tensor& grad, const Tensor& rows, int64_t tokens) {

@@ -78,17 +78,4 @@ void dispatch_floating(ScalarType dtype, const char* name, Body&& body) {
   }
 }
 
-// The same for scores, which are float32, or float64 beside float64 rows.
-template <typename Body>
-void dispatch_scores(ScalarType dtype, Body&& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::Double:
-      return body(double{});
-    default:
-      throw std::runtime_error("scores must be float32 or float64");
-  }
-}
-
 }  // namespace unimoe

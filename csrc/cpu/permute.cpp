@@ -50,9 +50,9 @@ Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k)
 }
 
 // One token: sums its rows in k order. `score` is null where every weight is 1.
-template <typename T, typename S>
-void sum_rows(T* out, const T* rows, const int32_t* position, const S* score, int64_t top_k,
-              int64_t routed, int64_t width) {
+template <typename T>
+void sum_rows(T* out, const T* rows, const int32_t* position, const Accumulator<T>* score,
+              int64_t top_k, int64_t routed, int64_t width) {
   using Sum = Accumulator<T>;
   Sum sums[kColumns];
   for (int64_t first = 0; first < width; first += kColumns) {
@@ -61,7 +61,7 @@ void sum_rows(T* out, const T* rows, const int32_t* position, const S* score, in
     for (int64_t k = 0; k < top_k; ++k) {
       if (position[k] >= routed) continue;
       const T* row = rows + position[k] * width + first;
-      const Sum weight = score ? static_cast<Sum>(score[k]) : Sum(1);
+      const Sum weight = score ? score[k] : Sum(1);
       for (int64_t d = 0; d < columns; ++d) sums[d] += weight * static_cast<Sum>(row[d]);
     }
     for (int64_t d = 0; d < columns; ++d) out[first + d] = static_cast<T>(sums[d]);
@@ -76,25 +76,23 @@ Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
   check_top_k(top_k, "rows", rows.size(0));
   const int64_t tokens = rows.size(0) / top_k;
   const int64_t width = rows.size(1);
-  if (scores) check_scores(*scores, tokens, top_k);
+  if (scores) check_scores(*scores, rows, tokens, top_k);
 
   Tensor out = empty({tokens, width}, rows.scalar_type(), rows);
   const int32_t* inverse = const_data<int32_t>(inverse_order);
   const int64_t routed = routed_rows(expert_offsets);
   dispatch_floating(rows.scalar_type(), "rows", [&](auto element) {
     using T = decltype(element);
-    dispatch_scores(scores ? scores->scalar_type() : ScalarType::Float, [&](auto weight) {
-      using S = decltype(weight);
-      const S* score = scores ? const_data<S>(*scores) : nullptr;
-      const T* from = const_data<T>(rows);
-      T* to = mutable_data<T>(out);
-      const int64_t grain = rows_per_task(width * top_k * static_cast<int64_t>(sizeof(T)));
-      torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          sum_rows(to + t * width, from, inverse + t * top_k, score ? score + t * top_k : nullptr,
-                   top_k, routed, width);
-        }
-      });
+    using Sum = Accumulator<T>;
+    const Sum* score = scores ? const_data<Sum>(*scores) : nullptr;
+    const T* from = const_data<T>(rows);
+    T* to = mutable_data<T>(out);
+    const int64_t grain = rows_per_task(width * top_k * static_cast<int64_t>(sizeof(T)));
+    torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        sum_rows(to + t * width, from, inverse + t * top_k, score ? score + t * top_k : nullptr,
+                 top_k, routed, width);
+      }
     });
   });
   return out;
@@ -132,7 +130,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(Tensor grad, Tensor rows, Tensor i
   check_top_k(top_k, "rows", rows.size(0));
   const int64_t tokens = rows.size(0) / top_k;
   const int64_t width = rows.size(1);
-  check_scores(scores, tokens, top_k);
+  check_scores(scores, rows, tokens, top_k);
   check_grad(grad, rows, tokens);
 
   Tensor grad_rows = empty({rows.size(0), width}, rows.scalar_type(), rows);
@@ -141,27 +139,24 @@ std::tuple<Tensor, Tensor> unpermute_backward(Tensor grad, Tensor rows, Tensor i
   const int64_t routed = routed_rows(expert_offsets);
   dispatch_floating(rows.scalar_type(), "rows", [&](auto element) {
     using T = decltype(element);
-    dispatch_scores(scores.scalar_type(), [&](auto weight) {
-      using S = decltype(weight);
-      const T* out_grad = const_data<T>(grad);
-      const T* row = const_data<T>(rows);
-      const S* score = const_data<S>(scores);
-      T* row_grad = mutable_data<T>(grad_rows);
-      S* score_grad = mutable_data<S>(grad_scores);
-      const int64_t grain = rows_per_task(width * static_cast<int64_t>(sizeof(T)));
-      torch::stable::parallel_for(0, tokens * top_k, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-          const int64_t at = inverse[n] * width;
-          if (inverse[n] >= routed) {
-            std::fill_n(row_grad + at, width, T(0));
-            score_grad[n] = S(0);
-            continue;
-          }
-          score_grad[n] =
-              static_cast<S>(scale_and_dot(row_grad + at, out_grad + n / top_k * width, row + at,
-                                           static_cast<Accumulator<T>>(score[n]), width));
+    using Sum = Accumulator<T>;
+    const T* out_grad = const_data<T>(grad);
+    const T* row = const_data<T>(rows);
+    const Sum* score = const_data<Sum>(scores);
+    T* row_grad = mutable_data<T>(grad_rows);
+    Sum* score_grad = mutable_data<Sum>(grad_scores);
+    const int64_t grain = rows_per_task(width * static_cast<int64_t>(sizeof(T)));
+    torch::stable::parallel_for(0, tokens * top_k, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t at = inverse[n] * width;
+        if (inverse[n] >= routed) {
+          std::fill_n(row_grad + at, width, T(0));
+          score_grad[n] = Sum(0);
+          continue;
         }
-      });
+        score_grad[n] =
+            scale_and_dot(row_grad + at, out_grad + n / top_k * width, row + at, score[n], width);
+      }
     });
   });
   return {grad_rows, grad_scores};

@@ -93,10 +93,11 @@ Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k)
 }
 
 // out[t] = sum over k, in k order, of score * row; `scores` is null where every weight is 1.
-template <typename T, typename S, int N>
+template <typename T, int N>
 __global__ void unpermute_kernel(const T* __restrict__ rows, const int* __restrict__ inverse_order,
-                                 const int* __restrict__ routed_rows, const S* __restrict__ scores,
-                                 T* __restrict__ out, int64_t tokens, int64_t vectors, int top_k) {
+                                 const int* __restrict__ routed_rows,
+                                 const Accumulator<T>* __restrict__ scores, T* __restrict__ out,
+                                 int64_t tokens, int64_t vectors, int top_k) {
   using Sum = Accumulator<T>;
   const int64_t t = row_of_warp();
   if (t >= tokens) return;
@@ -111,7 +112,7 @@ __global__ void unpermute_kernel(const T* __restrict__ rows, const int* __restri
       const int64_t n = t * top_k + k;
       const int64_t position = inverse_order[n];
       if (position >= routed) continue;
-      const Sum weight = scores ? static_cast<Sum>(scores[n]) : Sum(1);
+      const Sum weight = scores ? scores[n] : Sum(1);
       const Vector<T, N> row = from[position * vectors + v];
 #pragma unroll
       for (int d = 0; d < N; ++d) sums[d] += weight * static_cast<Sum>(row.values[d]);
@@ -148,21 +149,19 @@ Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
   const int64_t tokens = rows.size(0) / top_k;
   const int64_t width = rows.size(1);
   if (scores) {
-    check_scores(*scores, tokens, top_k);
+    check_scores(*scores, rows, tokens, top_k);
     check_same_device(*scores, "scores", rows);
   }
 
   Tensor out = empty({tokens, width}, rows.scalar_type(), rows);
   dispatch_floating(rows.scalar_type(), "rows", [&](auto element) {
     using T = decltype(element);
-    dispatch_scores(scores ? scores->scalar_type() : ScalarType::Float, [&](auto weight) {
-      using S = decltype(weight);
-      dispatch_vector<T>(width, {rows.const_data_ptr(), out.const_data_ptr()}, [&](auto n) {
-        launch(unpermute_kernel<T, S, n>, rows_shape(tokens, width / n), rows, const_data<T>(rows),
-               const_data<int>(inverse_order), last_offset(expert_offsets),
-               scores ? const_data<S>(*scores) : nullptr, mutable_data<T>(out), tokens, width / n,
-               top_k);
-      });
+    using Sum = Accumulator<T>;
+    dispatch_vector<T>(width, {rows.const_data_ptr(), out.const_data_ptr()}, [&](auto n) {
+      launch(unpermute_kernel<T, n>, rows_shape(tokens, width / n), rows, const_data<T>(rows),
+             const_data<int>(inverse_order), last_offset(expert_offsets),
+             scores ? const_data<Sum>(*scores) : nullptr, mutable_data<T>(out), tokens, width / n,
+             top_k);
     });
   });
   return out;
@@ -170,19 +169,20 @@ Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
 
 // One warp for a routed row: its gradient, and the dot product that is the gradient of its score.
 // The lanes' partial sums meet in a fixed order.
-template <typename T, typename S, int N>
+template <typename T, int N>
 __global__ void unpermute_backward_kernel(const T* __restrict__ grad, const T* __restrict__ rows,
                                           const int* __restrict__ inverse_order,
                                           const int* __restrict__ routed_rows,
-                                          const S* __restrict__ scores, T* __restrict__ grad_rows,
-                                          S* __restrict__ grad_scores, int64_t num_rows,
-                                          int64_t vectors, int top_k) {
+                                          const Accumulator<T>* __restrict__ scores,
+                                          T* __restrict__ grad_rows,
+                                          Accumulator<T>* __restrict__ grad_scores,
+                                          int64_t num_rows, int64_t vectors, int top_k) {
   using Sum = Accumulator<T>;
   const int64_t n = row_of_warp();
   if (n >= num_rows) return;
   const int64_t position = inverse_order[n];
   const bool routed = position < *routed_rows;
-  const Sum weight = static_cast<Sum>(scores[n]);
+  const Sum weight = scores[n];
   const auto* out_grad = reinterpret_cast<const Vector<T, N>*>(grad) + n / top_k * vectors;
   const auto* row = reinterpret_cast<const Vector<T, N>*>(rows) + position * vectors;
   auto* row_grad = reinterpret_cast<Vector<T, N>*>(grad_rows) + position * vectors;
@@ -201,7 +201,7 @@ __global__ void unpermute_backward_kernel(const T* __restrict__ grad, const T* _
     row_grad[v] = result;
   }
   for (int step = kWarp / 2; step > 0; step /= 2) dot += __shfl_down_sync(kFullWarp, dot, step);
-  if (threadIdx.x == 0) grad_scores[n] = static_cast<S>(dot);
+  if (threadIdx.x == 0) grad_scores[n] = dot;
 }
 
 std::tuple<Tensor, Tensor> unpermute_backward(Tensor grad, Tensor rows, Tensor inverse_order,
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(Tensor grad, Tensor rows, Tensor i
   check_top_k(top_k, "rows", rows.size(0));
   const int64_t tokens = rows.size(0) / top_k;
   const int64_t width = rows.size(1);
-  check_scores(scores, tokens, top_k);
+  check_scores(scores, rows, tokens, top_k);
   check_grad(grad, rows, tokens);
   check_same_device(inverse_order, "inverse_order", rows);
   check_same_device(expert_offsets, "expert_offsets", rows);
@@ -225,16 +225,14 @@ std::tuple<Tensor, Tensor> unpermute_backward(Tensor grad, Tensor rows, Tensor i
   LaunchShape shape = rows_shape(rows.size(0), 0);
   dispatch_floating(rows.scalar_type(), "rows", [&](auto element) {
     using T = decltype(element);
-    dispatch_scores(scores.scalar_type(), [&](auto weight) {
-      using S = decltype(weight);
-      const std::initializer_list<const void*> pointers = {
-          rows.const_data_ptr(), grad.const_data_ptr(), grad_rows.const_data_ptr()};
-      dispatch_vector<T>(width, pointers, [&](auto n) {
-        launch(unpermute_backward_kernel<T, S, n>, shape, rows, const_data<T>(grad),
-               const_data<T>(rows), const_data<int>(inverse_order), last_offset(expert_offsets),
-               const_data<S>(scores), mutable_data<T>(grad_rows), mutable_data<S>(grad_scores),
-               rows.size(0), width / n, top_k);
-      });
+    using Sum = Accumulator<T>;
+    const std::initializer_list<const void*> pointers = {
+        rows.const_data_ptr(), grad.const_data_ptr(), grad_rows.const_data_ptr()};
+    dispatch_vector<T>(width, pointers, [&](auto n) {
+      launch(unpermute_backward_kernel<T, n>, shape, rows, const_data<T>(grad), const_data<T>(rows),
+             const_data<int>(inverse_order), last_offset(expert_offsets), const_data<Sum>(scores),
+             mutable_data<T>(grad_rows), mutable_data<Sum>(grad_scores), rows.size(0), width / n,
+             top_k);
     });
   });
   return {grad_rows, grad_scores};
