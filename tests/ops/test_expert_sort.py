@@ -62,7 +62,9 @@ def test_expert_sort_any_shape(data):
     rows = st.lists(
         st.integers(0, num_experts + 2), min_size=num_tokens * top_k, max_size=num_tokens * top_k
     )
-    ids = torch.tensor(data.draw(rows), dtype=data.draw(st.sampled_from([torch.int32, torch.int64])))
+    ids = torch.tensor(
+        data.draw(rows), dtype=data.draw(st.sampled_from([torch.int32, torch.int64]))
+    )
     ids = ids.view(num_tokens, top_k)
     if data.draw(st.booleans()):
         ids = ids.t().contiguous().t()
@@ -108,7 +110,9 @@ def test_expert_sort_rejects_bad_arguments(monkeypatch):
         expert_sort(ids[None], 2)
     with pytest.raises(TypeError, match=r"ids \(torch.float32\) must have dtype int32, int64"):
         expert_sort(ids.float(), 2)
-    with pytest.raises(ValueError, match=r"ids \(2147483648 elements\) must have fewer than 2\*\*31"):
+    with pytest.raises(
+        ValueError, match=r"ids \(2147483648 elements\) must have fewer than 2\*\*31"
+    ):
         expert_sort(ids[:1, :1].expand(2**16, 2**15), 2)
     monkeypatch.setattr(_checks, "VALUE_CHECKS", True)
     with pytest.raises(ValueError, match=r"ids \(minimum -3\) must not be negative"):

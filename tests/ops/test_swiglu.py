@@ -84,9 +84,7 @@ def test_swiglu_opcheck_layouts(layout):
 
 
 @settings(max_examples=30)
-@given(
-    rows=st.integers(1, 65), width=st.integers(1, 40), activation=st.sampled_from(ACTIVATIONS)
-)
+@given(rows=st.integers(1, 65), width=st.integers(1, 40), activation=st.sampled_from(ACTIVATIONS))
 def test_swiglu_any_shape(rows, width, activation):
     gate_up = torch.randn(2 * width, rows).t().abs()
     for name in available_backends(OP, "cpu"):

@@ -1,4 +1,9 @@
-"""Operators, one folder each: reference.py (specification), kernel.py (Triton), op.py (public)."""
+"""Operators, one folder each.
+
+`op.py` holds the public function, schema, fake and gradient formula; `reference.py` the
+specification in plain torch; `kernel.py` the Triton kernels. An operator that is composed of
+others has `composition.py` instead of the last two.
+"""
 
 from unimoe_kernels import _backends
 from unimoe_kernels.ops.expert_sort.op import ExpertSort, expert_sort

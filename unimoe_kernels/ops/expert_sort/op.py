@@ -12,7 +12,9 @@ from unimoe_kernels.ops.expert_sort import reference
 
 
 class ExpertSort(NamedTuple):
-    """Where each routed row goes; all tensors are int32. Row `n` is choice `n % K` of token `n // K`.
+    """Where each routed row goes; all tensors are int32.
+
+    Row `n` is choice `n % K` of token `n // K`.
 
     Attributes:
         row_order: `[N]`, sorted position -> row.

@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
+from unimoe_kernels.ops.grouped_lora import composition
 from unimoe_kernels.ops.grouped_mm.op import check_grouped_weight
 
 
@@ -51,25 +52,6 @@ def grouped_lora(
     return y
 
 
-def _forward(backend, x, lora_A, lora_B, expert_offsets, scale):
-    grouped_mm = _backends.overload("grouped_mm", backend)
-    low_NR = grouped_mm(x, lora_A, expert_offsets, None)
-    # The scale goes to the narrow product: r columns instead of F.
-    return grouped_mm(low_NR * scale, lora_B, expert_offsets, None), low_NR
-
-
-def _backward_op(backend, grad, x, lora_A, lora_B, low, expert_offsets, scale, needs_x):
-    grouped_mm = _backends.overload("grouped_mm", backend)
-    wgrad = _backends.overload("grouped_mm_wgrad", backend)
-    grad_B, _ = wgrad(grad, low * scale, expert_offsets, False)
-    grad_low_NR = grouped_mm(grad, lora_B.transpose(1, 2), expert_offsets, None) * scale
-    grad_A, _ = wgrad(grad_low_NR, x, expert_offsets, False)
-    if not needs_x:
-        return x.new_empty(0), grad_A, grad_B
-    grad_x = grouped_mm(grad_low_NR, lora_A.transpose(1, 2), expert_offsets, None)
-    return grad_x, grad_A, grad_B
-
-
 def _fake(x, lora_A, lora_B, expert_offsets, scale):
     return (
         x.new_empty((x.shape[0], lora_B.shape[1])),
@@ -106,9 +88,9 @@ _backends.declare(
     "grouped_lora_backward",
     "(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor low, Tensor expert_offsets, "
     "float scale, bool needs_x) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)",
-    reference=partial(_backward_op, "reference"),
-    native=partial(_backward_op, "default"),
-    parts=("grouped_mm",),
+    reference=partial(composition.backward, "reference"),
+    native=partial(composition.backward, "default"),
+    parts=composition.PARTS,
     fake=_backward_fake,
     public=False,
 )
@@ -116,9 +98,9 @@ _backends.declare(
     "grouped_lora",
     "(Tensor x, Tensor lora_A, Tensor lora_B, Tensor expert_offsets, float scale) "
     "-> (Tensor y, Tensor low)",
-    reference=partial(_forward, "reference"),
-    native=partial(_forward, "default"),
-    parts=("grouped_mm",),
+    reference=partial(composition.forward, "reference"),
+    native=partial(composition.forward, "default"),
+    parts=composition.PARTS,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -11,8 +11,9 @@ from unimoe_kernels.ops.grouped_mm import reference
 def grouped_mm(
     x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Multiplies each group of rows by the weight of its expert: `y[i] = weight[e] @ x[i] + bias[e]`.
+    """Multiplies each group of rows by the weight of its expert.
 
+    `y[i] = weight[e] @ x[i] + bias[e]`, where e is the expert that owns row i.
     Expert `e` owns rows `expert_offsets[e]` to `expert_offsets[e + 1] - 1`. Groups may be of any
     size, empty too; rows from `expert_offsets[E]` on give zeros.
 

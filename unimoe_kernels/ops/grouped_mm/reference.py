@@ -8,6 +8,8 @@ E times the work.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,7 +68,7 @@ def _forward_slices(
 ) -> Tensor:
     y_NF = x_ND.new_empty(x_ND.shape[0], weight_EFD.shape[1])
     bounds = expert_offsets.tolist()
-    for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start == end:
             continue
         weight_DF = weight_EFD[e].t()
@@ -82,7 +84,7 @@ def _wgrad_slices(
     grad_NF: Tensor, x_ND: Tensor, expert_offsets: Tensor, grad_EFD: Tensor, grad_bias_EF: Tensor
 ) -> tuple[Tensor, Tensor]:
     bounds = expert_offsets.tolist()
-    for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start == end:
             grad_EFD[e].zero_()
             continue
@@ -95,9 +97,7 @@ def _wgrad_slices(
 def _owned_rows(x_ND: Tensor, expert_offsets: Tensor) -> list[Tensor]:
     row_N = torch.arange(x_ND.shape[0], device=x_ND.device)
     bounds = expert_offsets.unbind()
-    return [
-        (row_N >= start) & (row_N < end) for start, end in zip(bounds, bounds[1:], strict=False)
-    ]
+    return [(row_N >= start) & (row_N < end) for start, end in itertools.pairwise(bounds)]
 
 
 def _torch_runs_it(x_ND: Tensor, width: int) -> bool:

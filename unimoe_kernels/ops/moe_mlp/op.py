@@ -1,14 +1,4 @@
-"""`moe_mlp`: the experts of a layer as one operator that keeps little for its backward.
-
-Forward, in rows `N = T * K` sorted by expert, with scores `s` and activation `act`:
-
-    X = permute(x)    H = X W1' + b1    A = act(H)    Y = A W2' + b2    y = unpermute(Y, s)
-
-Backward keeps x, H, the scores and the sort, and needs neither Y nor A: with `dO = permute(dy)`,
-
-    dA' = dO W2    dS = rowsum(dA' * A) + rowsum(dO * b2)    dH = act'(H)[s * dA']
-    dW2 = (s * dO)' A    dW1 = dH' X    dx = unpermute(dH W1)
-"""
+"""`moe_mlp`: the experts of a layer as one operator that keeps little for its backward."""
 
 from __future__ import annotations
 
@@ -18,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
+from unimoe_kernels.ops.moe_mlp import composition
 from unimoe_kernels.ops.swiglu.op import ACTIVATIONS
 
 
@@ -117,82 +108,6 @@ def _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, do
             _checks.check_same(name, bias, "x", x)
 
 
-def _forward(
-    backend, x, gate_up_proj, down_proj, ids, scores, gate_up_bias, down_bias, activation, *gate
-):
-    call = partial(_backends.overload, name=backend)
-    top_k = ids.shape[1]
-    row_order, inverse_order, _, offsets = call("expert_sort")(
-        ids.view(-1), gate_up_proj.shape[0]
-    )
-    x_ND = call("permute")(x, row_order, offsets, top_k)
-    gate_up_rows = call("grouped_mm")(x_ND, gate_up_proj, offsets, gate_up_bias)
-    a_NF = call("swiglu")(gate_up_rows, activation, *gate)
-    y_ND = call("grouped_mm")(a_NF, down_proj, offsets, down_bias)
-    y = call("unpermute")(y_ND, inverse_order, offsets, scores, top_k)
-    return y, gate_up_rows, row_order, inverse_order, offsets
-
-
-def _backward_op(
-    backend,
-    grad,
-    x,
-    gate_up_proj,
-    down_proj,
-    scores,
-    gate_up_rows,
-    row_order,
-    inverse_order,
-    offsets,
-    down_bias,
-    activation,
-    limit,
-    alpha,
-    needs,
-):
-    needs_x, needs_gate_up, needs_down, needs_scores, needs_gate_up_bias, needs_down_bias = needs
-    call = partial(_backends.overload, name=backend)
-    top_k = scores.shape[1]
-    empty = x.new_empty(0)
-    grad_x = grad_gate_up = grad_down = grad_scores = grad_gate_up_bias = grad_down_bias = empty
-    held_N1 = _held(row_order, offsets).unsqueeze(1)
-    scores_N1 = scores.view(-1, 1).index_select(0, row_order).masked_fill_(~held_N1, 0)
-    dout_ND = call("permute")(grad, row_order, offsets, top_k)
-    da_NF = call("grouped_mm")(dout_ND, down_proj.transpose(1, 2), offsets, None)
-    a_NF = call("swiglu")(gate_up_rows, activation, limit, alpha)
-    if needs_scores:
-        grad_scores = (da_NF.to(scores.dtype) * a_NF).sum(1)
-        if down_bias is not None:
-            expert_N = _expert_of_row(row_order, offsets)
-            grad_scores += (dout_ND.to(scores.dtype) * down_bias[expert_N]).sum(1)
-        grad_scores = grad_scores.index_select(0, inverse_order).view_as(scores)
-    if needs_down or needs_down_bias:
-        wgrad = call("grouped_mm_wgrad")
-        scaled_ND = (dout_ND * scores_N1).to(x.dtype)
-        grad_down, grad_down_bias = wgrad(scaled_ND, a_NF, offsets, needs_down_bias)
-    if needs_x or needs_gate_up or needs_gate_up_bias:
-        scaled_NF = (da_NF * scores_N1).to(x.dtype)
-        dh_NF = call("swiglu_backward")(scaled_NF, gate_up_rows, activation, limit, alpha)
-        if needs_gate_up or needs_gate_up_bias:
-            x_ND = call("permute")(x, row_order, offsets, top_k)
-            wgrad = call("grouped_mm_wgrad")
-            grad_gate_up, grad_gate_up_bias = wgrad(dh_NF, x_ND, offsets, needs_gate_up_bias)
-        if needs_x:
-            dx_ND = call("grouped_mm")(dh_NF, gate_up_proj.transpose(1, 2), offsets, None)
-            grad_x = call("unpermute")(dx_ND, inverse_order, offsets, None, top_k)
-    return grad_x, grad_gate_up, grad_down, grad_scores, grad_gate_up_bias, grad_down_bias
-
-
-def _held(row_order: Tensor, offsets: Tensor) -> Tensor:
-    return torch.arange(row_order.shape[0], device=row_order.device) < offsets[-1]
-
-
-def _expert_of_row(row_order: Tensor, offsets: Tensor) -> Tensor:
-    position_N = torch.arange(row_order.shape[0], dtype=torch.int32, device=row_order.device)
-    expert_N = torch.searchsorted(offsets[1:], position_N, right=True)
-    return expert_N.clamp_(max=offsets.shape[0] - 2)
-
-
 def _fake(
     x, gate_up_proj, down_proj, ids, scores, gate_up_bias, down_bias, activation, limit, alpha
 ):
@@ -258,7 +173,6 @@ def _backward_fake(
     )
 
 
-_PARTS = ("expert_sort", "permute", "unpermute", "grouped_mm", "swiglu")
 _backends.declare(
     "moe_mlp_backward",
     "(Tensor grad, Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor scores, "
@@ -266,10 +180,10 @@ _backends.declare(
     "Tensor? down_bias, str activation, float limit, float alpha, bool[] needs) -> (Tensor grad_x, "
     "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_scores, "
     "Tensor grad_gate_up_bias, Tensor grad_down_bias)",
-    reference=partial(_backward_op, "reference"),
-    native=partial(_backward_op, "default"),
-    triton=partial(_backward_op, "triton"),
-    parts=_PARTS,
+    reference=partial(composition.backward, "reference"),
+    native=partial(composition.backward, "default"),
+    triton=partial(composition.backward, "triton"),
+    parts=composition.PARTS,
     fake=_backward_fake,
     public=False,
 )
@@ -279,10 +193,10 @@ _backends.declare(
     "Tensor? gate_up_bias, Tensor? down_bias, str activation, float limit, float alpha) -> "
     "(Tensor y, Tensor gate_up_rows, Tensor row_order, Tensor inverse_order, "
     "Tensor expert_offsets)",
-    reference=partial(_forward, "reference"),
-    native=partial(_forward, "default"),
-    triton=partial(_forward, "triton"),
-    parts=_PARTS,
+    reference=partial(composition.forward, "reference"),
+    native=partial(composition.forward, "default"),
+    triton=partial(composition.forward, "triton"),
+    parts=composition.PARTS,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -13,7 +13,7 @@ from unimoe_kernels.ops.permute import reference
 def permute(x: Tensor, sort: ExpertSort, top_k: int) -> Tensor:
     """Copies every token once for each of its experts, grouped by expert.
 
-    `out[i] = x[sort.row_order[i] // top_k]` for the rows that an expert held here takes, zeros after.
+    `out[i] = x[sort.row_order[i] // top_k]` for rows that an expert held here takes, zeros after.
 
     Example: with `sort = expert_sort([[0, 2], [2, 1], [0, 1]], 3)` and `top_k = 2` the result is
     the rows `x[0], x[2], x[1], x[2], x[0], x[1]`.

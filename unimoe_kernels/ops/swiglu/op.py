@@ -60,9 +60,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(backend, ctx, grad):
     (gate_up,) = ctx.saved_tensors
     swiglu_backward = _backends.overload("swiglu_backward", backend)
-    grad_gate_up = swiglu_backward(
-        grad.contiguous(), gate_up, ctx.activation, ctx.limit, ctx.alpha
-    )
+    grad_gate_up = swiglu_backward(grad.contiguous(), gate_up, ctx.activation, ctx.limit, ctx.alpha)
     return grad_gate_up, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""`topk_router`: which experts a token goes to, with which weights, and the losses that balance them."""
+"""`topk_router`: which experts a token goes to, how they are weighted, and the losses on it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,9 @@ from unimoe_kernels.ops.unpermute import reference
 
 
 def unpermute(rows: Tensor, sort: ExpertSort, top_k: int, scores: Tensor | None = None) -> Tensor:
-    """Sums the K expert rows of each token: `y[t] = sum_k scores[t, k] * rows[inverse_order[t*K+k]]`.
+    """Sums the K expert rows of each token, weighted by score.
+
+    `y[t] = sum_k scores[t, k] * rows[sort.inverse_order[t * K + k]]`.
 
     Example: with `sort = expert_sort([[0, 2], [2, 1], [0, 1]], 3)`, `top_k = 2` and no scores the
     result is `rows[0] + rows[4], rows[5] + rows[2], rows[1] + rows[3]`.

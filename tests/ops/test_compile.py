@@ -1,0 +1,138 @@
+"""Every operator under `torch.compile(fullgraph=True)`, over changing token counts."""
+
+import pytest
+import torch
+
+from unimoe_kernels import (
+    available_backends,
+    expert_sort,
+    grouped_lora,
+    grouped_mm,
+    moe_mlp,
+    permute,
+    swiglu,
+    topk_router,
+    unpermute,
+    use_backend,
+)
+
+D, F, E, K, R = 8, 6, 4, 2, 3
+COUNTS = (5, 7, 2, 33, 64)
+
+
+def weights():
+    """Weights by name, with gradients."""
+    shapes = {
+        "router": (E, D),
+        "gate_up": (E, 2 * F, D),
+        "down": (E, D, F),
+        "lora_A": (E, R, D),
+        "lora_B": (E, 2 * F, R),
+    }
+    return {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+
+
+def every_operator(x, w):
+    """A layer from single operators, so that each one and its gradient is traced."""
+    mask = x[:, 0] > -1
+    route = topk_router(x @ w["router"].t(), K, token_mask=mask)
+    sort = expert_sort(route.ids, E)
+    rows = permute(x, sort, K)
+    hidden = grouped_mm(rows, w["gate_up"], sort.expert_offsets)
+    hidden = hidden + grouped_lora(rows, w["lora_A"], w["lora_B"], sort.expert_offsets, 0.5)
+    rows = grouped_mm(swiglu(hidden), w["down"], sort.expert_offsets)
+    y = unpermute(rows, sort, K, route.scores)
+    return y, route.load_balancing_loss + route.router_z_loss
+
+
+def fused(x, w):
+    """The same layer without LoRA through `moe_mlp`."""
+    route = topk_router(x @ w["router"].t(), K, mode="sigmoid_renorm")
+    y = moe_mlp(x, w["gate_up"], w["down"], route.ids, route.scores)
+    return y, route.load_balancing_loss + route.router_z_loss
+
+
+def results(layer, x, w):
+    """Output, losses and all gradients."""
+    x = x.detach().requires_grad_()
+    y, loss = layer(x, w)
+    inputs = [x, *w.values()]
+    grads = torch.autograd.grad(y.square().sum() + loss, inputs, allow_unused=True)
+    return [y, loss, *(grad for grad in grads if grad is not None)]
+
+
+@pytest.fixture
+def compilations():
+    """Counts the graphs that are compiled."""
+    torch._dynamo.reset()
+    counter = []
+
+    def backend(graph, inputs):
+        counter.append(graph)
+        return graph.forward
+
+    yield counter, backend
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", available_backends("moe_mlp", "cpu"))
+@pytest.mark.parametrize("layer", [every_operator, fused])
+def test_one_recompilation_serves_all_token_counts(layer, name, compilations):
+    counter, compiler = compilations
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    w = weights()
+    # Triton's interpreter takes milliseconds a row.
+    counts = (3, 2, 4) if name == "triton" else COUNTS
+    with use_backend(name):
+        for num_tokens in counts:
+            x = torch.randn(num_tokens, D)
+            for actual, expected in zip(results(compiled, x, w), results(layer, x, w), strict=True):
+                torch.testing.assert_close(actual, expected)
+    assert len(counter) <= 2
+
+
+@pytest.mark.parametrize("layer", [every_operator, fused])
+def test_forward_and_backward_are_traced(layer, compilations):
+    w = weights()
+    # The last count is dynamic by then: the backward graph must not depend on it either.
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for num_tokens in COUNTS[:3]:
+        x = torch.randn(num_tokens, D)
+        for actual, expected in zip(results(compiled, x, w), results(layer, x, w), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_inductor_generates_code_around_the_operators(compilations):
+    w = weights()
+    compiled = torch.compile(fused, fullgraph=True, dynamic=True)
+    for num_tokens in COUNTS[:2]:
+        x = torch.randn(num_tokens, D)
+        for actual, expected in zip(results(compiled, x, w), results(fused, x, w), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_layouts_are_normalised_in_the_graph(compilations):
+    counter, compiler = compilations
+    w = weights()
+    compiled = torch.compile(fused, fullgraph=True, backend=compiler)
+    x = torch.randn(D, 9).t()
+    for actual, expected in zip(results(compiled, x, w), results(fused, x, w), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert len(counter) == 1
+
+
+def test_use_backend_changes_a_compiled_function(compilations):
+    counter, compiler = compilations
+    sort = expert_sort(torch.tensor([[0, 1], [1, 0]], dtype=torch.int32), 2)
+
+    def run(x):
+        return permute(x, sort, 2)
+
+    compiled = torch.compile(run, fullgraph=True, backend=compiler)
+    x = torch.randn(2, 3)
+    for name in available_backends("permute", "cpu"):
+        with use_backend(name):
+            assert torch.equal(compiled(x), run(x))
+    targets = {node.target for graph in counter for node in graph.graph.nodes}
+    assert torch.ops.unimoe.permute.reference in targets
+    assert len(counter) == len(available_backends("permute", "cpu"))
