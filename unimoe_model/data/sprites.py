@@ -43,7 +43,7 @@ _RENDER_VERSION = 1  # goes up when render() draws other pixels from the same se
 def concepts(split: str) -> list[str]:
     """Characters whose drawings a split uses, in code-point order.
 
-    A hash of its name decides where a drawing belongs, so no other drawing can move it.
+    A hash of the character decides where it belongs, so a longer list would move none of these.
 
     Args:
         split: ``"train"``, ``"validation"`` or ``"test"``.
