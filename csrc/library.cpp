@@ -1,5 +1,9 @@
 // The Python module `_C`. It holds no operator: each file under cpu/ and cuda/ registers its own
 // with the dispatcher when this library is loaded, for schemas that Python declares.
+
+// No torch API is used here, and the pybind11 inside torch, which serves where there is no other,
+// refuses to be included under a target version.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 

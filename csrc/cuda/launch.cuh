@@ -31,7 +31,7 @@ void launch(void (*kernel)(Parameters...), LaunchShape shape, const Tensor& on,
   const auto device = on.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   kernel<<<shape.grid, shape.block, shape.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       static_cast<Parameters>(arguments)...);
   const cudaError_t status = cudaGetLastError();
