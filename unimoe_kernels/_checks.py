@@ -68,6 +68,11 @@ def check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name} ({value}) must be at least 1")
 
 
+def reads_values(tensor: Tensor) -> bool:
+    """Returns whether values are to be checked, and this tensor has some that can be read now."""
+    return VALUE_CHECKS and not tensor.is_meta and not torch.compiler.is_compiling()
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype that sums are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
