@@ -284,6 +284,12 @@ def test_conversions_reject(make_looped):
         LoopedMoE.from_moe(MoE(8, 8, 2, 1, mode="sigmoid"))
     with pytest.raises(ValueError, match=r"experts.activation \('gelu'\) must be 'silu'"):
         LoopedMoE.from_moe(MoE(8, 8, 2, 1, activation="gelu"))
+    with pytest.raises(ValueError, match=r"router.top_groups \(1\) must be 2"):
+        LoopedMoE.from_moe(MoE(8, 8, 4, 1, num_groups=2, top_groups=1))
+    with pytest.raises(ValueError, match=r"router.scale \(2.5\) must be 1.0"):
+        LoopedMoE.from_moe(MoE(8, 8, 4, 1, scale=2.5))
+    with pytest.raises(ValueError, match=r"experts.bias \(True\) must be False"):
+        LoopedMoE.from_moe(MoE(8, 8, 4, 1, bias=True))
     moe = MoE(8, 8, 2, 1)
     moe.experts.add_lora(2)
     with pytest.raises(ValueError, match=r"experts.lora_rank \(2\) must be 0"):

@@ -1,5 +1,7 @@
 """Runs the experts of transformers' mixture-of-experts models on our operators."""
 
+import re
+
 import torch
 import torch.nn.functional as F
 
@@ -32,8 +34,9 @@ def register_with_transformers() -> None:
         raise ImportError(
             "register_with_transformers needs transformers: pip install 'transformers>=5.17'"
         ) from error
-    major, minor = transformers.__version__.split(".")[:2]
-    if (int(major), int(minor)) < _MIN_VERSION:
+    # The patch may be such as "0rc1"; major and minor are numbers.
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    if version < _MIN_VERSION:
         raise ImportError(f"transformers is {transformers.__version__}, it must be at least 5.17")
     ALL_EXPERTS_FUNCTIONS.register(_NAME, unimoe_experts_forward)
 

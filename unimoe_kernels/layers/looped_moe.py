@@ -148,6 +148,7 @@ class LoopedMoE(nn.Module):
         expected = {
             "router.mode": (moe_router.mode, "topk_softmax"),
             "router.scale": (moe_router.scale, 1.0),
+            "router.top_groups": (moe_router.top_groups, moe_router.num_groups),
             "experts.activation": (moe_experts.activation, "silu"),
             "experts.bias": (moe_experts.gate_up_bias is not None, False),
             "experts.lora_rank": (moe_experts.lora_rank, 0),
