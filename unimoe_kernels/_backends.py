@@ -26,8 +26,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unimoe_kernels import _extension
+
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 _OVERLOAD_OF = {"reference": "reference", "cpp": "default", "cuda": "default", "triton": "triton"}
+
+_EXTENSION = "unimoe_kernels._C"
 
 _library = torch.library.Library("unimoe", "FRAGMENT")
 _overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}
@@ -73,7 +77,7 @@ def declare(
         parts: Operators that this one is composed of. It counts as having a backend when one of
             them has it.
         setup_context: As in `torch.library.register_autograd`.
-        backward: As there, with the name of the backend (a key of `overload`) put first.
+        backward: As there, with the name of the overload put first.
         public: Whether the operator is listed by `report`.
     """
     implementations = {"default": native or reference, "reference": reference}
@@ -99,9 +103,16 @@ def declare(
 
 
 def find_kernels() -> None:
-    """Looks up which backends each declared operator has; to be called after the last `declare`."""
+    """Looks up the backends of every operator, and reads `UNIMOE_BACKEND`.
+
+    To be called after the last `declare`: a composed operator may come before its parts.
+    """
+    global _forced
     for op in _overloads:
         _available[op] = {"cpu": _order(op, "cpu"), "cuda": _order(op, "cuda")}
+    if "UNIMOE_BACKEND" in os.environ:
+        _require("UNIMOE_BACKEND", os.environ["UNIMOE_BACKEND"])
+        _forced = os.environ["UNIMOE_BACKEND"]
 
 
 def _order(op: str, device: str) -> tuple[str, ...]:
@@ -128,7 +139,7 @@ def _triton_runs_on(device: str) -> bool:
 
 
 def overload(op: str, name: str) -> torch._ops.OpOverload:
-    """Returns overload `name` of `op`, or its reference where it has no such overload."""
+    """Returns overload `"default"`, `"triton"` or, also for lack of it, `"reference"` of `op`."""
     overloads = _overloads[op]
     return overloads.get(name, overloads["reference"])
 
@@ -157,11 +168,6 @@ def available_backends(op: str, device: str | torch.device | None = None) -> tup
     return _available[op].get(torch.device(device).type, ("reference",))
 
 
-def _check_backend(name: str, source: str) -> None:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} ({name!r}) must be one of {', '.join(BACKENDS)}")
-
-
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Makes every operator that has backend `name` on the device of its input use it.
@@ -181,9 +187,7 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: If no operator has that backend here.
     """
     global _forced
-    _check_backend(name, "name")
-    if not any(name in order for op in _public for order in _available[op].values()):
-        raise RuntimeError(f"backend {name!r} is not available: {_why_not(name)}")
+    _require("name", name)
     previous, _forced = _forced, name
     try:
         yield
@@ -191,30 +195,38 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def _why_not(backend: str) -> str:
-    if backend == "triton":
-        return "the package triton is not installed"
-    built = "without CUDA" if backend == "cuda" else "or does not load"
-    return f"the extension unimoe_kernels._C is not built {built}"
+def _require(source: str, name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} ({name!r}) must be one of {', '.join(BACKENDS)}")
+    if any(name in order for op in _public for order in _available[op].values()):
+        return
+    missing = "the package triton is not installed"
+    if name != "triton":
+        missing = _extension.error or f"{_EXTENSION} is compiled without it"
+    raise RuntimeError(f"{source} ({name!r}) must be a backend of this installation: {missing}")
 
 
 def report() -> list[BackendChoice]:
     """Lists for every operator and device type the backend that a call takes, with the reason."""
-    rows = []
-    for op in _public:
-        for device, order in _available[op].items():
-            forced = _forced in order
-            backend = _forced if forced else order[0]
-            if forced:
-                reason = "asked for by use_backend or UNIMOE_BACKEND"
-            elif backend == "reference":
-                reason = f"no {'C++' if device == 'cpu' else 'CUDA or Triton'} kernel here"
-            else:
-                reason = f"first of {', '.join(order)}"
-            rows.append(BackendChoice(op, device, backend, reason))
-    return rows
+    return [
+        BackendChoice(op, device, *_explain(op, device, order))
+        for op in sorted(_public)
+        for device, order in _available[op].items()
+    ]
 
 
-if "UNIMOE_BACKEND" in os.environ:
-    _check_backend(os.environ["UNIMOE_BACKEND"], "UNIMOE_BACKEND")
-    _forced = os.environ["UNIMOE_BACKEND"]
+def _explain(op: str, device: str, order: tuple[str, ...]) -> tuple[str, str]:
+    if _forced in order:
+        return _forced, "asked for by use_backend or UNIMOE_BACKEND"
+    backend = order[0]
+    if _parts[op]:
+        having = [part for part in _parts[op] if backend in _available[part][device]]
+        if backend == "reference":
+            return backend, "none of its parts has a kernel here"
+        return backend, f"composed; {backend} runs {', '.join(having)}"
+    if backend == "triton":
+        return backend, "no CUDA kernel in the extension"
+    if backend == "reference":
+        wanted = "C++" if device == "cpu" else "CUDA or Triton"
+        return backend, f"plain torch: there is no {wanted} kernel"
+    return backend, f"compiled into {_EXTENSION}"

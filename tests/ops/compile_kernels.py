@@ -5,7 +5,10 @@ yields interpreted functions.
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -66,8 +69,18 @@ def main(archs):
 
 
 def resources(compiled):
-    """Returns what `cuobjdump --dump-resource-usage` would, from the ELF notes of the cubin."""
-    return {"shared": compiled.metadata.shared, "cubin_bytes": len(compiled.asm["cubin"])}
+    """Returns registers a thread and bytes of spilled and of shared memory of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        listing = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+    usage = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", listing))
+    return {
+        "registers": int(usage["REG"]),
+        "spilled": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "shared": compiled.metadata.shared,
+    }
 
 
 if __name__ == "__main__":
