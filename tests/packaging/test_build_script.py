@@ -102,7 +102,7 @@ def run_setup(root, *arguments, **environ):
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
-def test_demanding_cuda_of_a_cpu_torch_stops_the_build(root):
+def test_demanding_cuda_of_a_cpu_torch_stops_the_build(root, build_script):
     result = run_setup(root, "setup.py", "build_ext", "--dry-run", UNIMOE_CUDA="1")
     assert result.returncode != 0
     assert result.stderr.strip() == (
@@ -111,7 +111,7 @@ def test_demanding_cuda_of_a_cpu_torch_stops_the_build(root):
     )
 
 
-def test_missing_torch_is_one_line_with_the_remedy(root):
+def test_missing_torch_is_one_line_with_the_remedy(root, build_script):
     code = (
         "import sys, runpy; sys.modules['torch'] = None; "
         "sys.argv = ['setup.py', 'bdist_wheel']; runpy.run_path('setup.py', run_name='__main__')"

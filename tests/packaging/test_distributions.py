@@ -25,7 +25,7 @@ def tracked(root):
 
 
 @pytest.fixture(scope="module")
-def source_copy(root, tracked, tmp_path_factory):
+def source_copy(root, tracked, build_script, tmp_path_factory):
     """A copy without build products, so that nothing is picked up by accident."""
     copy = tmp_path_factory.mktemp("source")
     for path in tracked:
