@@ -1,0 +1,47 @@
+"""Audio connector: a BLIP-2 Q-Former reads the encoder's frames into a fixed number of tokens."""
+
+import torch
+from torch import nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+
+class AudioConnector(nn.Module):
+    """Learned queries through a Q-Former, then one Linear to the LLM's width.
+
+    The queries attend to each other in both directions and, in every
+    `cross_attention_frequency`-th layer, to all encoder frames.
+
+    Args:
+        feature_size: width of the audio encoder's features.
+        hidden_size: width of the LLM.
+        num_queries: soft tokens a clip becomes.
+        qformer: fields of `Blip2QFormerConfig`.
+
+    Raises:
+        ValueError: if `num_queries` is below 1.
+
+    Note:
+        The release starts its queries at zero. A Q-Former has no positions, so equal queries stay
+        equal for ever; here they start from a normal distribution (std 0.02).
+
+    Reference: arXiv:2405.11273, equations 10 and 11.
+    """
+
+    def __init__(self, feature_size: int, hidden_size: int, num_queries: int, qformer: dict):
+        super().__init__()
+        if num_queries < 1:
+            raise ValueError(f"num_queries ({num_queries}) must be at least 1")
+        config = Blip2QFormerConfig(**{**qformer, "encoder_hidden_size": feature_size})
+        self.query_tokens = nn.Parameter(torch.empty(1, num_queries, config.hidden_size))
+        nn.init.normal_(self.query_tokens, std=0.02)
+        self.qformer = Blip2QFormerModel(config)
+        self.projector = nn.Linear(config.hidden_size, hidden_size)
+
+    def hidden_states(self, features: torch.Tensor) -> torch.Tensor:
+        """Query states `[B, num_queries, hidden]` of encoder frames `[B, frames, feature_size]`."""
+        queries = self.query_tokens.expand(features.shape[0], -1, -1).to(features.dtype)
+        return self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Turns encoder frames `[B, frames, feature_size]` into soft tokens `[B, num_queries, D]`."""
+        return self.projector(self.hidden_states(features))

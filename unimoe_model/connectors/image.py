@@ -1,0 +1,29 @@
+"""Image and video connector: a two-layer MLP; a video is the mean of its frames' soft tokens."""
+
+import torch
+from einops import reduce
+from torch import nn
+
+
+class ImageConnector(nn.Module):
+    """Linear, GELU, Linear (`mlp2x_gelu`), for images and for the frames of videos.
+
+    Args:
+        feature_size: width of the vision encoder's features.
+        hidden_size: width of the LLM.
+
+    Reference: arXiv:2405.11273, equations 2 and 3; the mean is taken after the MLP, as released.
+    """
+
+    def __init__(self, feature_size: int, hidden_size: int):
+        super().__init__()
+        self.projector = nn.Sequential(
+            nn.Linear(feature_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Projects images `[B, n, C]` to `[B, n, D]`, or videos `[B, frames, n, C]` to `[B, n, D]`."""
+        tokens = self.projector(features)
+        if features.dim() == 4:
+            tokens = reduce(tokens, "b frames n d -> b n d", "mean")
+        return tokens

@@ -1,0 +1,189 @@
+"""Text for the small LLM: conversations, and text twins of what the other modalities ask.
+
+The LLM is pretrained from scratch in place of LLaMA. It learns to talk (chatterbot-corpus) and to
+answer about what a sentence says it would see or hear, so that the stages that follow only have to
+teach it to see and hear.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from unimoe_model.assets import asset_folder
+from unimoe_model.data.examples import Example
+
+ASK_PICTURE = "what is in the picture?"
+ASK_MOTION = "how does it move?"
+ASK_FAMILY = "which family of instruments is this?"
+ASK_INSTRUMENT = "what is heard?"
+ASK_WORD = "which word is spoken?"
+ASK_TRANSCRIPT = "write down what is said."
+
+HELD_OUT_PAIRS = frozenset(
+    {("teal", "circle"), ("brown", "triangle"), ("red", "rectangle"), ("gray", "circle")}
+)
+"""Colour and shape pairs that no training text describes; the text test asks about them."""
+
+ABSENT_PER_PRESENT = 2
+
+PICTURE_SENTENCES = (
+    "the picture shows a {color} {shape}.",
+    "there is a {color} {shape} in the picture.",
+    "a {shape} is in the picture, and it is {color}.",
+    "somebody drew a {shape} and painted it {color}.",
+)
+
+
+def conversations(min_length: int = 2, max_words: int = 24) -> list[tuple[str, str]]:
+    """Question and answer pairs of chatterbot-corpus, English, short ones only, in file order.
+
+    Args:
+        min_length: fewest turns of a conversation that is taken.
+        max_words: most words of a question or an answer.
+
+    Raises:
+        MissingAssetError: if chatterbot-corpus is not installed.
+    """
+    pairs = []
+    for path in sorted((asset_folder("chatterbot_corpus") / "data" / "english").glob("*.yml")):
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for turns in document["conversations"]:
+            if not isinstance(turns, list) or len(turns) < min_length:
+                continue
+            question, answer = str(turns[0]).strip(), str(turns[1]).strip()
+            if max(len(question.split()), len(answer.split())) <= max_words:
+                pairs.append((question, answer))
+    return pairs
+
+
+def answer_about_picture(question: str, color: str, shape: str) -> str | None:
+    """Answers one of easy-vqa's question texts about a single coloured shape.
+
+    Returns:
+        The answer, or None where the question presumes what is not there ("what is the blue
+        shape?" of a red one).
+    """
+    words = set(question.rstrip("?").split())
+    if question.startswith("what color") or question.startswith("what is the color"):
+        return color if words & {shape, "shape"} else None
+    if question.startswith("what shape"):
+        return shape
+    if question.startswith("what is the"):
+        return shape if color in words else None
+    present = bool(words & {color, shape})
+    negated = bool(words & {"no", "not"})
+    return "yes" if present != negated else "no"
+
+
+def reading_examples(
+    questions: Sequence[str], pairs: Sequence[tuple[str, str]], task: str = "text", seed: int = 0
+) -> list[Example]:
+    """Questions about sentences that describe a picture.
+
+    Of the questions whether something is there, most are about something that is not; only
+    `ABSENT_PER_PRESENT` times as many are drawn as are about something that is, so that little can
+    be guessed.
+
+    Args:
+        questions: easy-vqa's question texts.
+        pairs: (colour, shape) of the sentences.
+        task: name the examples get.
+        seed: decides which questions about absent things are taken.
+    """
+    rng = random.Random(seed)
+    examples = []
+    for color, shape in pairs:
+        open_questions, present, absent = [], [], []
+        for question in questions:
+            answer = answer_about_picture(question, color, shape)
+            if answer in ("yes", "no"):
+                there = bool(set(question.rstrip("?").split()) & {color, shape})
+                (present if there else absent).append((question, answer))
+            elif answer is not None:
+                open_questions.append((question, answer))
+        for sentence in PICTURE_SENTENCES:
+            described = sentence.format(color=color, shape=shape)
+            chosen = (
+                open_questions + present + rng.sample(absent, ABSENT_PER_PRESENT * len(present))
+            )
+            examples += [
+                Example(task, f"{described} {question}", answer, blind_key=question)
+                for question, answer in chosen
+            ]
+    return examples
+
+
+def pretraining_tasks(
+    questions: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+    families: Mapping[str, str],
+    motions: Sequence[str],
+    things: Sequence[str],
+    words: Sequence[str],
+    seed: int,
+) -> dict[str, list[Example]]:
+    """Builds the text tasks of pretraining.
+
+    Args:
+        questions: question texts about pictures.
+        pairs: (colour, shape) of the training pictures; held-out pairs are left out here.
+        families: instrument name -> family.
+        motions: names of the motions.
+        things: names of things that move.
+        words: words that are spoken.
+        seed: decides the random sequences of words to be repeated.
+
+    Returns:
+        Examples by task name.
+    """
+    rng = random.Random(seed)
+    pairs = [pair for pair in pairs if pair not in HELD_OUT_PAIRS]
+    reading = reading_examples(questions, pairs)
+    asked = [
+        Example(
+            "asked",
+            e.question.removesuffix(e.blind_key) + f'somebody asks: "{e.blind_key}"',
+            e.answer,
+        )
+        for e in reading
+    ]
+    colors, shapes = ({pair[i] for pair in pairs} for i in range(2))
+    simple = [
+        Example("simple", f"{s.format(color=c, shape=h)} is it {article}{a}?", answer)
+        for c, h in pairs
+        for s in PICTURE_SENTENCES
+        for article, true, others in (("", c, colors), ("a ", h, shapes))
+        for a, answer in ((true, "yes"), (rng.choice(sorted(others - {true})), "no"))
+    ]
+    described = [
+        Example("describe", f"{s.format(color=c, shape=h)} {ASK_PICTURE}", f"a {c} {h}")
+        for c, h in pairs
+        for s in PICTURE_SENTENCES
+    ]
+    vocabulary = sorted({*words, *(w for q in questions for w in q.rstrip("?").split())})
+    said = [*questions, *words] * 4
+    said += [" ".join(rng.choices(vocabulary, k=rng.randint(1, 7))) for _ in range(4000)]
+    repeat = [Example("repeat", f'somebody says: "{t}". {ASK_TRANSCRIPT}', t) for t in said]
+    repeat += [Example("repeat", f'somebody says: "{w}". {ASK_WORD}', w) for w in words] * 20
+    sounds = [
+        Example("sounds", f"a {name} is playing. {ask}", answer)
+        for name, family in families.items()
+        for ask, answer in ((ASK_FAMILY, family), (ASK_INSTRUMENT, name))
+    ]
+    moving = [
+        Example("moving", f"the {thing} moves {motion}. {ASK_MOTION}", motion)
+        for thing in things
+        for motion in motions
+    ]
+    talk = [Example("talk", question, answer) for question, answer in conversations()]
+    return {
+        "text": reading,
+        "asked": asked,
+        "simple": simple,
+        "describe": described,
+        "repeat": repeat,
+        "sounds": sounds,
+        "moving": moving,
+        "talk": talk,
+    }

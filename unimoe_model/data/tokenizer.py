@@ -1,0 +1,38 @@
+"""The small LLM's tokenizer: byte-level BPE trained on the demo's own text."""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from unimoe_model.prompt import ASSISTANT, PLACEHOLDERS, USER
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE that knows the media placeholders and the role words as one token.
+
+    Args:
+        texts: training texts; the result depends on them and on nothing else.
+        vocab_size: most entries, the special ones and the 256 bytes included.
+
+    Raises:
+        ValueError: if `vocab_size` has no room for bytes and special tokens.
+    """
+    special = [PAD, BOS, EOS, USER, ASSISTANT, *PLACEHOLDERS.values()]
+    if vocab_size < 256 + len(special):
+        raise ValueError(f"vocab_size ({vocab_size}) must be at least {256 + len(special)}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )

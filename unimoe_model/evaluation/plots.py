@@ -1,0 +1,105 @@
+"""The pictures of a report: loss curves, routing, accuracy and speed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+mpl.use("Agg")
+
+SERIES_COLORS = {"moe": "#3b6fb6", "dense": "#c8743a", "blind": "#8f8f8f", "looped": "#7a9e5a"}
+
+
+def save_loss_plot(path: Path, losses: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Draws the loss of every stage, one panel a stage, one line an arm.
+
+    Args:
+        path: PNG that is written.
+        losses: for each arm, stage name to the loss of each step.
+    """
+    stages = list(dict.fromkeys(stage for arm in losses.values() for stage in arm))
+    figure = Figure(figsize=(3.0 * len(stages), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(stages), squeeze=False)[0]
+    for axis, stage in zip(axes, stages, strict=True):
+        for arm, curves in losses.items():
+            if stage in curves:
+                values = _smoothed(curves[stage])
+                axis.plot(values, color=SERIES_COLORS.get(arm), label=arm, linewidth=1.3)
+        axis.set_title(stage, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_ylim(bottom=0)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel("cross-entropy (nats a token)", fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def save_routing_plot(
+    path: Path, shares: Mapping[str, torch.Tensor], experts: Sequence[str]
+) -> None:
+    """Draws which expert takes which modality's tokens, layer by layer.
+
+    Args:
+        path: PNG that is written.
+        shares: for each modality, `[layers, E]`, rows summing to one (`routing_shares`).
+        experts: name of each expert.
+    """
+    figure = Figure(figsize=(2.5 * len(shares) + 0.6, 3.0), layout="constrained")
+    axes = figure.subplots(1, len(shares), squeeze=False)[0]
+    for axis, (modality, share) in zip(axes, shares.items(), strict=True):
+        image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        for layer, row in enumerate(share.tolist()):
+            for expert, value in enumerate(row):
+                shade = "white" if value > 0.6 else "#333333"
+                axis.text(expert, layer, f"{value:.0%}", ha="center", va="center", size=7, c=shade)
+        axis.set_title(f"{modality} tokens", fontsize=9)
+        axis.set_xticks(range(len(experts)), experts, fontsize=7, rotation=30)
+        axis.set_yticks(range(share.shape[0]), [str(i) for i in range(share.shape[0])], fontsize=7)
+    axes[0].set_ylabel("layer", fontsize=8)
+    figure.colorbar(image, ax=list(axes), shrink=0.8, label="share of routed rows")
+    figure.savefig(path, dpi=130)
+
+
+def save_accuracy_plot(path: Path, accuracy: Mapping[str, Mapping[str, float]]) -> None:
+    """Draws held-out accuracy by task as grouped bars.
+
+    Args:
+        path: PNG that is written.
+        accuracy: for each of `moe`, `dense` and `blind`, task to accuracy in 0..1.
+    """
+    tasks = list(next(iter(accuracy.values())))
+    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(accuracy)
+    for i, (name, by_task) in enumerate(accuracy.items()):
+        positions = np.arange(len(tasks)) + (i - (len(accuracy) - 1) / 2) * width
+        bars = axis.bar(
+            positions,
+            [100 * by_task[task] for task in tasks],
+            width * 0.94,
+            label=name,
+            color=SERIES_COLORS.get(name),
+        )
+        axis.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
+    axis.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], fontsize=9)
+    axis.set_ylabel("held-out accuracy, %")
+    axis.set_ylim(0, 109)
+    axis.grid(axis="y", alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.legend(fontsize=8, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.13))
+    figure.savefig(path, dpi=130)
+
+
+def _smoothed(values: Sequence[float], window: int = 15) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    window = min(window, len(values))
+    if window < 2:
+        return values
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)

@@ -1,0 +1,315 @@
+"""Uni-MoE: a LLaMA with MoE layers that reads text and the soft tokens of four media kinds."""
+
+from collections.abc import Iterator
+
+import torch
+from einops import rearrange
+from torch import nn
+from transformers import GenerationMixin, LlamaModel, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from unimoe_kernels import MoE
+from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
+from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
+
+
+class UniMoEDecoderLayer(LlamaDecoderLayer):
+    """LLaMA decoder layer whose FFN is an MoE layer; padding tokens count in no router loss."""
+
+    def __init__(self, config: UniMoEConfig, layer_idx: int):
+        super().__init__(config.text_config, layer_idx)
+        text = config.text_config
+        self.mlp = MoE(
+            text.hidden_size,
+            text.intermediate_size,
+            config.num_experts,
+            config.top_k,
+            load_balancing_coef=config.load_balancing_coef,
+            router_z_coef=config.router_z_coef,
+            aux_loss="inject",
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Maps `[B, S, D]` to `[B, S, D]`; `token_mask` `[B, S]` is False on padding."""
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        output = self.mlp(self.post_attention_layernorm(hidden_states), token_mask=token_mask)
+        return hidden_states + output
+
+
+class UniMoEPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading shared by the Uni-MoE classes."""
+
+    config: UniMoEConfig
+    config_class = UniMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "UniMoEDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal(0, initializer_range) for linear maps, experts, router and embeddings."""
+        super()._init_weights(module)
+        if isinstance(module, MoE):
+            std = self.config.text_config.initializer_range
+            for parameter in (
+                module.router.weight,
+                module.experts.gate_up_proj,
+                module.experts.down_proj,
+            ):
+                nn.init.normal_(parameter, std=std)
+
+
+class UniMoEModel(UniMoEPreTrainedModel):
+    """Connectors and LLaMA; the output is the last hidden state."""
+
+    def __init__(self, config: UniMoEConfig):
+        super().__init__(config)
+        text = config.text_config
+        self.image_connector = ImageConnector(config.vision_feature_size, text.hidden_size)
+        self.speech_connector = SpeechConnector(
+            config.speech_feature_size,
+            text.hidden_size,
+            config.speech_num_queries,
+            config.speech_connector,
+        )
+        self.audio_connector = AudioConnector(
+            config.audio_feature_size,
+            text.hidden_size,
+            config.audio_num_queries,
+            config.audio_connector,
+        )
+        self.language_model = LlamaModel(text)
+        for layer in range(text.num_hidden_layers):
+            if config.is_moe_layer(layer):
+                self.language_model.layers[layer] = UniMoEDecoderLayer(config, layer)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's token embedding."""
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the LLM's token embedding."""
+        self.language_model.embed_tokens = value
+
+    def connector(self, kind: str) -> nn.Module:
+        """The connector of a media kind; images and videos share one."""
+        return getattr(self, f"{'image' if kind == 'video' else kind}_connector")
+
+    def splice(
+        self, input_ids: torch.Tensor, media: dict[str, torch.Tensor | None]
+    ) -> torch.Tensor:
+        """Embeds the text and puts each kind's soft tokens at its placeholders.
+
+        Args:
+            input_ids: `[B, S]` int64; each item of a kind holds as many consecutive placeholders as
+                the item has soft tokens.
+            media: soft tokens `[items, n, D]` of each kind, in the order of the placeholders, row
+                by row; None for a kind without items.
+
+        Returns:
+            Embeddings `[B, S, D]`.
+
+        Raises:
+            ValueError: if a kind's placeholders and soft tokens differ in number.
+        """
+        embeddings = self.get_input_embeddings()(input_ids)
+        for kind in MEDIA_KINDS:
+            tokens = media.get(kind)
+            is_placeholder = input_ids == self.config.media_token_ids[kind]
+            held = int(is_placeholder.sum())
+            given = 0 if tokens is None else tokens.shape[0] * tokens.shape[1]
+            if held != given:
+                raise ValueError(
+                    f"input_ids hold {held} <{kind}> placeholder tokens, but {given} soft tokens"
+                    f" were given; one {kind} takes {self.config.num_soft_tokens(kind)}"
+                )
+            if held:
+                embeddings = embeddings.masked_scatter(
+                    rearrange(is_placeholder, "b s -> b s 1"), tokens.to(embeddings.dtype)
+                )
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        media: dict[str, torch.Tensor | None] | None = None,
+        **kwargs,
+    ):
+        """Runs the LLM over spliced embeddings; see `UniMoEForConditionalGeneration.forward`."""
+        if inputs_embeds is None:
+            inputs_embeds = self.splice(input_ids, media or {})
+        elif media:
+            raise ValueError("media needs input_ids, whose placeholders say where it goes")
+        if attention_mask is not None and attention_mask.dim() == 2:
+            kwargs["token_mask"] = attention_mask[:, -inputs_embeds.shape[1] :].bool()
+        return self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+        )
+
+
+class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
+    """Uni-MoE with its language-model head: training loss and `generate()`.
+
+    The frozen encoders are not part of this module: their features come in (see
+    `unimoe_model.encoders` and `UniMoEProcessor`), so that they are computed once and cached.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: UniMoEConfig):
+        super().__init__(config)
+        self.model = UniMoEModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's token embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the LLM's token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language-model head."""
+        return self.lm_head
+
+    def moe_layers(self) -> Iterator[tuple[int, MoE]]:
+        """The MoE layers, each with the number of its decoder layer."""
+        for index, layer in enumerate(self.model.language_model.layers):
+            if isinstance(layer.mlp, MoE):
+                yield index, layer.mlp
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
+        speech_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
+        speech_query_states: torch.Tensor | None = None,
+        audio_query_states: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Predicts the next token after each position.
+
+        Args:
+            input_ids: `[B, S]` int64, with placeholders expanded (`UniMoEProcessor` does it).
+            attention_mask: `[B, S]`, 0 on padding.
+            inputs_embeds: `[B, S, D]` instead of `input_ids`; then no media may be given.
+            labels: `[B, S]` int64, -100 where no loss is wanted; shifted inside.
+            image_features: `[images, n, C]` of the vision encoder.
+            video_features: `[videos, frames, n, C]` of the vision encoder.
+            speech_features: `[clips, frames, C]` of the speech encoder.
+            audio_features: `[clips, frames, C]` of the audio encoder.
+            speech_query_states: `[clips, queries, d_model]` instead of `speech_features`: what the
+                speech connector has before its projector (to run a frozen connector body once).
+            audio_query_states: likewise for audio.
+            logits_to_keep: compute only the last n positions' logits; 0 for all.
+            **kwargs: passed on to transformers' `LlamaModel` (cache, positions).
+
+        Returns:
+            `loss` (mean over labelled tokens, in the logits' dtype), `logits` `[B, S, V]`, cache.
+
+        Raises:
+            ValueError: if placeholders and media do not match in number, or a feature's shape is
+                not the connector's.
+        """
+        outputs = self._decode(
+            {
+                "image": (image_features, None),
+                "video": (video_features, None),
+                "speech": (speech_features, speech_query_states),
+                "audio": (audio_features, audio_query_states),
+            },
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+            )
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+        )
+
+    def hidden_states(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Last hidden states `[B, S, D]`, without the head; takes the inputs of `forward`."""
+        media = {
+            kind: (inputs.pop(f"{kind}_features", None), inputs.pop(f"{kind}_query_states", None))
+            for kind in MEDIA_KINDS
+        }
+        return self._decode(media, use_cache=False, **inputs).last_hidden_state
+
+    def _decode(self, media: dict[str, tuple], **inputs):
+        return self.model(media=self._soft_tokens(media), **inputs)
+
+    def _soft_tokens(self, inputs: dict[str, tuple]) -> dict[str, torch.Tensor]:
+        media = {}
+        for kind, (features, query_states) in inputs.items():
+            if features is not None and query_states is not None:
+                raise ValueError(f"give {kind}_features or {kind}_query_states, not both")
+            connector = self.model.connector(kind)
+            if features is not None:
+                self._check_features(kind, features)
+                media[kind] = connector(features.to(self.dtype))
+            elif query_states is not None:
+                media[kind] = connector.projector(query_states.to(self.dtype))
+        return media
+
+    def _check_features(self, kind: str, features: torch.Tensor) -> None:
+        config = self.config
+        size = {
+            "speech": config.speech_feature_size,
+            "audio": config.audio_feature_size,
+        }.get(kind, config.vision_feature_size)
+        rows = config.vision_num_tokens
+        expected = {
+            "image": (None, rows, size),
+            "video": (None, config.video_num_frames, rows, size),
+        }.get(kind, (None, None, size))
+        shape = tuple(features.shape)
+        if len(shape) != len(expected) or any(
+            want not in (None, have) for want, have in zip(expected, shape, strict=True)
+        ):
+            wanted = ", ".join("*" if n is None else str(n) for n in expected)
+            raise ValueError(f"{kind}_features (shape {list(shape)}) must have shape [{wanted}]")
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        """Gives the media to the first step alone: later ones find it in the cache."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs = {k: v for k, v in inputs.items() if not k.endswith(MEDIA_SUFFIXES)}
+        return inputs
+
+
+MEDIA_SUFFIXES = ("_features", "_query_states")

@@ -1,0 +1,139 @@
+"""Checkpoints inside a stage: written whole or not at all, read only if they belong to the run."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+_WEIGHTS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.pt", "state.json"
+
+
+def fingerprint(settings: Any) -> str:
+    """Short name of everything that decides a stage's result; equal settings, equal name."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass
+class Progress:
+    """How far a stage has come.
+
+    Attributes:
+        step: optimiser steps done.
+        losses: loss of each of them.
+        tokens: tokens seen, padding not counted.
+        seconds: time spent in them, over all runs.
+    """
+
+    step: int = 0
+    losses: list[float] | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def save_checkpoint(
+    folder: Path,
+    run: str,
+    progress: Progress,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Replaces the checkpoint in `folder`; a kill at any moment leaves the old one or the new.
+
+    Args:
+        folder: where the checkpoint is.
+        run: fingerprint of the stage.
+        progress: how far it has come.
+        parameters: the parameters being trained, by name.
+        optimizer: the optimiser that holds their state.
+    """
+    fresh = folder.with_name(folder.name + ".new")
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    weights = {name: p.detach().contiguous() for name, p in parameters.items()}
+    save_file(weights, fresh / _WEIGHTS)
+    torch.save(optimizer.state_dict(), fresh / _OPTIMIZER)
+    state = {"run": run, **vars(progress)}
+    (fresh / _STATE).write_text(json.dumps(state), encoding="utf-8")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(
+    folder: Path,
+    run: str,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> Progress | None:
+    """Continues from the checkpoint in `folder`.
+
+    Returns:
+        Its progress, or None if there is no checkpoint; then nothing is changed.
+
+    Raises:
+        ValueError: if the checkpoint is of another configuration or cannot be read.
+    """
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():
+        os.rename(old, folder)
+    if not folder.exists():
+        return None
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        weights = load_file(folder / _WEIGHTS)
+        optimizer_state = torch.load(folder / _OPTIMIZER, weights_only=True)
+        found = state.pop("run")
+        progress = Progress(**state)
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint {folder} cannot be read ({error}); delete it to start this stage anew"
+        ) from error
+    if found != run or weights.keys() != parameters.keys():
+        raise ValueError(
+            f"checkpoint {folder} is of another configuration ({found}, this run is {run});"
+            " give another output folder, or delete it to start this stage anew"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    optimizer.load_state_dict(optimizer_state)
+    return progress
+
+
+def completed_run(folder: Path, run: str) -> bool:
+    """Whether the stage in `folder` is complete.
+
+    Raises:
+        ValueError: if it is complete, but of another configuration than `run`, or unreadable.
+    """
+    path = folder / "metrics.json"
+    if not path.exists():
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["run"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); delete {folder} to train the stage anew"
+        ) from error
+    if found != run:
+        raise ValueError(
+            f"{folder} holds a stage of another configuration ({found}, this run is {run});"
+            " give another output folder, or delete it"
+        )
+    return True
+
+
+def discard_checkpoint(folder: Path) -> None:
+    """Removes a checkpoint that the stage's result has replaced."""
+    for path in (folder, folder.with_name(folder.name + ".old")):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,79 @@
+"""Progress of long work: a bar on the terminal, or messages to a process that draws it."""
+
+from typing import Protocol
+
+from tqdm import tqdm
+
+
+class ProgressReporter(Protocol):
+    """Receives what a stage is doing."""
+
+    def start(self, stage: str, total: int, done: int) -> None:
+        """A stage of `total` steps begins, `done` of them are already there."""
+
+    def advance(self, steps: int, **figures: str) -> None:
+        """Some steps are done; `figures` are shown beside the bar."""
+
+    def finish(self) -> None:
+        """The stage has ended."""
+
+
+class BarReporter:
+    """Draws one bar a stage: steps, loss, tokens/s and the time left.
+
+    Args:
+        prefix: shown before every stage's name.
+        position: line of the bar, for several at once.
+    """
+
+    def __init__(self, prefix: str = "", position: int = 0):
+        self._prefix = prefix
+        self._position = position
+        self._bar: tqdm | None = None
+
+    def start(self, stage: str, total: int, done: int) -> None:
+        """Opens the stage's bar."""
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=f"{self._prefix}{stage}",
+            position=self._position,
+            leave=True,
+            mininterval=0.5,
+            dynamic_ncols=True,
+        )
+
+    def advance(self, steps: int, **figures: str) -> None:
+        """Moves the bar on."""
+        self._bar.set_postfix(figures, refresh=False)
+        self._bar.update(steps)
+
+    def finish(self) -> None:
+        """Closes the bar and leaves it on the screen."""
+        self._bar.close()
+
+
+class QueueReporter:
+    """Sends every call as a message, for `replay` in the process that has the terminal."""
+
+    def __init__(self, name: str, queue):
+        self._name = name
+        self._queue = queue
+
+    def start(self, stage: str, total: int, done: int) -> None:
+        """Sends the start of a stage."""
+        self._queue.put((self._name, "start", (stage, total, done), {}))
+
+    def advance(self, steps: int, **figures: str) -> None:
+        """Sends steps."""
+        self._queue.put((self._name, "advance", (steps,), figures))
+
+    def finish(self) -> None:
+        """Sends the end of a stage."""
+        self._queue.put((self._name, "finish", (), {}))
+
+
+def replay(message: tuple, reporters: dict[str, ProgressReporter]) -> None:
+    """Passes a `QueueReporter`'s message on to the reporter of the same name."""
+    name, call, arguments, figures = message
+    getattr(reporters[name], call)(*arguments, **figures)

@@ -1,0 +1,148 @@
+"""Settings of a whole run, read from YAML and checked before anything is built."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from unimoe_model.configuration import MEDIA_KINDS
+from unimoe_model.training.trainer import OptimizerSettings
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """One stage: its optimiser and the share of each task in its batches."""
+
+    optimizer: OptimizerSettings
+    tasks: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Sizes of the model.
+
+    Attributes:
+        text: fields of `LlamaConfig`; `intermediate_size` is the width of one expert.
+        vocab_size: entries of the tokenizer that is trained.
+        top_k: experts a token is routed to.
+        moe_layer_interval: every n-th layer is an MoE layer.
+        load_balancing_coef: weight of the load-balancing loss.
+        speech_max_frames: feature rows of a speech clip.
+        speech_num_queries: soft tokens of a speech clip.
+        audio_num_queries: soft tokens of an audio clip.
+        audio_connector: fields of `Blip2QFormerConfig`.
+    """
+
+    text: dict[str, Any]
+    vocab_size: int
+    top_k: int
+    speech_max_frames: int
+    speech_num_queries: int
+    audio_num_queries: int
+    audio_connector: dict[str, Any]
+    moe_layer_interval: int = 1
+    load_balancing_coef: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides what a run computes.
+
+    Attributes:
+        seed: of initial weights, data order and held-out samples.
+        precision: `"bf16"`, `"fp32"`, or `"auto"`: bf16 where the device has instructions for it.
+        model: sizes.
+        pretrain: the LLM on text; it stands for LLaMA.
+        align: stage 1.
+        experts: stage 2, one entry a media kind.
+        tune: stage 3.
+        lora_rank: of stage 3.
+        lora_alpha: of stage 3.
+        evaluation: most held-out items of each task; a task that is not named takes all.
+    """
+
+    seed: int
+    precision: str
+    model: ModelSettings
+    pretrain: StageSettings
+    align: StageSettings
+    experts: dict[str, StageSettings]
+    tune: StageSettings
+    lora_rank: int
+    lora_alpha: int
+    evaluation: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        unknown = sorted(self.experts.keys() - set(MEDIA_KINDS))
+        if unknown or not self.experts:
+            raise ValueError(f"experts ({unknown or 'none'}) must be among {MEDIA_KINDS}")
+        sizes = {s.optimizer.steps for s in self.experts.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"experts must all have the same number of steps, got {sizes}")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"precision ({self.precision!r}) must be 'auto', 'bf16' or 'fp32'")
+
+    def resolved_precision(self, device: torch.device) -> str:
+        """`"bf16"` or `"fp32"`, with `"auto"` decided for `device`."""
+        if self.precision != "auto":
+            return self.precision
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def load_settings(path: str | Path, **overrides: Any) -> RunSettings:
+    """Reads a YAML file of settings.
+
+    Args:
+        path: the file; `configs/tiny.yaml` is the example.
+        **overrides: top-level values that replace the file's, such as `seed=1`.
+
+    Raises:
+        ValueError: if the file is missing or no YAML, or a key is unknown, missing or wrong.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"config ({path}) must be a readable YAML file: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"config ({path}) must be a mapping, got {type(raw).__name__}")
+    raw |= overrides
+    for name in ("pretrain", "align", "tune"):
+        if name in raw:
+            raw[name] = _stage(raw[name], f"{path}: {name}")
+    if isinstance(raw.get("experts"), dict):
+        raw["experts"] = {
+            kind: _stage(value, f"{path}: experts.{kind}") for kind, value in raw["experts"].items()
+        }
+    if "model" in raw:
+        raw["model"] = _build(ModelSettings, raw["model"], f"{path}: model")
+    return _build(RunSettings, raw, str(path))
+
+
+def _stage(raw: Any, where: str) -> StageSettings:
+    raw = dict(_mapping(raw, where))
+    tasks = raw.pop("tasks", None)
+    if not isinstance(tasks, dict) or not tasks:
+        raise ValueError(f"{where}.tasks ({tasks}) must be a mapping of task to weight")
+    return StageSettings(_build(OptimizerSettings, raw, where), tasks)
+
+
+def _build(cls: type, raw: Any, where: str):
+    raw = _mapping(raw, where)
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(raw.keys() - known)
+    if unknown:
+        raise ValueError(f"{where} has unknown keys {unknown}; known are {sorted(known)}")
+    try:
+        return cls(**raw)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _mapping(raw: Any, where: str) -> dict:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where} ({raw!r}) must be a mapping")
+    return raw

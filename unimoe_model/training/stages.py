@@ -1,0 +1,317 @@
+"""The stages in order: pretrain the LLM, align, train experts, assemble and tune.
+
+The dense arm goes through the same stages with one FFN of width `top_k * F`, which does as many
+FLOPs a token as the experts of the MoE arm. In stage 2 it is trained on the very batches that the
+experts are trained on, taken in turn.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
+from unimoe_model.data.collate import Collator
+from unimoe_model.data.examples import Example, MediaBank
+from unimoe_model.data.mixture import Mixture
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.training.assemble import (
+    FFN_NAMES,
+    add_lora,
+    assemble_moe,
+    ffn_state,
+    lora_parameters,
+    merge_lora,
+)
+from unimoe_model.training.checkpoint import completed_run, fingerprint
+from unimoe_model.training.progress import ProgressReporter
+from unimoe_model.training.settings import RunSettings, StageSettings
+from unimoe_model.training.trainer import finish_stage, train_stage
+
+ARMS = ("moe", "dense")
+STAGES = ("pretrain", "align", "experts", "tune")
+TRAINED = "trained.safetensors"
+
+
+class Trainer:
+    """Takes one arm through all stages; what is done already is loaded instead of done again.
+
+    Args:
+        settings: what to train.
+        arm: `"moe"` or `"dense"`.
+        folder: one folder a stage is made in it.
+        tasks: training examples by task.
+        bank: features of their media.
+        tokenizer: the LLM's tokenizer.
+        speech_decoder: pretrained Whisper decoder weights that the speech connector starts from.
+        reporter: is told of the progress.
+        device: where to train.
+
+    Raises:
+        ValueError: if arm is unknown.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        arm: str,
+        folder: Path,
+        tasks: Mapping[str, Sequence[Example]],
+        bank: MediaBank,
+        tokenizer: PreTrainedTokenizerFast,
+        speech_decoder: nn.Module,
+        reporter: ProgressReporter,
+        device: torch.device,
+    ):
+        if arm not in ARMS:
+            raise ValueError(f"arm ({arm!r}) must be one of {ARMS}")
+        self._settings = settings
+        self._arm = arm
+        self._folder = folder
+        self._tasks = tasks
+        self._bank = bank
+        self._tokenizer = tokenizer
+        self._speech_decoder = speech_decoder
+        self._reporter = reporter
+        self._device = device
+        self._precision = settings.resolved_precision(device)
+        self._history: list = [arm, self._precision, asdict(settings.model), settings.seed]
+
+    def run(self) -> UniMoEForConditionalGeneration:
+        """Trains (or loads) everything and returns the tuned model, LoRA merged."""
+        model = self._pretrain()
+        self._align(model)
+        bank = query_state_bank(model, self._bank)
+        collator = Collator(self._tokenizer, model.config, bank, query_states=("speech", "audio"))
+        if self._arm == "dense":
+            self._experts_in_one(model, collator)
+        else:
+            model = self._experts(model, collator)
+        return self._tune(model, collator)
+
+    def _pretrain(self) -> UniMoEForConditionalGeneration:
+        torch.manual_seed(self._settings.seed)
+        model = UniMoEForConditionalGeneration(self._dense_config())
+        model.model.speech_connector.load_decoder(self._speech_decoder.state_dict())
+        model.to(self._device)
+        parameters = _named(model, lambda name: "_connector." not in name)
+        collator = Collator(self._tokenizer, model.config, self._bank)
+        stage = self._settings.pretrain
+        self._stage("pretrain", model, parameters, self._batches(stage, 0, collator), stage)
+        return model
+
+    def _align(self, model: UniMoEForConditionalGeneration) -> None:
+        parameters = _named(model, lambda name: "_connector." in name)
+        collator = Collator(self._tokenizer, model.config, self._bank)
+        stage = self._settings.align
+        self._stage("align", model, parameters, self._batches(stage, 1, collator), stage)
+
+    def _experts(
+        self, model: UniMoEForConditionalGeneration, collator: Collator
+    ) -> UniMoEForConditionalGeneration:
+        aligned = {k: v.clone() for k, v in model.state_dict().items()}
+        experts, projectors = {}, {}
+        history = list(self._history)
+        for number, (kind, stage) in enumerate(self._settings.experts.items()):
+            self._history = list(history)
+            model.load_state_dict(aligned)
+            parameters = _named(model, lambda name: _is_ffn(name) or _is_projector(name, kind))
+            batches = self._batches(stage, 2 + number, collator)
+            self._stage(f"experts/{kind}", model, parameters, batches, stage)
+            experts[kind] = ffn_state(model)
+            projectors |= {
+                name: p.detach().clone() for name, p in parameters.items() if not _is_ffn(name)
+            }
+        self._history = [*history, [asdict(s) for s in self._settings.experts.values()]]
+        model.load_state_dict(aligned | projectors)
+        torch.manual_seed(self._settings.seed + 1)
+        return assemble_moe(
+            model,
+            experts,
+            self._settings.model.top_k,
+            moe_layer_interval=self._settings.model.moe_layer_interval,
+            load_balancing_coef=self._settings.model.load_balancing_coef,
+        )
+
+    def _experts_in_one(self, model: UniMoEForConditionalGeneration, collator: Collator) -> None:
+        streams = [
+            self._batches(stage, 2 + number, collator)
+            for number, stage in enumerate(self._settings.experts.values())
+        ]
+        parameters = _named(
+            model,
+            lambda name: (
+                _is_ffn(name) or any(_is_projector(name, k) for k in self._settings.experts)
+            ),
+        )
+        first = next(iter(self._settings.experts.values()))
+        steps = first.optimizer.steps * len(streams)
+        tasks = {k: w for s in self._settings.experts.values() for k, w in s.tasks.items()}
+        stage = StageSettings(_with_steps(first.optimizer, steps), tasks)
+        self._stage(
+            "experts",
+            model,
+            parameters,
+            lambda step: streams[step % len(streams)](step // len(streams)),
+            stage,
+        )
+
+    def _tune(
+        self, model: UniMoEForConditionalGeneration, collator: Collator
+    ) -> UniMoEForConditionalGeneration:
+        settings = self._settings
+        torch.manual_seed(settings.seed + 2)
+        add_lora(model, settings.lora_rank, settings.lora_alpha)
+        model.to(self._device)
+        parameters = lora_parameters(model) | _named(
+            model,
+            lambda name: (
+                ".router." in name or any(_is_projector(name, k) for k in settings.experts)
+            ),
+        )
+        self._history += [settings.lora_rank, settings.lora_alpha]
+        batches = self._batches(settings.tune, 2 + len(MEDIA_KINDS), collator)
+        self._stage("tune", model, parameters, batches, settings.tune)
+        merge_lora(model)
+        return model.requires_grad_(False).eval()
+
+    def _dense_config(self) -> UniMoEConfig:
+        model = self._settings.model
+        text = dict(model.text)
+        if self._arm == "dense":
+            text["intermediate_size"] *= model.top_k
+        ids = self._tokenizer.convert_tokens_to_ids
+        decoder = self._speech_decoder.config
+        return UniMoEConfig(
+            text_config={
+                **text,
+                "vocab_size": len(self._tokenizer),
+                "pad_token_id": self._tokenizer.pad_token_id,
+                "bos_token_id": self._tokenizer.bos_token_id,
+                "eos_token_id": self._tokenizer.eos_token_id,
+                "tie_word_embeddings": True,
+            },
+            tie_word_embeddings=True,
+            num_experts=0,
+            vision_encoder="efficientnet-lite0",
+            vision_feature_size=1280,
+            vision_num_tokens=9,
+            speech_encoder="whisper-tiny.en",
+            speech_feature_size=decoder.d_model,
+            speech_max_frames=model.speech_max_frames,
+            speech_num_queries=model.speech_num_queries,
+            speech_connector={
+                name: getattr(decoder, name)
+                for name in (
+                    "d_model",
+                    "decoder_layers",
+                    "decoder_attention_heads",
+                    "decoder_ffn_dim",
+                    "max_target_positions",
+                )
+            },
+            audio_encoder="aisfx",
+            audio_feature_size=512,
+            audio_num_queries=model.audio_num_queries,
+            audio_connector=model.audio_connector,
+            media_token_ids={kind: ids(f"<{kind}>") for kind in MEDIA_KINDS},
+        )
+
+    def _batches(
+        self, stage: StageSettings, number: int, collator: Collator
+    ) -> Callable[[int], dict[str, torch.Tensor]]:
+        mixture = Mixture(self._tasks, stage.tasks, seed=(self._settings.seed, number))
+        size = stage.optimizer.batch_size
+        return lambda step: collator.training(mixture.batch(step, size))
+
+    def _stage(
+        self,
+        name: str,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        batch_of: Callable[[int], dict[str, torch.Tensor]],
+        stage: StageSettings,
+    ) -> None:
+        self._history.append([name, asdict(stage)])
+        run = fingerprint(self._history)
+        folder = self._folder / name
+        if completed_run(folder, run):
+            _load_trained(folder / TRAINED, parameters)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        progress = train_stage(
+            model,
+            parameters,
+            batch_of,
+            stage.optimizer,
+            folder,
+            run,
+            name,
+            self._reporter,
+            self._precision,
+        )
+        weights = {key: p.detach().cpu().contiguous() for key, p in parameters.items()}
+        save_file(weights, folder / (TRAINED + ".new"))
+        (folder / (TRAINED + ".new")).rename(folder / TRAINED)
+        finish_stage(folder, run, stage.optimizer, progress)
+
+
+@torch.inference_mode()
+def query_state_bank(
+    model: UniMoEForConditionalGeneration, bank: MediaBank, batch_size: int = 128
+) -> MediaBank:
+    """Runs the connectors' frozen bodies once over every speech and audio set of a bank.
+
+    After stage 1 only their projectors are trained, so that what comes before stays the same.
+
+    Returns:
+        A bank with query states `[items, queries, hidden]` for speech and audio, and the features
+        of everything else.
+    """
+    result = MediaBank()
+    for source, features in bank.sets.items():
+        kind = bank.kinds[source]
+        if kind in ("speech", "audio"):
+            connector = model.model.connector(kind)
+            parts = [
+                connector.hidden_states(part.to(model.device, model.dtype)).cpu()
+                for part in features.split(batch_size)
+            ]
+            features = torch.cat(parts).clone()
+        result.add(source, kind, features)
+    return result
+
+
+def _named(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if wanted(name)}
+
+
+def _is_ffn(name: str) -> bool:
+    return ".mlp." in name and name.split(".")[-2] in FFN_NAMES
+
+
+def _is_projector(name: str, kind: str) -> bool:
+    return f".{kind}_connector.projector." in name
+
+
+def _with_steps(settings, steps: int):
+    return type(settings)(**{**asdict(settings), "steps": steps})
+
+
+def _load_trained(path: Path, parameters: dict[str, nn.Parameter]) -> None:
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); delete its folder to train the stage anew"
+        ) from error
+    if weights.keys() != parameters.keys():
+        raise ValueError(f"{path} holds other parameters than this run trains; delete its folder")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])

@@ -1,0 +1,181 @@
+"""Trains the given parameters of a model for one stage; a killed stage goes on where it was."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from unimoe_model.data.collate import IGNORED
+from unimoe_model.training.checkpoint import (
+    Progress,
+    discard_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from unimoe_model.training.progress import ProgressReporter
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Length and optimiser of a stage: AdamW, linear warm-up, cosine decay to a tenth.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: examples a step.
+        learning_rate: highest learning rate.
+        warmup: share of the steps that warm up.
+        weight_decay: AdamW's, on matrices only.
+        max_grad_norm: gradients are scaled down to this norm.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size"):
+            if int(getattr(self, name)) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate ({self.learning_rate}) must be positive")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0."""
+        warmup = max(1, round(self.warmup * self.steps))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def autocast(device: torch.device, precision: str):
+    """Context of the forward pass: bfloat16 autocast, or nothing for `"fp32"`.
+
+    Raises:
+        ValueError: if precision is neither `"bf16"` nor `"fp32"`.
+    """
+    if precision not in ("bf16", "fp32"):
+        raise ValueError(f"precision ({precision!r}) must be 'bf16' or 'fp32'")
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def answer_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy of the answer tokens; the head runs on their positions alone.
+
+    The prompt is most of a batch, so this skips most of the largest matmul and its softmax.
+    """
+    labels = batch["labels"][:, 1:]
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    hidden = model.hidden_states(**inputs)[:, :-1]
+    wanted = labels != IGNORED
+    logits = model.lm_head(hidden[wanted])
+    return nn.functional.cross_entropy(logits.float(), labels[wanted])
+
+
+def train_stage(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    batch_of: Callable[[int], dict[str, torch.Tensor]],
+    settings: OptimizerSettings,
+    folder: Path,
+    run: str,
+    stage: str,
+    reporter: ProgressReporter,
+    precision: str = "fp32",
+    checkpoint_seconds: float = 20.0,
+) -> Progress:
+    """Trains `parameters` and nothing else, from a checkpoint if there is one.
+
+    Args:
+        model: model with `hidden_states(**inputs)` and `lm_head`; changed in place.
+        parameters: what is trained, by name; all else is frozen for the stage.
+        batch_of: inputs and labels of a step, the same whenever it is asked.
+        settings: length and optimiser.
+        folder: where the checkpoint is kept while the stage runs.
+        run: fingerprint of everything that decides the result.
+        stage: shown with the progress.
+        reporter: is told of the progress.
+        precision: `"bf16"` (autocast) or `"fp32"`.
+        checkpoint_seconds: time between checkpoints.
+
+    Returns:
+        Losses, tokens and seconds of the whole stage. The checkpoint stays until
+        `finish_stage`.
+
+    Raises:
+        ValueError: if the checkpoint is of another run, or the loss is not finite.
+    """
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    matrices = [p for p in parameters.values() if p.dim() > 1]
+    vectors = [p for p in parameters.values() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    checkpoint = folder / "checkpoint"
+    progress = load_checkpoint(checkpoint, run, parameters, optimizer) or Progress(losses=[])
+    reporter.start(stage, settings.steps, progress.step)
+    device = next(iter(parameters.values())).device
+    model.train()
+    resumed_at, started = progress.seconds, time.monotonic()
+    saved = started
+    for step in range(progress.step, settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(step)
+        batch = {k: v.to(device) for k, v in batch_of(step).items()}
+        with autocast(device, precision):
+            loss = answer_loss(model, batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(f"loss of {stage}, step {step} ({value}) must be finite")
+        optimizer.step()
+        progress.step = step + 1
+        progress.losses.append(value)
+        progress.tokens += int(batch["attention_mask"].sum())
+        now = time.monotonic()
+        progress.seconds = resumed_at + now - started
+        reporter.advance(
+            1, loss=f"{value:.3f}", tokens_per_s=f"{progress.tokens / progress.seconds:.0f}"
+        )
+        if now - saved > checkpoint_seconds and progress.step < settings.steps:
+            save_checkpoint(checkpoint, run, progress, parameters, optimizer)
+            saved = time.monotonic()
+    reporter.finish()
+    model.eval()
+    return progress
+
+
+def finish_stage(folder: Path, run: str, settings: OptimizerSettings, progress: Progress) -> None:
+    """Writes the stage's `metrics.json`, its mark of completion, and drops the checkpoint."""
+    metrics = {
+        "run": run,
+        "settings": asdict(settings),
+        "seconds": progress.seconds,
+        "tokens": progress.tokens,
+        "losses": progress.losses,
+    }
+    partial = folder / "metrics.json.new"
+    partial.write_text(json.dumps(metrics), encoding="utf-8")
+    partial.rename(folder / "metrics.json")
+    discard_checkpoint(folder / "checkpoint")
