@@ -68,6 +68,8 @@ def _own_gradients(layer: nn.Module) -> nn.Module:
 
 def _mixtral_block(problem: Problem, implementation: str) -> nn.Module:
     try:
+        # Without this module experts are not stacked and cannot take our weights.
+        import transformers.integrations.moe  # noqa: F401
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
     except ImportError as error:

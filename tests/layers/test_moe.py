@@ -183,7 +183,6 @@ def test_compiles_as_one_graph_with_few_recompilations(make_looped, randn, aux_l
     assert len(graphs) <= 2
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
 def test_compiles_with_inductor(make_looped, randn):
     moe = MoE.from_looped(
