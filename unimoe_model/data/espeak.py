@@ -15,6 +15,7 @@ import ctypes
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class Espeak:
 
     def __init__(self, library: str, data: str) -> None:
         self.library = ctypes.CDLL(library)
+        self.variants = Path(data, "voices", "!v")
         self.chunks: list[bytes] = []
         self.sample_rate = self.library.espeak_Initialize(_SYNCHRONOUS, 0, data.encode(), 0)
         if self.sample_rate <= 0:
@@ -58,8 +60,13 @@ class Espeak:
 
     def speak(self, text: str, voice: str) -> bytes:
         """Says ``text``; returns int16 samples, which depend on what was said before."""
+        if not text.strip():
+            raise ValueError(f"text ({text!r}) must hold something to say")
         self.chunks.clear()
-        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
+        # The library takes an unknown variant without a word and speaks in the plain voice.
+        _, plus, variant = voice.partition("+")
+        unknown = plus and not (self.variants / variant).is_file()
+        if unknown or self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"voice ({voice!r}) must be one that eSpeak NG has")
         raw = text.encode()
         status = self.library.espeak_Synth(

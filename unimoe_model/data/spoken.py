@@ -112,7 +112,7 @@ def _speak(phrases: Sequence[tuple[str, str]]) -> list[NDArray[np.float32]]:
     data = asset_folder(ESPEAK_PACKAGE) / "espeak-ng-data"
     program = Path(__file__).with_name("espeak.py")
     result = subprocess.run(
-        [sys.executable, "-I", program, library, data],
+        [sys.executable, "-P", program, library, data],
         input=json.dumps([list(phrase) for phrase in phrases]).encode(),
         capture_output=True,
         check=False,
