@@ -136,6 +136,10 @@ class UniMoEProcessor(ProcessorMixin):
         kinds = [names[name] for name in names for _ in media.get(name, ())]
         return self(build_prompt(question, kinds), **media)
 
+    def sample_rates(self) -> dict[str, int]:
+        """Samples a second that `speech` and `audio` are expected at."""
+        return {kind: self._encoder(kind).sample_rate for kind in ("speech", "audio")}
+
     def decode_answers(self, sequences: torch.Tensor, prompt_length: int) -> list[str]:
         """Answers in generated sequences `[B, S]` whose prompt took `prompt_length` tokens."""
         texts = self.tokenizer.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)

@@ -70,6 +70,12 @@ def questions(split: str) -> list[Question]:
     ]
 
 
+@memoize
+def question_texts() -> list[str]:
+    """The different texts of all questions, sorted."""
+    return sorted({q.question for split in ("train", "test") for q in questions(split)})
+
+
 def image_path(split: str, index: int) -> Path:
     """File of a picture.
 

@@ -153,6 +153,21 @@ def render(program: int, pitch: int, velocity: int) -> NDArray[np.float32]:
     return Sampler().render(program, pitch, velocity)
 
 
+def notes_of(split: str) -> list[tuple[int, int, int]]:
+    """Program, MIDI key and velocity of every clip of a split, in the order of `load`.
+
+    Args:
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+
+    Raises:
+        ValueError: no such split.
+    """
+    if split not in PITCHES_AND_VELOCITIES:
+        raise ValueError(f"split ({split!r}) must be one of {', '.join(PITCHES_AND_VELOCITIES)}")
+    pitches, velocities = PITCHES_AND_VELOCITIES[split]
+    return list(itertools.product(range(len(INSTRUMENTS)), pitches, velocities))
+
+
 def load(cache: FeatureCache, encoder: AisfxAudioEncoder, split: str) -> MediaSet:
     """Every instrument at every pitch and velocity of the split.
 
@@ -168,10 +183,7 @@ def load(cache: FeatureCache, encoder: AisfxAudioEncoder, split: str) -> MediaSe
         MissingAssetError: the package ``pretty_midi`` or ``tinysoundfont`` is not installed.
         ValueError: no such split.
     """
-    if split not in PITCHES_AND_VELOCITIES:
-        raise ValueError(f"split ({split!r}) must be one of {', '.join(PITCHES_AND_VELOCITIES)}")
-    pitches, velocities = PITCHES_AND_VELOCITIES[split]
-    notes = list(itertools.product(range(len(INSTRUMENTS)), pitches, velocities))
+    notes = notes_of(split)
     asset_folder("tinysoundfont")
     fingerprint = json.dumps(
         {

@@ -165,11 +165,20 @@ def questions(
         MissingAssetError: the package ``espeakng-loader`` is not installed.
         ValueError: no such split, or no texts.
     """
+    phrases = question_phrases(texts, split)
+    return _spoken_set(cache, encoder, f"spoken_questions-{split}", phrases, "text")
+
+
+def question_phrases(texts: Sequence[str], split: str) -> list[tuple[str, str]]:
+    """Text and voice of every clip of `questions`, in its order.
+
+    Raises:
+        ValueError: no such split, or no texts.
+    """
     _check_split(split)
     if not texts:
         raise ValueError("texts must hold at least one question")
-    phrases = [(text, voice) for voice in QUESTION_VOICES[split] for text in texts]
-    return _spoken_set(cache, encoder, f"spoken_questions-{split}", phrases, "text")
+    return [(text, voice) for voice in QUESTION_VOICES[split] for text in texts]
 
 
 def _check_split(split: str) -> None:

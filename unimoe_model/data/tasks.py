@@ -60,9 +60,7 @@ class TaskBuilder:
         self._encoders = encoders
         self._speech_max_frames = speech_max_frames
         self._seed = seed
-        self.question_texts = sorted(
-            {q.question for split in ("train", "test") for q in easy_vqa.questions(split)}
-        )
+        self.question_texts = easy_vqa.question_texts()
 
     def media_examples(self, split: str) -> dict[str, list[Example]]:
         """All examples with media of a split, by task.
@@ -84,10 +82,10 @@ class TaskBuilder:
 
     def text_examples(self) -> dict[str, list[Example]]:
         """The text tasks of pretraining; `text` is the one that stage 3 keeps and we test."""
-        known = [l for l in easy_vqa.labels("train") if {"color", "shape"} <= l.keys()]
+        pairs = {(label.get("color"), label.get("shape")) for label in easy_vqa.labels("train")}
         return pretraining_tasks(
             questions=self.question_texts,
-            pairs=sorted({(l["color"], l["shape"]) for l in known}),
+            pairs=sorted(pair for pair in pairs if None not in pair),
             families={
                 name: general_midi.family_of(program)
                 for program, name in enumerate(general_midi.INSTRUMENTS)
@@ -117,9 +115,9 @@ class TaskBuilder:
             for q in easy_vqa.questions(split)
         ]
         captions = [
-            Example("picture", ASK_PICTURE, f"a {l['color']} {l['shape']}", refs[i])
-            for i, l in enumerate(media.labels)
-            if {"color", "shape"} <= l.keys()
+            Example("picture", ASK_PICTURE, f"a {label['color']} {label['shape']}", refs[i])
+            for i, label in enumerate(media.labels)
+            if {"color", "shape"} <= label.keys()
         ]
         return {"image_qa": qa, "picture": captions}, qa
 

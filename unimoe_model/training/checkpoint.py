@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def save_checkpoint(
     run: str,
     progress: Progress,
     parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     """Replaces the checkpoint in `folder`; a kill at any moment leaves the old one or the new.
 
@@ -51,7 +52,7 @@ def save_checkpoint(
         run: fingerprint of the stage.
         progress: how far it has come.
         parameters: the parameters being trained, by name.
-        optimizer: the optimiser that holds their state.
+        optimizers: the optimisers that hold their state.
     """
     fresh = folder.with_name(folder.name + ".new")
     old = folder.with_name(folder.name + ".old")
@@ -59,7 +60,7 @@ def save_checkpoint(
     fresh.mkdir(parents=True)
     weights = {name: p.detach().contiguous() for name, p in parameters.items()}
     save_file(weights, fresh / _WEIGHTS)
-    torch.save(optimizer.state_dict(), fresh / _OPTIMIZER)
+    torch.save([o.state_dict() for o in optimizers], fresh / _OPTIMIZER)
     state = {"run": run, **vars(progress)}
     (fresh / _STATE).write_text(json.dumps(state), encoding="utf-8")
     shutil.rmtree(old, ignore_errors=True)
@@ -73,7 +74,7 @@ def load_checkpoint(
     folder: Path,
     run: str,
     parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> Progress | None:
     """Continues from the checkpoint in `folder`.
 
@@ -91,7 +92,7 @@ def load_checkpoint(
     try:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         weights = load_file(folder / _WEIGHTS)
-        optimizer_state = torch.load(folder / _OPTIMIZER, weights_only=True)
+        optimizer_states = torch.load(folder / _OPTIMIZER, weights_only=True)
         found = state.pop("run")
         progress = Progress(**state)
     except Exception as error:
@@ -106,7 +107,8 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    optimizer.load_state_dict(optimizer_state)
+    for optimizer, optimizer_state in zip(optimizers, optimizer_states, strict=True):
+        optimizer.load_state_dict(optimizer_state)
     return progress
 
 

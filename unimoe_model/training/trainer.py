@@ -23,20 +23,23 @@ from unimoe_model.training.progress import ProgressReporter
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Length and optimiser of a stage: AdamW, linear warm-up, cosine decay to a tenth.
+    """Length and optimiser of a stage: linear warm-up, then cosine decay to a tenth.
 
     Attributes:
         steps: optimiser steps.
         batch_size: examples a step.
-        learning_rate: highest learning rate.
+        learning_rate: highest learning rate of AdamW.
+        muon_learning_rate: highest learning rate of Muon, which then trains the matrices of the
+            decoder layers; None leaves them to AdamW.
         warmup: share of the steps that warm up.
-        weight_decay: AdamW's, on matrices only.
+        weight_decay: of both.
         max_grad_norm: gradients are scaled down to this norm.
     """
 
     steps: int
     batch_size: int
     learning_rate: float
+    muon_learning_rate: float | None = None
     warmup: float = 0.05
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -48,13 +51,53 @@ class OptimizerSettings:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate ({self.learning_rate}) must be positive")
 
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0."""
+    def learning_rate_factor(self, step: int) -> float:
+        """Share of the highest learning rate that step `step`, counted from 0, uses."""
         warmup = max(1, round(self.warmup * self.steps))
         if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
+            return (step + 1) / warmup
         done = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def build_optimizers(
+    parameters: dict[str, nn.Parameter], settings: OptimizerSettings
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the decoder layers' matrices and AdamW for the rest.
+
+    Args:
+        parameters: what is trained, by name.
+        settings: with a `muon_learning_rate`, Muon is used.
+
+    Reference: AdamW, arXiv 1711.05101; Muon, arXiv 2502.16982.
+    """
+    use_muon = settings.muon_learning_rate is not None
+    hidden = {n: p for n, p in parameters.items() if use_muon and ".layers." in n and p.dim() == 2}
+    others = [p for name, p in parameters.items() if name not in hidden]
+    optimizers: list[torch.optim.Optimizer] = []
+    if others:
+        optimizers.append(
+            torch.optim.AdamW(
+                others,
+                lr=settings.learning_rate,
+                betas=(0.9, 0.95),
+                weight_decay=settings.weight_decay,
+                fused=True,
+            )
+        )
+    if hidden:
+        optimizers.append(
+            torch.optim.Muon(
+                list(hidden.values()),
+                lr=settings.muon_learning_rate,
+                momentum=0.95,
+                weight_decay=settings.weight_decay,
+            )
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
 
 
 def autocast(device: torch.device, precision: str):
@@ -119,37 +162,29 @@ def train_stage(
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    matrices = [p for p in parameters.values() if p.dim() > 1]
-    vectors = [p for p in parameters.values() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    optimizers = build_optimizers(parameters, settings)
     checkpoint = folder / "checkpoint"
-    progress = load_checkpoint(checkpoint, run, parameters, optimizer) or Progress(losses=[])
+    progress = load_checkpoint(checkpoint, run, parameters, optimizers) or Progress(losses=[])
     reporter.start(stage, settings.steps, progress.step)
     device = next(iter(parameters.values())).device
     model.train()
     resumed_at, started = progress.seconds, time.monotonic()
     saved = started
     for step in range(progress.step, settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * settings.learning_rate_factor(step)
         batch = {k: v.to(device) for k, v in batch_of(step).items()}
         with autocast(device, precision):
             loss = answer_loss(model, batch)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
         value = loss.item()
         if not math.isfinite(value):
             raise ValueError(f"loss of {stage}, step {step} ({value}) must be finite")
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         progress.step = step + 1
         progress.losses.append(value)
         progress.tokens += int(batch["attention_mask"].sum())
@@ -159,7 +194,7 @@ def train_stage(
             1, loss=f"{value:.3f}", tokens_per_s=f"{progress.tokens / progress.seconds:.0f}"
         )
         if now - saved > checkpoint_seconds and progress.step < settings.steps:
-            save_checkpoint(checkpoint, run, progress, parameters, optimizer)
+            save_checkpoint(checkpoint, run, progress, parameters, optimizers)
             saved = time.monotonic()
     reporter.finish()
     model.eval()

@@ -1,0 +1,153 @@
+"""`unimoe demo`: trains the MoE and the dense model side by side, and shows what came out."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+from unimoe_model.data.tasks import EVALUATED_TASKS
+from unimoe_model.evaluation.accuracy import accuracy, blind_answers
+from unimoe_model.evaluation.report import Results, print_results, write_report
+from unimoe_model.evaluation.showcase import show_examples
+from unimoe_model.evaluation.throughput import layer_throughput
+from unimoe_model.training.arm import arm_process, build_tasks, held_out_examples
+from unimoe_model.training.progress import BarReporter, replay
+from unimoe_model.training.settings import RunSettings
+from unimoe_model.training.stages import ARMS
+
+THROUGHPUT_LAYER = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_experts": 4,
+    "top_k": 2,
+    "tokens": 512,
+}
+
+
+def run_demo(settings: RunSettings, output: Path, cache_folder: Path | None = None) -> Results:
+    """Trains, evaluates, shows and reports; what an earlier run has finished is not done again.
+
+    Args:
+        settings: what to train.
+        output: folder of everything that is written.
+        cache_folder: where features are kept; `output/features` if None.
+
+    Returns:
+        The figures of `metrics.json`.
+
+    Raises:
+        ValueError: if `output` holds a run of another configuration.
+        RuntimeError: if a training process fails; its message is passed on.
+    """
+    cache_folder = cache_folder or output / "features"
+    output.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    print("1/4  Features of the frozen encoders (computed once)", flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    builder = build_tasks(settings, cache_folder, device)
+    train = builder.media_examples("train") | builder.text_examples()
+    held_out = held_out_examples(settings, builder)
+    seconds = {"features": time.monotonic() - started}
+
+    print("2/4  Training: the MoE and, on the same batches, the dense baseline", flush=True)
+    _train_arms(settings, output, cache_folder, device)
+    evaluations = {arm: _read_json(output / arm / "evaluation.json") for arm in ARMS}
+
+    print("3/4  Speed of one MoE layer beside the dense and the looped one", flush=True)
+    throughput = layer_throughput(**THROUGHPUT_LAYER, device=device, dtype=torch.float32)
+
+    print("4/4  Report", flush=True)
+    blind = {
+        task: accuracy(blind_answers(train[task], held_out[task]), held_out[task])
+        for task in EVALUATED_TASKS
+    }
+    losses, stage_seconds = _stage_metrics(output)
+    seconds |= stage_seconds
+    seconds["evaluate"] = sum(e["seconds"] for e in evaluations.values())
+    results = Results(
+        accuracy=evaluations["moe"]["accuracy"],
+        blind=blind,
+        dense=evaluations["dense"]["accuracy"],
+        items={task: len(held_out[task]) for task in EVALUATED_TASKS},
+        seconds={name: round(value, 1) for name, value in seconds.items()},
+        throughput=throughput,
+        throughput_layer=THROUGHPUT_LAYER,
+        losses=losses,
+        routing={k: torch.tensor(v) for k, v in evaluations["moe"]["routing"].items()},
+        experts=list(settings.experts),
+        seed=settings.seed,
+    )
+    examples = show_examples(output / "moe" / "model", output / "examples", held_out)
+    write_report(results, examples, output)
+    print_results(results, examples, output)
+    return results
+
+
+def _train_arms(
+    settings: RunSettings, output: Path, cache_folder: Path, device: torch.device
+) -> None:
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    threads = max(1, (os.cpu_count() or 1) // len(ARMS))
+    processes = {
+        arm: context.Process(
+            target=arm_process,
+            args=(settings, arm, output / arm, cache_folder, queue, device, threads),
+            daemon=True,
+        )
+        for arm in ARMS
+    }
+    reporters = {
+        arm: BarReporter(prefix=f"{arm:>5} ", position=i) for i, arm in enumerate(ARMS)
+    }
+    for process in processes.values():
+        process.start()
+    running = set(processes)
+    try:
+        while running:
+            if queue.empty():
+                _check_alive(processes, running)
+                time.sleep(0.1)
+                continue
+            message = queue.get()
+            if message[1] == "done":
+                running.remove(message[0])
+            elif message[1] == "failed":
+                raise RuntimeError(f"training of {message[0]} failed: {message[2][0]}")
+            else:
+                replay(message, reporters)
+    finally:
+        for process in processes.values():
+            if running:
+                process.terminate()
+            process.join()
+
+
+def _check_alive(processes: dict, running: set[str]) -> None:
+    for arm in running:
+        code = processes[arm].exitcode
+        if code not in (None, 0):
+            raise RuntimeError(f"training of {arm} ended with exit code {code}")
+
+
+def _stage_metrics(output: Path) -> tuple[dict, dict[str, float]]:
+    losses: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
+    seconds: dict[str, float] = {}
+    for arm in ARMS:
+        for path in sorted((output / arm).rglob("metrics.json"), key=_stage_order):
+            stage = path.parent.relative_to(output / arm).as_posix()
+            metrics = _read_json(path)
+            losses[arm][stage] = metrics["losses"]
+            seconds[f"{arm}/{stage}"] = metrics["seconds"]
+    return losses, seconds
+
+
+def _stage_order(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,203 @@
+"""The demo's results as metrics.json, pictures, a page for the browser and a table to print."""
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from unimoe_model.evaluation.plots import save_accuracy_plot, save_loss_plot, save_routing_plot
+from unimoe_model.evaluation.showcase import WorkedExample
+
+TASK_NAMES = {
+    "image_qa": "image QA",
+    "spoken_word": "spoken word",
+    "spoken_question": "spoken question about an image",
+    "sound": "sound family",
+    "video": "video motion",
+    "text": "text",
+}
+STAND_INS = (
+    "EfficientNet-Lite0 stands in for CLIP, aiSFX for BEATs, and a LLaMA of a few million parameters,"
+    " pretrained here on text, for Vicuna-7B; the speech encoder is the real Whisper tiny.en."
+    " Speech is synthetic (eSpeak NG), sounds are General MIDI instruments, videos are moving"
+    " drawings. A video is the mean of its 8 frames, as in the paper, so the model cannot tell"
+    " left from right."
+)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Figures of a run; accuracies are shares in 0..1 by task.
+
+    Attributes:
+        accuracy: of the MoE.
+        blind: of the most frequent training answer without the input.
+        dense: of the dense model with the same active FLOPs.
+        items: held-out items.
+        seconds: by stage.
+        throughput: by layer, from `layer_throughput`.
+        throughput_layer: sizes of that layer.
+        losses: by arm and stage.
+        routing: by modality, `[layers, E]`.
+        experts: name of each expert.
+        seed: of the run.
+    """
+
+    accuracy: dict[str, float]
+    blind: dict[str, float]
+    dense: dict[str, float]
+    items: dict[str, int]
+    seconds: dict[str, float]
+    throughput: dict[str, dict[str, float]]
+    throughput_layer: dict[str, int]
+    losses: dict[str, dict[str, list[float]]]
+    routing: dict[str, torch.Tensor]
+    experts: list[str]
+    seed: int
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Mean accuracy over the tasks, of MoE, dense and blind."""
+        columns = {"moe": self.accuracy, "dense": self.dense, "blind": self.blind}
+        return {name: sum(by_task.values()) / len(by_task) for name, by_task in columns.items()}
+
+
+def write_report(
+    results: Results, examples: Sequence[WorkedExample], folder: Path
+) -> None:
+    """Writes metrics.json, accuracy.png, loss.png, routing.png and report.html.
+
+    Args:
+        results: what is reported.
+        examples: the worked examples; their files are there already.
+        folder: where to write.
+    """
+    save_accuracy_plot(
+        folder / "accuracy.png",
+        {"moe": results.accuracy, "dense": results.dense, "blind": results.blind},
+    )
+    save_loss_plot(folder / "loss.png", results.losses)
+    save_routing_plot(folder / "routing.png", results.routing, results.experts)
+    _write_whole(folder / "report.html", _page(results, examples))
+    metrics = {
+        "accuracy": results.accuracy,
+        "blind": results.blind,
+        "dense": results.dense,
+        "mean": results.mean,
+        "items": results.items,
+        "seconds": results.seconds,
+        "throughput": results.throughput,
+        "routing": {modality: share.tolist() for modality, share in results.routing.items()},
+        "examples": [asdict(example) for example in examples],
+        "seed": results.seed,
+    }
+    _write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
+
+
+def print_results(results: Results, examples: Sequence[WorkedExample], folder: Path) -> None:
+    """Prints the table, the worked examples and where everything is."""
+    print(f"\n{STAND_INS}\n")
+    print(f"Held-out accuracy, exact match, %{'MoE':>20}{'dense':>8}{'blind':>8}{'items':>8}")
+    for task, name in TASK_NAMES.items():
+        row = (results.accuracy[task], results.dense[task], results.blind[task])
+        cells = "".join(f"{100 * value:8.1f}" for value in row)
+        print(f"  {name:<42}{cells}{results.items[task]:8d}")
+    means = "".join(f"{100 * results.mean[name]:8.1f}" for name in ("moe", "dense", "blind"))
+    print(f"  {'mean':<42}{means}\n")
+    for example in examples:
+        print(f"{example.title} ({', '.join(example.files)})")
+        print(f"  asked: {example.question}")
+        print(f"  answered: {example.answer}    (right: {example.expected})")
+    layer = results.throughput_layer
+    print(f"\nOne MoE layer ({_layer_text(layer)}), forward + backward:")
+    for name, figures in results.throughput.items():
+        print(f"  {name:<8}{figures['step_ms']:8.1f} ms{figures['tokens_per_s']:12.0f} tokens/s")
+    print(f"\nEverything is in {folder}; open {folder / 'report.html'} in a browser.")
+
+
+def _layer_text(layer: dict[str, int]) -> str:
+    return (
+        f"D {layer['hidden_size']}, F {layer['intermediate_size']}, {layer['num_experts']} experts,"
+        f" top {layer['top_k']}, {layer['tokens']} tokens"
+    )
+
+
+def _page(results: Results, examples: Sequence[WorkedExample]) -> str:
+    rows = "".join(
+        f"<tr><td>{name}</td><td><b>{100 * results.accuracy[task]:.1f}</b></td>"
+        f"<td>{100 * results.dense[task]:.1f}</td><td>{100 * results.blind[task]:.1f}</td>"
+        f"<td>{results.items[task]}</td></tr>"
+        for task, name in TASK_NAMES.items()
+    )
+    mean = results.mean
+    rows += (
+        f"<tr><td>mean</td><td><b>{100 * mean['moe']:.1f}</b></td><td>{100 * mean['dense']:.1f}"
+        f"</td><td>{100 * mean['blind']:.1f}</td><td></td></tr>"
+    )
+    speed = "".join(
+        f"<tr><td>{name}</td><td>{f['forward_ms']:.1f}</td><td>{f['step_ms']:.1f}</td>"
+        f"<td>{f['tokens_per_s']:.0f}</td></tr>"
+        for name, f in results.throughput.items()
+    )
+    times = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{value:.0f}</td></tr>"
+        for name, value in results.seconds.items()
+    )
+    shown = "".join(_example(example) for example in examples)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Uni-MoE demo</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222 }}
+table {{ border-collapse: collapse; margin: 0.5rem 0 }}
+td, th {{ padding: 0.15rem 0.9rem; text-align: right; border-bottom: 1px solid #e4e4e4 }}
+td:first-child, th:first-child {{ text-align: left }}
+img {{ max-width: 100% }}
+.examples {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem }}
+.examples > div {{ border: 1px solid #e4e4e4; border-radius: 6px; padding: 0.8rem }}
+.examples img {{ width: 128px; image-rendering: pixelated; display: block }}
+.examples audio {{ width: 100% }}
+.note {{ color: #555 }}
+</style></head><body>
+<h1>Uni-MoE demo</h1>
+<p class="note">{STAND_INS} Seed {results.seed}.</p>
+<h2>Held-out accuracy, exact match, %</h2>
+<table><tr><th>task</th><th>MoE</th><th>dense</th><th>blind</th><th>items</th></tr>{rows}</table>
+<p class="note">Dense: one FFN of width K*F, the same active FLOPs, batches, steps and optimiser.
+Blind: the most frequent training answer without the input.</p>
+<img src="accuracy.png" alt="accuracy by task">
+<h2>It answers</h2><div class="examples">{shown}</div>
+<h2>Loss</h2><img src="loss.png" alt="loss of every stage">
+<h2>Routing</h2><p class="note">Share of each modality's routed rows that every expert takes. The
+experts are named after what they were trained on in stage 2.</p>
+<img src="routing.png" alt="experts by modality and layer">
+<h2>Speed of one MoE layer</h2><p class="note">{_layer_text(results.throughput_layer)}; medians of
+interleaved rounds on this machine.</p>
+<table><tr><th>layer</th><th>forward, ms</th><th>forward + backward, ms</th><th>tokens/s</th></tr>
+{speed}</table>
+<h2>Time, s</h2><table><tr><th>stage</th><th>seconds</th></tr>{times}</table>
+</body></html>
+"""
+
+
+def _example(example: WorkedExample) -> str:
+    media = "".join(
+        f'<audio controls src="{name}"></audio>'
+        if name.endswith(".wav")
+        else f'<img src="{name}" alt="{html.escape(example.title)}">'
+        for name in example.files
+    )
+    verdict = "right" if example.answer == example.expected else f"expected {example.expected}"
+    return (
+        f"<div><b>{html.escape(example.title)}</b>{media}<p>{html.escape(example.question)}<br>"
+        f"<b>{html.escape(example.answer) or '(nothing)'}</b>"
+        f' <span class="note">({html.escape(verdict)})</span></p></div>'
+    )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".new")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)

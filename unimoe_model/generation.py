@@ -1,0 +1,63 @@
+"""Answers to questions about media, from a checkpoint folder: what `unimoe generate` runs."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.processing import UniMoEProcessor
+
+
+class Answerer:
+    """A model with its processor.
+
+    Args:
+        model: in eval mode.
+        processor: made for the model.
+    """
+
+    def __init__(self, model: UniMoEForConditionalGeneration, processor: UniMoEProcessor):
+        self.model = model
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Answerer":
+        """Loads model and processor.
+
+        Raises:
+            ValueError: if the folder is no checkpoint, or its files are cut short or do not fit.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"checkpoint ({folder}) must be a folder with a config.json")
+        try:
+            model = UniMoEForConditionalGeneration.from_pretrained(folder)
+            processor = UniMoEProcessor.from_pretrained(folder)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"checkpoint ({folder}) cannot be read: {error}") from error
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(model.eval().to(device), processor)
+
+    @torch.inference_mode()
+    def answer(self, question: str = "", max_new_tokens: int = 32, **media) -> str:
+        """Answers one question, greedily.
+
+        Args:
+            question: may be empty when speech asks.
+            max_new_tokens: longest answer, in tokens.
+            **media: lists `images`, `videos`, `speech`, `audio`; see `UniMoEProcessor`.
+
+        Returns:
+            The answer, stripped of white space.
+        """
+        inputs = self.processor.ask(question, **media).to(self.model.device)
+        tokenizer = self.processor.tokenizer
+        produced = self.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        return self.processor.decode_answers(produced, inputs["input_ids"].shape[1])[0]
