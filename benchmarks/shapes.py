@@ -5,6 +5,7 @@ T tokens, D model width, F expert width, E experts, K experts a token.
 
 from typing import NamedTuple
 
+MODES = ("forward", "training")
 ROUTINGS = ("natural", "zipf", "same")
 
 
@@ -43,15 +44,14 @@ LAYERS = {
 
 def _cases(layers: tuple[str, ...], tokens: tuple[int, ...], skewed_tokens: int) -> list[Case]:
     cases = [Case(layer, T) for layer in layers for T in tokens]
-    cases += [Case(layer, T, "training") for layer in layers for T in tokens if T >= 128]
+    cases += [Case(layer, T, "training") for layer in layers for T in tokens if T >= 1024]
     skews = [routing for routing in ROUTINGS if routing != "natural"]
     cases += [Case(layers[0], skewed_tokens, mode, skew) for mode in MODES for skew in skews]
     return cases
 
 
-MODES = ("forward", "training")
 SETS = {
     "smoke": [Case("small-qwen3", 16), Case("small-unimoe", 16, "training", "zipf")],
-    "small": _cases(("small-unimoe", "small-mixtral", "small-qwen3"), (1, 16, 128, 1024), 1024),
+    "small": _cases(("small-unimoe", "small-mixtral", "small-qwen3"), (1, 128, 1024), 1024),
     "full": _cases(("unimoe", "mixtral-8x7b", "qwen3-30b-a3b", "olmoe"), (16, 1024, 4096), 4096),
 }
