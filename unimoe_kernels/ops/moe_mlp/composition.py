@@ -89,14 +89,13 @@ def backward(
             bias_ND = down_bias.index_select(0, _expert_of_row(row_order, offsets))
             grad_scores_N += (grad_ND.to(scores.dtype) * bias_ND).sum(1)
         grad_scores = grad_scores_N.index_select(0, inverse_order).view(scores.shape)
+    # The scores' gradient wanted both without the scores; everything from here wants them with.
     if needs_down or needs_down_bias:
-        scaled_ND = (grad_ND * scores_N1).to(x.dtype)
         grad_down, grad_down_bias = op("grouped_mm_wgrad")(
-            scaled_ND, a_NF, offsets, needs_down_bias
+            grad_ND.mul_(scores_N1), a_NF, offsets, needs_down_bias
         )
     if needs_hidden:
-        scaled_NF = (grad_a_NF * scores_N1).to(x.dtype)
-        grad_h_NG = op("swiglu_backward")(scaled_NF, h_NG, *gate)
+        grad_h_NG = op("swiglu_backward")(grad_a_NF.mul_(scores_N1), h_NG, *gate)
     if needs_gate_up or needs_gate_up_bias:
         x_ND = op("permute")(x, row_order, offsets, top_k)
         grad_gate_up, grad_gate_up_bias = op("grouped_mm_wgrad")(

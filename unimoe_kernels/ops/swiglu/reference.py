@@ -1,8 +1,12 @@
-"""Specification of `swiglu` and its gradient."""
+"""Specification of `swiglu` and its gradient.
+
+Buffers are reused where they can be: on a CPU the first touch of fresh memory costs as much as the
+arithmetic.
+"""
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +18,9 @@ def swiglu(gate_up: Tensor, activation: str, limit: float, alpha: float) -> Tens
     gate, up = _halves(gate_up)
     if activation == "swiglu_clamped":
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        out = gate * torch.sigmoid(alpha * gate) * (up + 1)
+        out = gate.mul_(torch.sigmoid(alpha * gate)).mul_(up + 1)
     else:
-        out = _ACTIVATIONS[activation](gate) * up
+        out = _ACTIVATIONS[activation](gate).mul_(up)
     return out.to(gate_up.dtype).contiguous()
 
 
@@ -26,17 +30,21 @@ def swiglu_backward(
     """Returns the gradient of `swiglu` in `gate_up`."""
     gate, up = _halves(gate_up)
     grad = grad.to(gate.dtype)
+    grad_gate_up = gate.new_empty(gate_up.shape)
+    grad_gate, grad_up = grad_gate_up.chunk(2, -1)
     if activation == "swiglu_clamped":
         gate_open, up_open = gate <= limit, (up >= -limit) & (up <= limit)
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         sigmoid = torch.sigmoid(alpha * gate)
         slope = sigmoid * (1 + alpha * gate * (1 - sigmoid))
-        grad_gate = grad * (up + 1) * slope * gate_open
-        grad_up = grad * gate * sigmoid * up_open
+        grad_gate.copy_(grad * (up + 1) * slope * gate_open)
+        grad_up.copy_(grad * gate * sigmoid * up_open)
     else:
-        grad_gate = _BACKWARDS[activation](grad * up, gate)
-        grad_up = grad * _ACTIVATIONS[activation](gate)
-    return torch.cat([grad_gate, grad_up], -1).to(gate_up.dtype)
+        activated = _ACTIVATIONS[activation](gate)
+        torch.mul(grad, activated, out=grad_up)
+        grad_activated = torch.mul(grad, up, out=activated)
+        _BACKWARDS[activation](grad_activated, gate, grad_input=grad_gate)
+    return grad_gate_up.to(gate_up.dtype)
 
 
 def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,31 +53,15 @@ def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return gate_up.chunk(2, -1)
 
 
-def _relu_backward(grad: Tensor, gate: Tensor) -> Tensor:
-    return grad * (gate > 0)
-
-
-def _gelu_backward(grad: Tensor, gate: Tensor) -> Tensor:
-    cdf = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
-    pdf = torch.exp(-0.5 * gate * gate) / math.sqrt(2 * math.pi)
-    return grad * (cdf + gate * pdf)
-
-
-def _gelu_tanh_backward(grad: Tensor, gate: Tensor) -> Tensor:
-    scale, cubic = math.sqrt(2 / math.pi), 0.044715
-    tanh = torch.tanh(scale * (gate + cubic * gate**3))
-    inner = scale * (1 + 3 * cubic * gate * gate)
-    return grad * 0.5 * (1 + tanh + gate * (1 - tanh * tanh) * inner)
-
-
-def _gelu_tanh(gate: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh")
-
-
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 _BACKWARDS = {
-    "silu": torch.ops.aten.silu_backward,
-    "gelu": _gelu_backward,
-    "gelu_tanh": _gelu_tanh_backward,
-    "relu": _relu_backward,
+    "silu": torch.ops.aten.silu_backward.grad_input,
+    "gelu": torch.ops.aten.gelu_backward.grad_input,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
+    "relu": partial(torch.ops.aten.threshold_backward.grad_input, threshold=0),
 }
