@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils import _device
 
 from unimoe_kernels import available_backends, use_backend
 
@@ -49,6 +50,9 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Fills what the package allocates, so that an element it forgets to write fails a test."""
+    # torch lists the functions that obey `with torch.device(...)` once, when first asked. Asked
+    # while they are replaced, it would forget the real ones for every later test.
+    _device._device_constructors()
 
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
