@@ -37,14 +37,14 @@ def test_grouped_lora_example(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_grouped_lora_matches_float64(backend, dtype, layout):
+def test_grouped_lora_matches_float64(backend, dtype):
     counts = (5, 0, 7, 1)
     x, lora_A, lora_B, offsets = sample(counts, dtype=dtype, device=backend.device)
     inputs = [value.requires_grad_() for value in (x, lora_A, lora_B)]
     grad = torch.randn(16, 16).to(x)
 
     def run():
-        y = grouped_lora(layout(x), lora_A, lora_B, offsets, 0.5)
+        y = grouped_lora(x, lora_A, lora_B, offsets, 0.5)
         return y, *torch.autograd.grad(y, inputs, grad)
 
     actual = run()
@@ -57,6 +57,13 @@ def test_grouped_lora_matches_float64(backend, dtype, layout):
     names = ("y", "grad of x", "grad of lora_A", "grad of lora_B")
     for name, *values in zip(names, actual, expected, baseline, strict=True):
         assert_close_to_float64(*values, name)
+
+
+def test_grouped_lora_takes_any_layout(backend, layout):
+    x, lora_A, lora_B, offsets = sample(device=backend.device)
+    expected = grouped_lora(x, lora_A, lora_B, offsets)
+    turned = [w.transpose(1, 2).contiguous().transpose(1, 2) for w in (lora_A, lora_B)]
+    torch.testing.assert_close(grouped_lora(layout(x), *turned, offsets), expected)
 
 
 @pytest.mark.parametrize("frozen_x", [False, True])

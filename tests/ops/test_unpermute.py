@@ -42,17 +42,29 @@ def test_unpermute_example(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_unpermute_matches_float64(backend, dtype, weighted, layout):
+def test_unpermute_matches_float64(backend, dtype, weighted):
     if backend.interpreted and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter does not round to bfloat16")
     rows, sort, scores = sample(held=3, dtype=dtype, device=backend.device)
     scores = scores if weighted else None
-    actual = unpermute(layout(rows), sort, 2, None if scores is None else layout(scores))
+    actual = unpermute(rows, sort, 2, scores)
     with use_backend("reference"):
         baseline = unpermute(rows, sort, 2, scores)
     assert actual.dtype == dtype
     assert actual.is_contiguous()
     assert_close_to_float64(actual, unpermute_by_hand(rows, sort, scores, 2), baseline)
+
+
+def test_unpermute_takes_any_layout(backend, layout):
+    rows, sort, scores = sample(held=3, device=backend.device)
+    actual = unpermute(layout(rows), sort, 2, layout(scores))
+    assert torch.equal(actual, unpermute(rows, sort, 2, scores))
+    rows.requires_grad_()
+    # A sum gives a gradient with strides 0.
+    unpermute(layout(rows), sort, 2, scores).sum().backward()
+    expected = scores.flatten()[sort.row_order.long()]
+    expected[sort.expert_offsets[-1] :] = 0
+    torch.testing.assert_close(rows.grad, expected[:, None].expand(14, 40))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
