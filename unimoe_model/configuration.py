@@ -1,5 +1,7 @@
 """Configuration of Uni-MoE: one LLaMA, one MoE layout, three connectors, three encoders by name."""
 
+from typing import ClassVar
+
 from transformers import LlamaConfig, PreTrainedConfig
 
 MEDIA_KINDS = ("image", "video", "speech", "audio")
@@ -12,15 +14,14 @@ class UniMoEConfig(PreTrainedConfig):
     Args:
         text_config: LLaMA configuration, or its fields as a dict.
         num_experts: experts in an MoE layer; 0 gives the dense model of stages 1 and 2.
-        top_k: experts a token is routed to.
+        num_experts_per_tok: experts a token is routed to, K.
         moe_layer_interval: every n-th layer, counted from layer 0, is an MoE layer. 1: all.
         load_balancing_coef: weight of the load-balancing loss. The 4-expert release trains without.
         router_z_coef: weight of the router z-loss.
-        lora_rank: rank of the LoRA on the experts (or on the dense FFNs); 0 for none.
-        lora_alpha: numerator of the LoRA scale `lora_alpha / lora_rank`.
         vision_encoder: name of the frozen encoder of images and frames.
         vision_feature_size: width of its features.
-        vision_num_tokens: soft tokens an image becomes; a video becomes as many, averaged over frames.
+        vision_num_tokens: soft tokens an image becomes; a video becomes as many, the mean over its
+            frames.
         video_num_frames: frames taken of a video.
         speech_encoder: name of the frozen speech encoder.
         speech_feature_size: width of its features.
@@ -40,16 +41,14 @@ class UniMoEConfig(PreTrainedConfig):
     """
 
     model_type = "unimoe"
-    sub_configs = {"text_config": LlamaConfig}
+    sub_configs: ClassVar = {"text_config": LlamaConfig}
 
     text_config: dict | LlamaConfig | None = None
     num_experts: int = 4
-    top_k: int = 2
+    num_experts_per_tok: int = 2
     moe_layer_interval: int = 1
     load_balancing_coef: float = 0.0
     router_z_coef: float = 0.0
-    lora_rank: int = 0
-    lora_alpha: int = 16
     vision_encoder: str = "clip-vit-large-patch14-336"
     vision_feature_size: int = 1024
     vision_num_tokens: int = 576
@@ -82,9 +81,10 @@ class UniMoEConfig(PreTrainedConfig):
     def _check(self) -> None:
         if self.num_experts < 0:
             raise ValueError(f"num_experts ({self.num_experts}) must be 0 (dense) or positive")
-        if self.num_experts and not 1 <= self.top_k <= self.num_experts:
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
-                f"top_k ({self.top_k}) must be at least 1 and at most num_experts ({self.num_experts})"
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be at least 1 and at most"
+                f" num_experts ({self.num_experts})"
             )
         if self.moe_layer_interval < 1:
             raise ValueError(f"moe_layer_interval ({self.moe_layer_interval}) must be at least 1")

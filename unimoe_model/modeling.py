@@ -1,6 +1,7 @@
 """Uni-MoE: a LLaMA with MoE layers that reads text and the soft tokens of four media kinds."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -24,7 +25,7 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
             text.hidden_size,
             text.intermediate_size,
             config.num_experts,
-            config.top_k,
+            config.num_experts_per_tok,
             load_balancing_coef=config.load_balancing_coef,
             router_z_coef=config.router_z_coef,
             aux_loss="inject",
@@ -55,8 +56,8 @@ class UniMoEPreTrainedModel(PreTrainedModel):
     config_class = UniMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer", "UniMoEDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar = ["LlamaDecoderLayer", "UniMoEDecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -125,20 +126,26 @@ class UniMoEModel(UniMoEPreTrainedModel):
             Embeddings `[B, S, D]`.
 
         Raises:
-            ValueError: if a kind's placeholders and soft tokens differ in number.
+            ValueError: if a kind's placeholders and soft tokens differ in number, or an item would
+                be split between two rows.
         """
         embeddings = self.get_input_embeddings()(input_ids)
         for kind in MEDIA_KINDS:
             tokens = media.get(kind)
             is_placeholder = input_ids == self.config.media_token_ids[kind]
-            held = int(is_placeholder.sum())
+            held_B = is_placeholder.sum(1).tolist()
             given = 0 if tokens is None else tokens.shape[0] * tokens.shape[1]
-            if held != given:
+            if sum(held_B) != given:
                 raise ValueError(
-                    f"input_ids hold {held} <{kind}> placeholder tokens, but {given} soft tokens"
-                    f" were given; one {kind} takes {self.config.num_soft_tokens(kind)}"
+                    f"input_ids hold {sum(held_B)} <{kind}> placeholder tokens, but {given} soft"
+                    f" tokens were given; one {kind} takes {self.config.num_soft_tokens(kind)}"
                 )
-            if held:
+            if any(held % self.config.num_soft_tokens(kind) for held in held_B):
+                raise ValueError(
+                    f"rows of input_ids hold {held_B} <{kind}> placeholder tokens, each must hold"
+                    f" a multiple of {self.config.num_soft_tokens(kind)}: whole items"
+                )
+            if given:
                 embeddings = embeddings.masked_scatter(
                     rearrange(is_placeholder, "b s -> b s 1"), tokens.to(embeddings.dtype)
                 )
@@ -171,7 +178,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
     `unimoe_model.encoders` and `UniMoEProcessor`), so that they are computed once and cached.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: UniMoEConfig):
         super().__init__(config)
@@ -179,6 +186,8 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
+        # A placeholder stands for an input; one that was generated would find none to stand for.
+        self.generation_config.suppress_tokens = sorted(config.media_token_ids.values())
 
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's token embedding."""
@@ -281,6 +290,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
                 self._check_features(kind, features)
                 media[kind] = connector(features.to(self.dtype))
             elif query_states is not None:
+                self._check_query_states(kind, query_states, connector)
                 media[kind] = connector.projector(query_states.to(self.dtype))
         return media
 
@@ -301,6 +311,41 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         ):
             wanted = ", ".join("*" if n is None else str(n) for n in expected)
             raise ValueError(f"{kind}_features (shape {list(shape)}) must have shape [{wanted}]")
+
+    def _check_query_states(
+        self, kind: str, query_states: torch.Tensor, connector: nn.Module
+    ) -> None:
+        expected = (self.config.num_soft_tokens(kind), connector.projector.in_features)
+        shape = tuple(query_states.shape)
+        if len(shape) != 3 or shape[1:] != expected:
+            raise ValueError(
+                f"{kind}_query_states (shape {list(shape)}) must have shape"
+                f" [*, {expected[0]}, {expected[1]}]"
+            )
+
+    def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, **kwargs):
+        """Repeats each row for its beams, and its media with it: a row may hold several items."""
+        media = {k: kwargs.pop(k) for k in list(kwargs) if k.endswith(MEDIA_SUFFIXES)}
+        expanded, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **kwargs
+        )
+        for name, items in media.items():
+            if items is not None and expand_size > 1:
+                kind = name.split("_")[0]
+                held_B = (input_ids == self.config.media_token_ids[kind]).sum(1)
+                items_B = (held_B // self.config.num_soft_tokens(kind)).tolist()
+                if sum(items_B) != len(items):
+                    raise ValueError(
+                        f"input_ids hold placeholders of {sum(items_B)} {kind} items, but {name}"
+                        f" holds {len(items)}"
+                    )
+                rows = [
+                    row.repeat(expand_size, *[1] * (items.dim() - 1))
+                    for row in items.split(items_B)
+                ]
+                items = torch.cat(rows)
+            kwargs[name] = items
+        return expanded, kwargs
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         """Gives the media to the first step alone: later ones find it in the cache."""

@@ -5,6 +5,17 @@ from torch import nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
+# The decoder sees queries and no tokens: it needs no vocabulary and no special tokens.
+_UNUSED = {
+    "vocab_size": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "decoder_start_token_id": 0,
+    "dropout": 0.0,
+    "use_cache": False,
+}
+
 
 class SpeechConnector(nn.Module):
     """Learned queries through a Whisper decoder, then one Linear to the LLM's width.
@@ -26,9 +37,7 @@ class SpeechConnector(nn.Module):
 
     def __init__(self, feature_size: int, hidden_size: int, num_queries: int, decoder: dict):
         super().__init__()
-        config = WhisperConfig(
-            **{"pad_token_id": 0, "vocab_size": 1, "dropout": 0.0, "use_cache": False, **decoder}
-        )
+        config = WhisperConfig(**{**_UNUSED, **decoder})
         if feature_size != config.d_model:
             raise ValueError(
                 f"feature_size ({feature_size}) must be d_model of the speech connector's decoder"

@@ -51,7 +51,11 @@ def assemble_moe(
         raise ValueError("experts must hold at least one FFN")
     if dense.config.num_experts:
         raise ValueError(f"dense has num_experts ({dense.config.num_experts}), expected 0")
-    fields = dense.config.to_dict() | {"num_experts": len(experts), "top_k": top_k} | moe_fields
+    fields = (
+        dense.config.to_dict()
+        | {"num_experts": len(experts), "num_experts_per_tok": top_k}
+        | moe_fields
+    )
     model = UniMoEForConditionalGeneration(UniMoEConfig.from_dict(fields))
     model.to(dtype=dense.dtype)
     incoming = dense.state_dict()
