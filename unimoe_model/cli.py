@@ -13,8 +13,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"unimoe {options.command}: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
+        line = " ".join(str(error).split())
+        print(f"unimoe {options.command}: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nStopped; the same command goes on from here.", file=sys.stderr)
@@ -91,14 +92,14 @@ def _generate(options: argparse.Namespace) -> None:
     from unimoe_model.generation import Answerer
 
     answerer = Answerer.from_pretrained(options.checkpoint)
-    rates = answerer.processor.sample_rates()
+    rate = answerer.processor.sample_rate
     answer = answerer.answer(
         options.question,
         max_new_tokens=options.max_new_tokens,
         images=[load_image(path) for path in options.image],
         videos=[load_video(path) for path in options.video],
-        speech=[load_wav(path, rates["speech"]) for path in options.speech],
-        audio=[load_wav(path, rates["audio"]) for path in options.audio],
+        speech=[load_wav(path, rate("speech")) for path in options.speech],
+        audio=[load_wav(path, rate("audio")) for path in options.audio],
     )
     print(answer)
 

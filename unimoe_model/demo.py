@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-from unimoe_model.data.tasks import EVALUATED_TASKS
+from unimoe_model.data.examples import EVALUATED_TASKS
 from unimoe_model.evaluation.accuracy import accuracy, blind_answers
 from unimoe_model.evaluation.report import Results, print_results, write_report
 from unimoe_model.evaluation.showcase import show_examples
@@ -100,9 +100,7 @@ def _train_arms(
         )
         for arm in ARMS
     }
-    reporters = {
-        arm: BarReporter(prefix=f"{arm:>5} ", position=i) for i, arm in enumerate(ARMS)
-    }
+    reporters = {arm: BarReporter(prefix=f"{arm:>5} ", position=i) for i, arm in enumerate(ARMS)}
     for process in processes.values():
         process.start()
     running = set(processes)

@@ -32,10 +32,15 @@ class Answerer:
         if not (folder / "config.json").is_file():
             raise ValueError(f"checkpoint ({folder}) must be a folder with a config.json")
         try:
-            model = UniMoEForConditionalGeneration.from_pretrained(folder)
+            model, found = UniMoEForConditionalGeneration.from_pretrained(
+                folder, output_loading_info=True
+            )
             processor = UniMoEProcessor.from_pretrained(folder)
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise ValueError(f"checkpoint ({folder}) cannot be read: {error}") from error
+        unfit = {k: sorted(found[k]) for k in ("missing_keys", "unexpected_keys") if found[k]}
+        if unfit:
+            raise ValueError(f"checkpoint ({folder}) must hold the weights of its config: {unfit}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.eval().to(device), processor)
 

@@ -29,11 +29,9 @@ class UniMoEProcessor(ProcessorMixin):
         speech_max_frames: feature rows of a speech clip.
 
     Raises:
-        ValueError: if a placeholder is not one token of the tokenizer.
+        ValueError: if a placeholder is not one token of the tokenizer, or a media kind has no
+            number of soft tokens.
     """
-
-    attributes = ["tokenizer"]
-    tokenizer_class = "AutoTokenizer"
 
     def __init__(
         self,
@@ -51,6 +49,9 @@ class UniMoEProcessor(ProcessorMixin):
         self.speech_encoder = speech_encoder
         self.audio_encoder = audio_encoder
         self.num_soft_tokens = num_soft_tokens or {}
+        missing = [kind for kind in MEDIA_KINDS if kind not in self.num_soft_tokens]
+        if missing:
+            raise ValueError(f"num_soft_tokens must have all of {MEDIA_KINDS}, missing {missing}")
         self.video_num_frames = video_num_frames
         self.speech_max_frames = speech_max_frames
         unknown = tokenizer.unk_token_id
@@ -136,9 +137,9 @@ class UniMoEProcessor(ProcessorMixin):
         kinds = [names[name] for name in names for _ in media.get(name, ())]
         return self(build_prompt(question, kinds), **media)
 
-    def sample_rates(self) -> dict[str, int]:
-        """Samples a second that `speech` and `audio` are expected at."""
-        return {kind: self._encoder(kind).sample_rate for kind in ("speech", "audio")}
+    def sample_rate(self, kind: str) -> int:
+        """Samples a second that clips of `kind`, `"speech"` or `"audio"`, are expected at."""
+        return self._encoder(kind).sample_rate
 
     def decode_answers(self, sequences: torch.Tensor, prompt_length: int) -> list[str]:
         """Answers in generated sequences `[B, S]` whose prompt took `prompt_length` tokens."""

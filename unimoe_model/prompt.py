@@ -10,11 +10,11 @@ ASSISTANT = "ASSISTANT:"
 
 
 def build_prompt(question: str, media: Sequence[str] = ()) -> str:
-    """Writes one user turn that ends where the answer begins.
+    r"""Writes one user turn that ends where the answer begins.
 
     Example:
         `build_prompt("what shape is this?", ["image"])` gives
-        `"USER: <image>\\nwhat shape is this? ASSISTANT:"`.
+        `"USER: <image>\nwhat shape is this? ASSISTANT:"`.
 
     Args:
         question: text of the question; may be empty when the question is spoken.

@@ -43,5 +43,5 @@ class AudioConnector(nn.Module):
         return self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Turns encoder frames `[B, frames, feature_size]` into soft tokens `[B, num_queries, D]`."""
+        """Soft tokens `[B, num_queries, D]` of encoder frames `[B, frames, feature_size]`."""
         return self.projector(self.hidden_states(features))

@@ -22,7 +22,7 @@ class ImageConnector(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Projects images `[B, n, C]` to `[B, n, D]`, or videos `[B, frames, n, C]` to `[B, n, D]`."""
+        """Soft tokens `[B, n, D]` of images `[B, n, C]` or videos `[B, frames, n, C]`."""
         tokens = self.projector(features)
         if features.dim() == 4:
             tokens = reduce(tokens, "b frames n d -> b n d", "mean")

@@ -7,6 +7,9 @@ import torch
 
 from unimoe_model.configuration import MEDIA_KINDS
 
+EVALUATED_TASKS = ("image_qa", "spoken_word", "spoken_question", "sound", "video", "text")
+"""The six tasks of the table, in its order."""
+
 
 @dataclass(frozen=True)
 class MediaRef:

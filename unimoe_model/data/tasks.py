@@ -24,9 +24,6 @@ from unimoe_model.data.text import (
     reading_examples,
 )
 
-EVALUATED_TASKS = ("image_qa", "spoken_word", "spoken_question", "sound", "video", "text")
-"""The six tasks of the table, in its order."""
-
 
 @dataclass(frozen=True)
 class Encoders:

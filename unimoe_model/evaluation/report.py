@@ -20,11 +20,11 @@ TASK_NAMES = {
     "text": "text",
 }
 STAND_INS = (
-    "EfficientNet-Lite0 stands in for CLIP, aiSFX for BEATs, and a LLaMA of a few million parameters,"
-    " pretrained here on text, for Vicuna-7B; the speech encoder is the real Whisper tiny.en."
-    " Speech is synthetic (eSpeak NG), sounds are General MIDI instruments, videos are moving"
-    " drawings. A video is the mean of its 8 frames, as in the paper, so the model cannot tell"
-    " left from right."
+    "EfficientNet-Lite0 stands in for CLIP, aiSFX for BEATs, and a LLaMA of a few million"
+    " parameters, pretrained here on text, for Vicuna-7B; the speech encoder is the real"
+    " Whisper tiny.en. Speech is synthetic (eSpeak NG), sounds are General MIDI instruments,"
+    " videos are moving drawings. A video is the mean of its 8 frames, as in the paper, so the"
+    " model cannot tell left from right."
 )
 
 
@@ -65,9 +65,7 @@ class Results:
         return {name: sum(by_task.values()) / len(by_task) for name, by_task in columns.items()}
 
 
-def write_report(
-    results: Results, examples: Sequence[WorkedExample], folder: Path
-) -> None:
+def write_report(results: Results, examples: Sequence[WorkedExample], folder: Path) -> None:
     """Writes metrics.json, accuracy.png, loss.png, routing.png and report.html.
 
     Args:
@@ -155,7 +153,8 @@ table {{ border-collapse: collapse; margin: 0.5rem 0 }}
 td, th {{ padding: 0.15rem 0.9rem; text-align: right; border-bottom: 1px solid #e4e4e4 }}
 td:first-child, th:first-child {{ text-align: left }}
 img {{ max-width: 100% }}
-.examples {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem }}
+.examples {{ display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)) }}
 .examples > div {{ border: 1px solid #e4e4e4; border-radius: 6px; padding: 0.8rem }}
 .examples img {{ width: 128px; image-rendering: pixelated; display: block }}
 .examples audio {{ width: 100% }}

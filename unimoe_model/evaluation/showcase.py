@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from unimoe_model.data import easy_vqa, general_midi, spoken, sprites
 from unimoe_model.data.audio_io import load_wav, save_wav
 from unimoe_model.data.examples import Example
@@ -69,10 +68,10 @@ def _spoken_question(answerer: Answerer, folder: Path, example: Example) -> Work
     text, voice = spoken.question_phrases(easy_vqa.question_texts(), "test")[clip]
     wav = folder / "spoken_question.wav"
     save_wav(wav, spoken.synthesize(text, voice), WHISPER_RATE)
-    answer = answerer.answer(
-        "", images=[load_image(picture)], speech=[load_wav(wav, WHISPER_RATE)]
+    answer = answerer.answer("", images=[load_image(picture)], speech=[load_wav(wav, WHISPER_RATE)])
+    return _worked(
+        "A spoken question about a picture", folder, [picture, wav], text, example, answer
     )
-    return _worked("A spoken question about a picture", folder, [picture, wav], text, example, answer)
 
 
 def _sound(answerer: Answerer, folder: Path, example: Example) -> WorkedExample:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from unimoe_model.data.collate import Collator
-from unimoe_model.data.examples import Example
+from unimoe_model.data.examples import EVALUATED_TASKS, Example
 from unimoe_model.data.feature_cache import FeatureCache
-from unimoe_model.data.tasks import EVALUATED_TASKS, Encoders, TaskBuilder
+from unimoe_model.data.tasks import Encoders, TaskBuilder
 from unimoe_model.data.tokenizer import train_tokenizer
 from unimoe_model.encoders import build_encoder
 from unimoe_model.encoders.whisper import load_decoder

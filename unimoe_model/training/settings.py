@@ -1,13 +1,16 @@
 """Settings of a whole run, read from YAML and checked before anything is built."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
+from transformers import Blip2QFormerConfig, LlamaConfig
 
 from unimoe_model.configuration import MEDIA_KINDS
+from unimoe_model.data.examples import EVALUATED_TASKS
 from unimoe_model.training.trainer import OptimizerSettings
 
 
@@ -45,6 +48,12 @@ class ModelSettings:
     moe_layer_interval: int = 1
     load_balancing_coef: float = 0.0
 
+    def __post_init__(self):
+        for name, config in (("text", LlamaConfig), ("audio_connector", Blip2QFormerConfig)):
+            unknown = sorted(getattr(self, name).keys() - {f.name for f in fields(config)})
+            if unknown:
+                raise ValueError(f"{name} has unknown keys {unknown}, not of {config.__name__}")
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -81,6 +90,17 @@ class RunSettings:
         sizes = {s.optimizer.steps for s in self.experts.values()}
         if len(sizes) > 1:
             raise ValueError(f"experts must all have the same number of steps, got {sizes}")
+        if not 1 <= self.model.top_k <= len(self.experts):
+            raise ValueError(
+                f"model.top_k ({self.model.top_k}) must be at least 1 and at most the number of"
+                f" experts ({len(self.experts)})"
+            )
+        for name in ("lora_rank", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        unknown = sorted(self.evaluation.keys() - set(EVALUATED_TASKS))
+        if unknown:
+            raise ValueError(f"evaluation ({unknown}) must be among {EVALUATED_TASKS}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"precision ({self.precision!r}) must be 'auto', 'bf16' or 'fp32'")
 
@@ -127,6 +147,9 @@ def _stage(raw: Any, where: str) -> StageSettings:
     tasks = raw.pop("tasks", None)
     if not isinstance(tasks, dict) or not tasks:
         raise ValueError(f"{where}.tasks ({tasks}) must be a mapping of task to weight")
+    for task, weight in tasks.items():
+        if not _fits(weight, float) or not weight > 0:
+            raise ValueError(f"{where}.tasks.{task} ({weight!r}) must be a positive number")
     return StageSettings(_build(OptimizerSettings, raw, where), tasks)
 
 
@@ -136,10 +159,35 @@ def _build(cls: type, raw: Any, where: str):
     unknown = sorted(raw.keys() - known)
     if unknown:
         raise ValueError(f"{where} has unknown keys {unknown}; known are {sorted(known)}")
+    missing = sorted(
+        f.name
+        for f in fields(cls)
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in raw
+    )
+    if missing:
+        raise ValueError(f"{where} lacks the keys {missing}")
+    for name, wanted in get_type_hints(cls).items():
+        if name in raw and not _fits(raw[name], wanted):
+            expected = getattr(wanted, "__name__", str(wanted))
+            raise ValueError(f"{where}.{name} ({raw[name]!r}) must be of type {expected}")
     try:
         return cls(**raw)
-    except TypeError as error:
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a YAML value is of an annotated type; an int is a float, a bool is no number."""
+    if isinstance(wanted, UnionType):
+        return any(_fits(value, choice) for choice in get_args(wanted))
+    if get_origin(wanted) is dict:
+        values = get_args(wanted)[1]
+        return isinstance(value, dict) and all(_fits(v, values) for v in value.values())
+    if wanted is Any:
+        return True
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
 
 
 def _mapping(raw: Any, where: str) -> dict:

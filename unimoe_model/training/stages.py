@@ -53,7 +53,7 @@ class Trainer:
         device: where to train.
 
     Raises:
-        ValueError: if arm is unknown.
+        ValueError: if arm is unknown, or a stage of the settings needs a task without examples.
     """
 
     def __init__(
@@ -80,6 +80,9 @@ class Trainer:
         self._reporter = reporter
         self._device = device
         self._precision = settings.resolved_precision(device)
+        stages = (settings.pretrain, settings.align, *settings.experts.values(), settings.tune)
+        for stage in stages:
+            Mixture(tasks, stage.tasks, seed=(settings.seed,))
         self._history: list = [arm, self._precision, asdict(settings.model), settings.seed]
 
     def run(self) -> UniMoEForConditionalGeneration:
@@ -120,7 +123,9 @@ class Trainer:
         for number, (kind, stage) in enumerate(self._settings.experts.items()):
             self._history = list(history)
             model.load_state_dict(aligned)
-            parameters = _named(model, lambda name: _is_ffn(name) or _is_projector(name, kind))
+            parameters = _named(
+                model, lambda name, kind=kind: _is_ffn(name) or _is_projector(name, kind)
+            )
             batches = self._batches(stage, 2 + number, collator)
             self._stage(f"experts/{kind}", model, parameters, batches, stage)
             experts[kind] = ffn_state(model)

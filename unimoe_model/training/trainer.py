@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,6 +175,8 @@ def train_stage(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * settings.learning_rate_factor(step)
+        # Dropout of a step is the same, however often the stage was interrupted before it.
+        torch.manual_seed(zlib.crc32(f"{run}/{step}".encode()))
         batch = {k: v.to(device) for k, v in batch_of(step).items()}
         with autocast(device, precision):
             loss = answer_loss(model, batch)

@@ -1,0 +1,108 @@
+"""A Uni-MoE of a few thousand weights, and random features in the shapes encoders would give."""
+
+import pytest
+import torch
+
+from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.data.tokenizer import train_tokenizer
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+
+VOCAB = 300
+SPEECH_DECODER = {
+    "d_model": 16,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 24,
+    "max_target_positions": 8,
+    "init_std": 0.3,
+}
+QFORMER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "cross_attention_frequency": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(["what shape is it? a red circle", "which word? yes no"] * 3, VOCAB)
+
+
+@pytest.fixture
+def tiny_config(tokenizer):
+    """Makes a configuration; weights start large, so that outputs are of order one."""
+
+    def build(**fields):
+        text = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "vocab_size": len(tokenizer),
+            "initializer_range": 0.2,
+            "max_position_embeddings": 128,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        text |= fields.pop("text_config", {})
+        kinds = ("image", "video", "speech", "audio")
+        defaults = {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "vision_encoder": "fake-vision",
+            "vision_feature_size": 12,
+            "vision_num_tokens": 3,
+            "video_num_frames": 2,
+            "speech_encoder": "fake-speech",
+            "speech_feature_size": 16,
+            "speech_max_frames": 6,
+            "speech_connector": SPEECH_DECODER,
+            "speech_num_queries": 4,
+            "audio_encoder": "fake-audio",
+            "audio_feature_size": 10,
+            "audio_connector": QFORMER,
+            "audio_num_queries": 2,
+            "media_token_ids": {k: tokenizer.convert_tokens_to_ids(f"<{k}>") for k in kinds},
+        }
+        return UniMoEConfig(text_config=text, **(defaults | fields))
+
+    return build
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    """Makes a model in eval mode, the same whenever it is asked for the same."""
+
+    def build(**fields):
+        torch.manual_seed(7)
+        return UniMoEForConditionalGeneration(tiny_config(**fields)).eval()
+
+    return build
+
+
+@pytest.fixture
+def features():
+    """Makes random features of `count` items of a media kind."""
+    shapes = {"image": (3, 12), "video": (2, 3, 12), "speech": (6, 16), "audio": (5, 10)}
+
+    def build(kind, count=1, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(count, *shapes[kind], generator=generator)
+
+    return build
+
+
+@pytest.fixture
+def media_prompt(tokenizer):
+    """Makes `[1, S]` ids of a prompt with expanded placeholders, in the order of `kinds`."""
+    repeats = {"image": 3, "video": 3, "speech": 4, "audio": 2}
+
+    def build(*kinds, question="what shape is it?"):
+        media = "".join(f"<{kind}>" * repeats[kind] for kind in kinds)
+        text = f"{tokenizer.bos_token}USER: {media}{question} ASSISTANT:"
+        return torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+
+    return build

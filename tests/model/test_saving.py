@@ -1,0 +1,154 @@
+"""Folders of model and processor, by their own classes and by transformers' Auto classes."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from unimoe_model.auto import register_auto_classes
+from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.generation import Answerer
+from unimoe_model.modeling import UniMoEForConditionalGeneration, UniMoEModel
+from unimoe_model.processing import UniMoEProcessor
+
+
+@pytest.fixture
+def saved(tiny_model, tokenizer, tmp_path):
+    model = tiny_model(text_config={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    processor = UniMoEProcessor.from_config(model.config, tokenizer)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return SimpleNamespace(folder=tmp_path, model=model, processor=processor)
+
+
+def same_weights(left, right):
+    left, right = left.state_dict(), right.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_loaded_model_is_the_saved_one_bit_for_bit(
+    tiny_model, media_prompt, features, tmp_path, tied, num_experts
+):
+    model = tiny_model(
+        num_experts=num_experts,
+        text_config={"tie_word_embeddings": tied},
+        tie_word_embeddings=tied,
+    )
+    model.save_pretrained(tmp_path)
+    loaded, found = UniMoEForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert same_weights(model, loaded)
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    inputs = {"input_ids": media_prompt("image"), "image_features": features("image")}
+    assert torch.equal(model(**inputs).logits, loaded.eval()(**inputs).logits)
+    assert loaded.generation_config.suppress_tokens == model.generation_config.suppress_tokens
+
+
+def test_auto_classes_load_a_folder(saved):
+    register_auto_classes()
+    register_auto_classes()
+    assert type(AutoConfig.from_pretrained(saved.folder)) is UniMoEConfig
+    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        model = auto.from_pretrained(saved.folder)
+        assert type(model) is UniMoEForConditionalGeneration
+        assert same_weights(model, saved.model)
+    base = AutoModel.from_pretrained(saved.folder)
+    assert type(base) is UniMoEModel
+    assert same_weights(base, saved.model.model)
+    assert type(AutoProcessor.from_pretrained(saved.folder)) is UniMoEProcessor
+
+
+def test_loaded_processor_has_all_fields(tiny_config, tokenizer, tmp_path):
+    config = tiny_config(video_num_frames=5, speech_max_frames=77, vision_num_tokens=11)
+    processor = UniMoEProcessor.from_config(config, tokenizer)
+    processor.save_pretrained(tmp_path)
+    loaded = UniMoEProcessor.from_pretrained(tmp_path)
+    fields = {k: v for k, v in vars(processor).items() if k != "tokenizer"}
+    assert {k: v for k, v in vars(loaded).items() if k != "tokenizer"} == fields
+    assert loaded.video_num_frames == 5
+    assert loaded.speech_max_frames == 77
+    assert loaded.num_soft_tokens == {"image": 11, "video": 11, "speech": 4, "audio": 2}
+    assert (loaded.vision_encoder, loaded.audio_encoder) == ("fake-vision", "fake-audio")
+    text = "USER: <image>what is it? ASSISTANT:"
+    assert loaded.tokenizer.encode(text) == tokenizer.encode(text)
+    assert loaded.tokenizer.special_tokens_map == tokenizer.special_tokens_map
+
+
+def test_answerer_answers_from_a_folder(saved):
+    answerer = Answerer.from_pretrained(saved.folder)
+    asked = Answerer(saved.model, saved.processor)
+    answer = answerer.answer("what shape is it?", max_new_tokens=4)
+    assert answer == asked.answer("what shape is it?", max_new_tokens=4)
+    assert answer
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def cut_config(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text()[:100])
+
+
+def cut_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+
+
+def drop_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def drop_one_weight(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.image_connector.projector.0.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def change_config(**fields):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_weights, "cannot be read"),
+        (cut_config, "cannot be read"),
+        (cut_tokenizer, "cannot be read"),
+        (drop_weights, "cannot be read"),
+        (drop_one_weight, r"image_connector\.projector\.0\.weight"),
+        (change_config(num_experts=0), r"layers\.0\.mlp\.router\.weight"),
+        (change_config(num_experts=8), "cannot be read"),
+        (change_config(num_experts_per_tok=9), r"num_experts_per_tok \(9\)"),
+    ],
+)
+def test_damaged_or_foreign_checkpoints_are_refused(saved, damage, message):
+    damage(saved.folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        Answerer.from_pretrained(saved.folder)
+    assert str(saved.folder) in str(caught.value)
+
+
+def test_a_folder_without_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a folder with a config\.json"):
+        Answerer.from_pretrained(tmp_path)

@@ -1,0 +1,30 @@
+"""Uni-MoE among transformers' Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.modeling import UniMoEForConditionalGeneration, UniMoEModel
+from unimoe_model.processing import UniMoEProcessor
+
+
+def register_auto_classes() -> None:
+    """Lets `AutoConfig`, `AutoModel...` and `AutoProcessor` load Uni-MoE folders.
+
+    Calling it again does no harm.
+
+    Example:
+        >>> register_auto_classes()
+        >>> model = AutoModelForMultimodalLM.from_pretrained("runs/demo/moe/model")
+        >>> processor = AutoProcessor.from_pretrained("runs/demo/moe/model")
+    """
+    AutoConfig.register(UniMoEConfig.model_type, UniMoEConfig, exist_ok=True)
+    AutoModel.register(UniMoEConfig, UniMoEModel, exist_ok=True)
+    for auto_model in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        auto_model.register(UniMoEConfig, UniMoEForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(UniMoEConfig, UniMoEProcessor, exist_ok=True)
