@@ -81,7 +81,7 @@ def reading_examples(
 ) -> list[Example]:
     """Questions about sentences that describe a picture.
 
-    Of the questions whether something is there, most are about something that is not; only
+    Of the questions whether something is there, most are about something that is not; at most
     `ABSENT_PER_PRESENT` times as many are drawn as are about something that is, so that little can
     be guessed.
 
@@ -104,9 +104,8 @@ def reading_examples(
                 open_questions.append((question, answer))
         for sentence in PICTURE_SENTENCES:
             described = sentence.format(color=color, shape=shape)
-            chosen = (
-                open_questions + present + rng.sample(absent, ABSENT_PER_PRESENT * len(present))
-            )
+            drawn = rng.sample(absent, min(len(absent), ABSENT_PER_PRESENT * len(present)))
+            chosen = open_questions + present + drawn
             examples += [
                 Example(task, f"{described} {question}", answer, blind_key=question)
                 for question, answer in chosen

@@ -1,0 +1,136 @@
+import pytest
+
+from unimoe_model.data import text
+from unimoe_model.data.text import answer_about_picture, pretraining_tasks, reading_examples
+from unimoe_model.data.tokenizer import train_tokenizer
+
+QUESTIONS = [
+    "what color is the circle?",
+    "what color is the shape?",
+    "what is the color of the rectangle?",
+    "what shape is in the image?",
+    "what is the red shape?",
+    "is there a circle?",
+    "is there not a circle?",
+    "does the image contain a red shape?",
+    "is no red shape present?",
+    "is there a triangle?",
+    "is there a blue shape?",
+]
+COLOR_SHAPES = [("red", "circle"), ("blue", "rectangle"), *sorted(text.HELD_OUT_PAIRS)]
+
+
+def described_in(example):
+    """Colour and shape pairs of the sentences of an example."""
+    pairs = [
+        (c, s)
+        for c, s in COLOR_SHAPES
+        for p in text.PICTURE_SENTENCES
+        if p.format(color=c, shape=s) in example.question
+    ]
+    return set(pairs)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("what color is the circle?", "red"),
+        ("what color is the shape?", "red"),
+        ("what is the color of the rectangle?", None),
+        ("what shape is in the image?", "circle"),
+        ("what is the red shape?", "circle"),
+        ("what is the blue shape?", None),
+        ("is there a circle?", "yes"),
+        ("is there a triangle?", "no"),
+        ("is there not a circle?", "no"),
+        ("is no blue shape present?", "yes"),
+        ("does the image contain a red shape?", "yes"),
+    ],
+)
+def test_answers_about_a_red_circle(question, answer):
+    assert answer_about_picture(question, "red", "circle") == answer
+
+
+def test_reading_examples_balance_what_is_absent():
+    pairs = [("red", "circle"), ("blue", "rectangle")]
+    absent = [f"is there a {c} thing?" for c in ("teal", "gray", "pink", "lime", "gold", "navy")]
+    questions = ["is there a circle?", "is there a red shape?", *absent]
+    examples = reading_examples(questions, pairs)
+    assert examples == reading_examples(questions, pairs)
+    answers = [e.answer for e in examples if ("red", "circle") in described_in(e)]
+    assert answers.count("yes") == 2 * len(text.PICTURE_SENTENCES)
+    assert answers.count("no") == text.ABSENT_PER_PRESENT * answers.count("yes")
+    assert all(e.question.endswith(e.blind_key) for e in examples)
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    monkeypatch.setattr(text, "conversations", lambda: [("hello", "hi there")])
+    arguments = {
+        "questions": QUESTIONS * 4,
+        "pairs": COLOR_SHAPES,
+        "families": {"violin": "strings"},
+        "motions": ("up", "down"),
+        "things": ["red ball"],
+        "words": ["go", "stop"],
+    }
+    return lambda seed: pretraining_tasks(**arguments, seed=seed)
+
+
+def test_pretraining_tasks_depend_on_the_seed_alone(tasks):
+    assert tasks(1) == tasks(1)
+    assert tasks(1)["repeat"] != tasks(2)["repeat"]
+    assert set(tasks(0)) == {
+        "text",
+        "asked",
+        "simple",
+        "describe",
+        "repeat",
+        "sounds",
+        "moving",
+        "talk",
+    }
+
+
+def test_held_out_pairs_are_in_no_pretraining_text(tasks):
+    made = tasks(0)
+    described = {pair for examples in made.values() for e in examples for pair in described_in(e)}
+    assert described == {("red", "circle"), ("blue", "rectangle")}
+
+
+def test_twins_of_the_other_modalities_are_right(tasks):
+    made = tasks(0)
+    sounds = {e.question: e.answer for e in made["sounds"]}
+    assert sounds[f"a violin is playing. {text.ASK_FAMILY}"] == "strings"
+    assert sounds[f"a violin is playing. {text.ASK_INSTRUMENT}"] == "violin"
+    assert {e.answer for e in made["moving"]} == {"up", "down"}
+    for example in made["repeat"]:
+        assert f'"{example.answer}"' in example.question
+    for example in made["asked"]:
+        assert "somebody asks:" in example.question
+
+
+def test_tokenizer_is_a_function_of_its_texts():
+    texts = ["the red circle is red", "is it a circle?"]
+    first, second = (train_tokenizer(iter(texts), 280) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab()
+    assert len(first) <= 280
+    merged = train_tokenizer(["aaaa"] * 50, 280)
+    assert len(merged.encode(" aaaa")) < len(first.encode(" aaaa"))
+
+
+def test_tokenizer_gives_back_any_text(tokenizer):
+    for sample in ("what is 2 + 2?", "Grüße, 世界!", "  two  spaces\nand a line"):
+        assert tokenizer.decode(tokenizer.encode(sample)) == sample
+
+
+def test_placeholders_and_roles_are_one_token(tokenizer):
+    for word in ("<image>", "<video>", "<speech>", "<audio>", "USER:", "ASSISTANT:"):
+        ids = tokenizer.encode(f"a{word}b")
+        assert tokenizer.convert_tokens_to_ids(word) in ids
+        assert tokenizer.decode([tokenizer.convert_tokens_to_ids(word)]) == word
+
+
+def test_vocabulary_must_hold_all_bytes():
+    with pytest.raises(ValueError, match=r"vocab_size \(100\) must be at least 265"):
+        train_tokenizer(["a"], 100)
