@@ -38,28 +38,33 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close_to_float64(
-    actual: Tensor, expected: Tensor, baseline: Tensor | None = None, name: str = "output"
+    actual: Tensor,
+    expected: Tensor,
+    baseline: Tensor | None = None,
+    name: str = "output",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Asserts that a result is as near to the float64 one as its dtype allows.
 
-    The error may be twice that of `baseline`, the reference run in the dtype of `actual`, plus four
-    roundings of that dtype (64 where there is no baseline).
+    The error may be 64 roundings of `dtype`. With `baseline`, the reference run in that dtype, it
+    may also be at most twice the error of `baseline` plus four roundings.
 
     Args:
         actual: Result to judge.
         expected: The same in float64. It must not be so small that zeros would pass.
         baseline: The same from the reference in the dtype of `actual`, or None.
         name: What to call it in the message.
+        dtype: Lowest precision on the way to `actual`. Default: the dtype of `actual`.
 
     Raises:
         AssertionError: If the error is larger, or `expected` is not float64 or is all zero.
     """
     assert expected.dtype == torch.float64, f"{name}: expected ({expected.dtype}) must be float64"
     assert expected.numel() == 0 or expected.any(), f"{name}: expected is zero everywhere"
-    epsilon = torch.finfo(actual.dtype).eps
+    epsilon = torch.finfo(dtype or actual.dtype).eps
     limit = 64 * epsilon
     if baseline is not None:
-        limit = 2 * relative_error(baseline, expected) + 4 * epsilon
+        limit = min(limit, 2 * relative_error(baseline, expected) + 4 * epsilon)
     error = relative_error(actual, expected)
     assert error <= limit, f"{name}: relative error {error:.3g} exceeds {limit:.3g}"
 

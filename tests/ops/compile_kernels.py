@@ -18,7 +18,7 @@ from unimoe_kernels.ops.expert_sort import kernel as expert_sort
 from unimoe_kernels.ops.permute import kernel as permute
 from unimoe_kernels.ops.unpermute import kernel as unpermute
 
-POINTERS = {"bf16": "*bf16", "fp32": "*fp32", "fp64": "*fp64"}
+POINTERS = {"bf16": "*bf16", "fp64": "*fp64"}
 
 
 def sources():

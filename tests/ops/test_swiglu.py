@@ -73,7 +73,11 @@ def test_swiglu_takes_any_layout(backend, layout):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_swiglu_gradcheck(backend, activation):
-    gate_up = torch.randn(4, 6, dtype=torch.float64, device=backend.device, requires_grad=True)
+    gate_up = 3 * torch.randn(9, 6, dtype=torch.float64, device=backend.device)
+    # Both sides of every clamp are hit.
+    assert (gate_up > 0.7).any(0).all()
+    assert (gate_up < -0.7).any(0).all()
+    gate_up.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: swiglu(x, activation, limit=0.7), gate_up)
 
 

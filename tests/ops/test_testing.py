@@ -34,6 +34,9 @@ def test_assert_close_to_float64_sees_wrong_results():
             assert_close_to_float64(wrong, expected)
     with pytest.raises(AssertionError, match="y: relative error"):
         assert_close_to_float64(baseline * 1.05, expected, baseline, "y")
+    # A wrong baseline excuses nothing.
+    with pytest.raises(AssertionError, match="output: relative error"):
+        assert_close_to_float64(torch.zeros(50), expected, torch.zeros(50))
     with pytest.raises(AssertionError, match="zero everywhere"):
         assert_close_to_float64(torch.zeros(3), torch.zeros(3, dtype=torch.float64))
     with pytest.raises(AssertionError, match=r"expected \(torch.float32\) must be float64"):
