@@ -7,10 +7,11 @@ import torch
 from einops import rearrange
 from torch import nn
 from transformers import GenerationMixin, LlamaModel, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from unimoe_kernels import MoE
+from unimoe_kernels import GroupedExperts, MoE, TopKRouter
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
 
@@ -49,8 +50,33 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
         return hidden_states + output
 
 
+class UniMoELanguageModel(LlamaModel):
+    """LLaMA with experts in all or every n-th layer.
+
+    transformers lets each `PreTrainedModel` initialise its own modules, so the experts' weights
+    are initialised here and not by the model around it.
+    """
+
+    def __init__(self, config: UniMoEConfig):
+        super().__init__(config.text_config)
+        for layer in range(config.text_config.num_hidden_layers):
+            if config.is_moe_layer(layer):
+                self.layers[layer] = UniMoEDecoderLayer(config, layer)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal(0, initializer_range) for linear maps, experts, router and embeddings."""
+        super()._init_weights(module)
+        # Of models outside its own package, transformers asks only for modules that hold
+        # parameters themselves, which an MoE does not.
+        if isinstance(module, TopKRouter | GroupedExperts):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=self.config.initializer_range)
+
+
 class UniMoEPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and loading shared by the Uni-MoE classes."""
+    """What the Uni-MoE classes tell transformers about loading them."""
 
     config: UniMoEConfig
     config_class = UniMoEConfig
@@ -59,19 +85,6 @@ class UniMoEPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar = ["LlamaDecoderLayer", "UniMoEDecoderLayer"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Normal(0, initializer_range) for linear maps, experts, router and embeddings."""
-        super()._init_weights(module)
-        if isinstance(module, MoE):
-            std = self.config.text_config.initializer_range
-            for parameter in (
-                module.router.weight,
-                module.experts.gate_up_proj,
-                module.experts.down_proj,
-            ):
-                nn.init.normal_(parameter, std=std)
 
 
 class UniMoEModel(UniMoEPreTrainedModel):
@@ -93,10 +106,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
             config.audio_num_queries,
             config.audio_connector,
         )
-        self.language_model = LlamaModel(text)
-        for layer in range(text.num_hidden_layers):
-            if config.is_moe_layer(layer):
-                self.language_model.layers[layer] = UniMoEDecoderLayer(config, layer)
+        self.language_model = UniMoELanguageModel(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -128,6 +128,14 @@ def test_looped_layers_give_the_same_logits(tiny_model, media_prompt, features):
     assert relative_error(logits, looped) < 1e-5
 
 
+def test_experts_and_router_start_like_the_rest_of_the_model(tiny_model):
+    for std in (0.2, 0.05):
+        model = tiny_model(text_config={"initializer_range": std})
+        for _, moe in model.moe_layers():
+            for name, weight in moe.named_parameters():
+                assert weight.std().item() == pytest.approx(std, rel=0.25), name
+
+
 def test_experts_sit_in_every_nth_layer(tiny_model):
     model = tiny_model(moe_layer_interval=2)
     assert [index for index, _ in model.moe_layers()] == [0]

@@ -1,0 +1,164 @@
+import pytest
+import torch
+
+from unimoe_kernels.testing import relative_error
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.training.assemble import (
+    add_lora,
+    assemble_moe,
+    ffn_state,
+    lora_parameters,
+    merge_lora,
+)
+from unimoe_model.training.trainer import answer_loss
+
+
+@pytest.fixture
+def dense(tiny_model):
+    return tiny_model(num_experts=0)
+
+
+@pytest.fixture
+def inputs(media_prompt, features):
+    ids = media_prompt("image", "speech")
+    return {
+        "input_ids": ids,
+        "image_features": features("image"),
+        "speech_features": features("speech"),
+    }
+
+
+def logits_of(model, inputs):
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def changed(state, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in state.items()}
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_experts_equal_to_the_dense_ffn_give_its_logits(dense, inputs, top_k, interval):
+    state = ffn_state(dense)
+    experts = dict.fromkeys(("image", "speech", "audio"), state)
+    moe = assemble_moe(dense, experts, top_k, moe_layer_interval=interval)
+    assert len(list(moe.moe_layers())) == 2 // interval
+    assert moe.config.num_experts == 3
+    assert relative_error(logits_of(moe, inputs), logits_of(dense, inputs)) < 1e-5
+
+
+def test_every_expert_lands_in_its_slot(dense, inputs):
+    state = ffn_state(dense)
+    experts = {name: changed(state, i) for i, name in enumerate("abc")}
+    moe = assemble_moe(dense, experts, 1)
+    for layer, mlp in moe.moe_layers():
+        for slot, expert in enumerate(experts.values()):
+            gate, up = mlp.experts.gate_up_proj[slot].chunk(2)
+            assert torch.equal(gate, expert[f"{layer}.gate_proj.weight"])
+            assert torch.equal(up, expert[f"{layer}.up_proj.weight"])
+            assert torch.equal(mlp.experts.down_proj[slot], expert[f"{layer}.down_proj.weight"])
+
+
+def test_a_router_that_takes_one_expert_gives_the_model_of_that_expert(dense, inputs):
+    state = ffn_state(dense)
+    experts = {name: changed(state, i) for i, name in enumerate("abc")}
+    moe = assemble_moe(dense, experts, 1)
+    with torch.no_grad():
+        for layer, mlp in moe.moe_layers():
+            mlp.router.forward = lambda x, mask=None, router=mlp.router: (
+                type(router)
+                .forward(router, x, mask)
+                ._replace(ids=torch.full((x.reshape(-1, x.shape[-1]).shape[0], 1), 1).int())
+            )
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                ffn = getattr(dense.model.language_model.layers[layer].mlp, name)
+                ffn.weight.copy_(experts["b"][f"{layer}.{name}.weight"])
+    assert relative_error(logits_of(moe, inputs), logits_of(dense, inputs)) < 1e-5
+
+
+def test_assembling_leaves_the_dense_model_alone(dense):
+    before = {k: v.clone() for k, v in dense.state_dict().items()}
+    moe = assemble_moe(dense, {"a": ffn_state(dense)}, 1, load_balancing_coef=0.5)
+    assert all(torch.equal(before[k], v) for k, v in dense.state_dict().items())
+    assert all(mlp.load_balancing_coef == 0.5 for _, mlp in moe.moe_layers())
+    assert moe.model.language_model.layers[0].mlp.router.weight.std() > 0.1
+    kept = [k for k in before if ".mlp." not in k]
+    state = moe.state_dict()
+    assert all(torch.equal(before[k], state[k]) for k in kept)
+
+
+def test_ffn_state_is_a_copy(dense):
+    state = ffn_state(dense)
+    assert len(state) == 6
+    before = {k: v.clone() for k, v in state.items()}
+    with torch.no_grad():
+        dense.model.language_model.layers[0].mlp.gate_proj.weight.zero_()
+    assert all(torch.equal(before[k], state[k]) for k in state)
+
+
+def test_what_cannot_be_assembled_is_refused(dense, tiny_model):
+    with pytest.raises(ValueError, match="at least one FFN"):
+        assemble_moe(dense, {}, 1)
+    with pytest.raises(ValueError, match=r"dense has num_experts \(4\), expected 0"):
+        assemble_moe(tiny_model(), {"a": ffn_state(dense)}, 1)
+    with pytest.raises(ValueError, match=r"num_experts_per_tok \(2\)"):
+        assemble_moe(dense, {"a": ffn_state(dense)}, 2)
+
+
+def fill_lora(model):
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.normal_(std=0.1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_experts": 0}, {"moe_layer_interval": 2}])
+def test_lora_starts_as_nothing_and_merges_to_what_it_was(tiny_model, inputs, tmp_path, fields):
+    model = tiny_model(**fields)
+    plain, keys = logits_of(model, inputs), model.state_dict().keys()
+    add_lora(model, rank=3, alpha=6)
+    assert relative_error(logits_of(model, inputs), plain) < 1e-6
+    fill_lora(model)
+    tuned = logits_of(model, inputs)
+    assert relative_error(tuned, plain) > 1e-2
+    merge_lora(model)
+    assert relative_error(logits_of(model, inputs), tuned) < 1e-5
+    assert model.state_dict().keys() == keys
+    assert not lora_parameters(model)
+    model.save_pretrained(tmp_path)
+    loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path)
+    assert relative_error(logits_of(loaded, inputs), tuned) < 1e-5
+
+
+def test_lora_covers_attention_and_experts_of_every_layer(tiny_model):
+    model = tiny_model(moe_layer_interval=2)
+    add_lora(model, rank=2, alpha=4)
+    names = set(lora_parameters(model))
+    layers = "model.language_model.layers"
+    for layer in (0, 1):
+        for projection in "qkvo":
+            assert f"{layers}.{layer}.self_attn.{projection}_proj.lora_A.default.weight" in names
+    assert f"{layers}.0.mlp.experts.gate_up_lora_A" in names
+    assert f"{layers}.1.mlp.down_proj.lora_B.default.weight" in names
+    assert not any("connector" in name for name in names)
+
+
+def test_only_lora_gets_gradients_when_only_it_is_trained(tiny_model, inputs):
+    model = tiny_model()
+    add_lora(model, rank=2, alpha=4)
+    fill_lora(model)
+    model.requires_grad_(False)
+    trained = lora_parameters(model)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    ids = inputs["input_ids"]
+    answer_loss(model, inputs | {"labels": ids}).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in trained), name
+        assert name not in trained or parameter.grad.norm() > 0, name
+
+
+def test_rank_must_be_positive(tiny_model):
+    with pytest.raises(ValueError, match=r"rank \(0\) must be at least 1"):
+        add_lora(tiny_model(), 0, 1)

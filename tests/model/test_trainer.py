@@ -1,0 +1,303 @@
+import json
+from queue import Queue
+
+import pytest
+import torch
+
+from unimoe_kernels.testing import relative_error
+from unimoe_model.training import checkpoint
+from unimoe_model.training.checkpoint import (
+    Progress,
+    completed_run,
+    discard_checkpoint,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from unimoe_model.training.progress import BarReporter, QueueReporter, replay
+from unimoe_model.training.trainer import (
+    OptimizerSettings,
+    answer_loss,
+    autocast,
+    build_optimizers,
+    finish_stage,
+    train_stage,
+)
+
+SETTINGS = OptimizerSettings(steps=6, batch_size=2, learning_rate=1e-2, muon_learning_rate=1e-2)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Recorder:
+    """Keeps what a stage reports."""
+
+    def __init__(self):
+        self.started, self.steps, self.finished = [], 0, 0
+
+    def start(self, stage, total, done):
+        self.started.append((stage, total, done))
+
+    def advance(self, steps, **figures):
+        self.steps += steps
+
+    def finish(self):
+        self.finished += 1
+
+
+def batch_of(step):
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(20, 250, (2, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = torch.full_like(ids, -100)
+    labels[0, -3:] = ids[0, -3:]
+    labels[1, 4:6] = ids[1, 4:6]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def killed_at(step):
+    def batch(asked):
+        if asked == step:
+            raise Killed
+        return batch_of(asked)
+
+    return batch
+
+
+@pytest.fixture
+def train(tiny_model, tmp_path):
+    """Trains a fresh model with dropout; gives the model, its parameters and the progress."""
+
+    def run(batch=batch_of, folder="stage", run="r", settings=SETTINGS, reporter=None, **options):
+        model = tiny_model(text_config={"attention_dropout": 0.2}, load_balancing_coef=0.1)
+        parameters = {n: p for n, p in model.named_parameters() if "connector" not in n}
+        (tmp_path / folder).mkdir(exist_ok=True)
+        progress = train_stage(
+            model,
+            parameters,
+            batch,
+            settings,
+            tmp_path / folder,
+            run,
+            "stage",
+            reporter or Recorder(),
+            checkpoint_seconds=options.pop("checkpoint_seconds", -1.0),
+            **options,
+        )
+        return model, parameters, progress
+
+    return run
+
+
+@pytest.mark.parametrize("muon", [None, 1e-2])
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(train, tmp_path, muon):
+    settings = OptimizerSettings(6, 2, 1e-2, muon_learning_rate=muon, weight_decay=0.1)
+    _, whole, expected = train(folder="whole", settings=settings)
+    for step in (1, 4):
+        with pytest.raises(Killed):
+            train(killed_at(step), settings=settings)
+    torch.manual_seed(99)
+    reporter = Recorder()
+    _, resumed, progress = train(settings=settings, reporter=reporter)
+    assert reporter.started == [("stage", 6, 4)]
+    assert reporter.steps == 2
+    assert progress.losses == expected.losses
+    assert progress.tokens == expected.tokens == 6 * 15
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_training_changes_the_given_parameters_and_no_other(train, tiny_model):
+    fresh = dict(tiny_model().named_parameters())
+    model, parameters, progress = train()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (name in parameters)
+        assert torch.equal(parameter, fresh[name]) == (name not in parameters), name
+    assert not model.training
+    assert len(progress.losses) == 6
+    assert progress.seconds > 0
+
+
+def test_training_lowers_the_loss(train):
+    _, _, progress = train(lambda step: batch_of(0), settings=OptimizerSettings(20, 2, 1e-2))
+    assert progress.losses[-1] < 0.5 * progress.losses[0]
+
+
+def test_bf16_stays_close_to_fp32(train):
+    _, _, fp32 = train(folder="a")
+    _, _, bf16 = train(folder="b", precision="bf16")
+    assert bf16.losses != fp32.losses
+    assert bf16.losses == pytest.approx(fp32.losses, rel=0.1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage(train, tiny_model, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    parameters = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"loss of align, step 0 \(nan\) must be finite"):
+        train_stage(model, parameters, batch_of, SETTINGS, tmp_path, "r", "align", Recorder())
+
+
+def test_loss_of_answers_is_the_loss_of_the_whole_head(tiny_model):
+    model, batch = tiny_model(), batch_of(3)
+    assert relative_error(answer_loss(model, batch), model(**batch).loss) < 1e-6
+
+
+def test_checkpoint_of_another_run_changes_nothing(train, tiny_model, tmp_path):
+    with pytest.raises(Killed):
+        train(killed_at(3))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"is of another configuration \(r, this run is other\)"):
+        train(run="other")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_cut_checkpoint_is_refused_and_changes_nothing(train, tiny_model, tmp_path, name, keep):
+    with pytest.raises(Killed):
+        train(killed_at(3))
+    path = tmp_path / "stage" / "checkpoint" / name
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    model = tiny_model()
+    parameters = {n: p for n, p in model.named_parameters() if "connector" not in n}
+    optimizers = build_optimizers(parameters, SETTINGS)
+    before = {n: p.clone() for n, p in parameters.items()}
+    with pytest.raises(ValueError, match=r"checkpoint .* cannot be read .* delete it"):
+        load_checkpoint(tmp_path / "stage" / "checkpoint", "r", parameters, optimizers)
+    assert all(torch.equal(before[n], p) for n, p in parameters.items())
+    assert not any(optimizer.state for optimizer in optimizers)
+
+
+@pytest.fixture
+def small(tmp_path):
+    parameters = {"w": torch.nn.Parameter(torch.arange(3.0))}
+    return tmp_path / "checkpoint", parameters, [torch.optim.AdamW(parameters.values())]
+
+
+def test_kill_while_saving_leaves_the_old_checkpoint(small, monkeypatch):
+    folder, parameters, optimizers = small
+    save_checkpoint(folder, "r", Progress(1, [0.5], 3, 1.0), parameters, optimizers)
+    with torch.no_grad():
+        parameters["w"].add_(1)
+
+    def killed(*_):
+        raise Killed
+
+    for module, name in ((checkpoint, "save_file"), (torch, "save"), (checkpoint.os, "rename")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, killed)
+            with pytest.raises(Killed):
+                save_checkpoint(folder, "r", Progress(2, [0.5, 0.4]), parameters, optimizers)
+        progress = load_checkpoint(folder, "r", parameters, optimizers)
+        assert (progress.step, progress.tokens) == (1, 3)
+        assert parameters["w"].tolist() == [0, 1, 2]
+
+
+def test_kill_between_the_renames_leaves_a_checkpoint(small):
+    folder, parameters, optimizers = small
+    save_checkpoint(folder, "r", Progress(1, [0.5]), parameters, optimizers)
+    folder.rename(folder.with_name("checkpoint.old"))
+    assert load_checkpoint(folder, "r", parameters, optimizers).step == 1
+
+
+def test_no_checkpoint_is_no_error(small):
+    assert load_checkpoint(small[0], "r", *small[1:]) is None
+
+
+def test_discarded_checkpoints_are_gone(small):
+    folder, parameters, optimizers = small
+    save_checkpoint(folder, "r", Progress(1, [0.5]), parameters, optimizers)
+    discard_checkpoint(folder)
+    assert load_checkpoint(folder, "r", parameters, optimizers) is None
+
+
+def test_finished_stage_is_complete_for_its_run_only(tmp_path):
+    assert not completed_run(tmp_path, "r")
+    finish_stage(tmp_path, "r", SETTINGS, Progress(2, [1.0, 0.5], 30, 1.5))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["losses"] == [1.0, 0.5]
+    assert metrics["settings"]["learning_rate"] == 1e-2
+    assert (metrics["tokens"], metrics["seconds"]) == (30, 1.5)
+    assert completed_run(tmp_path, "r")
+    with pytest.raises(ValueError, match=r"another configuration \(r, this run is other\)"):
+        completed_run(tmp_path, "other")
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        completed_run(tmp_path, "r")
+
+
+def test_fingerprint_tells_settings_apart():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert fingerprint([1, 2]) != fingerprint([2, 1])
+
+
+def test_learning_rate_warms_up_and_decays_to_a_tenth():
+    settings = OptimizerSettings(steps=100, batch_size=1, learning_rate=1.0, warmup=0.1)
+    factors = [settings.learning_rate_factor(step) for step in range(100)]
+    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert factors[10] == pytest.approx(1)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[-1] == pytest.approx(0.1, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 0}, r"steps \(0\) must be at least 1"),
+        ({"batch_size": -1}, r"batch_size \(-1\)"),
+        ({"learning_rate": 0.0}, r"learning_rate \(0.0\) must be positive"),
+    ],
+)
+def test_optimizer_settings_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerSettings(**{"steps": 1, "batch_size": 1, "learning_rate": 1.0, **fields})
+
+
+def test_muon_takes_the_matrices_of_the_decoder_layers(tiny_model):
+    model = tiny_model()
+    parameters = dict(model.named_parameters())
+    adam, muon = build_optimizers(parameters, SETTINGS)
+    names = {id(p): n for n, p in parameters.items()}
+    taken = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" in taken
+    assert all(".layers." in n and parameters[n].dim() == 2 for n in taken)
+    rest = {names[id(p)] for p in adam.param_groups[0]["params"]}
+    assert taken | rest == parameters.keys()
+    assert not taken & rest
+    (only,) = build_optimizers(parameters, OptimizerSettings(1, 1, 1.0))
+    assert isinstance(only, torch.optim.AdamW)
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"precision \('fp8'\)"):
+        autocast(torch.device("cpu"), "fp8")
+
+
+def test_messages_of_another_process_are_replayed():
+    queue, recorder = Queue(), Recorder()
+    sender = QueueReporter("moe", queue)
+    sender.start("align", 10, 4)
+    sender.advance(1, loss="0.5")
+    sender.advance(2)
+    sender.finish()
+    while not queue.empty():
+        replay(queue.get(), {"moe": recorder})
+    assert recorder.started == [("align", 10, 4)]
+    assert (recorder.steps, recorder.finished) == (3, 1)
+
+
+def test_bar_shows_stage_and_figures(capsys):
+    bar = BarReporter(prefix="moe ")
+    bar.start("align", 4, 1)
+    bar.advance(3, loss="0.500")
+    bar.finish()
+    shown = capsys.readouterr().err
+    assert "moe align" in shown
+    assert "4/4" in shown
+    assert "loss=0.500" in shown
