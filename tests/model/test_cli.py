@@ -1,0 +1,150 @@
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from unimoe_model import processing
+from unimoe_model.cli import main
+from unimoe_model.encoders import FrozenEncoder
+from unimoe_model.processing import UniMoEProcessor
+
+
+class FakeVision(FrozenEncoder):
+    def __init__(self):
+        super().__init__("fake", 12)
+
+    def forward(self, pixels):
+        return pixels.float().mean((1, 2))[:, None, :1].expand(-1, 3, 12) / 255
+
+
+@pytest.fixture
+def checkpoint(tiny_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(processing, "_BUILT", {"fake-vision": FakeVision()})
+    model = tiny_model()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    UniMoEProcessor.from_config(model.config, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (20, 30), "red").save(path)
+    return path
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must fail; gives the one line it writes to stderr."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 1
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        lines = [line for line in shown.err.splitlines() if line.startswith("unimoe ")]
+        assert len(lines) == 1
+        assert "Traceback" not in shown.err
+        return lines[0]
+
+    return run
+
+
+def test_generate_prints_the_answer(checkpoint, picture, capsys):
+    arguments = ["generate", checkpoint, "--question", "what shape is it?", "--image", picture]
+    assert main([str(a) for a in [*arguments, "--max-new-tokens", 3]]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_help_names_the_commands():
+    command = [sys.executable, "-m", "unimoe_model.cli", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in ("demo", "train", "generate"):
+        assert name in shown
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, unimoe_model.cli as c\n"
+        "try: c.main(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip().endswith("[]")
+
+
+def test_unknown_command_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["answer"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("command", [["demo", "--config"], ["train"]])
+def test_missing_config(refused, tmp_path, command):
+    output = tmp_path / "runs"
+    line = refused(*command, tmp_path / "none.yaml", "--output", output)
+    assert line.startswith(f"unimoe {command[0]}: config ({tmp_path / 'none.yaml'}) must be")
+    assert not output.exists()
+
+
+def test_wrong_config(refused, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 0\nspeed: 1\n")
+    assert "unknown keys ['speed']" in refused("train", path, "--output", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_checkpoint(refused, tmp_path):
+    line = refused("generate", tmp_path / "none", "--question", "what?")
+    assert "must be a folder with a config.json" in line
+
+
+def test_cut_checkpoint(refused, checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "cannot be read" in refused("generate", checkpoint, "--question", "what?")
+
+
+def test_missing_and_corrupt_pictures(refused, checkpoint, picture, tmp_path):
+    missing = tmp_path / "none.png"
+    line = refused("generate", checkpoint, "--question", "what?", "--image", missing)
+    assert str(missing) in line
+    assert "no such file" in line
+    picture.write_bytes(picture.read_bytes()[:60])
+    line = refused("generate", checkpoint, "--question", "what?", "--image", picture)
+    assert f"image file {picture} must be a whole picture" in line
+    line = refused("generate", checkpoint, "--question", "what?", "--video", picture)
+    assert f"video file {picture} must be" in line
+
+
+def test_placeholder_without_its_input(refused, checkpoint):
+    line = refused("generate", checkpoint, "--question", "what is in <image> there?")
+    assert "text holds 1 <image> but 0 image items were given" in line
+
+
+def test_nothing_to_ask(refused, checkpoint):
+    assert "question is empty" in refused("generate", checkpoint)
+
+
+def test_missing_encoder_package(refused, checkpoint, picture, monkeypatch):
+    monkeypatch.setattr(processing, "_BUILT", {})
+    line = refused("generate", checkpoint, "--question", "what?", "--image", picture)
+    assert "encoder ('fake-vision') must be one of" in line
+
+
+def test_output_that_is_a_file(refused, picture, monkeypatch):
+    config = "configs/tiny.yaml"
+    monkeypatch.setattr("unimoe_model.cli._settings", lambda options: None)
+    line = refused("demo", "--config", config, "--output", picture)
+    assert str(picture) in line
+
+
+def test_interrupted_command_says_how_to_go_on(capsys, monkeypatch):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unimoe_model.cli._settings", interrupt)
+    assert main(["demo"]) == 130
+    assert "goes on from here" in capsys.readouterr().err

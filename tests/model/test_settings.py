@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from unimoe_model.training.settings import load_settings
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+
+
+def stage(**tasks):
+    return {"steps": 2, "batch_size": 2, "learning_rate": 0.01, "tasks": tasks}
+
+
+def raw_settings():
+    return {
+        "seed": 0,
+        "precision": "fp32",
+        "model": {
+            "text": {"hidden_size": 32},
+            "vocab_size": 300,
+            "top_k": 2,
+            "speech_max_frames": 6,
+            "speech_num_queries": 4,
+            "audio_num_queries": 2,
+            "audio_connector": {"hidden_size": 16},
+        },
+        "pretrain": stage(text=1),
+        "align": stage(picture=1),
+        "experts": {"image": stage(image_qa=1), "audio": stage(sound=0.5)},
+        "tune": stage(text=1, sound=2),
+        "lora_rank": 2,
+        "lora_alpha": 4,
+    }
+
+
+@pytest.fixture
+def load(tmp_path):
+    def write_and_load(raw, **overrides):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return load_settings(path, **overrides)
+
+    return write_and_load
+
+
+def with_value(keys, value):
+    """The settings with a value put under a path of keys, or taken away if it is None."""
+    raw = inner = raw_settings()
+    *outer, last = keys.split(".")
+    for key in outer:
+        inner = inner[key]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    return raw
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_of_the_repository_are_valid(path):
+    settings = load_settings(path)
+    assert set(settings.experts) == {"image", "video", "speech", "audio"}
+
+
+def test_settings_are_what_the_file_says(load):
+    settings = load(raw_settings(), seed=5)
+    assert settings.seed == 5
+    assert settings.align.optimizer.learning_rate == 0.01
+    assert settings.tune.tasks == {"text": 1, "sound": 2}
+    assert settings.model.moe_layer_interval == 1
+    assert settings.evaluation == {}
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        ("speed", 1, r"config.yaml has unknown keys \['speed'\]; known are \['align'"),
+        ("tune.step", 1, r"tune has unknown keys \['step'\]"),
+        ("model.topk", 1, r"model has unknown keys \['topk'\]"),
+        ("model.text.layers", 1, r"text has unknown keys \['layers'\], not of LlamaConfig"),
+        ("model.audio_connector.a", 1, r"audio_connector has unknown keys \['a'\]"),
+        ("seed", None, r"config.yaml lacks the keys \['seed'\]"),
+        ("model", None, r"config.yaml lacks the keys \['model'\]"),
+        ("model.vocab_size", None, r"model lacks the keys \['vocab_size'\]"),
+        ("align.steps", None, r"align lacks the keys \['steps'\]"),
+        ("align.tasks", None, r"align.tasks \(None\) must be a mapping of task to weight"),
+        ("seed", "one", r"seed \('one'\) must be of type int"),
+        ("seed", True, r"seed \(True\) must be of type int"),
+        ("precision", 16, r"precision \(16\) must be of type str"),
+        ("precision", "fp16", r"precision \('fp16'\) must be 'auto', 'bf16' or 'fp32'"),
+        ("align.learning_rate", "1e-3", r"align.learning_rate \('1e-3'\) must be of type float"),
+        ("align.learning_rate", 0, r"learning_rate \(0\) must be positive"),
+        ("align.muon_learning_rate", "x", r"muon_learning_rate \('x'\) must be of type"),
+        ("align.steps", 1.5, r"align.steps \(1.5\) must be of type int"),
+        ("align.steps", 0, r"align: steps \(0\) must be at least 1"),
+        ("align.tasks.picture", -1, r"align.tasks.picture \(-1\) must be a positive number"),
+        ("align.tasks.picture", "a", r"align.tasks.picture \('a'\) must be a positive number"),
+        ("align", [1], r"align \(\[1\]\) must be a mapping"),
+        ("model", 3, r"model \(3\) must be a mapping"),
+        ("model.text", 3, r"model.text \(3\) must be of type dict"),
+        ("model.top_k", 3, r"model.top_k \(3\) must be .* at most the number of experts \(2\)"),
+        ("experts", 3, r"experts \(3\) must be of type"),
+        ("experts", {}, r"experts \(none\) must be among"),
+        ("experts.smell", stage(text=1), r"experts \(\['smell'\]\) must be among"),
+        ("experts.audio.steps", 3, r"experts must all have the same number of steps"),
+        ("lora_rank", 0, r"lora_rank \(0\) must be at least 1"),
+        ("evaluation", {"txt": 3}, r"evaluation \(\['txt'\]\) must be among"),
+        ("evaluation", {"text": "all"}, r"evaluation \({'text': 'all'}\) must be of type"),
+    ],
+)
+def test_wrong_settings_are_refused(load, keys, value, message):
+    with pytest.raises(ValueError, match=message):
+        load(with_value(keys, value))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "must be a readable YAML file"), ("a: [", "readable YAML"), ("- 1", "got list")],
+)
+def test_files_that_are_no_settings(tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_settings(path)
+    assert str(path) in str(caught.value)
+
+
+def test_precision_given_is_kept_and_auto_decided(load):
+    cpu = torch.device("cpu")
+    assert load(raw_settings()).resolved_precision(cpu) == "fp32"
+    assert load(raw_settings(), precision="bf16").resolved_precision(cpu) == "bf16"
+    assert load(raw_settings(), precision="auto").resolved_precision(cpu) in ("bf16", "fp32")
