@@ -167,6 +167,15 @@ def test_unpermute_edge(backend, num_tokens, width):
     assert torch.allclose(scores.grad, rows.sum(1, keepdim=True), atol=1e-4)
 
 
+def test_unpermute_without_scores_keeps_no_rows():
+    rows, sort, _ = sample()
+    rows.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        unpermute(rows, sort, 2)
+    assert sum(t.nbytes for t in kept) == sort.inverse_order.nbytes + sort.expert_offsets.nbytes
+
+
 def test_unpermute_is_deterministic(backend):
     rows, sort, scores = sample(top_k=3, device=backend.device)
     assert torch.equal(unpermute(rows, sort, 3, scores), unpermute(rows, sort, 3, scores))

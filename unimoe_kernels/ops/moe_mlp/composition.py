@@ -75,8 +75,8 @@ def backward(
     grad_x, grad_gate_up, grad_down, grad_scores, grad_gate_up_bias, grad_down_bias = (
         x.new_empty(0) for _ in needs
     )
-    elsewhere_N = torch.arange(row_order.shape[0], device=x.device) >= offsets[-1]
-    scores_N1 = scores.view(-1).index_select(0, row_order).masked_fill_(elsewhere_N, 0).unsqueeze(1)
+    # Whatever the scores of another rank's rows are: none of the matmuls reads these rows.
+    scores_N1 = scores.view(-1, 1).index_select(0, row_order)
     grad_ND = op("permute")(grad_TD, row_order, offsets, top_k)
     needs_hidden = needs_x or needs_gate_up or needs_gate_up_bias
     if needs_scores or needs_hidden:
