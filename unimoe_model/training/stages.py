@@ -272,12 +272,14 @@ def query_state_bank(
 ) -> MediaBank:
     """Runs the connectors' frozen bodies once over every speech and audio set of a bank.
 
-    After stage 1 only their projectors are trained, so that what comes before stays the same.
+    After stage 1 only their projectors are trained, so that what comes before stays the same. The
+    model is put in eval mode: the states are used in every later step, and must hold no dropout.
 
     Returns:
         A bank with query states `[items, queries, hidden]` for speech and audio, and the features
         of everything else.
     """
+    model.eval()
     result = MediaBank()
     for source, features in bank.sets.items():
         kind = bank.kinds[source]

@@ -1,0 +1,236 @@
+"""Both arms through all stages, with random features in the shapes of the demo's encoders."""
+
+import functools
+
+import pytest
+import torch
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperDecoder
+
+from unimoe_model.data.examples import Example, MediaBank, MediaRef
+from unimoe_model.training import stages
+from unimoe_model.training.settings import ModelSettings, RunSettings, StageSettings
+from unimoe_model.training.stages import Trainer, query_state_bank
+from unimoe_model.training.trainer import OptimizerSettings
+
+STAGES = ["pretrain", "align", "experts/image", "experts/audio", "tune"]
+SHAPES = {"image": (9, 1280), "video": (8, 9, 1280), "speech": (6, 16), "audio": (5, 512)}
+
+
+def stage(learning_rate=0.01, steps=2, **tasks):
+    return StageSettings(OptimizerSettings(steps, 2, learning_rate), tasks)
+
+
+def settings(**changes):
+    fields = {
+        "seed": 0,
+        "precision": "fp32",
+        "model": ModelSettings(
+            text={
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 128,
+            },
+            vocab_size=300,
+            top_k=2,
+            speech_max_frames=6,
+            speech_num_queries=4,
+            audio_num_queries=2,
+            # Its default dropout stays on: a stage must resume exactly all the same.
+            audio_connector={
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 24,
+            },
+            load_balancing_coef=0.1,
+        ),
+        "pretrain": stage(text=1),
+        "align": stage(image=1, speech=1, audio=1, video=1),
+        "experts": {"image": stage(image=1, speech=1), "audio": stage(audio=1)},
+        "tune": stage(steps=3, image=1, audio=1, text=1),
+        "lora_rank": 2,
+        "lora_alpha": 4,
+    }
+    return RunSettings(**(fields | changes))
+
+
+class Reporter:
+    """Keeps which stages were begun; may raise when a stage reports a step."""
+
+    def __init__(self, kill=None):
+        self.begun, self._kill, self._stage, self._step = [], kill, None, 0
+
+    def start(self, stage, total, done):
+        self.begun.append((stage, done))
+        self._stage, self._step = stage, done
+
+    def advance(self, steps, **figures):
+        self._step += steps
+        if (self._stage, self._step) == self._kill:
+            raise KeyboardInterrupt
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def tasks_and_bank():
+    generator = torch.Generator().manual_seed(0)
+    bank, tasks = MediaBank(), {"text": [Example("text", "a circle is red?", "yes")]}
+    for kind, shape in SHAPES.items():
+        bank.add(f"{kind}s", kind, torch.randn(4, *shape, generator=generator).half())
+        tasks[kind] = [
+            Example(kind, f"what shape {i}?", str(i), (MediaRef(kind, f"{kind}s", i),))
+            for i in range(4)
+        ]
+    return tasks, bank
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    torch.manual_seed(5)
+    return WhisperDecoder(
+        WhisperConfig(
+            d_model=16,
+            decoder_layers=1,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=24,
+            max_target_positions=8,
+            vocab_size=20,
+            pad_token_id=0,
+        )
+    )
+
+
+@pytest.fixture
+def trainer(tasks_and_bank, decoder, tokenizer, tmp_path, monkeypatch):
+    """Makes a trainer that writes a checkpoint after every step."""
+    often = functools.partial(stages.train_stage, checkpoint_seconds=-1.0)
+    monkeypatch.setattr(stages, "train_stage", often)
+
+    def build(arm="moe", folder="run", reporter=None, given=None, tasks=None):
+        return Trainer(
+            given or settings(),
+            arm,
+            tmp_path / folder,
+            tasks or tasks_and_bank[0],
+            tasks_and_bank[1],
+            tokenizer,
+            decoder,
+            reporter or Reporter(),
+            torch.device("cpu"),
+        )
+
+    return build
+
+
+def same(left, right):
+    left, right = left.state_dict(), right.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize("arm", ["moe", "dense"])
+def test_all_stages_run_and_are_not_run_again(trainer, tmp_path, arm):
+    first, again = Reporter(), Reporter()
+    model = trainer(arm, reporter=first).run()
+    names = STAGES if arm == "moe" else ["pretrain", "align", "experts", "tune"]
+    assert [name for name, _ in first.begun] == names
+    assert same(model, trainer(arm, reporter=again).run())
+    assert again.begun == []
+    for name in names:
+        folder = tmp_path / "run" / name
+        files = sorted(path.name for path in folder.iterdir() if path.is_file())
+        assert files == ["metrics.json", "trained.safetensors"]
+        assert not (folder / "checkpoint").exists()
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_arms_have_the_same_active_width(trainer):
+    moe, dense = trainer("moe", "a").run(), trainer("dense", "b").run()
+    assert [m.experts.num_experts for _, m in moe.moe_layers()] == [2, 2]
+    assert dense.model.language_model.layers[0].mlp.gate_proj.out_features == 2 * 48
+    assert not list(dense.moe_layers())
+
+
+@pytest.mark.parametrize("kill", [("align", 2), ("experts/audio", 1), ("tune", 2)])
+def test_killed_run_ends_where_the_uninterrupted_one_does(trainer, kill):
+    expected = trainer(folder="whole").run()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(reporter=Reporter(kill)).run()
+    torch.manual_seed(1234)
+    resumed = Reporter()
+    assert same(trainer(reporter=resumed).run(), expected)
+    assert resumed.begun[0] == (kill[0], kill[1] - 1)
+
+
+def test_killed_dense_run_ends_where_the_uninterrupted_one_does(trainer):
+    expected = trainer("dense", "whole").run()
+    with pytest.raises(KeyboardInterrupt):
+        trainer("dense", reporter=Reporter(("experts", 3))).run()
+    assert same(trainer("dense").run(), expected)
+
+
+def test_seeds_give_different_models(trainer):
+    assert not same(trainer(folder="a").run(), trainer(folder="b", given=settings(seed=1)).run())
+
+
+def test_stages_train_only_what_is_theirs(trainer, tmp_path):
+    from safetensors.torch import load_file
+
+    trainer().run()
+    names = {
+        name: set(load_file(tmp_path / "run" / name / "trained.safetensors")) for name in STAGES
+    }
+    assert not any("connector" in key for key in names["pretrain"])
+    assert all("_connector." in key for key in names["align"])
+    for kind in ("image", "audio"):
+        for key in names[f"experts/{kind}"]:
+            assert ".mlp." in key or f".{kind}_connector.projector." in key
+    for key in names["tune"]:
+        assert "lora_" in key or ".router." in key or "_connector.projector." in key
+
+
+def test_run_of_other_settings_is_refused_and_kept(trainer, tmp_path):
+    trainer().run()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"tune holds a stage of another configuration"):
+        trainer(given=settings(lora_rank=3)).run()
+    with pytest.raises(ValueError, match=r"pretrain holds a stage of another configuration"):
+        trainer(given=settings(pretrain=stage(text=1, learning_rate=0.02))).run()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_cut_result_of_a_stage_is_refused(trainer, tmp_path):
+    trainer().run()
+    path = tmp_path / "run" / "align" / "trained.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"align.* cannot be read .* delete its folder"):
+        trainer().run()
+
+
+def test_tasks_of_all_stages_are_checked_before_anything_is_trained(
+    trainer, tasks_and_bank, tmp_path
+):
+    tasks = {k: v for k, v in tasks_and_bank[0].items() if k != "audio"}
+    with pytest.raises(ValueError, match=r"task \(audio\) must be one with examples"):
+        trainer(tasks=tasks)
+    with pytest.raises(ValueError, match=r"arm \('sparse'\) must be one of"):
+        trainer("sparse")
+    assert not (tmp_path / "run").exists()
+
+
+def test_query_states_stand_for_features(trainer, tasks_and_bank):
+    model = trainer()._pretrain().train()
+    bank = query_state_bank(model, tasks_and_bank[1], batch_size=3)
+    assert bank.kinds == tasks_and_bank[1].kinds
+    assert torch.equal(bank.sets["images"], tasks_and_bank[1].sets["images"])
+    for kind, shape in (("speech", (4, 4, 16)), ("audio", (4, 2, 16))):
+        states = bank.sets[f"{kind}s"]
+        assert states.shape == shape
+        features = tasks_and_bank[1].sets[f"{kind}s"].float()
+        whole = model.model.connector(kind).hidden_states(features)
+        assert torch.allclose(states, whole, atol=1e-5)
