@@ -89,6 +89,10 @@ def run_demo(settings: RunSettings, output: Path, cache_folder: Path | None = No
 def _train_arms(
     settings: RunSettings, output: Path, cache_folder: Path, device: torch.device
 ) -> None:
+    # The processes' steps allocate the same sizes again and again: with these, glibc keeps the
+    # memory instead of handing it back and faulting every page in anew.
+    os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 34))
     context = mp.get_context("spawn")
     queue = context.Queue()
     threads = max(1, (os.cpu_count() or 1) // len(ARMS))

@@ -25,7 +25,7 @@ HELD_OUT_PAIRS = frozenset(
 )
 """Colour and shape pairs that no training text describes; the text test asks about them."""
 
-ABSENT_PER_PRESENT = 2
+ABSENT_PER_PRESENT = 1
 
 PICTURE_SENTENCES = (
     "the picture shows a {color} {shape}.",

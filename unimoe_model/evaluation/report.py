@@ -20,7 +20,7 @@ TASK_NAMES = {
     "text": "text",
 }
 STAND_INS = (
-    "EfficientNet-Lite0 stands in for CLIP, aiSFX for BEATs, and a LLaMA of a few million"
+    "EfficientNet-Lite0 stands in for CLIP, aiSFX for BEATs, and a LLaMA of one million"
     " parameters, pretrained here on text, for Vicuna-7B; the speech encoder is the real"
     " Whisper tiny.en. Speech is synthetic (eSpeak NG), sounds are General MIDI instruments,"
     " videos are moving drawings. A video is the mean of its 8 frames, as in the paper, so the"
@@ -168,6 +168,7 @@ img {{ max-width: 100% }}
 Blind: the most frequent training answer without the input.</p>
 <img src="accuracy.png" alt="accuracy by task">
 <h2>It answers</h2><div class="examples">{shown}</div>
+<p class="note">Drawings in the video: OpenMoji, CC BY-SA 4.0.</p>
 <h2>Loss</h2><img src="loss.png" alt="loss of every stage">
 <h2>Routing</h2><p class="note">Share of each modality's routed rows that every expert takes. The
 experts are named after what they were trained on in stage 2.</p>

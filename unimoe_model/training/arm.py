@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from unimoe_model.evaluation.accuracy import accuracy, generate_answers, held_ou
 from unimoe_model.evaluation.routing import routing_shares
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.prompt import build_prompt
+from unimoe_model.training.checkpoint import fingerprint
 from unimoe_model.training.progress import ProgressReporter, QueueReporter
 from unimoe_model.training.settings import RunSettings
 from unimoe_model.training.stages import Trainer, query_state_bank
@@ -78,6 +80,9 @@ def train_arm(
         What `evaluation.json` holds: `accuracy` and `answers` by task, `routing` shares (MoE), and
         `seconds`.
     """
+    run = fingerprint([arm, asdict(settings), settings.resolved_precision(device)])
+    if (result := _finished(folder, run)) is not None:
+        return result
     builder = build_tasks(settings, cache_folder, device)
     tasks = builder.media_examples("train") | builder.text_examples()
     tokenizer = train_tokenizer(
@@ -94,11 +99,19 @@ def train_arm(
     model = trainer.run()
     model.save_pretrained(folder / "model")
     UniMoEProcessor.from_config(model.config, tokenizer).save_pretrained(folder / "model")
-    result = _evaluate(settings, model, tokenizer, builder, reporter)
+    result = {"run": run, **_evaluate(settings, model, tokenizer, builder, reporter)}
     partial = folder / "evaluation.json.new"
     partial.write_text(json.dumps(result), encoding="utf-8")
     partial.rename(folder / "evaluation.json")
     return result
+
+
+def _finished(folder: Path, run: str) -> dict | None:
+    path = folder / "evaluation.json"
+    if not path.exists() or not (folder / "model" / "config.json").exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result.get("run") == run else None
 
 
 def _evaluate(settings: RunSettings, model, tokenizer, builder, reporter) -> dict:
@@ -139,6 +152,8 @@ def arm_process(
     _exit_with_parent()
     try:
         train_arm(settings, arm, folder, cache_folder, QueueReporter(arm, queue), device)
+    except KeyboardInterrupt:
+        return
     except Exception as error:
         queue.put((arm, "failed", (f"{type(error).__name__}: {error}",), {}))
         raise

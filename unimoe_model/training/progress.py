@@ -1,5 +1,6 @@
 """Progress of long work: a bar on the terminal, or messages to a process that draws it."""
 
+import sys
 from typing import Protocol
 
 from tqdm import tqdm
@@ -39,7 +40,7 @@ class BarReporter:
             desc=f"{self._prefix}{stage}",
             position=self._position,
             leave=True,
-            mininterval=0.5,
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,
             dynamic_ncols=True,
         )
 
