@@ -4,11 +4,15 @@ import functools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
+from unimoe_kernels.testing import relative_error
+from unimoe_model.data.collate import Collator
 from unimoe_model.data.examples import Example, MediaBank, MediaRef
 from unimoe_model.training import stages
+from unimoe_model.training.assemble import ffn_state
 from unimoe_model.training.settings import ModelSettings, RunSettings, StageSettings
 from unimoe_model.training.stages import Trainer, query_state_bank
 from unimoe_model.training.trainer import OptimizerSettings
@@ -179,8 +183,6 @@ def test_seeds_give_different_models(trainer):
 
 
 def test_stages_train_only_what_is_theirs(trainer, tmp_path):
-    from safetensors.torch import load_file
-
     trainer().run()
     names = {
         name: set(load_file(tmp_path / "run" / name / "trained.safetensors")) for name in STAGES
@@ -192,6 +194,31 @@ def test_stages_train_only_what_is_theirs(trainer, tmp_path):
             assert ".mlp." in key or f".{kind}_connector.projector." in key
     for key in names["tune"]:
         assert "lora_" in key or ".router." in key or "_connector.projector." in key
+
+
+def test_stage_3_starts_from_each_modalitys_expert_and_projector(trainer, tmp_path):
+    """The audio expert is hardly trained, so it must be the dense FFN, not the image expert."""
+    still = stage(learning_rate=1e-12, audio=1)
+    made = trainer(given=settings(experts={"image": stage(image=1), "audio": still}))
+    model = made._pretrain()
+    made._align(model)
+    dense = ffn_state(model)
+    collator = Collator(made._tokenizer, model.config, made._bank)
+    moe = made._experts(model, collator)
+    image, audio = (
+        load_file(tmp_path / "run" / "experts" / kind / "trained.safetensors")
+        for kind in ("image", "audio")
+    )
+    for layer, mlp in moe.moe_layers():
+        down_DF = dense[f"{layer}.down_proj.weight"]
+        name = f"model.language_model.layers.{layer}.mlp.down_proj.weight"
+        assert torch.equal(mlp.experts.down_proj[0], image[name])
+        assert relative_error(image[name], down_DF) > 1e-3
+        assert relative_error(mlp.experts.down_proj[1], down_DF) < 1e-6
+    state = moe.state_dict()
+    projectors = {k: v for k, v in (image | audio).items() if "_connector" in k}
+    assert len(projectors) == 6
+    assert all(torch.equal(state[name], value) for name, value in projectors.items())
 
 
 def test_run_of_other_settings_is_refused_and_kept(trainer, tmp_path):
