@@ -2,6 +2,10 @@ import subprocess
 import sys
 
 import pytest
+
+pytest.importorskip("scipy", reason="scipy is not installed: pip install .[demo]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
 from PIL import Image
 
 from unimoe_model import processing

@@ -4,6 +4,11 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+pytest.importorskip("scipy", reason="scipy is not installed: pip install .[demo]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
+
 from unimoe_model.data.collate import Collator
 from unimoe_model.data.examples import EVALUATED_TASKS, Example, MediaBank, MediaRef
 from unimoe_model.evaluation.accuracy import (
@@ -177,7 +182,6 @@ class Page(HTMLParser):
 
 
 def test_report_is_one_page_with_pictures_and_metrics(results, tmp_path):
-    pytest.importorskip("matplotlib")
     write_report(results, EXAMPLES, tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name in ("accuracy", "blind", "dense"):

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
 from transformers import PreTrainedTokenizerFast
 
 from unimoe_model import processing
