@@ -16,7 +16,7 @@ from unimoe_model.evaluation.throughput import layer_throughput
 from unimoe_model.training.arm import arm_process, build_tasks, held_out_examples
 from unimoe_model.training.progress import BarReporter, replay
 from unimoe_model.training.settings import RunSettings
-from unimoe_model.training.stages import ARMS
+from unimoe_model.training.stages import ARMS, STAGES
 
 THROUGHPUT_LAYER = {
     "hidden_size": 1024,
@@ -139,7 +139,9 @@ def _stage_metrics(output: Path) -> tuple[dict, dict[str, float]]:
     losses: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
     seconds: dict[str, float] = {}
     for arm in ARMS:
-        for path in sorted((output / arm).rglob("metrics.json"), key=_stage_order):
+        for path in sorted(
+            (output / arm).rglob("metrics.json"), key=lambda p: _stage_order(p, output / arm)
+        ):
             stage = path.parent.relative_to(output / arm).as_posix()
             metrics = _read_json(path)
             losses[arm][stage] = metrics["losses"]
@@ -147,8 +149,9 @@ def _stage_metrics(output: Path) -> tuple[dict, dict[str, float]]:
     return losses, seconds
 
 
-def _stage_order(path: Path) -> float:
-    return path.stat().st_mtime
+def _stage_order(path: Path, folder: Path) -> tuple[int, str]:
+    stage = path.relative_to(folder)
+    return STAGES.index(stage.parts[0]), stage.as_posix()
 
 
 def _read_json(path: Path) -> dict:

@@ -23,7 +23,7 @@ from unimoe_model.prompt import build_prompt
 from unimoe_model.training.checkpoint import fingerprint
 from unimoe_model.training.progress import ProgressReporter, QueueReporter
 from unimoe_model.training.settings import RunSettings
-from unimoe_model.training.stages import Trainer, query_state_bank
+from unimoe_model.training.stages import CACHED_KINDS, Trainer, query_state_bank
 
 TOKENIZER_SAMPLE = 3000
 ROUTED_EXAMPLES = 60
@@ -118,7 +118,7 @@ def _evaluate(settings: RunSettings, model, tokenizer, builder, reporter) -> dic
     started = time.monotonic()
     held_out = held_out_examples(settings, builder)
     bank = query_state_bank(model, builder.bank)
-    collator = Collator(tokenizer, model.config, bank, query_states=("speech", "audio"))
+    collator = Collator(tokenizer, model.config, bank, query_states=CACHED_KINDS)
     reporter.start("evaluate", sum(map(len, held_out.values())), 0)
     answers = {
         name: generate_answers(model, tokenizer, collator, examples, on_batch=reporter.advance)

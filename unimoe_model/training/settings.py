@@ -67,6 +67,8 @@ class RunSettings:
         align: stage 1.
         experts: stage 2, one entry a media kind.
         tune: stage 3.
+        router_strength: logit that a modality's mean token starts with at its own expert in stage
+            3 (see `router_weights`); 0 leaves the router's random start.
         lora_rank: of stage 3.
         lora_alpha: of stage 3.
         evaluation: most held-out items of each task; a task that is not named takes all.
@@ -81,6 +83,7 @@ class RunSettings:
     tune: StageSettings
     lora_rank: int
     lora_alpha: int
+    router_strength: float = 0.0
     evaluation: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):

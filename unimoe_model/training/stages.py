@@ -30,12 +30,16 @@ from unimoe_model.training.assemble import (
 )
 from unimoe_model.training.checkpoint import completed_run, fingerprint
 from unimoe_model.training.progress import ProgressReporter
+from unimoe_model.training.router_start import mean_ffn_inputs, router_weights
 from unimoe_model.training.settings import RunSettings, StageSettings
 from unimoe_model.training.trainer import finish_stage, train_stage
 
 ARMS = ("moe", "dense")
 STAGES = ("pretrain", "align", "experts", "tune")
 TRAINED = "trained.safetensors"
+ROUTER_START_BATCHES = 4
+CACHED_KINDS = ("speech",)
+"""Kinds whose connector body is trained in stage 1 alone; its query states are computed once."""
 
 
 class Trainer:
@@ -90,7 +94,7 @@ class Trainer:
         model = self._pretrain()
         self._align(model)
         bank = query_state_bank(model, self._bank)
-        collator = Collator(self._tokenizer, model.config, bank, query_states=("speech", "audio"))
+        collator = Collator(self._tokenizer, model.config, bank, query_states=CACHED_KINDS)
         if self._arm == "dense":
             self._experts_in_one(model, collator)
         else:
@@ -118,30 +122,41 @@ class Trainer:
         self, model: UniMoEForConditionalGeneration, collator: Collator
     ) -> UniMoEForConditionalGeneration:
         aligned = {k: v.clone() for k, v in model.state_dict().items()}
-        experts, projectors = {}, {}
+        experts, connectors, means = {}, {}, []
         history = list(self._history)
         for number, (kind, stage) in enumerate(self._settings.experts.items()):
             self._history = list(history)
             model.load_state_dict(aligned)
             parameters = _named(
-                model, lambda name, kind=kind: _is_ffn(name) or _is_projector(name, kind)
+                model, lambda name, kind=kind: _is_ffn(name) or _is_own_connector(name, kind)
             )
             batches = self._batches(stage, 2 + number, collator)
             self._stage(f"experts/{kind}", model, parameters, batches, stage)
             experts[kind] = ffn_state(model)
-            projectors |= {
+            connectors |= {
                 name: p.detach().clone() for name, p in parameters.items() if not _is_ffn(name)
             }
-        self._history = [*history, [asdict(s) for s in self._settings.experts.values()]]
-        model.load_state_dict(aligned | projectors)
+            means.append(mean_ffn_inputs(model, map(batches, range(ROUTER_START_BATCHES))))
+        self._history = [
+            *history,
+            [asdict(s) for s in self._settings.experts.values()],
+            self._settings.router_strength,
+        ]
+        model.load_state_dict(aligned | connectors)
         torch.manual_seed(self._settings.seed + 1)
-        return assemble_moe(
+        moe = assemble_moe(
             model,
             experts,
             self._settings.model.top_k,
             moe_layer_interval=self._settings.model.moe_layer_interval,
             load_balancing_coef=self._settings.model.load_balancing_coef,
         )
+        if self._settings.router_strength:
+            weights = router_weights(torch.stack(means), self._settings.router_strength)
+            with torch.no_grad():
+                for index, layer in moe.moe_layers():
+                    layer.router.weight.copy_(weights[index])
+        return moe
 
     def _experts_in_one(self, model: UniMoEForConditionalGeneration, collator: Collator) -> None:
         streams = [
@@ -151,7 +166,7 @@ class Trainer:
         parameters = _named(
             model,
             lambda name: (
-                _is_ffn(name) or any(_is_projector(name, k) for k in self._settings.experts)
+                _is_ffn(name) or any(_is_own_connector(name, k) for k in self._settings.experts)
             ),
         )
         first = next(iter(self._settings.experts.values()))
@@ -270,20 +285,20 @@ class Trainer:
 def query_state_bank(
     model: UniMoEForConditionalGeneration, bank: MediaBank, batch_size: int = 128
 ) -> MediaBank:
-    """Runs the connectors' frozen bodies once over every speech and audio set of a bank.
+    """Runs the speech connector's frozen body once over every speech set of a bank.
 
     After stage 1 only their projectors are trained, so that what comes before stays the same. The
     model is put in eval mode: the states are used in every later step, and must hold no dropout.
 
     Returns:
-        A bank with query states `[items, queries, hidden]` for speech and audio, and the features
+        A bank with query states `[items, queries, hidden]` for `CACHED_KINDS`, and the features
         of everything else.
     """
     model.eval()
     result = MediaBank()
     for source, features in bank.sets.items():
         kind = bank.kinds[source]
-        if kind in ("speech", "audio"):
+        if kind in CACHED_KINDS:
             connector = model.model.connector(kind)
             parts = [
                 connector.hidden_states(part.to(model.device, model.dtype)).cpu()
@@ -300,6 +315,17 @@ def _named(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Para
 
 def _is_ffn(name: str) -> bool:
     return ".mlp." in name and name.split(".")[-2] in FFN_NAMES
+
+
+def _is_own_connector(name: str, kind: str) -> bool:
+    """Whether stage 2 trains this connector parameter with the expert of `kind`.
+
+    Pictures and videos share a connector, so neither expert may change it under the other. The
+    speech connector's body stays as stage 1 left it, so that it runs only once.
+    """
+    if kind == "speech":
+        return _is_projector(name, kind)
+    return kind == "audio" and ".audio_connector." in name
 
 
 def _is_projector(name: str, kind: str) -> bool:
