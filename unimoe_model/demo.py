@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from transformers.utils.logging import disable_progress_bar
 
 from unimoe_model.data.examples import EVALUATED_TASKS
 from unimoe_model.evaluation.accuracy import accuracy, blind_answers
@@ -44,6 +45,7 @@ def run_demo(settings: RunSettings, output: Path, cache_folder: Path | None = No
     """
     cache_folder = cache_folder or output / "features"
     output.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()
     started = time.monotonic()
     print("1/4  Features of the frozen encoders (computed once)", flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

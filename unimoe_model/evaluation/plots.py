@@ -14,16 +14,20 @@ SERIES_COLORS = {"moe": "#3b6fb6", "dense": "#c8743a", "blind": "#8f8f8f", "loop
 
 
 def save_loss_plot(path: Path, losses: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Draws the loss of every stage, one panel a stage, one line an arm.
+    """Draws the loss of every stage, one panel a stage, one line an arm, four panels a row.
 
     Args:
         path: PNG that is written.
         losses: for each arm, stage name to the loss of each step.
     """
     stages = list(dict.fromkeys(stage for arm in losses.values() for stage in arm))
-    figure = Figure(figsize=(3.0 * len(stages), 2.8), layout="constrained")
-    axes = figure.subplots(1, len(stages), squeeze=False)[0]
-    for axis, stage in zip(axes, stages, strict=True):
+    columns = min(4, len(stages))
+    rows = -(-len(stages) // columns)
+    figure = Figure(figsize=(3.0 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(stages) :]:
+        axis.set_visible(False)
+    for axis, stage in zip(axes.flat, stages, strict=False):
         for arm, curves in losses.items():
             if stage in curves:
                 values = _smoothed(curves[stage])
@@ -34,7 +38,8 @@ def save_loss_plot(path: Path, losses: Mapping[str, Mapping[str, Sequence[float]
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel("cross-entropy (nats a token)", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("cross-entropy (nats a token)", fontsize=8)
     figure.savefig(path, dpi=130)
 
 

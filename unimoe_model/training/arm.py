@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from unimoe_model.data.collate import Collator
 from unimoe_model.data.examples import EVALUATED_TASKS, Example
@@ -149,6 +150,7 @@ def arm_process(
 ) -> None:
     """Body of a process that trains one arm and sends its progress, or its error, to `queue`."""
     torch.set_num_threads(threads)
+    disable_progress_bar()
     _exit_with_parent()
     try:
         train_arm(settings, arm, folder, cache_folder, QueueReporter(arm, queue), device)
