@@ -25,8 +25,6 @@ HELD_OUT_PAIRS = frozenset(
 )
 """Colour and shape pairs that no training text describes; the text test asks about them."""
 
-ABSENT_PER_PRESENT = 1
-
 PICTURE_SENTENCES = (
     "the picture shows a {color} {shape}.",
     "there is a {color} {shape} in the picture.",
@@ -35,11 +33,10 @@ PICTURE_SENTENCES = (
 )
 
 
-def conversations(min_length: int = 2, max_words: int = 24) -> list[tuple[str, str]]:
+def conversations(max_words: int = 24) -> list[tuple[str, str]]:
     """Question and answer pairs of chatterbot-corpus, English, short ones only, in file order.
 
     Args:
-        min_length: fewest turns of a conversation that is taken.
         max_words: most words of a question or an answer.
 
     Raises:
@@ -49,7 +46,7 @@ def conversations(min_length: int = 2, max_words: int = 24) -> list[tuple[str, s
     for path in sorted((asset_folder("chatterbot_corpus") / "data" / "english").glob("*.yml")):
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         for turns in document["conversations"]:
-            if not isinstance(turns, list) or len(turns) < min_length:
+            if not isinstance(turns, list) or len(turns) < 2:
                 continue
             question, answer = str(turns[0]).strip(), str(turns[1]).strip()
             if max(len(question.split()), len(answer.split())) <= max_words:
@@ -81,9 +78,8 @@ def reading_examples(
 ) -> list[Example]:
     """Questions about sentences that describe a picture.
 
-    Of the questions whether something is there, most are about something that is not; at most
-    `ABSENT_PER_PRESENT` times as many are drawn as are about something that is, so that little can
-    be guessed.
+    Of the questions whether something is there, most are about something that is not; as many are
+    drawn as are about something that is, so that nothing can be guessed.
 
     Args:
         questions: easy-vqa's question texts.
@@ -104,7 +100,7 @@ def reading_examples(
                 open_questions.append((question, answer))
         for sentence in PICTURE_SENTENCES:
             described = sentence.format(color=color, shape=shape)
-            drawn = rng.sample(absent, min(len(absent), ABSENT_PER_PRESENT * len(present)))
+            drawn = rng.sample(absent, min(len(absent), len(present)))
             chosen = open_questions + present + drawn
             examples += [
                 Example(task, f"{described} {question}", answer, blind_key=question)

@@ -1,4 +1,4 @@
-"""Accuracy by exact match of greedy, unconstrained generation; and the blind baseline."""
+"""Accuracy by exact match of greedy, unconstrained generation, and the blind baseline."""
 
 import random
 from collections import Counter, defaultdict

@@ -287,7 +287,7 @@ def query_state_bank(
 ) -> MediaBank:
     """Runs the speech connector's frozen body once over every speech set of a bank.
 
-    After stage 1 only their projectors are trained, so that what comes before stays the same. The
+    After stage 1 only its projector is trained, so that what comes before stays the same. The
     model is put in eval mode: the states are used in every later step, and must hold no dropout.
 
     Returns:
