@@ -128,6 +128,17 @@ def test_looped_layers_give_the_same_logits(tiny_model, media_prompt, features):
     assert relative_error(logits, looped) < 1e-5
 
 
+def test_attention_of_matmuls_gives_the_same_logits(tiny_model, media_prompt, features):
+    model = tiny_model()
+    inputs = row_of_each_kind(media_prompt, features)
+    with torch.no_grad():
+        fused = model(**inputs).logits
+        model.set_attn_implementation("eager")
+        logits = model(**inputs).logits
+    assert model.model.speech_connector.decoder.config._attn_implementation == "eager"
+    assert relative_error(logits, fused) < 1e-5
+
+
 def test_experts_and_router_start_like_the_rest_of_the_model(tiny_model):
     for std in (0.2, 0.05):
         model = tiny_model(text_config={"initializer_range": std})

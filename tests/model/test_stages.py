@@ -1,5 +1,6 @@
 """Both arms through all stages, with random features in the shapes of the demo's encoders."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -176,6 +177,14 @@ def test_killed_dense_run_ends_where_the_uninterrupted_one_does(trainer):
     with pytest.raises(KeyboardInterrupt):
         trainer("dense", reporter=Reporter(("experts", 3))).run()
     assert same(trainer("dense").run(), expected)
+
+
+def test_stages_of_other_data_are_not_taken_for_this_run(trainer, tasks_and_bank):
+    trainer().run()
+    tasks = tasks_and_bank[0]
+    changed = [dataclasses.replace(e, answer="9") for e in tasks["audio"]]
+    with pytest.raises(ValueError, match=r"run/align holds .* other data"):
+        trainer(tasks=tasks | {"audio": changed}).run()
 
 
 def test_seeds_give_different_models(trainer):

@@ -17,7 +17,8 @@ QUESTIONS = [
     "is there a triangle?",
     "is there a blue shape?",
 ]
-COLOR_SHAPES = [("red", "circle"), ("blue", "rectangle"), *sorted(text.HELD_OUT_PAIRS)]
+HELD_OUT_PAIRS = [pair for split in text.HELD_OUT_PAIRS.values() for pair in split]
+COLOR_SHAPES = [("red", "circle"), ("blue", "rectangle"), *HELD_OUT_PAIRS]
 
 
 def described_in(example):
@@ -84,6 +85,7 @@ def test_pretraining_tasks_depend_on_the_seed_alone(tasks):
         "text",
         "asked",
         "simple",
+        "wider",
         "describe",
         "repeat",
         "sounds",
@@ -134,3 +136,30 @@ def test_placeholders_and_roles_are_one_token(tokenizer):
 def test_vocabulary_must_hold_all_bytes():
     with pytest.raises(ValueError, match=r"vocab_size \(100\) must be at least 265"):
         train_tokenizer(["a"], 100)
+
+
+def test_wider_examples_ask_what_no_picture_shows():
+    pairs = [("red", "circle"), ("blue", "rectangle")]
+    examples = text.wider_examples(QUESTIONS, pairs, count=400)
+    assert len(examples) == 400
+    assert examples == text.wider_examples(QUESTIONS, pairs, count=400)
+    others = {*text.OTHER_COLORS, *text.OTHER_SHAPES}
+    for example in examples:
+        sentence, asked = example.question.removesuffix("?").split(". ")
+        told = set(sentence.replace(",", "").split())
+        assert told & others
+        if example.answer in ("yes", "no"):
+            named = set(asked.split()) & {*others, "red", "blue", "circle", "rectangle"}
+            negated = {"no", "not"} & set(asked.split())
+            assert (example.answer == "yes") == (bool(named & told) != bool(negated))
+        else:
+            assert example.answer in told
+    yes_no = [e.answer for e in examples if e.answer in ("yes", "no")]
+    assert 0.4 < yes_no.count("yes") / len(yes_no) < 0.6
+
+
+def test_held_out_pairs_are_in_one_split_and_leave_every_word_in_training():
+    held_out = [pair for split in text.HELD_OUT_PAIRS.values() for pair in split]
+    assert len(set(held_out)) == len(held_out)
+    for color in {c for c, _ in held_out}:
+        assert sum(c == color for c, _ in held_out) <= 2

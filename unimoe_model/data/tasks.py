@@ -93,9 +93,9 @@ class TaskBuilder:
             seed=self._seed,
         )
 
-    def held_out_text(self) -> list[Example]:
+    def held_out_text(self, split: str) -> list[Example]:
         """Questions about sentences whose colour and shape no training text has together."""
-        return reading_examples(self.question_texts, sorted(HELD_OUT_PAIRS))
+        return reading_examples(self.question_texts, HELD_OUT_PAIRS[split])
 
     def _add(self, kind: str, source: str, features: torch.Tensor) -> None:
         if kind == "speech":

@@ -20,10 +20,29 @@ ASK_INSTRUMENT = "what is heard?"
 ASK_WORD = "which word is spoken?"
 ASK_TRANSCRIPT = "write down what is said."
 
-HELD_OUT_PAIRS = frozenset(
-    {("teal", "circle"), ("brown", "triangle"), ("red", "rectangle"), ("gray", "circle")}
-)
-"""Colour and shape pairs that no training text describes; the text test asks about them."""
+HELD_OUT_PAIRS = {
+    "validation": (
+        ("brown", "triangle"),
+        ("gray", "circle"),
+        ("red", "rectangle"),
+        ("teal", "circle"),
+    ),
+    "test": (
+        ("black", "triangle"),
+        ("blue", "circle"),
+        ("green", "rectangle"),
+        ("yellow", "triangle"),
+    ),
+}
+"""Colour and shape pairs that no training text describes, by the split that asks about them."""
+
+_OTHER_WORDS = {
+    "color": "pink purple orange white gold silver navy lime violet cyan beige maroon olive coral",
+    "shape": "square star cross heart ring arrow oval diamond cube cone crescent hexagon",
+}
+OTHER_COLORS, OTHER_SHAPES = (words.split() for words in _OTHER_WORDS.values())
+"""Words no picture shows. Who has only the pictures' few pairs to learn from learns them by heart;
+with these, reading has to be learnt."""
 
 PICTURE_SENTENCES = (
     "the picture shows a {color} {shape}.",
@@ -33,7 +52,7 @@ PICTURE_SENTENCES = (
 )
 
 
-def conversations(max_words: int = 24) -> list[tuple[str, str]]:
+def conversations(max_words: int = 12) -> list[tuple[str, str]]:
     """Question and answer pairs of chatterbot-corpus, English, short ones only, in file order.
 
     Args:
@@ -109,6 +128,49 @@ def reading_examples(
     return examples
 
 
+def wider_examples(
+    questions: Sequence[str], pairs: Sequence[tuple[str, str]], count: int, seed: int = 0
+) -> list[Example]:
+    """The same questions about more colours and shapes than the pictures have.
+
+    Args:
+        questions: easy-vqa's question texts.
+        pairs: (colour, shape) of the pictures; other pairs hold at least one other word.
+        count: examples to draw. Of the yes-no questions, half are about what is there.
+        seed: decides the draw.
+    """
+    rng = random.Random(seed)
+    colors, shapes = ({pair[i] for pair in pairs} for i in range(2))
+    templates = sorted(
+        {
+            " ".join(
+                "{color}" if word in colors else "{shape}" if word in shapes else word
+                for word in question.rstrip("?").split()
+            )
+            for question in questions
+        }
+    )
+    all_colors, all_shapes = (
+        [*sorted(known), *others]
+        for known, others in ((colors, OTHER_COLORS), (shapes, OTHER_SHAPES))
+    )
+    examples = []
+    while len(examples) < count:
+        color, shape = rng.choice(all_colors), rng.choice(all_shapes)
+        if color in colors and shape in shapes:
+            continue
+        template = rng.choice(templates)
+        present = rng.random() < 0.5 or "what" in template
+        asked = f"{template}?".format(
+            color=color if present else rng.choice([c for c in all_colors if c != color]),
+            shape=shape if present else rng.choice([s for s in all_shapes if s != shape]),
+        )
+        answer = answer_about_picture(asked, color, shape)
+        sentence = rng.choice(PICTURE_SENTENCES).format(color=color, shape=shape)
+        examples.append(Example("wider", f"{sentence} {asked}", answer))
+    return examples
+
+
 def pretraining_tasks(
     questions: Sequence[str],
     pairs: Sequence[tuple[str, str]],
@@ -133,7 +195,8 @@ def pretraining_tasks(
         Examples by task name.
     """
     rng = random.Random(seed)
-    pairs = [pair for pair in pairs if pair not in HELD_OUT_PAIRS]
+    held_out = {pair for split in HELD_OUT_PAIRS.values() for pair in split}
+    pairs = [pair for pair in pairs if pair not in held_out]
     reading = reading_examples(questions, pairs)
     asked = [
         Example(
@@ -176,6 +239,7 @@ def pretraining_tasks(
         "text": reading,
         "asked": asked,
         "simple": simple,
+        "wider": wider_examples(questions, pairs, count=12000, seed=seed),
         "describe": described,
         "repeat": repeat,
         "sounds": sounds,

@@ -52,7 +52,7 @@ def held_out_examples(
     settings: RunSettings, builder: TaskBuilder, split: str = "test"
 ) -> dict[str, list[Example]]:
     """The held-out items of the six tasks, sampled as the settings say."""
-    tasks = builder.media_examples(split) | {"text": builder.held_out_text()}
+    tasks = builder.media_examples(split) | {"text": builder.held_out_text(split)}
     return {
         name: held_out_sample(tasks[name], settings.evaluation.get(name), settings.seed)
         for name in EVALUATED_TASKS

@@ -129,8 +129,8 @@ def completed_run(folder: Path, run: str) -> bool:
         ) from error
     if found != run:
         raise ValueError(
-            f"{folder} holds a stage of another configuration ({found}, this run is {run});"
-            " give another output folder, or delete it"
+            f"{folder} holds a stage of another configuration ({found}, this run is {run}) or of"
+            " other data; give another output folder, or delete it"
         )
     return True
 
