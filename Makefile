@@ -15,14 +15,15 @@ export PATH := $(abspath $(BIN)):$(PATH)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
-FORMATTED := $(filter csrc/%,$(SOURCES))
+FORMATTED := $(filter csrc/%,$(SOURCES)) benchmarks/limits.c
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all bench lint gpu clean
+.PHONY: help build demo test test-all bench lint clean
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | \
-		while IFS='|' read -r name text; do printf '  make %-10s %s\n' $$name "$$text"; done
+		while IFS='|' read -r name text; do printf '  make %-13s %s\n' $$name "$$text"; done
 
 $(STAMPS)/venv: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,11 @@ $(STAMPS)/assets: $(STAMPS)/install requirements/demo-assets.txt
 	$(PIP) --no-deps -r requirements/demo-assets.txt
 	@touch $@
 
+# A peer that has no wheel for this machine says so in the table.
+$(STAMPS)/peers: $(STAMPS)/install
+	-$(PIP) zentorch==2.13.0.2
+	@touch $@
+
 build: $(STAMPS)/extension ## virtual environment, packages and the compiled extension
 
 demo: build $(STAMPS)/assets ## train a small Uni-MoE and let it answer; results in runs/demo
@@ -58,23 +64,40 @@ test: build $(STAMPS)/assets ## every test that needs no GPU and is not slow
 test-all: build $(STAMPS)/assets ## every test that this machine can run
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: build $(STAMPS)/assets ## the benchmarks, beside a dense layer and the original loop
-	$(BIN)/python -m pytest benchmarks/ $(ARGS)
+bench: build $(STAMPS)/peers ## benchmarks against dense and peers; fails on a regression, saves
+	$(BIN)/python -m pytest benchmarks/ --compare --save $(ARGS)
 
 lint: $(STAMPS)/install ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
-GPU_NAME := 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))'
+# The gpu targets are for a machine whose own Python has torch with CUDA, pytest and
+# pytest-benchmark. They take nothing from the network, and go on where they were cut short.
+# UNIMOE_BENCH_DEVICE=cpu sends all of them down the same path on a CPU.
+SHAPES ?=
+ON_CPU := $(filter cpu,$(UNIMOE_BENCH_DEVICE))
+BENCHMARK := $(PYTHON) -m pytest benchmarks/
 
-# For a machine whose own Python has torch with CUDA and pytest. Takes nothing from the network.
-gpu: export UNIMOE_CUDA = 1
-gpu: ## with this machine's own Python and GPU: build in place, GPU tests, GPU benchmarks
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -m gpu $(ARGS)
-	mkdir -p benchmarks/results
-	$(PYTHON) -m pytest benchmarks/ --benchmark-json benchmarks/results/$$($(PYTHON) -c $(GPU_NAME))-$$(date +%F).json
+gpu-build: ## the extension with CUDA, in place, with this machine's own Python
+	UNIMOE_CUDA=$(if $(ON_CPU),0,1) $(PYTHON) setup.py -q build_ext --inplace
+
+gpu: gpu-build ## build, smoke tests and the table of goals, within 9 minutes
+	$(BENCHMARK) --smoke -q
+	$(BENCHMARK) --save $(ARGS)
+
+gpu-test: gpu-build ## every test that needs a GPU; failed ones first
+	$(PYTHON) -m pytest -m gpu --failed-first $(ARGS)
+
+gpu-sanitize: gpu-build ## GPU tests of the operators under compute-sanitizer
+	@if command -v compute-sanitizer >/dev/null; then \
+		compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -m gpu tests/ops -q $(ARGS); \
+	else \
+		echo "compute-sanitizer is not on PATH (CUDA's toolkit has it): nothing was checked"; \
+	fi
+
+gpu-bench: gpu-build ## benchmarks of SHAPES=<set>[:<text>] added to the same results file
+	$(BENCHMARK) --save $(if $(SHAPES),--shapes $(SHAPES)) $(ARGS)
 
 clean: ## remove the environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info unimoe_kernels/_C*.so

@@ -1,15 +1,66 @@
+import datetime
 import os
 import shlex
+
+# Read by torch's profiler, which counts memory, when torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 import pytest
 import torch
 
-import unimoe_kernels
+from . import history, plots, shapes, tables
+from .compare import compare
+from .limits import measure_limits
+from .recorder import Recorder, checked
 
-from .providers import PROVIDERS
-from .shapes import SETS
+STATE = pytest.StashKey["Run"]()
+SETS_OF = {"layer_case": "layer", "op_case": "operator", "sort_case": "operator"}
 
-RESULTS = pytest.StashKey[list]()
+
+class Run:
+    """What one call of pytest measures."""
+
+    def __init__(self, config):
+        chosen = config.getoption("shapes")
+        self.device = _device()
+        self.shapes = chosen or ("goals" if self.device.type == "cuda" else "small")
+        self.smoke = config.getoption("smoke")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.expected = set()
+        self.recorder = self.file = self.source = None
+        self.config = config
+
+    def begin(self):
+        """Measures the machine; done at the first row, so that collecting costs nothing."""
+        if self.recorder is not None:
+            return
+        source, baseline = history.committed_rows(history.machine_class(self.device))
+        self.source, self.baseline = source, baseline
+        limits = measure_limits(self.device)
+        self.recorder = Recorder(self.device, self.dtype, limits, baseline)
+        if self.config.getoption("save"):
+            head = {
+                "commit": history.commit(),
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "command": shlex.join(["pytest", *map(str, self.config.invocation_params.args)]),
+                "shapes": self.shapes,
+                "machine": history.machine(self.device),
+                "limits": vars(limits),
+            }
+            self.file = history.ResultsFile(history.results_path(self.device), head)
+
+    def changes(self):
+        """This run beside the committed one."""
+        expected = set(self.expected)
+        narrowed = self.config.option.keyword or self.config.option.markexpr
+        whole = all(arg.rstrip("/").endswith("benchmarks") for arg in self.config.args)
+        if self.baseline and whole and not narrowed and ":" not in self.shapes:
+            names = {str(case) for case in _cases_of(self.shapes)}
+            expected |= {k for k in self.baseline if k.partition("[")[2][:-1] in names}
+        rows = {row["key"]: row for row in self.recorder.rows}
+        if self.file is not None:
+            rows = {key: self.file.rows[key] for key in self.file.rows if key in expected} | rows
+        return compare(rows.values(), self.baseline, sorted(expected))
 
 
 def pytest_addoption(parser):
@@ -17,41 +68,74 @@ def pytest_addoption(parser):
     group.addoption(
         "--shapes",
         metavar="SET[:TEXT]",
-        help=f"one of {', '.join(SETS)} (default: full on a GPU, small on a CPU), and optionally "
-        "a text that the name of a case must hold, such as small:mixtral",
+        help=f"one of {', '.join(shapes.SETS)} (default: goals on a GPU, small on a CPU), and"
+        " optionally a text that the name of a case must hold, such as small:mixtral",
     )
     group.addoption(
         "--smoke", action="store_true", help="the smallest shapes, checked and not timed"
+    )
+    group.addoption(
+        "--compare",
+        action="store_true",
+        help="fail if a row is slower than in the last committed result of this machine class",
+    )
+    group.addoption(
+        "--save",
+        action="store_true",
+        help="write benchmarks/results/<machine class>-<date>.json, row by row, and its pictures;"
+        " rows of the same commit that it holds already are not measured again",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    config.stash[RESULTS] = []
     if config.getoption("smoke"):
         # pytest-benchmark reads its option when it is configured, after this.
         config.option.benchmark_disable = True
         config.option.shapes = "smoke"
     if not any("--benchmark-columns" in str(arg) for arg in config.invocation_params.args):
-        config.option.benchmark_columns = ["median", "min", "max", "rounds"]
+        config.option.benchmark_columns = ["median", "rounds"]
+    config.stash[STATE] = Run(config)
 
 
 def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        cases = _cases(metafunc.config)
-        metafunc.parametrize("case", [pytest.param(case, id=str(case)) for case in cases])
+    run = metafunc.config.stash[STATE]
+    for fixture, name in SETS_OF.items():
+        if fixture in metafunc.fixturenames:
+            cases = _chosen(run.shapes, name)
+            if fixture == "sort_case":
+                cases = [case for case in cases if case.mode == "forward"]
+            metafunc.parametrize(fixture, [pytest.param(case, id=str(case)) for case in cases])
+    if "model_case" in metafunc.fixturenames:
+        name, _, text = run.shapes.partition(":")
+        cases = [case for case in shapes.MODEL_CASES[shapes.SETS[name].model] if text in str(case)]
+        metafunc.parametrize("model_case", [pytest.param(case, id=str(case)) for case in cases])
 
 
-def _cases(config):
-    chosen = config.getoption("shapes")
-    default = "full" if _device().type == "cuda" else "small"
-    name, _, text = (chosen or default).partition(":")
-    if name not in SETS:
-        raise pytest.UsageError(f"--shapes ({name}) must be one of {', '.join(SETS)}")
-    cases = [case for case in SETS[name] if text in str(case)]
-    if not cases:
+def pytest_collection_finish(session):
+    run = session.config.stash[STATE]
+    run.expected = {_key(item) for item in session.items if hasattr(item, "callspec")}
+
+
+def _cases_of(chosen):
+    name, _, text = chosen.partition(":")
+    if name not in shapes.SETS:
+        raise pytest.UsageError(f"--shapes ({name}) must be one of {', '.join(shapes.SETS)}")
+    cases = shapes.every_case(name)
+    if not any(text in str(case) for case in cases):
         raise pytest.UsageError(f"--shapes ({chosen}): no case of {name} holds {text!r}")
     return cases
+
+
+def _chosen(chosen, kind):
+    _cases_of(chosen)
+    name, _, text = chosen.partition(":")
+    return [case for case in getattr(shapes.SETS[name], kind) if text in str(case)]
+
+
+def _key(item):
+    case = next(iter(item.callspec.params.values()))
+    return f"{item.originalname.removeprefix('bench_')}[{case}]"
 
 
 def _device():
@@ -60,63 +144,86 @@ def _device():
 
 
 @pytest.fixture(scope="session")
-def device():
-    return _device()
+def device(pytestconfig):
+    return pytestconfig.stash[STATE].device
 
 
 @pytest.fixture(scope="session")
-def dtype(device):
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def dtype(pytestconfig):
+    return pytestconfig.stash[STATE].dtype
 
 
-@pytest.fixture(scope="session")
-def results(pytestconfig):
-    return pytestconfig.stash[RESULTS]
+@pytest.fixture
+def record(benchmark, request, pytestconfig):
+    """Checks all providers of a row, times them in turns and keeps the row."""
+    run = pytestconfig.stash[STATE]
+    name = request.node.originalname.removeprefix("bench_")
+
+    def checks_times_and_keeps(case, providers, work):
+        if run.smoke or benchmark.disabled:
+            candidates, _ = checked(providers)
+            benchmark(candidates["ours"].run)
+            return
+        run.begin()
+        if run.file is not None and _key(request.node) in run.file.rows:
+            pytest.skip("measured already at this commit; its row is in the results file")
+        row, ours = run.recorder.measure(name, case, providers, work)
+        benchmark.extra_info.update(row)
+        if run.file is not None:
+            run.file.add(row)
+        # The fixture times one function; its own row is ours alone, the rest is in extra_info.
+        benchmark.pedantic(ours, rounds=3, warmup_rounds=1)
+
+    return checks_times_and_keeps
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    # The name of the host says nothing about a result.
-    machine_info.pop("node", None)
-    machine_info.get("cpu", {}).pop("flags", None)
-    device = _device()
-    if device.type == "cuda":
-        machine_info["gpu"] = torch.cuda.get_device_name(device)
-        machine_info["cuda"] = torch.version.cuda
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["backends"] = {
-        op: unimoe_kernels.available_backends(op, device)[0]
-        for op in ("topk_router", "expert_sort", "permute", "grouped_mm", "moe_mlp", "unpermute")
-    }
-    try:
-        import transformers
-    except ImportError:
-        pass
-    else:
-        machine_info["transformers"] = transformers.__version__
-    machine_info["command"] = shlex.join(["pytest", *map(str, config.invocation_params.args)])
+    machine_info.clear()
+    machine_info.update(history.machine(config.stash[STATE].device))
+
+
+def pytest_sessionfinish(session):
+    run = session.config.stash[STATE]
+    if run.recorder is None or session.exitstatus not in (0, 1):
+        return
+    if session.config.getoption("compare") and any(c.fails for c in run.changes()):
+        session.exitstatus = 1
+    if run.file is not None:
+        plots.draw(history.results_path(run.device))
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[RESULTS]
-    if not rows:
+    run = config.stash[STATE]
+    if run.recorder is None:
         return
-    terminalreporter.section("median ms, and ratio to dense in the same run")
-    width = max(len(_name(row)) for row in rows)
-    columns = {name: max(len(name), 16) for name in PROVIDERS}
-    header = "  ".join(f"{name:>{size}}" for name, size in columns.items())
-    terminalreporter.write_line(f"{'case':{width}}  {header}")
-    for row in rows:
-        cells = []
-        for name, size in columns.items():
-            text = "-"
-            if name in row["median_ms"]:
-                text = f"{row['median_ms'][name]:.3f} ({row['ratio_to_dense'][name]:.2f}x)"
-            cells.append(f"{text:>{size}}")
-        terminalreporter.write_line(f"{_name(row):{width}}  {'  '.join(cells)}")
-    for name, reason in {k: v for row in rows for k, v in row["unavailable"].items()}.items():
-        terminalreporter.write_line(f"{name} did not run: {reason}")
-
-
-def _name(row):
-    return "{layer}-T{tokens}-{mode}-{routing}".format(**row["case"])
+    write = terminalreporter.write_line
+    limits = run.recorder.limits
+    terminalreporter.section("limits measured in this run")
+    for dtype, rate in limits.flops.items():
+        write(f"{dtype:10} {rate / 1e9:10.0f} GFLOP/s")
+    write(f"{'read':10} {limits.read / 1e9:10.1f} GB/s")
+    write(f"{'copy':10} {limits.copy / 1e9:10.1f} GB/s (read and written)")
+    if limits.missing:
+        write(limits.missing)
+    if run.recorder.rows:
+        terminalreporter.section("every provider")
+        for row in run.recorder.rows:
+            for line in tables.row_table(row):
+                write(line)
+        reasons = {n: r for row in run.recorder.rows for n, r in row["unavailable"].items()}
+        for name, reason in reasons.items():
+            write(f"{name} did not run everywhere: {reason}")
+        terminalreporter.section("summary")
+        for line in tables.summary_table(run.recorder.rows):
+            write(line)
+    changes = run.changes()
+    if not run.source:
+        wanted = history.machine_class(run.device)
+        terminalreporter.section("no committed result of this machine class")
+        write(f"--save writes one for {wanted}; commit it to have something to compare with")
+        return
+    terminalreporter.section(f"changes against {run.source}")
+    for change in changes:
+        write(f"{'FAIL' if change.fails else 'note'}  {change.key}  {change.text}")
+    if not changes:
+        write("none beyond noise")

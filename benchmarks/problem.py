@@ -1,18 +1,26 @@
 """One mixture-of-experts layer with inputs, and the answer every provider has to give."""
 
 import torch
+from torch import nn
 
-from unimoe_kernels import LoopedMoE, MoE
+from unimoe_kernels import MoE
 from unimoe_kernels.testing import relative_error
 
+from .candidates import Candidate, Work
 from .shapes import LAYERS, Case
 
 # Of the largest entry, as rounding in each dtype and sums over D and F give it, with room.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+EVEN = 8.0
+"""Logit of a choice that is made on purpose: far beyond what normal logits reach, yet small enough
+not to magnify rounding."""
 
 
 class Problem:
     """Weights, inputs and reference answers of a case.
+
+    Routing is `natural` (normal logits), `uniform` (token t takes experts tK, tK+1, ... modulo E),
+    `zipf` (expert e is preferred by `-log(e + 1)`) or `same` (all tokens take experts 0 to K-1).
 
     Attributes:
         case: the case.
@@ -22,6 +30,7 @@ class Problem:
         grad: `[1, T, D]`, gradient of the output. Zero for tokens whose K-th and next choice are
             nearer than the rounding of the dtype, because there two right layers may differ.
         clear: `[T]`, bool, the tokens that are not so.
+        work: of a call in the case's mode.
     """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
@@ -34,50 +43,124 @@ class Problem:
                 weight.normal_(std=weight.shape[-1] ** -0.5)
             self.x = torch.randn(1, case.tokens, D, device=device, dtype=dtype)
             self.grad = torch.randn_like(self.x)
-            # A constant feature gives every expert a fixed part of its logit.
-            self.x[..., 0] = 1
-            self.moe.router.weight[:, 0] = _popularity(case.routing, E, K).to(self.x)
-            wide = LoopedMoE.from_moe(self.moe).to(_wider(dtype))
-            logits_TE = wide.gate(self.x[0].to(wide.gate.weight.dtype))
-            self.clear = _has_margin(logits_TE, K, dtype)
-            self.grad[0, ~self.clear] = 0
-        self._expected = self._answers(wide)
+            self._route(case.routing)
+        self._expected, ids_TK, self.clear = self._reference()
+        self.grad[0, ~self.clear] = 0
+        self.work = self._work(ids_TK)
 
-    def check(self, name: str, layer: torch.nn.Module) -> None:
-        """Raises AssertionError unless layer gives the reference's output and gradients."""
-        for what, actual in self._answers(layer).items():
-            error = relative_error(actual, self._expected[what].to(actual.dtype))
-            limit = TOLERANCE[self.x.dtype]
-            assert error < limit, f"{name}: {what} has relative error {error:.2g}, limit {limit}"
+    @torch.no_grad()
+    def _route(self, routing: str) -> None:
+        """Makes features of x and columns of the router decide, where routing is no accident."""
+        _, _, E, K = self.layer
+        x_TD, router_ED = self.x[0], self.moe.router.weight
+        if routing == "uniform":
+            token_T = torch.arange(len(x_TD), device=x_TD.device)
+            ids_TK = (token_T[:, None] * K + torch.arange(K, device=x_TD.device)) % E
+            x_TD[:, :E] = torch.zeros(len(x_TD), E, device=x_TD.device).scatter_(1, ids_TK, 1)
+            router_ED[:, :E] = EVEN * torch.eye(E, device=x_TD.device)
+            return
+        rank_E = torch.arange(E, dtype=torch.float32)
+        popularity_E = {
+            "natural": torch.zeros(E),
+            "zipf": -torch.log(rank_E + 1),
+            "same": torch.where(rank_E < K, EVEN, 0.0),
+        }[routing]
+        x_TD[:, 0] = 1
+        router_ED[:, 0] = popularity_E.to(router_ED)
 
-    def forward(self, layer: torch.nn.Module) -> None:
-        """What mode "forward" times."""
-        with torch.no_grad():
-            layer(self.x)
+    def candidate(self, name: str, layer: nn.Module, comparable: bool = True) -> Candidate:
+        """The layer, timed in the case's mode and checked against the reference.
 
-    def training(self, layer: torch.nn.Module) -> None:
-        """What mode "training" times: forward, and gradients of x and all weights."""
+        Args:
+            name: for the message of a failed check.
+            layer: maps `[1, T, D]` to `[1, T, D]`.
+            comparable: False for a layer that computes something else.
+        """
+        training = self.case.mode == "training"
+        return Candidate(
+            run=lambda: self._training(layer) if training else self._forward(layer),
+            check=(lambda: self._check(name, layer)) if comparable else None,
+            forward=(lambda: layer(self.x.detach().requires_grad_())) if training else None,
+            weights=tuple(layer.parameters()),
+        )
+
+    def check_output(self, name: str, output: torch.Tensor) -> None:
+        """Raises AssertionError unless output `[1, T, D]` is the reference's."""
+        self._compare(name, {"output": output[0, self.clear].detach()})
+
+    def _check(self, name: str, layer: nn.Module) -> None:
         x = self.x.detach().requires_grad_()
-        layer.zero_grad(set_to_none=True)
-        layer(x).backward(self.grad)
-
-    def _answers(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-        dtype = next(layer.parameters()).dtype
-        x = self.x.detach().to(dtype).requires_grad_()
         y = layer(x)
         answers = {"output": y[0, self.clear].detach()}
         if self.case.mode == "training":
             layer.zero_grad(set_to_none=True)
-            y.backward(self.grad.to(dtype))
-            answers["gradient of x"] = x.grad
+            y.backward(self.grad)
             router = getattr(layer, "router", None) or layer.gate
-            answers["gradient of the router"] = router.weight.grad
+            answers |= {"gradient of x": x.grad, "gradient of the router": router.weight.grad}
             layer.zero_grad(set_to_none=True)
-        return answers
+        self._compare(name, answers)
 
+    def _compare(self, name: str, answers: dict[str, torch.Tensor]) -> None:
+        limit = TOLERANCE[self.x.dtype]
+        for what, actual in answers.items():
+            error = relative_error(actual, self._expected[what])
+            assert error < limit, f"{name}: {what} has relative error {error:.2g}, limit {limit}"
 
-def _wider(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float32 else torch.float32
+    def _forward(self, layer: nn.Module) -> None:
+        with torch.no_grad():
+            layer(self.x)
+
+    def _training(self, layer: nn.Module) -> None:
+        x = self.x.detach().requires_grad_()
+        layer.zero_grad(set_to_none=True)
+        layer(x).backward(self.grad)
+
+    def _work(self, ids_TK: torch.Tensor) -> Work:
+        D, F, E, K = self.layer
+        T, size = self.case.tokens, self.x.element_size()
+        passes = 3 if self.case.mode == "training" else 1
+        flops = passes * T * (6 * K * D * F + 2 * D * E)
+        # Weights of the experts that are hit are read once a pass; gradients are written once.
+        weights = size * 3 * D * F * ids_TK.unique().numel()
+        return Work(flops, passes * (weights + 2 * size * T * D))
+
+    def _reference(self) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Output, gradients, choices and clear tokens in higher precision, expert by expert.
+
+        One expert at a time is held in the higher precision, so that large layers fit.
+        """
+        wide = torch.float64 if self.x.dtype == torch.float32 else torch.float32
+        K, experts = self.layer.K, self.moe.experts
+        x_TD = self.x[0].to(wide).requires_grad_()
+        router_ED = self.moe.router.weight.detach().to(wide).requires_grad_()
+        logits_TE = x_TD @ router_ED.T
+        chosen_TK, ids_TK = logits_TE.topk(K)
+        scores_TK = chosen_TK.softmax(-1)
+        clear_T = _has_margin(logits_TE.detach(), K, self.x.dtype)
+        grad_TD = self.grad[0].to(wide) * clear_T[:, None]
+        y_TD = torch.zeros_like(x_TD, requires_grad=False)
+        grad_x_TD, grad_scores_TK = torch.zeros_like(y_TD), torch.zeros_like(scores_TK)
+        for expert in range(self.layer.E):
+            token, choice = torch.where(ids_TK == expert)
+            if not len(token):
+                continue
+            rows = x_TD.detach()[token].requires_grad_()
+            gate, up = (rows @ experts.gate_up_proj[expert].detach().to(wide).T).chunk(2, dim=-1)
+            down = (nn.functional.silu(gate) * up) @ experts.down_proj[expert].detach().to(wide).T
+            score = scores_TK.detach()[token, choice, None]
+            y_TD.index_add_(0, token, score * down.detach())
+            if self.case.mode == "training":
+                (grad_rows,) = torch.autograd.grad(down, rows, score * grad_TD[token])
+                grad_x_TD.index_add_(0, token, grad_rows)
+                grad_scores_TK[token, choice] = (grad_TD[token] * down.detach()).sum(-1)
+        expected = {"output": y_TD[clear_T]}
+        if self.case.mode == "training":
+            scores_TK.backward(grad_scores_TK)
+            expected |= {
+                "gradient of x": (x_TD.grad + grad_x_TD)[None],
+                "gradient of the router": router_ED.grad,
+            }
+        return expected, ids_TK, clear_T
 
 
 def _has_margin(logits_TE: torch.Tensor, top_k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -86,14 +169,3 @@ def _has_margin(logits_TE: torch.Tensor, top_k: int, dtype: torch.dtype) -> torc
     best = logits_TE.topk(top_k + 1).values
     gap_T = best[:, top_k - 1] - best[:, top_k]
     return gap_T > 4 * torch.finfo(dtype).eps * logits_TE.abs().amax(1)
-
-
-def _popularity(routing: str, num_experts: int, top_k: int) -> torch.Tensor:
-    """Added to the logits, which are normal with deviation 1 without it."""
-    rank_E = torch.arange(num_experts, dtype=torch.float32)
-    if routing == "zipf":
-        return -torch.log(rank_E + 1)
-    if routing == "same":
-        # Far beyond what normal logits reach, yet small enough not to magnify rounding.
-        return torch.where(rank_E < top_k, 8.0, 0.0)
-    return torch.zeros(num_experts)

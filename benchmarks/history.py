@@ -1,0 +1,148 @@
+"""Results of earlier runs: who ran, where they are kept, and which one is compared with."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks" / "results"
+
+Row = dict[str, Any]
+
+
+def machine_class(device: torch.device) -> str:
+    """Name of all machines whose ratios may be compared, such as `nvidia-h100-80gb-hbm3`."""
+    if device.type == "cuda":
+        return _slug(torch.cuda.get_device_name(device))
+    return f"{_slug(_processor())}-{torch.get_num_threads()}-threads"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reader must know of the machine and its software; no names of hosts or folders."""
+    facts: dict[str, Any] = {
+        "class": machine_class(device),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    for name in ("transformers", "triton", "zentorch", "liger_kernel"):
+        version = _version(name)
+        if version:
+            facts[name] = version
+    return facts
+
+
+def commit() -> str:
+    """The commit that is checked out, `+` after it if files differ, or `"unknown"`.
+
+    `UNIMOE_BENCH_COMMIT` names it for a copy of the files without their git folder.
+    """
+    if os.environ.get("UNIMOE_BENCH_COMMIT"):
+        return os.environ["UNIMOE_BENCH_COMMIT"]
+    name = _git("rev-parse", "--short=12", "HEAD").strip()
+    if not name:
+        return "unknown"
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results").strip()
+    return name + ("+" if changed else "")
+
+
+def committed_rows(of_class: str) -> tuple[str, dict[str, Row]]:
+    """Rows of the last committed result of a machine class, by key, and where they are from.
+
+    Outside a git checkout the files of the folder stand in for committed ones.
+    """
+    names = _git("ls-tree", "--name-only", "HEAD", "benchmarks/results/").split()
+    if names:
+        texts = {name: _git("show", f"HEAD:{name}") for name in names if name.endswith(".json")}
+    else:
+        texts = {str(p.relative_to(ROOT)): p.read_text() for p in FOLDER.glob("*.json")}
+    results = {name: json.loads(text) for name, text in texts.items()}
+    own = {n: r for n, r in results.items() if r.get("machine", {}).get("class") == of_class}
+    if not own:
+        return "", {}
+    name = max(own, key=lambda name: own[name]["date"])
+    return name, {row["key"]: row for row in own[name]["rows"]}
+
+
+class ResultsFile:
+    """One file that rows are added to as they come; a run that was cut short goes on in it.
+
+    Args:
+        path: the file; rows that it holds already are kept if they are of the same commit, one
+            whose files are unchanged, and of the same machine.
+        head: everything but the rows.
+    """
+
+    def __init__(self, path: Path, head: dict[str, Any]) -> None:
+        self._path, self._head = path, head
+        self.rows: dict[str, Row] = {}
+        if path.exists():
+            held = json.loads(path.read_text(encoding="utf-8"))
+            clean = head["commit"] != "unknown" and not head["commit"].endswith("+")
+            same = all(held[name] == head[name] for name in ("commit", "machine"))
+            if clean and same:
+                self.rows = {row["key"]: row for row in held["rows"]}
+
+    def add(self, row: Row) -> None:
+        """Writes the file anew with this row, whole or not at all."""
+        self.rows[row["key"]] = row
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self._path.with_suffix(".new")
+        content = self._head | {"rows": list(self.rows.values())}
+        fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        fresh.rename(self._path)
+
+
+def results_path(device: torch.device) -> Path:
+    """`benchmarks/results/<class>-<date>.json`."""
+    return FOLDER / f"{machine_class(device)}-{datetime.date.today().isoformat()}.json"
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.machine()
+    facts = dict(re.findall(r"^([^\t\n]+?)\s*: (.+)$", text, re.MULTILINE))
+    name = facts.get("model name", platform.machine()).strip()
+    # Virtual machines often give no more than the maker's name.
+    numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _slug(text: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        result = subprocess.run(
+            ["git", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return result.stdout if result.returncode == 0 else ""

@@ -1,0 +1,55 @@
+"""Memory that a call takes: at its peak beyond what was there, and kept between its passes."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that tensors made during a call held at one time.
+
+    A GPU's allocator is asked; on a CPU torch's profiler sees every allocation.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        function()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def saved_bytes(forward: Callable[[], object], ignored: Iterable[torch.Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward.
+
+    Args:
+        forward: a forward pass with gradients on; its result may be dropped.
+        ignored: tensors that are there anyhow, such as weights.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(kept.values())

@@ -1,0 +1,107 @@
+"""Pictures of a results file: bars against peers, and cost against token count."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from .history import Row
+
+COLORS = {"ours": "#d62728", "dense": "#7f7f7f", "looped": "#1f77b4", "limit": "#000000"}
+
+
+def draw(path: Path) -> list[Path]:
+    """Draws `<class>-peers.svg` and `<class>-tokens.svg` beside a results file.
+
+    Nothing is drawn where matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("svg")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in result["rows"] if row["key"].startswith("moe_layer[")]
+    if not rows:
+        return []
+    stem = result["machine"]["class"]
+    return [
+        _bars(rows, result, path.with_name(f"{stem}-peers.svg")),
+        _lines(rows, result, path.with_name(f"{stem}-tokens.svg")),
+    ]
+
+
+def _bars(rows: list[Row], result: dict, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(name for row in rows for name in row["providers"]))
+    figure, axes = plt.subplots(figsize=(10, 0.16 * len(rows) * len(names) + 1.5))
+    height = 0.8 / len(names)
+    for index, name in enumerate(names):
+        held = [
+            (i, row["providers"][name]) for i, row in enumerate(rows) if name in row["providers"]
+        ]
+        axes.barh(
+            [i + index * height for i, _ in held],
+            [1 / figures["ratio"] for _, figures in held],
+            height,
+            label=name,
+            color=COLORS.get(name),
+        )
+    axes.set_yticks([i + 0.4 for i in range(len(rows))])
+    axes.set_yticklabels([row["key"][len("moe_layer[") : -1] for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.6)
+    axes.set_xlabel("speed, by a dense layer of the same active multiplications (longer is faster)")
+    axes.legend(fontsize=7)
+    _title(axes, result)
+    return _save(figure, path)
+
+
+def _lines(rows: list[Row], result: dict, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    by_layer: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["case"]["mode"] == "forward" and row["case"]["routing"] == "natural":
+            by_layer[row["case"]["layer"]].append(row)
+    figure, all_axes = plt.subplots(
+        1, max(1, len(by_layer)), figsize=(4.2 * max(1, len(by_layer)), 3.8), squeeze=False
+    )
+    for axes, (layer, own) in zip(all_axes[0], by_layer.items(), strict=False):
+        own.sort(key=lambda row: row["case"]["tokens"])
+        for name in dict.fromkeys(name for row in own for name in row["providers"]):
+            points = [
+                (row["case"]["tokens"], row["providers"][name]["median_ms"])
+                for row in own
+                if name in row["providers"]
+            ]
+            axes.plot(*zip(*points, strict=True), marker="o", label=name, color=COLORS.get(name))
+        shares = [row["providers"]["ours"] for row in own]
+        if all(figures["share_of_limit"] for figures in shares):
+            least = [figures["median_ms"] * figures["share_of_limit"] for figures in shares]
+            tokens = [row["case"]["tokens"] for row in own]
+            axes.plot(tokens, least, "k--", label="limit of the machine")
+        axes.set(xscale="log", yscale="log", xlabel="tokens", title=layer)
+    all_axes[0][0].set_ylabel("ms, forward")
+    all_axes[0][0].legend(fontsize=6)
+    figure.suptitle(_caption(result), fontsize=7)
+    return _save(figure, path)
+
+
+def _title(axes, result: dict) -> None:
+    axes.set_title(_caption(result), fontsize=7)
+
+
+def _caption(result: dict) -> str:
+    machine = result["machine"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    return f"{where}, torch {machine['torch']}, commit {result['commit']}"
+
+
+def _save(figure, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return path

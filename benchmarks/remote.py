@@ -1,0 +1,131 @@
+"""Peers that cannot share a process: one of their own each, told over a pipe when to run."""
+
+import atexit
+import multiprocessing
+import os
+import time
+import traceback
+from multiprocessing.connection import Connection
+
+import torch
+
+from .candidates import UnavailableError
+from .problem import Problem
+from .shapes import Case
+
+_START_SECONDS = 120
+_workers: dict[str, "_Worker"] = {}
+
+
+class RemoteLayer:
+    """A layer in the process of a peer; only one case of a peer is alive at a time.
+
+    Args:
+        peer: name in `_LAYERS`.
+        case: what to run.
+        dtype: of weights and inputs.
+
+    Raises:
+        UnavailableError: if the peer cannot be imported or does not run this case.
+        AssertionError: if its answer is wrong.
+    """
+
+    def __init__(self, peer: str, case: Case, dtype: torch.dtype) -> None:
+        if peer not in _workers:
+            _workers[peer] = _Worker(peer)
+        self._worker = _workers[peer]
+        self._worker.ask(("prepare", case, dtype))
+
+    def time_one_call(self) -> float:
+        """Seconds of one call, as the other process sees it."""
+        return self._worker.ask(("run",))
+
+
+class _Worker:
+    def __init__(self, peer: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        # Threads that wait by spinning would take the cores from whoever is timed meanwhile.
+        previous = os.environ.get("OMP_WAIT_POLICY")
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        try:
+            process = context.Process(
+                target=_serve, args=(peer, theirs, torch.get_num_threads()), daemon=True
+            )
+            process.start()
+        finally:
+            os.environ.pop("OMP_WAIT_POLICY")
+            if previous is not None:
+                os.environ["OMP_WAIT_POLICY"] = previous
+        atexit.register(process.terminate)
+        self._dead = ""
+
+    def ask(self, question: tuple) -> float | None:
+        if self._dead:
+            raise UnavailableError(self._dead)
+        try:
+            self._pipe.send(question)
+            if not self._pipe.poll(_START_SECONDS):
+                self._dead = f"no answer within {_START_SECONDS} s"
+                raise UnavailableError(self._dead)
+            kind, value = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._dead = f"its process ended: {error}"
+            raise UnavailableError(self._dead) from error
+        if kind == "unavailable":
+            raise UnavailableError(value)
+        if kind == "wrong":
+            raise AssertionError(value)
+        return value
+
+
+def _serve(peer: str, pipe: Connection, threads: int) -> None:
+    torch.set_num_threads(threads)
+    run = None
+    while True:
+        try:
+            question = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if question[0] == "prepare":
+                run = _LAYERS[peer](Problem(question[1], torch.device("cpu"), question[2]))
+                pipe.send(("ready", None))
+                continue
+            begin = time.perf_counter()
+            run()
+            pipe.send(("seconds", time.perf_counter() - begin))
+        except UnavailableError as error:
+            pipe.send(("unavailable", str(error)))
+        except AssertionError as error:
+            pipe.send(("wrong", str(error)))
+        except Exception as error:
+            # A peer may fail in any way; that is its row's reason and not the end of the run.
+            reason = traceback.format_exception_only(error)[-1].strip()
+            pipe.send(("unavailable", reason.splitlines()[0]))
+
+
+def _zentorch_layer(problem: Problem):
+    try:
+        import zentorch  # noqa: F401
+    except ImportError as error:
+        raise UnavailableError(f"zentorch does not import: {error}") from error
+    experts, K = problem.moe.experts, problem.layer.K
+    # Its first call repacks bfloat16 weights in place.
+    gate_up, down = experts.gate_up_proj.detach().clone(), experts.down_proj.detach().clone()
+    x_TD, router_ED = problem.x[0].contiguous(), problem.moe.router.weight.detach()
+    y_TD = torch.empty_like(x_TD)
+    fused_moe = torch.ops.zentorch.zentorch_fused_moe
+
+    def run() -> None:
+        chosen_TK, ids_TK = torch.topk(x_TD @ router_ED.T, K)
+        scores_TK = chosen_TK.softmax(-1, dtype=torch.float32)
+        fused_moe(y_TD, x_TD, gate_up, down, None, None, scores_TK, ids_TK.int(), False, "silu")
+
+    with torch.no_grad():
+        run()
+        problem.check_output("zentorch", y_TD[None])
+    return torch.no_grad()(run)
+
+
+_LAYERS = {"zentorch": _zentorch_layer}

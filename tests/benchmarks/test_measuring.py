@@ -1,0 +1,120 @@
+"""The parts that measure, on functions that need no clock."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import history
+from benchmarks.candidates import Candidate, UnavailableError, Work
+from benchmarks.limits import Limits
+from benchmarks.memory import peak_extra_bytes, saved_bytes
+from benchmarks.recorder import Recorder, checked
+from benchmarks.shapes import SETS, Case, every_case
+from benchmarks.timing import time_in_turns
+
+CPU = torch.device("cpu")
+
+
+def test_functions_take_turns_in_an_order_that_rotates():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) or 1.0 for name in "abc"}
+    timings, rounds = time_in_turns(functions, "a", CPU, seconds=0, min_rounds=3)
+    assert rounds == 3
+    assert "".join(calls).endswith("abcbcacab")
+    assert {name: timing.ratio for name, timing in timings.items()} == dict.fromkeys("abc", 1.0)
+
+
+def test_ratios_are_taken_within_a_round():
+    warm_up = [1.0] * 3
+    times = {
+        "dense": iter([*warm_up, 1.0, 10.0, 100.0]),
+        "ours": iter([*warm_up, 2.0, 20.0, 200.0]),
+    }
+    functions = {name: lambda own=own: next(own) for name, own in times.items()}
+    timings, _ = time_in_turns(functions, "dense", CPU, seconds=0, min_rounds=3)
+    assert timings["ours"].ratio == 2.0
+    assert timings["ours"].noise == 0.0
+
+
+def test_the_slowest_take_part_less_often():
+    counts = {"dense": 0, "slow": 0}
+
+    def count(name, seconds):
+        counts[name] += 1
+        return seconds
+
+    functions = {"dense": lambda: count("dense", 1.0), "slow": lambda: count("slow", 60.0)}
+    timings, _ = time_in_turns(functions, "dense", CPU, seconds=0, min_rounds=8)
+    assert (counts["dense"], counts["slow"]) == (3 + 8, 3 + 2)
+    assert timings["slow"].ratio == 60.0
+
+
+def test_peak_and_kept_memory_are_counted():
+    x = torch.randn(256, 1024)
+    size = x.numel() * 4
+    assert peak_extra_bytes(lambda: (x + 1).mul(2).sum(), CPU) == pytest.approx(2 * size, rel=0.01)
+    weight = torch.randn(1024, 1024, requires_grad=True)
+    kept = saved_bytes(lambda: (x @ weight).exp(), [weight])
+    assert kept == 2 * size
+
+
+def test_wrong_answers_stop_a_row_and_missing_peers_do_not():
+    def missing():
+        raise UnavailableError("not here")
+
+    def wrong():
+        raise AssertionError("wrong output")
+
+    good = Candidate(run=lambda: None)
+    candidates, unavailable = checked({"ours": lambda: good, "peer": missing})
+    assert list(candidates) == ["ours"]
+    assert unavailable == {"peer": "not here"}
+    with pytest.raises(AssertionError, match="wrong output"):
+        checked({"ours": lambda: Candidate(run=lambda: None, check=wrong)})
+
+
+def test_a_row_holds_what_the_table_shows(monkeypatch):
+    monkeypatch.setenv("UNIMOE_BENCH_SLOW", "other:9")
+    limits = Limits({"float32": 4e9}, read=1e9, copy=1e9)
+    recorder = Recorder(CPU, torch.float32, limits, {}, seconds=0)
+    providers = {
+        "dense": lambda: Candidate(run=lambda: 1.0),
+        "ours": lambda: Candidate(run=lambda: 2.0, forward=lambda: None),
+    }
+    row, _ = recorder.measure("permute", Case("olmoe", 4), providers, Work(4e9, 1e8))
+    assert row["key"] == "permute[olmoe-T4-forward-natural]"
+    ours = row["providers"]["ours"]
+    assert (ours["ratio"], ours["rate"], row["unit"]) == (2.0, 2.0, "GFLOP/s")
+    assert ours["share_of_limit"] == 0.5
+    assert {"peak_extra_bytes", "saved_bytes"} <= ours.keys()
+    assert json.loads(json.dumps(row)) == row
+    by_memory, _ = recorder.measure("permute", Case("olmoe", 4), providers, Work(1e6, 1e9))
+    assert by_memory["unit"] == "GB/s"
+
+
+def test_results_are_kept_row_by_row_and_resumed(tmp_path):
+    path = tmp_path / "results" / "a.json"
+    head = {"commit": "abc", "machine": {"class": "m"}, "date": "2026-01-01"}
+    history.ResultsFile(path, head).add({"key": "x"})
+    again = history.ResultsFile(path, head | {"date": "2026-01-02"})
+    assert set(again.rows) == {"x"}
+    again.add({"key": "y"})
+    assert [row["key"] for row in json.loads(path.read_text())["rows"]] == ["x", "y"]
+    assert not history.ResultsFile(path, head | {"commit": "other"}).rows
+    assert not history.ResultsFile(path, head | {"commit": "abc+"}).rows
+    assert not list(path.parent.glob("*.new"))
+
+
+def test_a_result_names_no_host_and_no_folder():
+    facts = json.dumps(history.machine(CPU))
+    assert "/" not in facts.replace("torch", "")
+    assert history.machine_class(CPU) == history.machine(CPU)["class"]
+    assert str(torch.get_num_threads()) in history.machine_class(CPU)
+
+
+def test_case_names_are_unique_and_sets_hold_cases():
+    for name in SETS:
+        layer = [str(case) for case in SETS[name].layer]
+        assert len(set(layer)) == len(layer) > 0
+        assert every_case(name)
