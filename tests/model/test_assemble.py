@@ -1,9 +1,12 @@
+import warnings
+
 import pytest
 import torch
 
 from unimoe_kernels.testing import relative_error
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.assemble import (
+    FFN_LORA,
     add_lora,
     assemble_moe,
     ffn_state,
@@ -142,6 +145,17 @@ def test_lora_covers_attention_and_experts_of_every_layer(tiny_model):
     assert f"{layers}.0.mlp.experts.gate_up_lora_A" in names
     assert f"{layers}.1.mlp.down_proj.lora_B.default.weight" in names
     assert not any("connector" in name for name in names)
+
+
+def test_lora_can_be_on_the_ffns_alone(tiny_model, inputs):
+    model = tiny_model(num_experts=0)
+    add_lora(model, 2, 4, FFN_LORA)
+    assert all(".mlp." in name for name in lora_parameters(model))
+    assert len(lora_parameters(model)) == 2 * 3 * 2
+    merge_lora(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_lora(model, 2, 4)
 
 
 def test_only_lora_gets_gradients_when_only_it_is_trained(tiny_model, inputs):

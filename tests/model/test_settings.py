@@ -30,6 +30,8 @@ def raw_settings():
         "align": stage(picture=1),
         "experts": {"image": stage(image_qa=1), "audio": stage(sound=0.5)},
         "tune": stage(text=1, sound=2),
+        "expert_lora_rank": 3,
+        "expert_lora_alpha": 6,
         "lora_rank": 2,
         "lora_alpha": 4,
     }

@@ -56,6 +56,8 @@ def settings(**changes):
         "align": stage(image=1, speech=1, audio=1, video=1),
         "experts": {"image": stage(image=1, speech=1), "audio": stage(audio=1)},
         "tune": stage(steps=3, image=1, audio=1, text=1),
+        "expert_lora_rank": 3,
+        "expert_lora_alpha": 6,
         "lora_rank": 2,
         "lora_alpha": 4,
     }
@@ -198,7 +200,8 @@ def test_stages_train_only_what_is_theirs(trainer, tmp_path):
     }
     assert not any("connector" in key for key in names["pretrain"])
     assert all("_connector." in key for key in names["align"])
-    assert all(".mlp." in key for key in names["experts/image"])
+    assert names["experts/image"]
+    assert all(".mlp." in key and "lora_" in key for key in names["experts/image"])
     audio = {key for key in names["experts/audio"] if ".mlp." not in key}
     assert audio
     assert all(".audio_connector." in key for key in audio)
@@ -221,9 +224,10 @@ def test_stage_3_starts_from_the_experts_and_their_connectors(trainer, tmp_path)
     )
     for layer, mlp in moe.moe_layers():
         down_DF = dense[f"{layer}.down_proj.weight"]
-        name = f"model.language_model.layers.{layer}.mlp.down_proj.weight"
-        assert torch.equal(mlp.experts.down_proj[0], image[name])
-        assert relative_error(image[name], down_DF) > 1e-3
+        name = f"model.language_model.layers.{layer}.mlp.down_proj.lora_{{}}.default.weight"
+        update_DF = 6 / 3 * image[name.format("B")] @ image[name.format("A")]
+        assert relative_error(mlp.experts.down_proj[0], down_DF + update_DF) < 1e-6
+        assert relative_error(mlp.experts.down_proj[0], down_DF) > 1e-3
         assert relative_error(mlp.experts.down_proj[1], down_DF) < 1e-6
     state = moe.state_dict()
     connectors = {k: v for k, v in audio.items() if "_connector" in k}

@@ -80,13 +80,20 @@ def _fill_experts(moe: MoE, ffns: list[dict[str, torch.Tensor]], top_k: int) -> 
     moe.experts.load_state_dict(assembled.experts.state_dict())
 
 
-def add_lora(model: UniMoEForConditionalGeneration, rank: int, alpha: int) -> None:
-    """Puts LoRA on attention and on the experts, or on the FFNs of layers without experts.
+def add_lora(
+    model: UniMoEForConditionalGeneration,
+    rank: int,
+    alpha: int,
+    linears: str = f"{ATTENTION_LORA}|{FFN_LORA}",
+) -> None:
+    """Puts LoRA on linear maps, and on the experts of a model that has some.
 
     Args:
         model: changed in place; its output stays the same until training.
         rank: r, at least 1.
         alpha: the product is scaled by `alpha / rank`.
+        linears: regular expression of the full names of the linear maps: attention and the FFNs of
+            layers without experts, unless said otherwise.
 
     Raises:
         ValueError: if rank is below 1.
@@ -98,7 +105,7 @@ def add_lora(model: UniMoEForConditionalGeneration, rank: int, alpha: int) -> No
         lora_alpha=alpha,
         lora_dropout=0.0,
         bias="none",
-        target_modules=f"({ATTENTION_LORA}|{FFN_LORA})",
+        target_modules=f"({linears})",
     )
     inject_adapter_in_model(config, model)
     for _, moe in model.moe_layers():
@@ -118,6 +125,8 @@ def merge_lora(model: UniMoEForConditionalGeneration) -> None:
         setattr(parent, name, child.get_base_layer())
     for _, moe in model.moe_layers():
         moe.experts.merge_lora()
+    # peft's mark of a model that has adapters; it warns where it finds one.
+    del model.peft_config
 
 
 def _lora_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, LoraLayer]]:

@@ -69,7 +69,9 @@ class RunSettings:
         tune: stage 3.
         router_strength: logit that a modality's mean token starts with at its own expert in stage
             3 (see `router_weights`); 0 leaves the router's random start.
-        lora_rank: of stage 3.
+        expert_lora_rank: of stage 2, on the FFNs.
+        expert_lora_alpha: of stage 2.
+        lora_rank: of stage 3, on attention and experts.
         lora_alpha: of stage 3.
         evaluation: most held-out items of each task; a task that is not named takes all.
     """
@@ -81,6 +83,8 @@ class RunSettings:
     align: StageSettings
     experts: dict[str, StageSettings]
     tune: StageSettings
+    expert_lora_rank: int
+    expert_lora_alpha: int
     lora_rank: int
     lora_alpha: int
     router_strength: float = 0.0
@@ -98,7 +102,7 @@ class RunSettings:
                 f"model.top_k ({self.model.top_k}) must be at least 1 and at most the number of"
                 f" experts ({len(self.experts)})"
             )
-        for name in ("lora_rank", "lora_alpha"):
+        for name in ("expert_lora_rank", "expert_lora_alpha", "lora_rank", "lora_alpha"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         unknown = sorted(self.evaluation.keys() - set(EVALUATED_TASKS))

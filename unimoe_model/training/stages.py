@@ -21,7 +21,7 @@ from unimoe_model.data.examples import Example, MediaBank
 from unimoe_model.data.mixture import Mixture
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.assemble import (
-    FFN_NAMES,
+    FFN_LORA,
     add_lora,
     assemble_moe,
     ffn_state,
@@ -130,15 +130,11 @@ class Trainer:
         for number, (kind, stage) in enumerate(self._settings.experts.items()):
             self._history = list(history)
             model.load_state_dict(aligned)
-            parameters = _named(
-                model, lambda name, kind=kind: _is_ffn(name) or _is_own_connector(name, kind)
-            )
+            own = _named(model, lambda name, kind=kind: _is_own_connector(name, kind))
             batches = self._batches(stage, 2 + number, collator)
-            self._stage(f"experts/{kind}", model, parameters, batches, stage)
+            self._expert_stage(f"experts/{kind}", model, own, batches, stage)
             experts[kind] = ffn_state(model)
-            connectors |= {
-                name: p.detach().clone() for name, p in parameters.items() if not _is_ffn(name)
-            }
+            connectors |= {name: p.detach().clone() for name, p in own.items()}
             means.append(mean_ffn_inputs(model, map(batches, range(ROUTER_START_BATCHES))))
         self._history = [
             *history,
@@ -167,23 +163,37 @@ class Trainer:
             self._batches(stage, 2 + number, collator)
             for number, stage in enumerate(self._settings.experts.values())
         ]
-        parameters = _named(
+        own = _named(
             model,
-            lambda name: (
-                _is_ffn(name) or any(_is_own_connector(name, k) for k in self._settings.experts)
-            ),
+            lambda name: any(_is_own_connector(name, kind) for kind in self._settings.experts),
         )
         first = next(iter(self._settings.experts.values()))
         steps = first.optimizer.steps * len(streams)
         tasks = {k: w for s in self._settings.experts.values() for k, w in s.tasks.items()}
         stage = StageSettings(_with_steps(first.optimizer, steps), tasks)
-        self._stage(
+        self._expert_stage(
             "experts",
             model,
-            parameters,
+            own,
             lambda step: streams[step % len(streams)](step // len(streams)),
             stage,
         )
+
+    def _expert_stage(
+        self,
+        name: str,
+        model: UniMoEForConditionalGeneration,
+        connectors: dict[str, nn.Parameter],
+        batch_of: Callable[[int], dict[str, torch.Tensor]],
+        stage: StageSettings,
+    ) -> None:
+        """Trains LoRA on the FFNs together with some connector parameters, and merges it."""
+        settings = self._settings
+        torch.manual_seed(settings.seed + 3)
+        add_lora(model, settings.expert_lora_rank, settings.expert_lora_alpha, FFN_LORA)
+        model.to(self._device)
+        self._stage(name, model, lora_parameters(model) | connectors, batch_of, stage)
+        merge_lora(model)
 
     def _tune(
         self, model: UniMoEForConditionalGeneration, collator: Collator
@@ -330,10 +340,6 @@ def query_state_bank(
 
 def _named(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if wanted(name)}
-
-
-def _is_ffn(name: str) -> bool:
-    return ".mlp." in name and name.split(".")[-2] in FFN_NAMES
 
 
 def _is_own_connector(name: str, kind: str) -> bool:
