@@ -1,4 +1,4 @@
-"""One operator with inputs, and the float64 answer that every provider has to give."""
+"""One operator with inputs, and the answer in higher precision that every provider has to give."""
 
 from collections.abc import Callable, Mapping
 
@@ -43,7 +43,7 @@ class OpProblem:
     Args:
         case: its mode decides whether gradients are taken.
         inputs: floating point tensors that the operator and its gradient are functions of.
-        reference: plain torch, right in float64.
+        reference: plain torch; it is run in float64, or in float32 for shorter inputs.
         work: of the forward; a backward is counted as twice as much.
     """
 
@@ -53,16 +53,17 @@ class OpProblem:
         self.training = case.mode == "training"
         self.work = Work(3 * work.flops, 3 * work.bytes) if self.training else work
         self._inputs = dict(inputs)
-        wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
-        expected = reference(**wide)
         first = next(iter(inputs.values()))
+        wide_dtype = torch.float64 if first.dtype == torch.float32 else torch.float32
+        wide = {name: x.detach().to(wide_dtype).requires_grad_() for name, x in inputs.items()}
+        expected = reference(**wide)
         generator = torch.Generator(first.device).manual_seed(2)
         self._grad = torch.randn(
             expected.shape, generator=generator, device=first.device, dtype=first.dtype
         )
         self._expected = {"output": expected.detach()}
         if self.training:
-            grads = torch.autograd.grad(expected, list(wide.values()), self._grad.double())
+            grads = torch.autograd.grad(expected, list(wide.values()), self._grad.to(wide_dtype))
             self._expected |= {f"gradient of {n}": g for n, g in zip(wide, grads, strict=True)}
 
     def provider(self, name: str, operator: Operator) -> Provider:
@@ -118,9 +119,10 @@ class OpProblem:
 
 def normal(*shape: int, like: torch.Tensor, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """Normal numbers on the device of `like`; weights `[..., F, D]` are scaled for unit outputs."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(like.device).manual_seed(seed)
     scale = shape[-1] ** -0.5 if len(shape) > 2 else 1.0
-    return (scale * torch.randn(*shape, generator=generator)).to(like.device, dtype)
+    x = torch.randn(*shape, generator=generator, device=like.device, dtype=dtype)
+    return x.mul_(scale)
 
 
 def _leaves(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
