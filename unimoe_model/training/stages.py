@@ -88,7 +88,7 @@ class Trainer:
         for stage in stages:
             Mixture(tasks, stage.tasks, seed=(settings.seed,))
         self._digests: dict[str, str] = {}
-        words = fingerprint(tokenizer.backend_tokenizer.to_str())
+        words = fingerprint(tokenizer.get_vocab())
         self._history: list = [arm, self._precision, asdict(settings.model), settings.seed, words]
 
     def run(self) -> UniMoEForConditionalGeneration:
