@@ -9,6 +9,8 @@
 
 #include <string>
 
+#include "cpu/kernels.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -40,6 +42,15 @@ py::list cpu_features() {
   return names;
 }
 
+// The instruction sets that the CPU kernels are compiled for and this CPU has.
+py::list cpu_isas() {
+  py::list names;
+  for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
+    if (unimoe::find_kernels(name) != nullptr) names.append(name);
+  }
+  return names;
+}
+
 py::object text_or_none(const std::string& text) {
   if (text.empty()) return py::none();
   return py::str(text);
@@ -53,6 +64,8 @@ py::dict build_info() {
   info["compiler"] = kCompiler;
   info["flags"] = UNIMOE_BUILD_FLAGS;
   info["cpu_features"] = cpu_features();
+  info["cpu_isas"] = cpu_isas();
+  info["cpu_isa"] = unimoe::kernels().name;
   return info;
 }
 

@@ -31,8 +31,13 @@ def build_info() -> dict[str, Any]:
     """Returns what the extension was built with.
 
     Returns:
-        Keys `torch`, `cuda` (None without CUDA), `cuda_archs`, `compiler`, `flags` and
-        `cpu_features`, the last found at run time. Empty where the extension is not loaded.
+        Keys `torch`, `cuda` (None without CUDA), `cuda_archs`, `compiler`, `flags`, and found at
+        run time: `cpu_features`, `cpu_isas` (instruction sets that CPU kernels may use here) and
+        `cpu_isa` (the one they use: the best, or what UNIMOE_CPU_ISA names). Empty where the
+        extension is not loaded.
+
+    Raises:
+        RuntimeError: If UNIMOE_CPU_ISA names no instruction set that this CPU has.
     """
     return {} if _module is None else _module.build_info()
 

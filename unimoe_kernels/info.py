@@ -39,6 +39,7 @@ def _describe_extension() -> list[tuple[str, str]]:
         ("  flags", info["flags"]),
         ("  CUDA", f"{cuda}, archs {info['cuda_archs']}" if cuda else "not compiled"),
         ("CPU features", ", ".join(info["cpu_features"]) or "none of those looked for"),
+        ("CPU kernels", f"{info['cpu_isa']} (UNIMOE_CPU_ISA: {', '.join(info['cpu_isas'])})"),
     ]
 
 

@@ -1,0 +1,68 @@
+// The inner loops of the CPU operators, once for each instruction set; `kernels()` picks one of
+// those that the CPU has.
+#pragma once
+
+#include <cstdint>
+
+namespace unimoe {
+
+// Kernels of one instruction set. The panels of `multiply` hold `rows` numbers of the left operand
+// and `columns` of the right one for every step of depth.
+struct Kernels {
+  const char* name;
+  int64_t rows;
+  int64_t columns;
+  // sums[rows][columns] = the product of two panels.
+  void (*multiply)(int64_t depth, const float* left, const float* right, float* sums);
+  // The same for panels of two bfloat16 a step and number; null where no instruction multiplies
+  // them.
+  void (*multiply_pairs)(int64_t steps, const uint32_t* left, const uint32_t* right, float* sums);
+  // sums[rows][columns] = dot products of the left operand's rows, one after the other, with rows
+  // of the right one, `stride` numbers apart.
+  void (*dot)(int64_t depth, int64_t rows, const float* left, const float* right, int64_t stride,
+              int64_t columns, float* sums);
+  void (*dot_bfloat16)(int64_t depth, int64_t rows, const uint16_t* left, const uint16_t* right,
+                       int64_t stride, int64_t columns, float* sums);
+  // Rounds to nearest even.
+  void (*to_bfloat16)(int64_t count, const float* from, uint16_t* to);
+  // out = silu(gate) * up over one row, and its gradient.
+  void (*silu_mul)(int64_t width, const float* gate, const float* up, float* out);
+  void (*silu_mul_bfloat16)(int64_t width, const uint16_t* gate, const uint16_t* up, uint16_t* out);
+  void (*silu_mul_backward)(int64_t width, const float* grad, const float* gate, const float* up,
+                            float* grad_gate, float* grad_up);
+  void (*silu_mul_backward_bfloat16)(int64_t width, const uint16_t* grad, const uint16_t* gate,
+                                     const uint16_t* up, uint16_t* grad_gate, uint16_t* grad_up);
+};
+
+const Kernels* portable_kernels();
+// Null where the binary was compiled for another processor family.
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+
+// The best of them that the CPU runs, or the one that UNIMOE_CPU_ISA names: "portable", "avx2",
+// "avx512" or "avx512_bf16". Chosen at the first call. Throws if the CPU lacks the one named.
+const Kernels& kernels();
+
+// By name, for tests; null if the CPU does not run it.
+const Kernels* find_kernels(const char* name);
+
+inline float to_float(float value) { return value; }
+
+// Of a bfloat16.
+inline float to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+// As a bfloat16, rounded to nearest even; a NaN stays one.
+inline uint16_t to_bfloat16_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+}
+
+}  // namespace unimoe

@@ -1,0 +1,78 @@
+// Kernels for AVX2 with FMA: 256-bit vectors, 16 registers.
+#include <algorithm>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define UNIMOE_UNROLL _Pragma("GCC unroll 16")
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace unimoe {
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  using Vec = __m256;
+
+  static Vec zero() { return _mm256_setzero_ps(); }
+  static Vec load(const float* from) { return _mm256_loadu_ps(from); }
+  static Vec load(const uint16_t* from) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static void store(float* to, Vec value) { _mm256_storeu_ps(to, value); }
+  static Vec broadcast(const float* from) { return _mm256_broadcast_ss(from); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static float sum(Vec value) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+};
+
+#include "kernels.inc"
+
+}  // namespace
+}  // namespace unimoe
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace unimoe {
+
+const Kernels* avx2_kernels() {
+  static const Kernels table{"avx2",
+                             6,
+                             16,
+                             multiply<6, 2>,
+                             nullptr,
+                             dot<float>,
+                             dot<uint16_t>,
+                             to_bfloat16,
+                             silu_mul<float>,
+                             silu_mul<uint16_t>,
+                             silu_mul_backward<float>,
+                             silu_mul_backward<uint16_t>};
+  return &table;
+}
+
+}  // namespace unimoe
+
+#else
+
+namespace unimoe {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace unimoe
+
+#endif

@@ -1,0 +1,50 @@
+// Kernels for any processor; the compiler makes what it can of them.
+#include <algorithm>
+
+#include "kernels.h"
+
+#define UNIMOE_UNROLL _Pragma("GCC unroll 16")
+
+namespace unimoe {
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 4;
+  typedef float Vec __attribute__((vector_size(16)));
+
+  static Vec zero() { return Vec{}; }
+  static Vec load(const float* from) {
+    Vec value;
+    __builtin_memcpy(&value, from, sizeof(value));
+    return value;
+  }
+  static Vec load(const uint16_t* from) {
+    return Vec{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
+  }
+  static void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(value)); }
+  static Vec broadcast(const float* from) { return Vec{*from, *from, *from, *from}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static float sum(Vec value) { return (value[0] + value[1]) + (value[2] + value[3]); }
+};
+
+#include "kernels.inc"
+
+}  // namespace
+
+const Kernels* portable_kernels() {
+  static const Kernels table{"portable",
+                             4,
+                             8,
+                             multiply<4, 2>,
+                             nullptr,
+                             dot<float>,
+                             dot<uint16_t>,
+                             to_bfloat16,
+                             silu_mul<float>,
+                             silu_mul<uint16_t>,
+                             silu_mul_backward<float>,
+                             silu_mul_backward<uint16_t>};
+  return &table;
+}
+
+}  // namespace unimoe

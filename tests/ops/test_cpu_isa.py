@@ -1,0 +1,82 @@
+"""Every instruction set that this CPU has, forced one after the other in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+
+import torch
+
+from unimoe_kernels import _C, grouped_lora, grouped_mm, swiglu
+from unimoe_kernels.testing import relative_error
+
+assert _C.build_info()["cpu_isa"] == sys.argv[1]
+torch.manual_seed(0)
+GROUPS = [0, 1, 3, 70, 8, 129]
+N, E = sum(GROUPS), len(GROUPS)
+offsets = torch.tensor([0, *GROUPS]).cumsum(0).int()
+
+def check(name, op, inputs, limit, dtype):
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    y, expected = op(*leaves), op(*wide)
+    assert expected.abs().max() > 0.1
+    grad = torch.randn_like(expected)
+    grads = torch.autograd.grad(y, leaves, grad.to(dtype))
+    wide_grads = torch.autograd.grad(expected, wide, grad.to(dtype).double())
+    for got, want in zip((y, *grads), (expected, *wide_grads), strict=True):
+        assert relative_error(got, want) < limit, (name, dtype, relative_error(got, want))
+
+for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+    for D, F in ((1, 1), (33, 50), (64, 96), (129, 17)):
+        x, w = torch.randn(N, D), torch.randn(E, F, D) / D**0.5
+        b = torch.randn(E, F)
+        check("mm", lambda x, w, b: grouped_mm(x, w, offsets, b), (x, w, b), limit, dtype)
+        turned = lambda x, w: grouped_mm(x, w.transpose(1, 2), offsets)
+        check("turned", turned, (x, w.transpose(1, 2).contiguous()), limit, dtype)
+        a = torch.randn(E, 3, D) / D**0.5
+        lora = lambda x, a, b: grouped_lora(x, a, b, offsets)
+        check("lora", lora, (x, a, torch.randn(E, F, 3)), limit, dtype)
+    for activation in ("silu", "gelu", "gelu_tanh", "relu", "swiglu_clamped"):
+        for width in (1, 15, 16, 100):
+            gate_up = 4 * torch.randn(7, 2 * width)
+            check(activation, lambda g: swiglu(g, activation), (gate_up,), limit, dtype)
+extreme = torch.tensor([[-1e4, -100.0, -90.0, 0.0, 90.0, 1e4, float("nan")] + [1.0] * 7])
+y = swiglu(extreme)
+assert torch.isfinite(y[0, :6]).all() and y[0, 6].isnan()
+assert relative_error(y[:, :6], torch.nn.functional.silu(extreme[:, :6])) < 1e-6
+"""
+
+
+def instruction_sets():
+    _C = pytest.importorskip("unimoe_kernels._C")
+    return _C.build_info()["cpu_isas"]
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set_is_right(name):
+    if name not in instruction_sets():
+        pytest.skip(f"this CPU has no {name}")
+    result = run(name)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_unknown_instruction_set_is_refused():
+    instruction_sets()
+    result = run("avx1024")
+    assert result.returncode != 0
+    assert "UNIMOE_CPU_ISA (avx1024) must be portable, avx2" in result.stderr
+
+
+def run(name):
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, name],
+        env=os.environ | {"UNIMOE_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
