@@ -6,7 +6,18 @@ from pathlib import Path
 
 from .history import Row
 
-COLORS = {"ours": "#d62728", "dense": "#7f7f7f", "looped": "#1f77b4", "limit": "#000000"}
+COLORS = {
+    "ours": "#d62728",
+    "ours-cuda": "#d62728",
+    "ours-triton": "#ff9896",
+    "dense": "#7f7f7f",
+    "looped": "#1f77b4",
+    "transformers-eager": "#aec7e8",
+    "transformers-grouped_mm": "#ff7f0e",
+    "transformers-batched_mm": "#2ca02c",
+    "zentorch": "#9467bd",
+    "liger": "#8c564b",
+}
 
 
 def draw(path: Path) -> list[Path]:
@@ -49,7 +60,7 @@ def _bars(rows: list[Row], result: dict, path: Path) -> Path:
         )
     axes.set_yticks([i + 0.4 for i in range(len(rows))])
     axes.set_yticklabels([row["key"][len("moe_layer[") : -1] for row in rows], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows), -0.3)
     axes.axvline(1, color="black", linewidth=0.6)
     axes.set_xlabel("speed, by a dense layer of the same active multiplications (longer is faster)")
     axes.legend(fontsize=7)

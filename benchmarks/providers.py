@@ -16,7 +16,7 @@ from .candidates import Candidate, Provider, UnavailableError, own_gradients
 from .problem import Problem
 from .remote import RemoteLayer
 
-BATCHED_ROWS = 256
+BATCHED_ROWS = 64
 """Rows above which `batched_mm` is left out: it copies an expert's weights for every row."""
 
 
