@@ -11,6 +11,7 @@ import torch
 from . import history, plots, shapes, tables
 from .compare import compare
 from .limits import measure_limits
+from .memory import keep_freed_memory
 from .recorder import Recorder, checked
 
 STATE = pytest.StashKey["Run"]()
@@ -36,6 +37,7 @@ class Run:
             return
         source, baseline = history.committed_rows(history.machine_class(self.device))
         self.source, self.baseline = source, baseline
+        keep_freed_memory()
         limits = measure_limits(self.device)
         self.recorder = Recorder(self.device, self.dtype, limits, baseline)
         if self.config.getoption("save"):

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from .candidates import UnavailableError
+from .memory import keep_freed_memory
 from .problem import Problem
 from .shapes import Case
 
@@ -81,6 +82,7 @@ class _Worker:
 
 def _serve(peer: str, pipe: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
+    keep_freed_memory()
     run = None
     while True:
         try:
