@@ -246,10 +246,10 @@ void check_grouped_rows(const Tensor& expert_offsets, int64_t experts, int64_t r
   UNIMOE_CHECK(expert_offsets.size(0) == experts + 1, "expert_offsets (", expert_offsets.size(0),
                " entries) must have ", experts + 1);
   const int32_t* bound = const_data<int32_t>(expert_offsets);
-  for (int64_t e = 0; e <= experts; ++e) {
-    const int32_t before = e ? bound[e - 1] : 0;
-    UNIMOE_CHECK(bound[e] >= before && bound[e] <= rows, "expert_offsets[", e, "] (", bound[e],
-                 ") must rise from 0 to at most ", rows);
+  UNIMOE_CHECK(bound[0] == 0, "expert_offsets[0] (", bound[0], ") must be 0");
+  for (int64_t e = 1; e <= experts; ++e) {
+    UNIMOE_CHECK(bound[e] >= bound[e - 1] && bound[e] <= rows, "expert_offsets[", e, "] (",
+                 bound[e], ") must be between ", bound[e - 1], " and ", rows);
   }
 }
 

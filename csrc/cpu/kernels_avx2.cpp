@@ -52,18 +52,7 @@ struct Simd {
 namespace unimoe {
 
 const Kernels* avx2_kernels() {
-  static const Kernels table{"avx2",
-                             6,
-                             16,
-                             multiply<6, 2>,
-                             nullptr,
-                             dot<float>,
-                             dot<uint16_t>,
-                             to_bfloat16,
-                             silu_mul<float>,
-                             silu_mul<uint16_t>,
-                             silu_mul_backward<float>,
-                             silu_mul_backward<uint16_t>};
+  static constexpr Kernels table = table_of<6, 2>("avx2");
   return &table;
 }
 

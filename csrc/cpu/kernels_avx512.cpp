@@ -91,6 +91,13 @@ void multiply_pairs(int64_t steps, const uint32_t* left, const uint32_t* right, 
   }
 }
 
+constexpr Kernels bfloat16_table() {
+  Kernels table = table_of<8, 3>("avx512_bf16");
+  table.multiply_pairs = multiply_pairs<8, 3>;
+  table.dot_bfloat16 = dot_pairs;
+  return table;
+}
+
 }  // namespace
 }  // namespace unimoe
 
@@ -103,34 +110,12 @@ void multiply_pairs(int64_t steps, const uint32_t* left, const uint32_t* right, 
 namespace unimoe {
 
 const Kernels* avx512_kernels() {
-  static const Kernels table{"avx512",
-                             8,
-                             48,
-                             multiply<8, 3>,
-                             nullptr,
-                             dot<float>,
-                             dot<uint16_t>,
-                             to_bfloat16,
-                             silu_mul<float>,
-                             silu_mul<uint16_t>,
-                             silu_mul_backward<float>,
-                             silu_mul_backward<uint16_t>};
+  static constexpr Kernels table = table_of<8, 3>("avx512");
   return &table;
 }
 
 const Kernels* avx512_bf16_kernels() {
-  static const Kernels table{"avx512_bf16",
-                             8,
-                             48,
-                             multiply<8, 3>,
-                             multiply_pairs<8, 3>,
-                             dot<float>,
-                             dot_pairs,
-                             to_bfloat16,
-                             silu_mul<float>,
-                             silu_mul<uint16_t>,
-                             silu_mul_backward<float>,
-                             silu_mul_backward<uint16_t>};
+  static constexpr Kernels table = bfloat16_table();
   return &table;
 }
 

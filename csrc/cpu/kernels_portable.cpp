@@ -32,18 +32,7 @@ struct Simd {
 }  // namespace
 
 const Kernels* portable_kernels() {
-  static const Kernels table{"portable",
-                             4,
-                             8,
-                             multiply<4, 2>,
-                             nullptr,
-                             dot<float>,
-                             dot<uint16_t>,
-                             to_bfloat16,
-                             silu_mul<float>,
-                             silu_mul<uint16_t>,
-                             silu_mul_backward<float>,
-                             silu_mul_backward<uint16_t>};
+  static constexpr Kernels table = table_of<4, 2>("portable");
   return &table;
 }
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 SCRIPT = """
 import sys
@@ -80,3 +81,12 @@ def run(name):
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("offsets", [[1, 2, 3], [0, 2, 1], [0, 2, 4]])
+def test_offsets_that_would_leave_the_rows_are_refused(offsets):
+    instruction_sets()
+    x, weight = torch.ones(3, 2), torch.ones(2, 4, 2)
+    expert_offsets = torch.tensor(offsets, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"expert_offsets\[\d\] \(\d\) must be"):
+        torch.ops.unimoe.grouped_mm.default(x, weight, expert_offsets, None)
