@@ -61,6 +61,11 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+inline uint16_t* bits_of(BFloat16* data) { return reinterpret_cast<uint16_t*>(data); }
+inline const uint16_t* bits_of(const BFloat16* data) {
+  return reinterpret_cast<const uint16_t*>(data);
+}
+
 // Calls `body` with a value of the C++ type of `dtype`, one of the four floating types.
 template <typename Body>
 void dispatch_floating(ScalarType dtype, const char* name, Body&& body) {

@@ -117,10 +117,7 @@ def find_kernels() -> None:
 
 def _order(op: str, device: str) -> tuple[str, ...]:
     native = "cuda" if device == "cuda" else "cpp"
-    has_native = any(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"unimoe::{part}", device.upper())
-        for part in (op, *_parts[op])
-    )
+    has_native = any(_is_compiled(part, device) for part in (op, *_parts[op]))
     has_triton = _triton_runs_on(device) and any(
         "triton" in _overloads[part] for part in _parts[op] or (op,)
     )
@@ -129,6 +126,10 @@ def _order(op: str, device: str) -> tuple[str, ...]:
     else:
         order = (native if has_native else None, "reference", "triton" if has_triton else None)
     return tuple(backend for backend in order if backend is not None)
+
+
+def _is_compiled(op: str, device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"unimoe::{op}", device.upper())
 
 
 def _triton_runs_on(device: str) -> bool:
@@ -219,7 +220,7 @@ def _explain(op: str, device: str, order: tuple[str, ...]) -> tuple[str, str]:
     if _forced in order:
         return _forced, "asked for by use_backend or UNIMOE_BACKEND"
     backend = order[0]
-    if _parts[op]:
+    if _parts[op] and not (backend in ("cpp", "cuda") and _is_compiled(op, device)):
         having = [part for part in _parts[op] if backend in _available[part][device]]
         if backend == "reference":
             return backend, "none of its parts has a kernel here"

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "check.h"
+#include "ops.h"
 
 namespace unimoe {
 namespace {
@@ -17,7 +18,7 @@ inline int64_t bucket_of(int32_t id, int64_t num_experts) {
   return std::min(static_cast<int64_t>(static_cast<uint32_t>(id)), num_experts);
 }
 
-using Sorted = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
 Sorted expert_sort(Tensor ids, int64_t num_experts) {
   check_int32_vector(ids, "ids");
@@ -80,7 +81,6 @@ Sorted expert_sort(Tensor ids, int64_t num_experts) {
   return {row_order, inverse_order, tokens_per_expert, expert_offsets};
 }
 
-}  // namespace
 }  // namespace unimoe
 
 STABLE_TORCH_LIBRARY_IMPL(unimoe, CPU, m) {

@@ -32,6 +32,8 @@ struct Kernels {
                             float* grad_gate, float* grad_up);
   void (*silu_mul_backward_bfloat16)(int64_t width, const uint16_t* grad, const uint16_t* gate,
                                      const uint16_t* up, uint16_t* grad_gate, uint16_t* grad_up);
+  // out = e^(x - shift) for x up to shift, 0 where float32 has no normal result; returns the sum.
+  float (*exponentials)(int64_t count, const float* x, float shift, float* out);
 };
 
 const Kernels* portable_kernels();

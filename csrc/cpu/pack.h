@@ -10,16 +10,22 @@
 namespace unimoe {
 
 // Numbers in memory. A line is a row or a column of the result, depth is what is summed over.
+// With an index, line i is number index[i] / divisor of those in memory.
 template <typename T>
 struct Operand {
   const T* data;
   int64_t line_stride;
   int64_t depth_stride;
+  const int32_t* index = nullptr;
+  int64_t divisor = 1;
+
+  const T* line(int64_t i) const {
+    return data + (index == nullptr ? i : index[i] / divisor) * line_stride;
+  }
 };
 
-// Four rows of 32-bit units, `stride` bytes apart, become columns of `to`.
-inline void transpose_four(const char* rows, int64_t stride, int64_t steps, int64_t width,
-                           char* to) {
+// Four rows of 32-bit units become columns of `to`.
+inline void transpose_four(const char* const* rows, int64_t steps, int64_t width, char* to) {
   typedef uint32_t Four __attribute__((vector_size(16)));
 #if defined(__clang__)
 #define UNIMOE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -30,7 +36,7 @@ inline void transpose_four(const char* rows, int64_t stride, int64_t steps, int6
   int64_t step = 0;
   for (; step + 4 <= steps; step += 4) {
     Four row[4];
-    for (int i = 0; i < 4; ++i) std::memcpy(&row[i], rows + i * stride + 4 * step, 16);
+    for (int i = 0; i < 4; ++i) std::memcpy(&row[i], rows[i] + 4 * step, 16);
     const Four low01 = UNIMOE_SHUFFLE(row[0], row[1], 0, 4, 1, 5);
     const Four high01 = UNIMOE_SHUFFLE(row[0], row[1], 2, 6, 3, 7);
     const Four low23 = UNIMOE_SHUFFLE(row[2], row[3], 0, 4, 1, 5);
@@ -42,22 +48,30 @@ inline void transpose_four(const char* rows, int64_t stride, int64_t steps, int6
   }
   for (; step < steps; ++step) {
     for (int i = 0; i < 4; ++i) {
-      std::memcpy(to + 4 * (step * width + i), rows + i * stride + 4 * step, 4);
+      std::memcpy(to + 4 * (step * width + i), rows[i] + 4 * step, 4);
     }
   }
 #undef UNIMOE_SHUFFLE
 }
 
-// Units of 32 bits that lie one after the other along depth.
-inline void transpose(const char* lines, int64_t stride, int64_t held, int64_t steps, int64_t width,
-                      char* to) {
+// Lines whose 32-bit units lie one after the other along depth.
+template <typename T>
+void transpose(const Operand<T>& from, int64_t first, int64_t held, int64_t steps, int64_t width,
+               void* to) {
+  char* out = static_cast<char*>(to);
+  const auto line_at = [&](int64_t line) {
+    return reinterpret_cast<const char*>(from.line(first + line));
+  };
   int64_t line = 0;
   for (; line + 4 <= held; line += 4) {
-    transpose_four(lines + line * stride, stride, steps, width, to + 4 * line);
+    const char* const rows[4] = {line_at(line), line_at(line + 1), line_at(line + 2),
+                                 line_at(line + 3)};
+    transpose_four(rows, steps, width, out + 4 * line);
   }
   for (; line < held; ++line) {
+    const char* row = line_at(line);
     for (int64_t step = 0; step < steps; ++step) {
-      std::memcpy(to + 4 * (step * width + line), lines + line * stride + 4 * step, 4);
+      std::memcpy(out + 4 * (step * width + line), row + 4 * step, 4);
     }
   }
 }
@@ -66,15 +80,21 @@ inline void transpose(const char* lines, int64_t stride, int64_t held, int64_t s
 template <typename T>
 void pack(const Operand<T>& from, int64_t first, int64_t held, int64_t width, int64_t depth,
           float* to) {
-  const T* data = from.data + first * from.line_stride;
   if (held < width) std::fill_n(to, depth * width, 0.0f);
   if (from.depth_stride == 1 && std::is_same_v<T, float>) {
-    transpose(reinterpret_cast<const char*>(data), from.line_stride * sizeof(T), held, depth, width,
-              reinterpret_cast<char*>(to));
+    return transpose(from, first, held, depth, width, to);
+  }
+  if (from.index != nullptr) {
+    for (int64_t line = 0; line < held; ++line) {
+      const T* own = from.line(first + line);
+      for (int64_t k = 0; k < depth; ++k) {
+        to[k * width + line] = static_cast<float>(own[k * from.depth_stride]);
+      }
+    }
     return;
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const T* step = data + k * from.depth_stride;
+    const T* step = from.line(first) + k * from.depth_stride;
     float* row = to + k * width;
     if (from.line_stride == 1) {
       for (int64_t line = 0; line < held; ++line) row[line] = static_cast<float>(step[line]);
@@ -99,23 +119,22 @@ inline void interleave(const BFloat16* lower, const BFloat16* upper, int64_t str
   }
 }
 
-// The same in pairs of bfloat16; an odd last step is paired with zero.
+// The same in pairs of bfloat16; an odd last step is paired with zero. An index needs a depth
+// stride of 1.
 inline void pack(const Operand<BFloat16>& from, int64_t first, int64_t held, int64_t width,
                  int64_t depth, uint32_t* to) {
-  const BFloat16* data = from.data + first * from.line_stride;
   const int64_t steps = (depth + 1) / 2, whole = depth / 2;
   if (held < width || steps > whole) std::fill_n(to, steps * width, 0u);
   if (from.depth_stride == 1) {
-    transpose(reinterpret_cast<const char*>(data), from.line_stride * 2, held, whole, width,
-              reinterpret_cast<char*>(to));
+    transpose(from, first, held, whole, width, to);
   } else {
     for (int64_t step = 0; step < whole; ++step) {
-      const BFloat16* lower = data + 2 * step * from.depth_stride;
+      const BFloat16* lower = from.line(first) + 2 * step * from.depth_stride;
       interleave(lower, lower + from.depth_stride, from.line_stride, held, to + step * width);
     }
   }
   for (int64_t line = 0; steps > whole && line < held; ++line) {
-    to[whole * width + line] = data[(depth - 1) * from.depth_stride + line * from.line_stride].x;
+    to[whole * width + line] = from.line(first + line)[(depth - 1) * from.depth_stride].x;
   }
 }
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "check.h"
+#include "ops.h"
 
 namespace unimoe {
 namespace {
@@ -68,6 +69,8 @@ void sum_rows(T* out, const T* rows, const int32_t* position, const Accumulator<
   }
 }
 
+}  // namespace
+
 Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
                  std::optional<Tensor> scores, int64_t top_k) {
   check_matrix(rows, "rows");
@@ -97,6 +100,8 @@ Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
   });
   return out;
 }
+
+namespace {
 
 // One routed row: writes its gradient and returns that of its score.
 template <typename T>

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from unimoe_kernels import _C, grouped_lora, grouped_mm, swiglu
+from unimoe_kernels import _C, grouped_lora, grouped_mm, moe_mlp, swiglu, topk_router
 from unimoe_kernels.testing import relative_error
 
 assert _C.build_info()["cpu_isa"] == sys.argv[1]
@@ -42,10 +42,32 @@ for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2), (torch.float
         a = torch.randn(E, 3, D) / D**0.5
         lora = lambda x, a, b: grouped_lora(x, a, b, offsets)
         check("lora", lora, (x, a, torch.randn(E, F, 3)), limit, dtype)
+    for T, D, F in ((1, 33, 50), (40, 17, 49), (200, 33, 50)):
+        ids = torch.randint(0, 5, (T, 2), generator=torch.Generator().manual_seed(1))
+        x, up = torch.randn(T, D), torch.randn(4, 2 * F, D) / D**0.5
+        down, scores = torch.randn(4, D, F) / F**0.5 * 2, torch.rand(T, 2)
+        for activation in ("silu", "swiglu_clamped"):
+            mlp = lambda *a: moe_mlp(*a[:3], ids, *a[3:], activation=activation)
+            inputs = (x, up, down, scores)
+            check(activation + " mlp", mlp, inputs, 4 * limit, dtype)
+            inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+            kept = mlp(*inputs)
+            with torch.no_grad():
+                assert torch.equal(mlp(*inputs), kept)
     for activation in ("silu", "gelu", "gelu_tanh", "relu", "swiglu_clamped"):
         for width in (1, 15, 16, 100):
             gate_up = 4 * torch.randn(7, 2 * width)
             check(activation, lambda g: swiglu(g, activation), (gate_up,), limit, dtype)
+for E in (1, 3, 16, 37):
+    logits = 3 * torch.randn(9, E)
+    losses = lambda l: torch.stack(topk_router(l, 1)[3:])
+    scores = lambda l: topk_router(l, min(E, 4), mode="softmax_topk").scores
+    for name, op in (("losses", losses), ("scores", scores)):
+        check(name, op, (logits,), 3e-6, torch.float32)
+unlikely = topk_router(torch.tensor([[0.0, -80.0, -300.0, -float("inf")]]), 4, mode="softmax_topk")
+assert relative_error(unlikely.scores[0, 1:2], torch.tensor([-80.0]).double().exp()) < 1e-5
+assert unlikely.scores[0, 2:].tolist() == [0, 0]
+assert topk_router(torch.full((2, 5), float("nan")), 2).scores.isnan().all()
 extreme = torch.tensor([[-1e4, -100.0, -90.0, 0.0, 90.0, 1e4, float("nan")] + [1.0] * 7])
 y = swiglu(extreme)
 assert torch.isfinite(y[0, :6]).all() and y[0, 6].isnan()

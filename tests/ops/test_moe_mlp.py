@@ -139,7 +139,7 @@ def test_moe_mlp_opcheck(overload, requires_grad):
         arguments = with_grad(arguments) if requires_grad else arguments
         names = ("x", "gate_up_proj", "down_proj", "ids", "scores", "gate_up_bias", "down_bias")
         inputs = [arguments[name] for name in names]
-        torch.library.opcheck(op, (*inputs, "silu", 7.0, 1.702))
+        torch.library.opcheck(op, (*inputs, "silu", 7.0, 1.702, requires_grad))
 
 
 def test_moe_mlp_opcheck_backward(overload):
@@ -147,7 +147,7 @@ def test_moe_mlp_opcheck_backward(overload):
     names = ("x", "gate_up_proj", "down_proj", "ids", "scores", "gate_up_bias", "down_bias")
     inputs = [arguments[name] for name in names]
     gate = ("silu", 7.0, 1.702)
-    _, *saved = getattr(torch.ops.unimoe.moe_mlp, overload)(*inputs, *gate)
+    _, *saved = getattr(torch.ops.unimoe.moe_mlp, overload)(*inputs, *gate, True)
     x, gate_up_proj, down_proj, _, scores, _, down_bias = inputs
     backward = getattr(torch.ops.unimoe.moe_mlp_backward, overload)
     for needs in ([True] * 6, [True, False, False, True, False, False]):

@@ -159,9 +159,9 @@ def test_topk_router_gradcheck(backend, mode, balance):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_topk_router_opcheck(overload, layout, requires_grad):
+def test_topk_router_opcheck(overload, requires_grad):
     op = getattr(torch.ops.unimoe.topk_router, overload)
-    logits = layout(torch.randn(5, 6)).requires_grad_(requires_grad)
+    logits = torch.randn(5, 6, requires_grad=requires_grad)
     mask, bias = torch.arange(5) < 3, torch.randn(6)
     torch.library.opcheck(op, (logits, bias, mask, 2, "sigmoid_renorm", 3, 2, 2.0, "all"))
     if requires_grad:
@@ -170,6 +170,12 @@ def test_topk_router_opcheck(overload, layout, requires_grad):
     backward = getattr(torch.ops.unimoe.topk_router_backward, overload)
     grads = (torch.randn(5, 2), torch.tensor(1.0), torch.tensor(1.0))
     torch.library.opcheck(backward, (*grads, logits, out[1], mask, "topk_softmax", 1.0, "first"))
+
+
+def test_topk_router_opcheck_layouts(layout):
+    op = torch.ops.unimoe.topk_router.reference
+    logits = layout(torch.randn(5, 6)).requires_grad_()
+    torch.library.opcheck(op, (logits, None, None, 2, "topk_softmax", 1, 1, 1.0, "all"))
 
 
 @settings(max_examples=40)

@@ -34,8 +34,9 @@ def forward(
     activation: str,
     limit: float,
     alpha: float,
+    keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns y and what the backward keeps: H, both orders and the offsets."""
+    """Returns y and what the backward keeps: H (or none of its rows), both orders, the offsets."""
     op = partial(_backends.overload, name=backend)
     top_k = ids.shape[1]
     row_order, inverse_order, _, offsets = op("expert_sort")(ids.view(-1), gate_up_proj.shape[0])
@@ -44,6 +45,7 @@ def forward(
     a_NF = op("swiglu")(h_NG, activation, limit, alpha)
     y_ND = op("grouped_mm")(a_NF, down_proj, offsets, down_bias)
     y_TD = op("unpermute")(y_ND, inverse_order, offsets, scores, top_k)
+    h_NG = h_NG if keep_hidden else h_NG.new_empty((0, h_NG.shape[1]))
     return y_TD, h_NG, row_order, inverse_order, offsets
 
 

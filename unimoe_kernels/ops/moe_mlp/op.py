@@ -58,6 +58,10 @@ def moe_mlp(
         pre-activations `[N, 2F]`, the scores, two int32 orders `[N]` and the offsets.
     """
     _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias)
+    differentiable = (x, gate_up_proj, down_proj, scores, gate_up_bias, down_bias)
+    keep_hidden = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in differentiable
+    )
     outputs = _backends.select("moe_mlp", x)(
         x.contiguous(),
         gate_up_proj,
@@ -69,6 +73,7 @@ def moe_mlp(
         activation,
         limit,
         alpha,
+        keep_hidden,
     )
     return outputs[0]
 
@@ -109,13 +114,23 @@ def _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, do
 
 
 def _fake(
-    x, gate_up_proj, down_proj, ids, scores, gate_up_bias, down_bias, activation, limit, alpha
+    x,
+    gate_up_proj,
+    down_proj,
+    ids,
+    scores,
+    gate_up_bias,
+    down_bias,
+    activation,
+    limit,
+    alpha,
+    keep_hidden,
 ):
     num_experts, double_width, _ = gate_up_proj.shape
     num_rows = ids.shape[0] * ids.shape[1]
     return (
         x.new_empty(x.shape),
-        x.new_empty((num_rows, double_width)),
+        x.new_empty((num_rows if keep_hidden else 0, double_width)),
         ids.new_empty((num_rows,)),
         ids.new_empty((num_rows,)),
         ids.new_empty((num_experts + 1,)),
@@ -123,7 +138,7 @@ def _fake(
 
 
 def _setup_context(ctx, inputs, output):
-    x, gate_up_proj, down_proj, _, scores, _, down_bias, *ctx.gate = inputs
+    x, gate_up_proj, down_proj, _, scores, _, down_bias, *ctx.gate, _ = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
@@ -132,7 +147,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(backend, ctx, grad, *_):
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     n = ctx.needs_input_grad
     needs = [n[0], n[1], n[2], n[4], n[5], n[6]]
     grads = _backends.overload("moe_mlp_backward", backend)(
@@ -141,7 +156,7 @@ def _backward(backend, ctx, grad, *_):
     x, gate_up, down, scores, gate_up_bias, down_bias = (
         grad if needed else None for grad, needed in zip(grads, needs, strict=True)
     )
-    return x, gate_up, down, None, scores, gate_up_bias, down_bias, None, None, None
+    return x, gate_up, down, None, scores, gate_up_bias, down_bias, None, None, None, None
 
 
 def _backward_fake(
@@ -190,9 +205,9 @@ _backends.declare(
 _backends.declare(
     "moe_mlp",
     "(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor ids, Tensor scores, "
-    "Tensor? gate_up_bias, Tensor? down_bias, str activation, float limit, float alpha) -> "
-    "(Tensor y, Tensor gate_up_rows, Tensor row_order, Tensor inverse_order, "
-    "Tensor expert_offsets)",
+    "Tensor? gate_up_bias, Tensor? down_bias, str activation, float limit, float alpha, "
+    "bool keep_hidden) -> (Tensor y, Tensor gate_up_rows, Tensor row_order, "
+    "Tensor inverse_order, Tensor expert_offsets)",
     reference=partial(composition.forward, "reference"),
     native=partial(composition.forward, "default"),
     triton=partial(composition.forward, "triton"),

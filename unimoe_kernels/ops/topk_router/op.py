@@ -98,8 +98,8 @@ def topk_router(
     _check(logits, top_k, mode, correction_bias, num_groups, top_groups, token_mask, balance)
     outputs = _backends.select("topk_router", logits)(
         logits.contiguous(),
-        correction_bias,
-        token_mask,
+        None if correction_bias is None else correction_bias.contiguous(),
+        None if token_mask is None else token_mask.contiguous(),
         top_k,
         mode,
         num_groups,

@@ -83,7 +83,7 @@ def topk_router_backward(
 
 
 def _accumulate(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return (logits if logits.dtype == torch.float64 else logits.float()).contiguous()
 
 
 def _choice(

@@ -1,0 +1,126 @@
+// Gated activations of one row: silu in vectors, the others number by number.
+#pragma once
+
+#include <cmath>
+#include <string>
+
+#include "check.h"
+#include "kernels.h"
+
+namespace unimoe {
+
+enum class Gate { kSilu, kGelu, kGeluTanh, kRelu, kClamped };
+
+// `limit` and `alpha` are those of kClamped.
+struct Activation {
+  Gate gate;
+  double limit;
+  double alpha;
+};
+
+inline Activation activation_of(const std::string& name, double limit, double alpha) {
+  if (name == "silu") return {Gate::kSilu, limit, alpha};
+  if (name == "gelu") return {Gate::kGelu, limit, alpha};
+  if (name == "gelu_tanh") return {Gate::kGeluTanh, limit, alpha};
+  if (name == "relu") return {Gate::kRelu, limit, alpha};
+  UNIMOE_CHECK(name == "swiglu_clamped", "activation (", name, ") is unknown");
+  return {Gate::kClamped, limit, alpha};
+}
+
+template <typename S>
+struct Activated {
+  S value;
+  S slope;
+};
+
+// The activation of one gate and its derivative.
+template <typename S>
+Activated<S> activate(Gate kind, S x, S alpha) {
+  switch (kind) {
+    case Gate::kGelu: {
+      const S cdf = S(0.5) * (S(1) + std::erf(x * S(M_SQRT1_2)));
+      const S density = std::exp(S(-0.5) * x * x) * S(M_2_SQRTPI * M_SQRT1_2 / 2);
+      return {x * cdf, cdf + x * density};
+    }
+    case Gate::kGeluTanh: {
+      const S scale = S(M_2_SQRTPI * M_SQRT1_2), cubic = S(0.044715);
+      const S t = std::tanh(scale * (x + cubic * x * x * x));
+      const S inner = scale * (S(1) + S(3) * cubic * x * x);
+      return {S(0.5) * x * (S(1) + t), S(0.5) * (S(1) + t) + S(0.5) * x * (S(1) - t * t) * inner};
+    }
+    case Gate::kRelu:
+      return {x > S(0) ? x : S(0), x > S(0) ? S(1) : S(0)};
+    default: {
+      const S factor = kind == Gate::kClamped ? alpha : S(1);
+      const S open = S(1) / (S(1) + std::exp(-factor * x));
+      return {x * open, open * (S(1) + factor * x * (S(1) - open))};
+    }
+  }
+}
+
+// A gate and the number that it is multiplied with, as the activation takes them.
+template <typename S>
+struct Pair {
+  S gate;
+  S up;
+};
+
+// NaN passes through the clamps, as in torch: only what is larger is cut.
+template <typename S>
+Pair<S> clamped(const Activation& activation, S gate, S up) {
+  if (activation.gate != Gate::kClamped) return {gate, up};
+  const S limit = S(activation.limit);
+  up = up < -limit ? -limit : (up > limit ? limit : up);
+  return {gate > limit ? limit : gate, up + S(1)};
+}
+
+// out = act(gate) * up.
+template <typename T>
+void activate_row(const Activation& activation, const Kernels& kernels, int64_t width,
+                  const T* gate, const T* up, T* out) {
+  using S = Accumulator<T>;
+  if constexpr (std::is_same_v<T, float>) {
+    if (activation.gate == Gate::kSilu) return kernels.silu_mul(width, gate, up, out);
+  }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (activation.gate == Gate::kSilu) {
+      return kernels.silu_mul_bfloat16(width, bits_of(gate), bits_of(up), bits_of(out));
+    }
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    const Pair<S> pair = clamped(activation, static_cast<S>(gate[i]), static_cast<S>(up[i]));
+    const Activated<S> activated = activate<S>(activation.gate, pair.gate, S(activation.alpha));
+    out[i] = static_cast<T>(activated.value * pair.up);
+  }
+}
+
+// Its gradient.
+template <typename T>
+void activate_row_backward(const Activation& activation, const Kernels& kernels, int64_t width,
+                           const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up) {
+  using S = Accumulator<T>;
+  if constexpr (std::is_same_v<T, float>) {
+    if (activation.gate == Gate::kSilu) {
+      return kernels.silu_mul_backward(width, grad, gate, up, grad_gate, grad_up);
+    }
+  }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (activation.gate == Gate::kSilu) {
+      return kernels.silu_mul_backward_bfloat16(width, bits_of(grad), bits_of(gate), bits_of(up),
+                                                bits_of(grad_gate), bits_of(grad_up));
+    }
+  }
+  const bool clamps = activation.gate == Gate::kClamped;
+  const S limit = S(activation.limit);
+  for (int64_t i = 0; i < width; ++i) {
+    const S d = static_cast<S>(grad[i]), g = static_cast<S>(gate[i]), u = static_cast<S>(up[i]);
+    const bool gate_open = !clamps || g <= limit;
+    const bool up_open = !clamps || (u >= -limit && u <= limit);
+    const Pair<S> pair = clamped(activation, g, u);
+    const Activated<S> activated = activate<S>(activation.gate, pair.gate, S(activation.alpha));
+    grad_gate[i] = static_cast<T>(gate_open ? d * pair.up * activated.slope : S(0));
+    grad_up[i] = static_cast<T>(up_open ? d * activated.value : S(0));
+  }
+}
+
+}  // namespace unimoe

@@ -1,0 +1,422 @@
+// Choice of experts, their scores, and the losses on the choice, token by token.
+//
+// Tokens are handed out in blocks of fixed size and the sums of the blocks are added in order, so
+// that the losses do not depend on how many threads there are.
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "kernels.h"
+
+namespace unimoe {
+namespace {
+
+constexpr int64_t kTokensPerBlock = 64;
+// Fewer logits than this to a thread cost more to hand out than to route.
+constexpr int64_t kLogitsPerTask = 8192;
+// Keeps renormalised sigmoid scores finite when all of them underflow, as DeepSeek-V3 does.
+constexpr double kTiny = 1e-20;
+
+enum class Mode { kTopkSoftmax, kSoftmaxTopk, kSoftmaxTopkRenorm, kSigmoid, kSigmoidRenorm };
+
+Mode mode_of(const std::string& mode) {
+  if (mode == "topk_softmax") return Mode::kTopkSoftmax;
+  if (mode == "softmax_topk") return Mode::kSoftmaxTopk;
+  if (mode == "softmax_topk_renorm") return Mode::kSoftmaxTopkRenorm;
+  if (mode == "sigmoid") return Mode::kSigmoid;
+  UNIMOE_CHECK(mode == "sigmoid_renorm", "mode (", mode, ") is unknown");
+  return Mode::kSigmoidRenorm;
+}
+
+bool is_sigmoid(Mode mode) { return mode == Mode::kSigmoid || mode == Mode::kSigmoidRenorm; }
+
+int64_t counted_choices(const std::string& balance, int64_t top_k) {
+  UNIMOE_CHECK(balance == "all" || balance == "first", "balance (", balance, ") is unknown");
+  return balance == "all" ? top_k : 1;
+}
+
+int64_t blocks_of(int64_t tokens) { return (tokens + kTokensPerBlock - 1) / kTokensPerBlock; }
+
+int64_t blocks_per_task(int64_t experts) {
+  return std::max<int64_t>(1, kLogitsPerTask / (kTokensPerBlock * std::max<int64_t>(1, experts)));
+}
+
+// out = e^(x - shift); returns the sum.
+inline double exponentials(const Kernels&, int64_t count, const double* x, double shift,
+                           double* out) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += out[i] = std::exp(x[i] - shift);
+  return sum;
+}
+
+inline float exponentials(const Kernels& fast, int64_t count, const float* x, float shift,
+                          float* out) {
+  return fast.exponentials(count, x, shift, out);
+}
+
+// The order of torch's sort: a NaN is larger than everything.
+template <typename S>
+bool larger(S a, S b) {
+  return a > b || (a != a && b == b);
+}
+
+// The positions of the `top` largest of `values`, best first; among equals the lower comes first.
+template <typename S>
+void choose(int64_t count, const S* values, int64_t top, int32_t* chosen) {
+  int64_t held = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (held == top && !larger(values[i], values[chosen[held - 1]])) continue;
+    int64_t at = held < top ? held++ : held - 1;
+    for (; at > 0 && larger(values[i], values[chosen[at - 1]]); --at) chosen[at] = chosen[at - 1];
+    chosen[at] = static_cast<int32_t>(i);
+  }
+}
+
+// What all tokens of a call share.
+struct Routing {
+  Mode mode;
+  int64_t experts, top_k, num_groups, top_groups;
+  double scale;
+};
+
+// Room for one token, and what is known of it after `read`.
+template <typename S>
+struct Token {
+  std::vector<S> logit, exponential, sigmoid, choice, group;
+  std::vector<int32_t> order;
+  S largest = 0, sum = 0, sigmoid_sum = 0;
+
+  explicit Token(int64_t experts)
+      : logit(experts),
+        exponential(experts),
+        sigmoid(experts),
+        choice(experts),
+        group(experts),
+        order(experts) {}
+
+  template <typename T>
+  void read(const Kernels& fast, Mode mode, int64_t experts, const T* from) {
+    for (int64_t e = 0; e < experts; ++e) logit[e] = static_cast<S>(from[e]);
+    largest = *std::max_element(logit.begin(), logit.end());
+    sum = exponentials(fast, experts, logit.data(), largest, exponential.data());
+    if (!is_sigmoid(mode)) return;
+    sigmoid_sum = S(kTiny);
+    for (int64_t e = 0; e < experts; ++e) {
+      sigmoid[e] = S(1) / (S(1) + std::exp(-logit[e]));
+      sigmoid_sum += sigmoid[e];
+    }
+  }
+
+  S softmax(int64_t expert) const { return exponential[expert] / sum; }
+
+  S logsumexp() const { return largest + std::log(sum); }
+
+  S probability(Mode mode, int64_t expert) const {
+    return is_sigmoid(mode) ? sigmoid[expert] / sigmoid_sum : softmax(expert);
+  }
+};
+
+// Chooses the experts of a token that has been read.
+template <typename S>
+void choose_experts(const Routing& routing, Token<S>& token, const S* bias, int32_t* ids) {
+  const int64_t experts = routing.experts;
+  if (bias == nullptr && routing.num_groups == routing.top_groups) {
+    const std::vector<S>& by = is_sigmoid(routing.mode) ? token.sigmoid : token.logit;
+    return choose(experts, by.data(), routing.top_k, ids);
+  }
+  for (int64_t e = 0; e < experts; ++e) {
+    const S plain = is_sigmoid(routing.mode) ? token.sigmoid[e]
+                    : bias == nullptr        ? token.logit[e]
+                                             : token.softmax(e);
+    token.choice[e] = bias == nullptr ? plain : plain + bias[e];
+  }
+  if (routing.num_groups != routing.top_groups) {
+    // DeepSeek-V2 ranks groups by their best expert; V3, which has the bias, by the best two.
+    const int64_t size = experts / routing.num_groups;
+    const int64_t best = bias == nullptr ? 1 : std::min<int64_t>(2, size);
+    for (int64_t g = 0; g < routing.num_groups; ++g) {
+      const S* own = token.choice.data() + g * size;
+      choose(size, own, best, token.order.data());
+      token.group[g] = own[token.order[0]];
+      if (best == 2) token.group[g] += own[token.order[1]];
+    }
+    choose(routing.num_groups, token.group.data(), routing.num_groups, token.order.data());
+    for (int64_t rank = routing.top_groups; rank < routing.num_groups; ++rank) {
+      std::fill_n(token.choice.begin() + token.order[rank] * size, size, S(-INFINITY));
+    }
+  }
+  choose(experts, token.choice.data(), routing.top_k, ids);
+}
+
+// The scores of the chosen experts, before the scale.
+template <typename S>
+void score(Mode mode, const Token<S>& token, int64_t top_k, const int32_t* ids, S* scores) {
+  if (mode == Mode::kSoftmaxTopk || mode == Mode::kSigmoid) {
+    for (int64_t k = 0; k < top_k; ++k) {
+      scores[k] = is_sigmoid(mode) ? token.sigmoid[ids[k]] : token.softmax(ids[k]);
+    }
+    return;
+  }
+  // The softmax over all experts, renormalised over the chosen, is the softmax over these.
+  S largest = token.logit[ids[0]];
+  for (int64_t k = 1; k < top_k; ++k) largest = std::max(largest, token.logit[ids[k]]);
+  S sum = is_sigmoid(mode) ? S(kTiny) : S(0);
+  for (int64_t k = 0; k < top_k; ++k) {
+    scores[k] = is_sigmoid(mode) ? token.sigmoid[ids[k]] : std::exp(token.logit[ids[k]] - largest);
+    sum += scores[k];
+  }
+  for (int64_t k = 0; k < top_k; ++k) scores[k] /= sum;
+}
+
+void check_mask(const std::optional<Tensor>& token_mask, int64_t tokens) {
+  if (!token_mask.has_value()) return;
+  UNIMOE_CHECK(token_mask->dim() == 1 && token_mask->size(0) == tokens, "token_mask (shape ",
+               shape_of(*token_mask), ") must be [", tokens, "]");
+  UNIMOE_CHECK(token_mask->scalar_type() == ScalarType::Bool, "token_mask must be bool");
+  UNIMOE_CHECK(token_mask->is_contiguous(), "token_mask must be contiguous");
+}
+
+// Which tokens count in the losses.
+struct Mask {
+  const bool* mask = nullptr;
+  int64_t counted;  // at least 1, as it divides
+
+  Mask(const std::optional<Tensor>& token_mask, int64_t tokens) : counted(tokens) {
+    check_mask(token_mask, tokens);
+    if (token_mask.has_value()) {
+      mask = const_data<bool>(*token_mask);
+      counted = std::count(mask, mask + tokens, true);
+    }
+    counted = std::max<int64_t>(1, counted);
+  }
+
+  bool operator()(int64_t token) const { return mask == nullptr || mask[token]; }
+};
+
+// The correction bias in the dtype of the scores.
+template <typename S>
+std::vector<S> bias_of(const std::optional<Tensor>& correction_bias) {
+  std::vector<S> bias;
+  if (!correction_bias.has_value()) return bias;
+  dispatch_floating(correction_bias->scalar_type(), "correction_bias", [&](auto element) {
+    using B = decltype(element);
+    const B* from = const_data<B>(*correction_bias);
+    bias.assign(from, from + correction_bias->size(0));
+  });
+  return bias;
+}
+
+using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Routed topk_router(Tensor logits, std::optional<Tensor> correction_bias,
+                   std::optional<Tensor> token_mask, int64_t top_k, std::string mode,
+                   int64_t num_groups, int64_t top_groups, double scale, std::string balance) {
+  check_matrix(logits, "logits");
+  check_floating(logits, "logits");
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  UNIMOE_CHECK(num_groups >= 1 && experts % num_groups == 0, "num_groups (", num_groups,
+               ") must divide num_experts (", experts, ")");
+  UNIMOE_CHECK(top_groups >= 1 && top_groups <= num_groups, "top_groups (", top_groups,
+               ") must be between 1 and num_groups (", num_groups, ")");
+  UNIMOE_CHECK(top_k >= 1 && top_k <= experts / num_groups * top_groups, "top_k (", top_k,
+               ") must be between 1 and the experts of top_groups groups");
+  if (correction_bias.has_value()) {
+    UNIMOE_CHECK(correction_bias->dim() == 1 && correction_bias->size(0) == experts,
+                 "correction_bias (shape ", shape_of(*correction_bias), ") must be [", experts,
+                 "]");
+    UNIMOE_CHECK(correction_bias->is_contiguous(), "correction_bias must be contiguous");
+  }
+  const Routing routing{mode_of(mode), experts, top_k, num_groups, top_groups, scale};
+  const int64_t choices = counted_choices(balance, top_k);
+  const Mask counts_in_losses(token_mask, tokens);
+  const bool is_double = logits.scalar_type() == ScalarType::Double;
+  const ScalarType score_dtype = is_double ? ScalarType::Double : ScalarType::Float;
+
+  Tensor scores = empty({tokens, top_k}, score_dtype, logits);
+  Tensor ids = empty({tokens, top_k}, ScalarType::Int, logits);
+  Tensor tokens_per_expert = empty({experts}, ScalarType::Int, logits);
+  Tensor load_balancing_loss = empty({}, score_dtype, logits);
+  Tensor router_z_loss = empty({}, score_dtype, logits);
+
+  const int64_t blocks = blocks_of(tokens);
+  const Kernels& fast = kernels();
+  std::vector<int32_t> chosen(blocks * experts, 0), counted(blocks * experts, 0);
+  std::vector<double> probability(blocks * experts, 0), squares(blocks, 0);
+
+  dispatch_floating(logits.scalar_type(), "logits", [&](auto element) {
+    using T = decltype(element);
+    using S = Accumulator<T>;
+    const std::vector<S> bias = bias_of<S>(correction_bias);
+    const S* bias_data = correction_bias.has_value() ? bias.data() : nullptr;
+    const T* from = const_data<T>(logits);
+    S* to = mutable_data<S>(scores);
+    int32_t* id = mutable_data<int32_t>(ids);
+    const auto route = [&](int64_t begin, int64_t end) {
+      Token<S> token(experts);
+      for (int64_t block = begin; block < end; ++block) {
+        double* block_probability = probability.data() + block * experts;
+        const int64_t last = std::min(tokens, (block + 1) * kTokensPerBlock);
+        for (int64_t t = block * kTokensPerBlock; t < last; ++t) {
+          int32_t* own = id + t * top_k;
+          token.read(fast, routing.mode, experts, from + t * experts);
+          choose_experts(routing, token, bias_data, own);
+          score(routing.mode, token, top_k, own, to + t * top_k);
+          for (int64_t k = 0; k < top_k; ++k) {
+            to[t * top_k + k] *= S(scale);
+            ++chosen[block * experts + own[k]];
+          }
+          if (!counts_in_losses(t)) continue;
+          for (int64_t k = 0; k < choices; ++k) ++counted[block * experts + own[k]];
+          for (int64_t e = 0; e < experts; ++e) {
+            block_probability[e] += token.probability(routing.mode, e);
+          }
+          squares[block] += static_cast<double>(token.logsumexp()) * token.logsumexp();
+        }
+      }
+    };
+    torch::stable::parallel_for(0, blocks, blocks_per_task(experts), route);
+
+    int32_t* totals = mutable_data<int32_t>(tokens_per_expert);
+    const double n = static_cast<double>(counts_in_losses.counted);
+    double balancing = 0, z = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+      double count = 0, mean = 0;
+      totals[e] = 0;
+      for (int64_t block = 0; block < blocks; ++block) {
+        totals[e] += chosen[block * experts + e];
+        count += counted[block * experts + e];
+        mean += probability[block * experts + e];
+      }
+      balancing += count / (n * choices) * (mean / n);
+    }
+    for (int64_t block = 0; block < blocks; ++block) z += squares[block];
+    *mutable_data<S>(load_balancing_loss) = static_cast<S>(experts * balancing);
+    *mutable_data<S>(router_z_loss) = static_cast<S>(z / n);
+  });
+  return {scores, ids, tokens_per_expert, load_balancing_loss, router_z_loss};
+}
+
+// out = the gradient in one token's logits. `grad_scores` are those of its chosen experts times
+// the scale, `grad_probability` that of the load-balancing loss in its probabilities (null if the
+// token does not count), `slope` twice the gradient of the z-loss by the number of tokens.
+template <typename S, typename T>
+void backward_token(Mode mode, const Token<S>& token, int64_t experts, int64_t top_k,
+                    const int32_t* ids, S* grad_scores, const S* grad_probability, S slope,
+                    S* scores, S* grad, T* out) {
+  const bool sigmoid = is_sigmoid(mode);
+  std::fill_n(grad, experts, S(0));
+  if (grad_probability != nullptr) {
+    S inner = 0;
+    for (int64_t e = 0; e < experts; ++e) inner += grad_probability[e] * token.probability(mode, e);
+    for (int64_t e = 0; e < experts; ++e) {
+      const S centred = grad_probability[e] - inner;
+      grad[e] = sigmoid ? centred / token.sigmoid_sum : token.softmax(e) * centred;
+    }
+  }
+  if (mode == Mode::kSoftmaxTopk) {
+    S inner = 0;
+    for (int64_t k = 0; k < top_k; ++k) inner += grad_scores[k] * token.softmax(ids[k]);
+    for (int64_t e = 0; e < experts; ++e) grad[e] -= token.softmax(e) * inner;
+    for (int64_t k = 0; k < top_k; ++k) grad[ids[k]] += token.softmax(ids[k]) * grad_scores[k];
+  } else if (mode == Mode::kSigmoid) {
+    for (int64_t k = 0; k < top_k; ++k) grad[ids[k]] += grad_scores[k];
+  } else {
+    score(mode, token, top_k, ids, scores);
+    S inner = 0, sum = S(kTiny);
+    for (int64_t k = 0; k < top_k; ++k) {
+      inner += grad_scores[k] * scores[k];
+      if (sigmoid) sum += token.sigmoid[ids[k]];
+    }
+    for (int64_t k = 0; k < top_k; ++k) {
+      const S centred = grad_scores[k] - inner;
+      grad[ids[k]] += sigmoid ? centred / sum : scores[k] * centred;
+    }
+  }
+  const S z = grad_probability == nullptr ? S(0) : slope * token.logsumexp();
+  for (int64_t e = 0; e < experts; ++e) {
+    if (sigmoid) grad[e] *= token.sigmoid[e] * (S(1) - token.sigmoid[e]);
+    out[e] = static_cast<T>(grad[e] + token.softmax(e) * z);
+  }
+}
+
+// How many choices of counted tokens fall on each expert.
+std::vector<int64_t> count_choices(const int32_t* ids, int64_t tokens, int64_t top_k,
+                                   int64_t choices, int64_t experts, const Mask& counts) {
+  std::vector<int64_t> counted(experts, 0);
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (!counts(t)) continue;
+    for (int64_t k = 0; k < choices; ++k) ++counted[ids[t * top_k + k]];
+  }
+  return counted;
+}
+
+Tensor topk_router_backward(Tensor grad_scores, Tensor grad_balancing, Tensor grad_z, Tensor logits,
+                            Tensor ids, std::optional<Tensor> token_mask, std::string mode,
+                            double scale, std::string balance) {
+  check_matrix(logits, "logits");
+  check_floating(logits, "logits");
+  check_matrix(ids, "ids");
+  check_matrix(grad_scores, "grad_scores");
+  const int64_t tokens = logits.size(0), experts = logits.size(1), top_k = ids.size(1);
+  UNIMOE_CHECK(ids.scalar_type() == ScalarType::Int && ids.size(0) == tokens, "ids (shape ",
+               shape_of(ids), ") must be int32 of ", tokens, " rows");
+  UNIMOE_CHECK(grad_scores.size(0) == tokens && grad_scores.size(1) == top_k, "grad_scores (shape ",
+               shape_of(grad_scores), ") must be ", shape_of(ids));
+  const bool is_double = logits.scalar_type() == ScalarType::Double;
+  for (const Tensor* grad : {&grad_scores, &grad_balancing, &grad_z}) {
+    UNIMOE_CHECK(grad->scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
+                 "gradients must be ", is_double ? "float64" : "float32", " beside these logits");
+  }
+  UNIMOE_CHECK(grad_balancing.numel() == 1 && grad_z.numel() == 1,
+               "gradients of the losses must be scalars");
+  const int32_t* id = const_data<int32_t>(ids);
+  for (int64_t n = 0; n < tokens * top_k; ++n) {
+    UNIMOE_CHECK(id[n] >= 0 && id[n] < experts, "ids (", id[n], ") must be in [0, ", experts, ")");
+  }
+  const Mode kind = mode_of(mode);
+  const int64_t choices = counted_choices(balance, top_k);
+  const Mask counts_in_losses(token_mask, tokens);
+  const std::vector<int64_t> counted =
+      count_choices(id, tokens, top_k, choices, experts, counts_in_losses);
+  Tensor out = empty({tokens, experts}, logits.scalar_type(), logits);
+  const Kernels& fast = kernels();
+
+  dispatch_floating(logits.scalar_type(), "logits", [&](auto element) {
+    using T = decltype(element);
+    using S = Accumulator<T>;
+    const double n = static_cast<double>(counts_in_losses.counted);
+    const S slope = S(2 * *const_data<S>(grad_z) / n);
+    std::vector<S> grad_probability(experts);
+    for (int64_t e = 0; e < experts; ++e) {
+      const double fraction = counted[e] / (n * choices);
+      grad_probability[e] = S(*const_data<S>(grad_balancing) * experts * fraction / n);
+    }
+    const T* from = const_data<T>(logits);
+    const S* grads = const_data<S>(grad_scores);
+    T* to = mutable_data<T>(out);
+    const auto backward = [&](int64_t begin, int64_t end) {
+      Token<S> token(experts);
+      std::vector<S> scaled(top_k), scores(top_k), grad(experts);
+      const int64_t last = std::min(tokens, end * kTokensPerBlock);
+      for (int64_t t = begin * kTokensPerBlock; t < last; ++t) {
+        token.read(fast, kind, experts, from + t * experts);
+        for (int64_t k = 0; k < top_k; ++k) scaled[k] = grads[t * top_k + k] * S(scale);
+        backward_token(kind, token, experts, top_k, id + t * top_k, scaled.data(),
+                       counts_in_losses(t) ? grad_probability.data() : nullptr, slope,
+                       scores.data(), grad.data(), to + t * experts);
+      }
+    };
+    torch::stable::parallel_for(0, blocks_of(tokens), blocks_per_task(experts), backward);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace unimoe
+
+STABLE_TORCH_LIBRARY_IMPL(unimoe, CPU, m) {
+  m.impl("topk_router", TORCH_BOX(&unimoe::topk_router));
+  m.impl("topk_router_backward", TORCH_BOX(&unimoe::topk_router_backward));
+}
