@@ -18,7 +18,7 @@ SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 FORMATTED := $(filter csrc/%,$(SOURCES)) benchmarks/limits.c
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all bench lint clean
+.PHONY: help build demo test test-all sanitize bench lint clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
 
 help: ## list the targets
@@ -63,6 +63,16 @@ test: build $(STAMPS)/assets ## every test that needs no GPU and is not slow
 
 test-all: build $(STAMPS)/assets ## every test that this machine can run
 	$(BIN)/python -m pytest $(ARGS)
+
+# The sanitized extension lies in a folder of its own; -P keeps the source tree off the path, -s lets
+# the sanitizers be heard.
+SANITIZED := build/sanitize
+SANITIZERS = $(shell $${CXX:-g++} -print-file-name=libasan.so) $(shell $${CXX:-g++} -print-file-name=libubsan.so)
+
+sanitize: build ## CPU tests of operators and layers under Address- and UndefinedBehaviorSanitizer
+	UNIMOE_SANITIZE=1 UNIMOE_CUDA=0 $(BIN)/python setup.py -q build -b $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib \
+		$(BIN)/python -P -m pytest tests/ops tests/layers -m "not gpu and not slow" -s $(ARGS)
 
 bench: build $(STAMPS)/peers ## benchmarks against dense and peers; fails on a regression, saves
 	$(BIN)/python -m pytest benchmarks/ --compare --save $(ARGS)

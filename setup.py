@@ -4,6 +4,7 @@ Environment:
     UNIMOE_SKIP_EXT=1     pure-Python install; torch is not imported.
     UNIMOE_CUDA=1 | 0     demand or refuse the CUDA sources (default: where torch and nvcc allow).
     TORCH_CUDA_ARCH_LIST  architectures to compile for, such as "8.0;9.0+PTX".
+    UNIMOE_SANITIZE=1     with AddressSanitizer and UndefinedBehaviorSanitizer; see `make sanitize`.
     CXX, MAX_JOBS         the C++ compiler; how many files to compile at a time.
 """
 
@@ -25,6 +26,8 @@ MINIMUM_TORCH = (2, 11)
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 # No contraction: a multiply and an add round as they do in the plain torch reference.
 CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-ffp-contract=off"]
+# Whatever is undefined ends the process.
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo", "--fmad=false"]
 # Commands that compile nothing. An sdist takes csrc from MANIFEST.in, so it needs no torch either.
 COMMANDS_WITHOUT_EXTENSION = {"egg_info", "sdist", "clean"}
@@ -172,6 +175,7 @@ def extension(with_cuda):
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
     # Paths relative to the root: setuptools refuses absolute ones in an sdist's file list.
+    sanitize = SANITIZE_FLAGS if read_switch(os.environ, "UNIMOE_SANITIZE") == "1" else []
     sources = [ROOT / "csrc" / "library.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     archs = ""
@@ -181,7 +185,7 @@ def extension(with_cuda):
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs(torch, CUDA_HOME))
     # nvcc gets no flag of ours with "arch" in it: torch would then drop every -gencode.
     record = {
-        "UNIMOE_BUILD_FLAGS": " ".join(CXX_FLAGS),
+        "UNIMOE_BUILD_FLAGS": " ".join(CXX_FLAGS + sanitize),
         "UNIMOE_BUILD_CUDA": torch.version.cuda if with_cuda else "",
         "UNIMOE_BUILD_ARCHS": archs,
     }
@@ -190,9 +194,15 @@ def extension(with_cuda):
         [str(source.relative_to(ROOT)) for source in sources],
         include_dirs=[str(ROOT / "csrc"), *pybind11_include()],
         extra_compile_args={
-            "cxx": CXX_FLAGS + defines + [f'-D{name}="{value}"' for name, value in record.items()],
+            "cxx": [
+                *CXX_FLAGS,
+                *sanitize,
+                *defines,
+                *(f'-D{name}="{value}"' for name, value in record.items()),
+            ],
             "nvcc": NVCC_FLAGS + defines,
         },
+        extra_link_args=sanitize,
     )
 
 

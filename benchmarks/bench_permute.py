@@ -9,15 +9,15 @@ from .op_problem import OpProblem, Routed, normal
 from .shapes import LAYERS
 
 
-def bench_permute(record, op_case, device, dtype):
-    D, _, _, K = LAYERS[op_case.layer]
-    routed = Routed(op_case, device)
-    x = normal(op_case.tokens, D, like=routed.logits, dtype=dtype)
+def bench_permute(record, movement_case, device, dtype):
+    D, _, _, K = LAYERS[movement_case.layer]
+    routed = Routed(movement_case, device)
+    x = normal(movement_case.tokens, D, like=routed.logits, dtype=dtype)
     token_of_row = routed.sort.row_order.long() // K
-    work = Work(0, x.element_size() * D * op_case.tokens * (1 + K))
-    problem = OpProblem(op_case, {"x": x}, lambda x: x[token_of_row], work)
+    work = Work(0, x.element_size() * D * movement_case.tokens * (1 + K))
+    problem = OpProblem(movement_case, {"x": x}, lambda x: x[token_of_row], work)
     record(
-        op_case,
+        movement_case,
         {
             "dense": problem.dense(lambda x: _repeat(x, K)),
             "torch": problem.provider("torch", lambda x: x.index_select(0, token_of_row)),

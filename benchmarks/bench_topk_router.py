@@ -7,17 +7,17 @@ from .op_problem import OpProblem, Routed
 from .shapes import LAYERS
 
 
-def bench_topk_router(record, op_case, device, dtype):
-    K = LAYERS[op_case.layer].K
-    logits = Routed(op_case, device).logits
+def bench_topk_router(record, movement_case, device, dtype):
+    K = LAYERS[movement_case.layer].K
+    logits = Routed(movement_case, device).logits
 
     def reference(logits):
         return logits.topk(K).values.softmax(-1)
 
-    work = Work(0, 4 * logits.numel() + 8 * op_case.tokens * K)
-    problem = OpProblem(op_case, {"logits": logits}, reference, work)
+    work = Work(0, 4 * logits.numel() + 8 * movement_case.tokens * K)
+    problem = OpProblem(movement_case, {"logits": logits}, reference, work)
     record(
-        op_case,
+        movement_case,
         {
             "torch": problem.provider("torch", reference),
             **problem.ours("topk_router", lambda logits: topk_router(logits, K).scores),

@@ -7,10 +7,10 @@ from .op_problem import OpProblem, Routed, normal
 from .shapes import LAYERS
 
 
-def bench_unpermute(record, op_case, device, dtype):
-    D, _, _, K = LAYERS[op_case.layer]
-    routed = Routed(op_case, device)
-    T = op_case.tokens
+def bench_unpermute(record, movement_case, device, dtype):
+    D, _, _, K = LAYERS[movement_case.layer]
+    routed = Routed(movement_case, device)
+    T = movement_case.tokens
     rows = normal(T * K, D, like=routed.logits, dtype=dtype)
     position = routed.sort.inverse_order.long()
 
@@ -18,13 +18,13 @@ def bench_unpermute(record, op_case, device, dtype):
         return (rows.view(T, K, -1) * scores.to(rows.dtype)[..., None]).sum(1)
 
     problem = OpProblem(
-        op_case,
+        movement_case,
         {"rows": rows, "scores": routed.scores},
         lambda rows, scores: weighted(rows[position], scores),
         Work(2 * T * K * D, rows.element_size() * D * T * (1 + K)),
     )
     record(
-        op_case,
+        movement_case,
         {
             "dense": problem.dense(weighted),
             "torch": problem.provider(

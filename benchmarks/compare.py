@@ -4,7 +4,30 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .history import Row
-from .recorder import NOISY, tolerance
+
+NOISY = 0.07
+"""Noise of our ratio above which a row says nothing."""
+
+
+def is_noisy(row: Row) -> bool:
+    """Whether our ratio is known too badly."""
+    return row["providers"]["ours"]["noise"] > NOISY
+
+
+def is_slower(row: Row, baseline: Row | None) -> bool:
+    """Whether our ratio rose by more than the noise of both runs explains."""
+    if baseline is None:
+        return False
+    ours, before = row["providers"]["ours"], baseline["providers"]["ours"]
+    return ours["ratio"] > before["ratio"] * (1 + tolerance(ours["noise"], before["noise"]))
+
+
+def tolerance(noise: float, noise_before: float) -> float:
+    """Relative change of a ratio that is no regression: 8 %, or the noise of both runs.
+
+    Each is counted up to `NOISY` at most, so that a slowdown of 15 % is always beyond it.
+    """
+    return max(0.08, min(noise, NOISY) + min(noise_before, NOISY))
 
 
 @dataclass(frozen=True)
@@ -39,7 +62,7 @@ def compare(
     changes = [Change(k, "was not measured", True) for k in expected if k not in rows]
     for key, row in rows.items():
         ours = row["providers"]["ours"]
-        if ours["noise"] > NOISY:
+        if is_noisy(row):
             text = f"noise {ours['noise']:.0%} stays above {NOISY:.0%} after re-runs"
             changes.append(Change(key, text, True))
         if key not in baseline:
@@ -49,7 +72,7 @@ def compare(
         change = ours["ratio"] / before["ratio"] - 1
         limit = tolerance(ours["noise"], before["noise"])
         text = f"ratio to {row['anchor']} {before['ratio']:.3f} -> {ours['ratio']:.3f}"
-        if change > limit:
+        if is_slower(row, baseline[key]):
             changes.append(Change(key, f"{change:+.0%} SLOWER: {text} (limit {limit:.0%})", True))
         elif 1 / (1 + change) - 1 > limit:
             changes.append(Change(key, f"{change:+.0%} faster: {text}", False))

@@ -1,6 +1,8 @@
+import argparse
 import datetime
 import os
 import shlex
+from pathlib import Path
 
 # Read by torch's profiler, which counts memory, when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
@@ -9,13 +11,21 @@ import pytest
 import torch
 
 from . import history, plots, shapes, tables
-from .compare import compare
+from .compare import Change, compare, is_noisy, is_slower
 from .limits import measure_limits
 from .memory import keep_freed_memory
-from .recorder import Recorder, checked
+from .recorder import Recorder, checked, revisited
+from .visits import VisitFile, visit
 
 STATE = pytest.StashKey["Run"]()
-SETS_OF = {"layer_case": "layer", "op_case": "operator", "sort_case": "operator"}
+SETS_OF = {
+    "layer_case": "layer",
+    "op_case": "operator",
+    "movement_case": "movement",
+    "sort_case": "movement",
+}
+RERUNS = 3
+"""How often a row is visited again that is noisy or looks slower than before."""
 
 
 class Run:
@@ -29,7 +39,10 @@ class Run:
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.expected = set()
         self.recorder = self.file = self.source = None
+        self.changes: list[Change] = []
         self.config = config
+        asked = config.getoption("visit")
+        self.visit = VisitFile(asked) if asked else None
 
     def begin(self):
         """Measures the machine; done at the first row, so that collecting costs nothing."""
@@ -39,7 +52,7 @@ class Run:
         self.source, self.baseline = source, baseline
         keep_freed_memory()
         limits = measure_limits(self.device)
-        self.recorder = Recorder(self.device, self.dtype, limits, baseline)
+        self.recorder = Recorder(self.device, self.dtype, limits)
         if self.config.getoption("save"):
             head = {
                 "commit": history.commit(),
@@ -51,18 +64,42 @@ class Run:
             }
             self.file = history.ResultsFile(history.results_path(self.device), head)
 
-    def changes(self):
-        """This run beside the committed one."""
+    def finish(self, say):
+        """Visits again the rows that need it, and compares all of them."""
+        compares, saves = self.config.getoption("compare"), self.file is not None
+        rows = self._rows()
+        for _ in range(RERUNS if compares or saves else 0):
+            again = [
+                row
+                for key, row in rows.items()
+                if is_noisy(row)
+                or (saves and len(row["visits"]) == 1)
+                or (compares and is_slower(row, self.baseline.get(key)))
+            ]
+            if not again:
+                break
+            visit(again, self.shapes, say)
+            if saves:
+                for row in again:
+                    self.file.add(row)
+        self.changes = compare(rows.values(), self.baseline, sorted(self._expected_rows()))
+
+    def _rows(self):
+        """What this run measured, and what an earlier one left in the same file."""
+        rows = {row["key"]: row for row in self.recorder.rows}
+        if self.file is not None:
+            expected = self._expected_rows()
+            rows = {key: self.file.rows[key] for key in self.file.rows if key in expected} | rows
+        return rows
+
+    def _expected_rows(self):
         expected = set(self.expected)
         narrowed = self.config.option.keyword or self.config.option.markexpr
         whole = all(arg.rstrip("/").endswith("benchmarks") for arg in self.config.args)
         if self.baseline and whole and not narrowed and ":" not in self.shapes:
             names = {str(case) for case in _cases_of(self.shapes)}
             expected |= {k for k in self.baseline if k.partition("[")[2][:-1] in names}
-        rows = {row["key"]: row for row in self.recorder.rows}
-        if self.file is not None:
-            rows = {key: self.file.rows[key] for key in self.file.rows if key in expected} | rows
-        return compare(rows.values(), self.baseline, sorted(expected))
+        return expected
 
 
 def pytest_addoption(parser):
@@ -87,6 +124,7 @@ def pytest_addoption(parser):
         help="write benchmarks/results/<machine class>-<date>.json, row by row, and its pictures;"
         " rows of the same commit that it holds already are not measured again",
     )
+    group.addoption("--visit", type=Path, help=argparse.SUPPRESS)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -112,6 +150,12 @@ def pytest_generate_tests(metafunc):
         name, _, text = run.shapes.partition(":")
         cases = [case for case in shapes.MODEL_CASES[shapes.SETS[name].model] if text in str(case)]
         metafunc.parametrize("model_case", [pytest.param(case, id=str(case)) for case in cases])
+
+
+def pytest_collection_modifyitems(config, items):
+    run = config.stash[STATE]
+    if run.visit is not None:
+        items[:] = [item for item in items if _key(item) in run.visit.anchors]
 
 
 def pytest_collection_finish(session):
@@ -161,7 +205,13 @@ def record(benchmark, request, pytestconfig):
     run = pytestconfig.stash[STATE]
     name = request.node.originalname.removeprefix("bench_")
 
-    def checks_times_and_keeps(case, providers, work):
+    def checks_times_and_keeps(case, providers, work, *, cold=False):
+        if run.visit is not None:
+            keep_freed_memory()
+            key = _key(request.node)
+            anchor = run.visit.anchors[key]
+            run.visit.add(key, revisited(name, providers, anchor, run.device, cold=cold))
+            return
         if run.smoke or benchmark.disabled:
             candidates, _ = checked(providers)
             benchmark(candidates["ours"].run)
@@ -169,7 +219,7 @@ def record(benchmark, request, pytestconfig):
         run.begin()
         if run.file is not None and _key(request.node) in run.file.rows:
             pytest.skip("measured already at this commit; its row is in the results file")
-        row, ours = run.recorder.measure(name, case, providers, work)
+        row, ours = run.recorder.measure(name, case, providers, work, cold=cold)
         benchmark.extra_info.update(row)
         if run.file is not None:
             run.file.add(row)
@@ -188,7 +238,10 @@ def pytest_sessionfinish(session):
     run = session.config.stash[STATE]
     if run.recorder is None or session.exitstatus not in (0, 1):
         return
-    if session.config.getoption("compare") and any(c.fails for c in run.changes()):
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    reporter.ensure_newline()
+    run.finish(reporter.write_line)
+    if session.config.getoption("compare") and any(change.fails for change in run.changes):
         session.exitstatus = 1
     if run.file is not None:
         plots.draw(history.results_path(run.device))
@@ -218,14 +271,13 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("summary")
         for line in tables.summary_table(run.recorder.rows):
             write(line)
-    changes = run.changes()
     if not run.source:
         wanted = history.machine_class(run.device)
         terminalreporter.section("no committed result of this machine class")
         write(f"--save writes one for {wanted}; commit it to have something to compare with")
         return
     terminalreporter.section(f"changes against {run.source}")
-    for change in changes:
+    for change in run.changes:
         write(f"{'FAIL' if change.fails else 'note'}  {change.key}  {change.text}")
-    if not changes:
+    if not run.changes:
         write("none beyond noise")

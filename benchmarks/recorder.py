@@ -10,13 +10,10 @@ import torch
 from .candidates import Candidate, Provider, UnavailableError, Work
 from .history import Row
 from .limits import Limits, name_of
-from .memory import peak_extra_bytes, saved_bytes
+from .memory import ColdCaches, peak_extra_bytes, saved_bytes
 from .shapes import Case
 from .timing import Timing, time_in_turns
 
-NOISY = 0.07
-"""Noise of our ratio above which a row is measured again."""
-RERUNS = 3
 SLOW_HOOK = "UNIMOE_BENCH_SLOW"
 """Environment variable `<benchmark>:<share>`: makes `ours` wait for that share of its time, so that
 anybody can see a regression being caught."""
@@ -30,7 +27,6 @@ class Recorder:
         device: where providers run.
         dtype: of their inputs.
         limits: of the machine.
-        baseline: rows of the last committed result, by key.
         seconds: time spent on the rounds of a row.
         rows: what was measured.
     """
@@ -38,18 +34,26 @@ class Recorder:
     device: torch.device
     dtype: torch.dtype
     limits: Limits
-    baseline: Mapping[str, Row]
     seconds: float = 1.5
     rows: list[Row] = field(default_factory=list)
 
     def measure(
-        self, benchmark: str, case: Case, providers: Mapping[str, Provider], work: Work
+        self,
+        benchmark: str,
+        case: Case,
+        providers: Mapping[str, Provider],
+        work: Work,
+        *,
+        cold: bool = False,
     ) -> tuple[Row, Callable[[], float | None]]:
         """Checks every provider, then times all that run in turns.
 
-        A row whose ratio is noisy, or slower than its baseline allows, is measured again, up to
-        three times, and the measurement with the lowest ratio of ours is kept: noise comes and
-        goes, a slower operator stays.
+        Args:
+            benchmark: name of the operator, `moe_layer` or `model`.
+            case: what is measured.
+            providers: who takes part, the anchor first.
+            work: the least that has to be done.
+            cold: whether every sample starts with cold caches.
 
         Returns:
             The row, and what was timed as ours.
@@ -60,23 +64,20 @@ class Recorder:
         candidates, unavailable = checked(providers)
         functions = {name: candidate.run for name, candidate in candidates.items()}
         anchor = next(iter(functions))
-        functions["ours"] = _slowed(functions["ours"], benchmark)
-        key = f"{benchmark}[{case}]"
-        best: tuple[dict[str, Timing], int] | None = None
-        for attempt in range(1 + RERUNS):
-            timings, rounds = time_in_turns(
-                functions, anchor, self.device, seconds=self.seconds * (1 + attempt)
-            )
-            quiet = timings["ours"].noise <= NOISY
-            if best is None or _better(timings["ours"], best[0]["ours"]):
-                best = timings, rounds
-            if quiet and not is_slower(best[0]["ours"], self.baseline.get(key)):
-                break
-        row = self._row(key, best[0], best[1], candidates, work)
+        functions["ours"] = slowed(functions["ours"], benchmark)
+        timings, rounds = time_in_turns(
+            functions,
+            anchor,
+            self.device,
+            seconds=self.seconds,
+            before=ColdCaches(self.device) if cold else None,
+        )
+        row = self._row(f"{benchmark}[{case}]", timings, rounds, candidates, work)
         row |= {
             "benchmark": benchmark,
             "case": case._asdict(),
             "anchor": anchor,
+            "visits": [timings["ours"].ratio],
             "unavailable": unavailable,
         }
         self.rows.append(row)
@@ -136,29 +137,24 @@ def checked(providers: Mapping[str, Provider]) -> tuple[dict[str, Candidate], di
     return candidates, unavailable
 
 
-def is_slower(ours: Timing, baseline: Row | None) -> bool:
-    """Whether our ratio is beyond what the noise of both runs explains."""
-    if baseline is None or "ours" not in baseline["providers"]:
-        return False
-    before = baseline["providers"]["ours"]
-    return ours.ratio > before["ratio"] * (1 + tolerance(ours.noise, before["noise"]))
+def revisited(
+    benchmark: str,
+    providers: Mapping[str, Provider],
+    anchor: str,
+    device: torch.device,
+    *,
+    cold: bool,
+) -> float:
+    """Our ratio to the anchor, timed without anybody else."""
+    functions = {anchor: providers[anchor]().run}
+    functions["ours"] = slowed(providers["ours"]().run, benchmark)
+    before = ColdCaches(device) if cold else None
+    timings, _ = time_in_turns(functions, anchor, device, seconds=0.8, min_rounds=7, before=before)
+    return timings["ours"].ratio
 
 
-def tolerance(noise: float, noise_before: float) -> float:
-    """Relative change of a ratio that is no regression: 8 %, or the noise of both runs.
-
-    Each is counted up to `NOISY` at most, so that a slowdown of 15 % is always beyond it.
-    """
-    return max(0.08, min(noise, NOISY) + min(noise_before, NOISY))
-
-
-def _better(ours: Timing, than: Timing) -> bool:
-    if (ours.noise <= NOISY) != (than.noise <= NOISY):
-        return ours.noise <= NOISY
-    return ours.ratio < than.ratio
-
-
-def _slowed(function, benchmark: str):
+def slowed(function, benchmark: str):
+    """The function, made to wait after it ran if the environment asks for that."""
     name, _, share = os.environ.get(SLOW_HOOK, "").partition(":")
     if name != benchmark:
         return function

@@ -8,6 +8,8 @@ from typing import NamedTuple
 MODES = ("forward", "training")
 ROUTINGS = ("natural", "uniform", "zipf", "same")
 TOKENS = (1, 16, 128, 1024, 4096, 32768)
+COLD_TOKENS = 128
+"""Up to so many tokens a layer is timed with cold caches: what it costs is to read its weights."""
 
 
 class Layer(NamedTuple):
@@ -39,10 +41,18 @@ class Case(NamedTuple):
 
 
 class ShapeSet(NamedTuple):
-    """Cases of the whole layer, cases of single operators, and the model that is measured."""
+    """What one run measures.
+
+    Attributes:
+        layer: cases of the whole layer.
+        operator: cases of operators that compute.
+        movement: cases of operators that choose, sort and copy. More tokens, as they are quick.
+        model: name in `MODEL_CASES`.
+    """
 
     layer: tuple[Case, ...]
     operator: tuple[Case, ...]
+    movement: tuple[Case, ...]
     model: str
 
 
@@ -66,19 +76,22 @@ SMALL = tuple(name for name in LAYERS if name.startswith("small-"))
 
 def _small() -> ShapeSet:
     first, skews = SMALL[0], [routing for routing in ROUTINGS if routing != "natural"]
+    operators = (SMALL[0], SMALL[2])
     return ShapeSet(
         layer=(
             *(Case(layer, T) for layer in SMALL for T in (1, 16, 128, 1024)),
             *(Case(layer, 1024, "training") for layer in SMALL),
             *(Case(first, 1024, mode, skew) for mode in MODES for skew in skews),
         ),
-        operator=tuple(Case(layer, 1024, mode) for layer in (SMALL[0], SMALL[2]) for mode in MODES),
+        operator=tuple(Case(layer, 1024, mode) for layer in operators for mode in MODES),
+        movement=tuple(Case(layer, 8192, mode) for layer in operators for mode in MODES),
         model="small",
     )
 
 
 def _goals() -> ShapeSet:
     """The rows that our goals are about; a GPU finishes them in minutes."""
+    operators = ("unimoe", "qwen3-30b-a3b")
     return ShapeSet(
         layer=(
             *(Case("unimoe", T) for T in (16, 4096, 32768)),
@@ -90,9 +103,8 @@ def _goals() -> ShapeSet:
             Case("qwen3-30b-a3b", 4096, "forward", "same"),
             *(Case("olmoe", 4096, mode) for mode in MODES),
         ),
-        operator=tuple(
-            Case(layer, 4096, mode) for layer in ("unimoe", "qwen3-30b-a3b") for mode in MODES
-        ),
+        operator=tuple(Case(layer, 4096, mode) for layer in operators for mode in MODES),
+        movement=tuple(Case(layer, 32768, mode) for layer in operators for mode in MODES),
         model="large",
     )
 
@@ -111,13 +123,14 @@ def _full() -> ShapeSet:
     # References of single operators hold all weights in higher precision: too much for the last.
     natural = (case for case in wanted if case.routing == "natural")
     operator = tuple(case for case in natural if case.layer != "deepseek-v3")
-    return ShapeSet(layer=tuple(wanted), operator=operator, model="large")
+    return ShapeSet(layer=tuple(wanted), operator=operator, movement=operator, model="large")
 
 
 SETS = {
     "smoke": ShapeSet(
         layer=(Case("small-qwen3", 16), Case("small-unimoe", 16, "training", "zipf")),
         operator=(Case("small-qwen3", 16), Case("small-qwen3", 16, "training")),
+        movement=(Case("small-qwen3", 16), Case("small-qwen3", 16, "training")),
         model="smoke",
     ),
     "small": _small(),
@@ -164,4 +177,5 @@ MODEL_CASES = {
 def every_case(name: str) -> tuple[Case, ...]:
     """All cases of a set."""
     chosen = SETS[name]
-    return (*chosen.layer, *chosen.operator, *MODEL_CASES[chosen.model])
+    cases = (*chosen.layer, *chosen.operator, *chosen.movement, *MODEL_CASES[chosen.model])
+    return tuple(dict.fromkeys(cases))

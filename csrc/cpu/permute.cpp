@@ -34,6 +34,7 @@ Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k)
 
   Tensor out = empty({rows, x.size(1)}, x.scalar_type(), x);
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
+  if (row_bytes == 0) return out;
   const char* from = const_data<char>(x);
   char* to = mutable_data<char>(out);
   const int32_t* order = const_data<int32_t>(row_order);

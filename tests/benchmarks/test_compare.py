@@ -1,11 +1,14 @@
 """What counts as a regression, on rows made up for it; nothing is timed here."""
 
-import pytest
+import statistics
 
-from benchmarks.compare import compare
-from benchmarks.recorder import is_slower
+import pytest
+import torch
+
+from benchmarks.compare import compare, is_slower
 from benchmarks.tables import best_peer, row_table, summary_table
-from benchmarks.timing import Timing, noise_of_median
+from benchmarks.timing import noise_of_median
+from benchmarks.visits import noise_of_visits
 
 
 def row(key="permute[a]", ratio=1.0, noise=0.02, **providers):
@@ -42,14 +45,14 @@ def test_fifteen_percent_slower_always_fails(noise):
     failed = failing([row(ratio=1.15, noise=noise)], [row(noise=noise)])
     assert list(failed) == ["permute[a]"]
     assert "+15% SLOWER" in failed["permute[a]"]
-    assert is_slower(Timing(1.0, 1.15, noise), row(noise=noise))
+    assert is_slower(row(ratio=1.15, noise=noise), row(noise=noise))
 
 
 def test_what_noise_explains_passes():
     assert not failing([row(ratio=1.07)], [row()])
     assert not failing([row(ratio=1.12, noise=0.06)], [row(noise=0.07)])
-    assert not is_slower(Timing(1.0, 1.07, 0.02), row())
-    assert not is_slower(Timing(1.0, 9.0, 0.02), None)
+    assert not is_slower(row(ratio=1.07), row())
+    assert not is_slower(row(ratio=9.0), None)
 
 
 def test_faster_is_said_and_passes():
@@ -76,6 +79,18 @@ def test_noise_is_the_interval_of_the_median():
     assert noise_of_median(values) == pytest.approx(0.10, abs=0.01)
     assert noise_of_median(values) == noise_of_median(values[::-1])
     assert noise_of_median([2 * v for v in values]) == pytest.approx(noise_of_median(values))
+
+
+def test_noise_of_visits_is_that_of_their_median():
+    assert noise_of_visits([2.0]) == noise_of_visits([2.0] * 5) == 0
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(4000, 9, generator=generator).mul(0.1).add(1)
+    spread = 1.96 * samples.median(1).values.std().item()
+    typical = statistics.median(noise_of_visits(row) for row in samples.tolist())
+    assert typical == pytest.approx(spread, rel=0.15)
+    # One process in a bad place moves it little.
+    calm = [0.98, 0.99, 1.0, 1.01, 1.02]
+    assert noise_of_visits([*calm, 9.0]) < 3 * noise_of_visits(calm)
 
 
 def test_tables_name_the_best_peer_and_never_dense_or_ours():

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import history
+from benchmarks import history, visits
 from benchmarks.candidates import Candidate, UnavailableError, Work
 from benchmarks.limits import Limits
 from benchmarks.memory import peak_extra_bytes, saved_bytes
-from benchmarks.recorder import Recorder, checked
+from benchmarks.recorder import Recorder, checked, revisited
 from benchmarks.shapes import SETS, Case, every_case
 from benchmarks.timing import time_in_turns
 
@@ -50,6 +50,45 @@ def test_the_slowest_take_part_less_often():
     assert timings["slow"].ratio == 60.0
 
 
+def test_caches_are_cleared_before_every_sample():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) or 1.0 for name in "ab"}
+    time_in_turns(
+        functions, "a", CPU, seconds=0, min_rounds=2, before=lambda: calls.append("clear")
+    )
+    assert calls[-8:] == ["clear", "a", "clear", "b", "clear", "b", "clear", "a"]
+
+
+def test_a_visit_times_the_anchor_and_ours(monkeypatch):
+    monkeypatch.setenv("UNIMOE_BENCH_SLOW", "other:9")
+    given = {
+        "dense": lambda: Candidate(run=lambda: 1.0),
+        "peer": lambda: pytest.fail("a visit must not make it"),
+        "ours": lambda: Candidate(run=lambda: 3.0),
+    }
+    for cold in (False, True):
+        assert revisited("permute", given, "dense", CPU, cold=cold) == 3.0
+
+
+def test_visits_are_added_to_their_rows(monkeypatch, tmp_path):
+    answers = iter([1.2, 1.0, 1.4, 1.1])
+    monkeypatch.setattr(
+        visits, "_in_fresh_process", lambda anchors, shapes: dict.fromkeys(anchors, next(answers))
+    )
+    row = {"key": "a", "anchor": "dense", "visits": [1.3], "providers": {"ours": {"ratio": 1.3}}}
+    said = []
+    visits.visit([row], "small", said.append)
+    assert row["visits"] == [1.3, 1.2, 1.0, 1.4, 1.1]
+    assert row["providers"]["ours"]["ratio"] == 1.2
+    assert row["providers"]["ours"]["noise"] == visits.noise_of_visits(row["visits"])
+    assert len(said) == visits.VISITS
+
+    path = tmp_path / "visit.json"
+    path.write_text(json.dumps({"a": "dense"}))
+    visits.VisitFile(path).add("a", 1.25)
+    assert visits.VisitFile(path).ratios() == {"a": 1.25}
+
+
 def test_peak_and_kept_memory_are_counted():
     x = torch.randn(256, 1024)
     size = x.numel() * 4
@@ -77,7 +116,7 @@ def test_wrong_answers_stop_a_row_and_missing_peers_do_not():
 def test_a_row_holds_what_the_table_shows(monkeypatch):
     monkeypatch.setenv("UNIMOE_BENCH_SLOW", "other:9")
     limits = Limits({"float32": 4e9}, read=1e9, copy=1e9)
-    recorder = Recorder(CPU, torch.float32, limits, {}, seconds=0)
+    recorder = Recorder(CPU, torch.float32, limits, seconds=0)
     providers = {
         "dense": lambda: Candidate(run=lambda: 1.0),
         "ours": lambda: Candidate(run=lambda: 2.0, forward=lambda: None),
