@@ -94,33 +94,41 @@ void activate_row(const Activation& activation, const Kernels& kernels, int64_t 
   }
 }
 
-// Its gradient.
+// The gradient of score * act(gate) * up. `out`, unless it is null, gets that product; returned is
+// the gradient of the score.
 template <typename T>
-void activate_row_backward(const Activation& activation, const Kernels& kernels, int64_t width,
-                           const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up) {
+Accumulator<T> activate_row_backward(const Activation& activation, const Kernels& kernels,
+                                     int64_t width, Accumulator<T> score, const T* grad,
+                                     const T* gate, const T* up, T* out, T* grad_gate, T* grad_up) {
   using S = Accumulator<T>;
   if constexpr (std::is_same_v<T, float>) {
     if (activation.gate == Gate::kSilu) {
-      return kernels.silu_mul_backward(width, grad, gate, up, grad_gate, grad_up);
+      return kernels.silu_mul_backward(width, score, grad, gate, up, out, grad_gate, grad_up);
     }
   }
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (activation.gate == Gate::kSilu) {
-      return kernels.silu_mul_backward_bfloat16(width, bits_of(grad), bits_of(gate), bits_of(up),
-                                                bits_of(grad_gate), bits_of(grad_up));
+      return kernels.silu_mul_backward_bfloat16(
+          width, score, bits_of(grad), bits_of(gate), bits_of(up),
+          out == nullptr ? nullptr : bits_of(out), bits_of(grad_gate), bits_of(grad_up));
     }
   }
   const bool clamps = activation.gate == Gate::kClamped;
   const S limit = S(activation.limit);
+  S grad_score = 0;
   for (int64_t i = 0; i < width; ++i) {
     const S d = static_cast<S>(grad[i]), g = static_cast<S>(gate[i]), u = static_cast<S>(up[i]);
     const bool gate_open = !clamps || g <= limit;
     const bool up_open = !clamps || (u >= -limit && u <= limit);
     const Pair<S> pair = clamped(activation, g, u);
     const Activated<S> activated = activate<S>(activation.gate, pair.gate, S(activation.alpha));
-    grad_gate[i] = static_cast<T>(gate_open ? d * pair.up * activated.slope : S(0));
-    grad_up[i] = static_cast<T>(up_open ? d * activated.value : S(0));
+    const S product = activated.value * pair.up, scored = d * score;
+    grad_score += d * product;
+    if (out != nullptr) out[i] = static_cast<T>(score * product);
+    grad_gate[i] = static_cast<T>(gate_open ? scored * pair.up * activated.slope : S(0));
+    grad_up[i] = static_cast<T>(up_open ? scored * activated.value : S(0));
   }
+  return grad_score;
 }
 
 }  // namespace unimoe

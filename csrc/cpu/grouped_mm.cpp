@@ -1,8 +1,8 @@
 // Matmul of every expert with its rows, and the gradient of its weight.
 #include "matmul.h"
+#include "ops.h"
 
 namespace unimoe {
-namespace {
 
 Tensor grouped_mm(Tensor x, Tensor weight, Tensor expert_offsets, std::optional<Tensor> bias) {
   check_matrix(x, "x");
@@ -89,7 +89,6 @@ std::tuple<Tensor, Tensor> grouped_mm_wgrad(Tensor grad, Tensor x, Tensor expert
   return {grad_weight, grad_bias};
 }
 
-}  // namespace
 }  // namespace unimoe
 
 STABLE_TORCH_LIBRARY_IMPL(unimoe, CPU, m) {

@@ -25,13 +25,16 @@ struct Kernels {
                        int64_t stride, int64_t columns, float* sums);
   // Rounds to nearest even.
   void (*to_bfloat16)(int64_t count, const float* from, uint16_t* to);
-  // out = silu(gate) * up over one row, and its gradient.
+  // out = silu(gate) * up over one row.
   void (*silu_mul)(int64_t width, const float* gate, const float* up, float* out);
   void (*silu_mul_bfloat16)(int64_t width, const uint16_t* gate, const uint16_t* up, uint16_t* out);
-  void (*silu_mul_backward)(int64_t width, const float* grad, const float* gate, const float* up,
-                            float* grad_gate, float* grad_up);
-  void (*silu_mul_backward_bfloat16)(int64_t width, const uint16_t* grad, const uint16_t* gate,
-                                     const uint16_t* up, uint16_t* grad_gate, uint16_t* grad_up);
+  // The gradient of score * silu(gate) * up. `out`, unless it is null, gets that product; returned
+  // is the gradient of the score.
+  float (*silu_mul_backward)(int64_t width, float score, const float* grad, const float* gate,
+                             const float* up, float* out, float* grad_gate, float* grad_up);
+  float (*silu_mul_backward_bfloat16)(int64_t width, float score, const uint16_t* grad,
+                                      const uint16_t* gate, const uint16_t* up, uint16_t* out,
+                                      uint16_t* grad_gate, uint16_t* grad_up);
   // out = e^(x - shift) for x up to shift, 0 where float32 has no normal result; returns the sum.
   float (*exponentials)(int64_t count, const float* x, float shift, float* out);
 };

@@ -23,6 +23,8 @@ int32_t routed_rows(const Tensor& expert_offsets) {
   return const_data<int32_t>(expert_offsets)[expert_offsets.size(0) - 1];
 }
 
+}  // namespace
+
 Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k) {
   check_matrix(x, "x");
   check_floating(x, "x");
@@ -50,6 +52,8 @@ Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k)
   });
   return out;
 }
+
+namespace {
 
 // One token: sums its rows in k order. `score` is null where every weight is 1.
 template <typename T>

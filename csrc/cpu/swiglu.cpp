@@ -53,8 +53,8 @@ Tensor swiglu_backward(Tensor grad, Tensor gate_up, std::string activation, doub
       for (int64_t row = begin; row < end; ++row) {
         const T* gate = from + row * 2 * width;
         T* out_gate = to + row * 2 * width;
-        activate_row_backward(chosen, fast, width, grads + row * width, gate, gate + width,
-                              out_gate, out_gate + width);
+        activate_row_backward<T>(chosen, fast, width, 1, grads + row * width, gate, gate + width,
+                                 nullptr, out_gate, out_gate + width);
       }
     });
   });
