@@ -9,9 +9,9 @@ NOISY = 0.07
 """Noise of our ratio above which a row says nothing."""
 
 
-def is_noisy(row: Row) -> bool:
+def is_noisy(row: Row, limit: float = NOISY) -> bool:
     """Whether our ratio is known too badly."""
-    return row["providers"]["ours"]["noise"] > NOISY
+    return row["providers"]["ours"]["noise"] > limit
 
 
 def is_slower(row: Row, baseline: Row | None) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import history, plots, shapes, tables
-from .compare import Change, compare, is_noisy, is_slower
+from .compare import NOISY, Change, compare, is_noisy, is_slower
 from .limits import measure_limits
 from .memory import keep_freed_memory
 from .recorder import Recorder, checked, revisited
@@ -72,7 +72,7 @@ class Run:
             again = [
                 row
                 for key, row in rows.items()
-                if is_noisy(row)
+                if is_noisy(row, NOISY / 2 if saves else NOISY)
                 or (saves and len(row["visits"]) == 1)
                 or (compares and is_slower(row, self.baseline.get(key)))
             ]
