@@ -1,6 +1,7 @@
 // Gated activations of one row: silu in vectors, the others number by number.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -8,6 +9,12 @@
 #include "kernels.h"
 
 namespace unimoe {
+
+// Rows that are worth handing to a thread.
+inline int64_t activated_rows_per_task(int64_t width) {
+  constexpr int64_t kNumbersPerTask = 16 * 1024;
+  return std::max<int64_t>(1, kNumbersPerTask / std::max<int64_t>(1, width));
+}
 
 enum class Gate { kSilu, kGelu, kGeluTanh, kRelu, kClamped };
 

@@ -121,7 +121,7 @@ Activations backward_of_activation(const Activation& activation, const Tensor& g
   dispatch_floating(hidden.scalar_type(), "gate_up_rows", [&](auto element) {
     using T = decltype(element);
     using S = Accumulator<T>;
-    const int64_t grain = std::max<int64_t>(1, 16 * 1024 / std::max<int64_t>(1, width));
+    const int64_t grain = activated_rows_per_task(width);
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         S& grad_score = mutable_data<S>(result.grad_scores)[order[row]];

@@ -4,12 +4,6 @@
 namespace unimoe {
 namespace {
 
-constexpr int64_t kNumbersPerTask = 16 * 1024;
-
-int64_t rows_per_task(int64_t width) {
-  return std::max<int64_t>(1, kNumbersPerTask / std::max<int64_t>(1, width));
-}
-
 Tensor swiglu(Tensor gate_up, std::string activation, double limit, double alpha) {
   check_matrix(gate_up, "gate_up");
   check_floating(gate_up, "gate_up");
@@ -23,12 +17,13 @@ Tensor swiglu(Tensor gate_up, std::string activation, double limit, double alpha
     using T = decltype(element);
     const T* from = const_data<T>(gate_up);
     T* to = mutable_data<T>(out);
-    torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const T* gate = from + row * 2 * width;
-        activate_row(chosen, fast, width, gate, gate + width, to + row * width);
-      }
-    });
+    torch::stable::parallel_for(
+        0, rows, activated_rows_per_task(width), [&](int64_t begin, int64_t end) {
+          for (int64_t row = begin; row < end; ++row) {
+            const T* gate = from + row * 2 * width;
+            activate_row(chosen, fast, width, gate, gate + width, to + row * width);
+          }
+        });
   });
   return out;
 }
@@ -49,14 +44,15 @@ Tensor swiglu_backward(Tensor grad, Tensor gate_up, std::string activation, doub
     const T* from = const_data<T>(gate_up);
     const T* grads = const_data<T>(grad);
     T* to = mutable_data<T>(out);
-    torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const T* gate = from + row * 2 * width;
-        T* out_gate = to + row * 2 * width;
-        activate_row_backward<T>(chosen, fast, width, 1, grads + row * width, gate, gate + width,
-                                 nullptr, out_gate, out_gate + width);
-      }
-    });
+    torch::stable::parallel_for(
+        0, rows, activated_rows_per_task(width), [&](int64_t begin, int64_t end) {
+          for (int64_t row = begin; row < end; ++row) {
+            const T* gate = from + row * 2 * width;
+            T* out_gate = to + row * 2 * width;
+            activate_row_backward<T>(chosen, fast, width, 1, grads + row * width, gate,
+                                     gate + width, nullptr, out_gate, out_gate + width);
+          }
+        });
   });
   return out;
 }
