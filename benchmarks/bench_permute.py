@@ -1,4 +1,4 @@
-"""Copying tokens into expert order, beside the same copies in token order."""
+"""Copying tokens into expert order, beside torch and beside the same copies in token order."""
 
 import torch
 
@@ -19,8 +19,8 @@ def bench_permute(record, movement_case, device, dtype):
     record(
         movement_case,
         {
-            "dense": problem.dense(lambda x: _repeat(x, K)),
             "torch": problem.provider("torch", lambda x: x.index_select(0, token_of_row)),
+            "dense": problem.dense(lambda x: _repeat(x, K)),
             **problem.ours("permute", lambda x: permute(x, routed.sort, K)),
         },
         problem.work,

@@ -1,4 +1,6 @@
-"""Weighted sum of each token's expert rows, beside the same sum over rows in token order."""
+"""Weighted sum of each token's expert rows, beside torch and the same over rows in token order."""
+
+from torch.nn import functional
 
 from unimoe_kernels import unpermute
 
@@ -17,6 +19,12 @@ def bench_unpermute(record, movement_case, device, dtype):
     def weighted(rows, scores):
         return (rows.view(T, K, -1) * scores.to(rows.dtype)[..., None]).sum(1)
 
+    def bag(rows, scores):
+        weights = scores.to(rows.dtype)
+        return functional.embedding_bag(
+            position.view(T, K), rows, per_sample_weights=weights, mode="sum"
+        )
+
     problem = OpProblem(
         movement_case,
         {"rows": rows, "scores": routed.scores},
@@ -26,6 +34,7 @@ def bench_unpermute(record, movement_case, device, dtype):
     record(
         movement_case,
         {
+            "embedding_bag": problem.provider("embedding_bag", bag),
             "dense": problem.dense(weighted),
             "torch": problem.provider(
                 "torch", lambda rows, scores: weighted(rows.index_select(0, position), scores)

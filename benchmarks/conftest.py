@@ -1,107 +1,24 @@
 import argparse
-import datetime
 import os
-import shlex
 from pathlib import Path
 
 # Read by torch's profiler, which counts memory, when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 import pytest
-import torch
 
 from . import history, plots, shapes, tables
-from .compare import NOISY, Change, compare, is_noisy, is_slower
-from .limits import measure_limits
 from .memory import keep_freed_memory
-from .recorder import Recorder, checked, revisited
-from .visits import VisitFile, visit
+from .recorder import checked, revisited
+from .run import Run, chosen_cases
 
-STATE = pytest.StashKey["Run"]()
+STATE = pytest.StashKey[Run]()
 SETS_OF = {
     "layer_case": "layer",
     "op_case": "operator",
     "movement_case": "movement",
     "sort_case": "movement",
 }
-RERUNS = 3
-"""How often a row is visited again that is noisy or looks slower than before."""
-
-
-class Run:
-    """What one call of pytest measures."""
-
-    def __init__(self, config):
-        chosen = config.getoption("shapes")
-        self.device = _device()
-        self.shapes = chosen or ("goals" if self.device.type == "cuda" else "small")
-        self.smoke = config.getoption("smoke")
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.expected = set()
-        self.recorder = self.file = self.source = None
-        self.changes: list[Change] = []
-        self.config = config
-        asked = config.getoption("visit")
-        self.visit = VisitFile(asked) if asked else None
-
-    def begin(self):
-        """Measures the machine; done at the first row, so that collecting costs nothing."""
-        if self.recorder is not None:
-            return
-        source, baseline = history.committed_rows(history.machine_class(self.device))
-        self.source, self.baseline = source, baseline
-        keep_freed_memory()
-        limits = measure_limits(self.device)
-        self.recorder = Recorder(self.device, self.dtype, limits)
-        if self.config.getoption("save"):
-            head = {
-                "commit": history.commit(),
-                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "command": shlex.join(["pytest", *map(str, self.config.invocation_params.args)]),
-                "shapes": self.shapes,
-                "machine": history.machine(self.device),
-                "limits": vars(limits),
-            }
-            self.file = history.ResultsFile(history.results_path(self.device), head)
-
-    def finish(self, say):
-        """Visits again the rows that need it, and compares all of them."""
-        compares, saves = self.config.getoption("compare"), self.file is not None
-        # Places in memory and neighbours are a CPU's trouble; the GPU targets have to be quick.
-        thorough = saves and self.device.type == "cpu"
-        rows = self._rows()
-        for _ in range(RERUNS if compares or saves else 0):
-            again = [
-                row
-                for key, row in rows.items()
-                if is_noisy(row, NOISY / 2 if thorough else NOISY)
-                or (thorough and len(row["visits"]) == 1)
-                or (compares and is_slower(row, self.baseline.get(key)))
-            ]
-            if not again:
-                break
-            visit(again, self.shapes, say)
-            if saves:
-                for row in again:
-                    self.file.add(row)
-        self.changes = compare(rows.values(), self.baseline, sorted(self._expected_rows()))
-
-    def _rows(self):
-        """What this run measured, and what an earlier one left in the same file."""
-        rows = {row["key"]: row for row in self.recorder.rows}
-        if self.file is not None:
-            expected = self._expected_rows()
-            rows = {key: self.file.rows[key] for key in self.file.rows if key in expected} | rows
-        return rows
-
-    def _expected_rows(self):
-        expected = set(self.expected)
-        narrowed = self.config.option.keyword or self.config.option.markexpr
-        whole = all(arg.rstrip("/").endswith("benchmarks") for arg in self.config.args)
-        if self.baseline and whole and not narrowed and ":" not in self.shapes:
-            names = {str(case) for case in _cases_of(self.shapes)}
-            expected |= {k for k in self.baseline if k.partition("[")[2][:-1] in names}
-        return expected
 
 
 def pytest_addoption(parser):
@@ -144,7 +61,7 @@ def pytest_generate_tests(metafunc):
     run = metafunc.config.stash[STATE]
     for fixture, name in SETS_OF.items():
         if fixture in metafunc.fixturenames:
-            cases = _chosen(run.shapes, name)
+            cases = chosen_cases(run.shapes, name)
             if fixture == "sort_case":
                 cases = [case for case in cases if case.mode == "forward"]
             metafunc.parametrize(fixture, [pytest.param(case, id=str(case)) for case in cases])
@@ -165,30 +82,9 @@ def pytest_collection_finish(session):
     run.expected = {_key(item) for item in session.items if hasattr(item, "callspec")}
 
 
-def _cases_of(chosen):
-    name, _, text = chosen.partition(":")
-    if name not in shapes.SETS:
-        raise pytest.UsageError(f"--shapes ({name}) must be one of {', '.join(shapes.SETS)}")
-    cases = shapes.every_case(name)
-    if not any(text in str(case) for case in cases):
-        raise pytest.UsageError(f"--shapes ({chosen}): no case of {name} holds {text!r}")
-    return cases
-
-
-def _chosen(chosen, kind):
-    _cases_of(chosen)
-    name, _, text = chosen.partition(":")
-    return [case for case in getattr(shapes.SETS[name], kind) if text in str(case)]
-
-
 def _key(item):
     case = next(iter(item.callspec.params.values()))
     return f"{item.originalname.removeprefix('bench_')}[{case}]"
-
-
-def _device():
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(os.environ.get("UNIMOE_BENCH_DEVICE", default))
 
 
 @pytest.fixture(scope="session")

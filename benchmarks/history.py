@@ -6,11 +6,14 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .limits import Limits, best_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
@@ -87,19 +90,30 @@ class ResultsFile:
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self._path, self._head = path, head
         self.rows: dict[str, Row] = {}
+        self.limits = Limits(**head["limits"])
         if path.exists():
             held = json.loads(path.read_text(encoding="utf-8"))
             clean = head["commit"] != "unknown" and not head["commit"].endswith("+")
             same = all(held[name] == head[name] for name in ("commit", "machine"))
             if clean and same:
                 self.rows = {row["key"]: row for row in held["rows"]}
+                self.limits = best_of(self.limits, Limits(**held["limits"]))
 
     def add(self, row: Row) -> None:
         """Writes the file anew with this row, whole or not at all."""
         self.rows[row["key"]] = row
+        self._write()
+
+    def finish(self, limits: Limits, rows: Iterable[Row]) -> None:
+        """Writes rows, and the limits that their shares are of, for the last time."""
+        self.limits = limits
+        self.rows |= {row["key"]: row for row in rows}
+        self._write()
+
+    def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self._path.with_suffix(".new")
-        content = self._head | {"rows": list(self.rows.values())}
+        content = self._head | {"limits": vars(self.limits), "rows": list(self.rows.values())}
         fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         fresh.rename(self._path)
 

@@ -40,11 +40,22 @@ class Limits:
     copy: float
     missing: str = ""
 
-    def least_seconds(self, flops: float, bytes_moved: float, dtype: torch.dtype) -> float:
+    def least_seconds(self, flops: float, bytes_moved: float, dtype: str) -> float:
         """Time that work takes at least, by arithmetic or by memory; 0 if neither was measured."""
-        peak = self.flops.get(name_of(dtype), 0)
+        peak = self.flops.get(dtype, 0)
         seconds = [flops / peak] if peak else []
         return max([*seconds, bytes_moved / self.read] if self.read else seconds, default=0.0)
+
+
+def best_of(*limits: Limits) -> Limits:
+    """The highest of each rate: another program takes from a machine and never adds to it."""
+    names = dict.fromkeys(name for one in limits for name in one.flops)
+    return Limits(
+        {name: max(one.flops.get(name, 0.0) for one in limits) for name in names},
+        max(one.read for one in limits),
+        max(one.copy for one in limits),
+        limits[-1].missing,
+    )
 
 
 def name_of(dtype: torch.dtype) -> str:

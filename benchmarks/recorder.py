@@ -91,7 +91,6 @@ class Recorder:
         candidates: Mapping[str, Candidate],
         work: Work,
     ) -> Row:
-        least = self.limits.least_seconds(work.flops, work.bytes, self.dtype)
         peak = self.limits.flops.get(name_of(self.dtype), 0)
         by_memory = not work.flops or (
             peak and self.limits.read and work.bytes / self.limits.read > work.flops / peak
@@ -103,7 +102,6 @@ class Recorder:
             figures[name] = {
                 "median_ms": 1e3 * timing.seconds,
                 "rate": amount / timing.seconds / 1e9,
-                "share_of_limit": least / timing.seconds if least else None,
                 "ratio": timing.ratio,
                 "noise": timing.noise,
             }
@@ -111,13 +109,23 @@ class Recorder:
                 figures[name]["peak_extra_bytes"] = peak_extra_bytes(candidate.run, self.device)
             if candidate.forward is not None:
                 figures[name]["saved_bytes"] = saved_bytes(candidate.forward, candidate.weights)
-        return {
+        row = {
             "key": key,
             "dtype": name_of(self.dtype),
             "unit": "GB/s" if by_memory else "GFLOP/s",
+            "work": work._asdict(),
             "rounds": rounds,
             "providers": figures,
         }
+        set_shares(row, self.limits)
+        return row
+
+
+def set_shares(row: Row, limits: Limits) -> None:
+    """Sets each provider's share of the machine's limit."""
+    least = limits.least_seconds(row["work"]["flops"], row["work"]["bytes"], row["dtype"])
+    for figures in row["providers"].values():
+        figures["share_of_limit"] = least / (figures["median_ms"] / 1e3) if least else None
 
 
 def checked(providers: Mapping[str, Provider]) -> tuple[dict[str, Candidate], dict[str, str]]:

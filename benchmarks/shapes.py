@@ -11,6 +11,9 @@ TOKENS = (1, 16, 128, 1024, 4096, 32768)
 COLD_TOKENS = 128
 """Up to so many tokens a layer is timed with cold caches: what it costs is to read its weights."""
 
+COPIED_ROWS = 65536
+"""Rows that small cases of movement copy: at this size they leave every cache, and spread least."""
+
 
 class Layer(NamedTuple):
     """The sizes of one mixture-of-experts layer."""
@@ -84,7 +87,11 @@ def _small() -> ShapeSet:
             *(Case(first, 1024, mode, skew) for mode in MODES for skew in skews),
         ),
         operator=tuple(Case(layer, 1024, mode) for layer in operators for mode in MODES),
-        movement=tuple(Case(layer, 8192, mode) for layer in operators for mode in MODES),
+        movement=tuple(
+            Case(layer, COPIED_ROWS // LAYERS[layer].K, mode)
+            for layer in operators
+            for mode in MODES
+        ),
         model="small",
     )
 

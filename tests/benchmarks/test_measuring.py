@@ -7,9 +7,9 @@ import torch
 
 from benchmarks import history, visits
 from benchmarks.candidates import Candidate, UnavailableError, Work
-from benchmarks.limits import Limits
+from benchmarks.limits import Limits, best_of
 from benchmarks.memory import peak_extra_bytes, saved_bytes
-from benchmarks.recorder import Recorder, checked, revisited
+from benchmarks.recorder import Recorder, checked, revisited, set_shares
 from benchmarks.shapes import SETS, Case, every_case
 from benchmarks.timing import time_in_turns
 
@@ -134,7 +134,8 @@ def test_a_row_holds_what_the_table_shows(monkeypatch):
 
 def test_results_are_kept_row_by_row_and_resumed(tmp_path):
     path = tmp_path / "results" / "a.json"
-    head = {"commit": "abc", "machine": {"class": "m"}, "date": "2026-01-01"}
+    limits = vars(Limits({"float32": 4.0}, read=3.0, copy=2.0))
+    head = {"commit": "abc", "machine": {"class": "m"}, "date": "2026-01-01", "limits": limits}
     history.ResultsFile(path, head).add({"key": "x"})
     again = history.ResultsFile(path, head | {"date": "2026-01-02"})
     assert set(again.rows) == {"x"}
@@ -143,6 +144,28 @@ def test_results_are_kept_row_by_row_and_resumed(tmp_path):
     assert not history.ResultsFile(path, head | {"commit": "other"}).rows
     assert not history.ResultsFile(path, head | {"commit": "abc+"}).rows
     assert not list(path.parent.glob("*.new"))
+
+
+def test_shares_are_of_the_best_limits_seen(tmp_path):
+    path = tmp_path / "a.json"
+    slow, fast = (Limits({"float32": rate}, read=1e9, copy=1e9) for rate in (2e9, 4e9))
+    head = {"commit": "abc", "machine": {"class": "m"}, "limits": vars(fast)}
+    row = {
+        "key": "x",
+        "dtype": "float32",
+        "work": {"flops": 4e9, "bytes": 1.0},
+        "providers": {"ours": {"median_ms": 4000.0}},
+    }
+    history.ResultsFile(path, head).add(row)
+    again = history.ResultsFile(path, head | {"limits": vars(slow)})
+    assert again.limits == best_of(slow, fast) == fast
+    set_shares(row, slow)
+    assert row["providers"]["ours"]["share_of_limit"] == 0.5
+    set_shares(row, again.limits)
+    again.finish(again.limits, [row])
+    held = json.loads(path.read_text())
+    assert held["limits"] == vars(fast)
+    assert held["rows"][0]["providers"]["ours"]["share_of_limit"] == 0.25
 
 
 def test_a_result_names_no_host_and_no_folder():

@@ -1,0 +1,127 @@
+"""One call of pytest: what it measures, and what becomes of the rows at its end."""
+
+import datetime
+import os
+import shlex
+
+import pytest
+import torch
+
+from . import history, shapes
+from .compare import NOISY, Change, compare, is_noisy, is_slower
+from .limits import best_of, measure_limits
+from .memory import keep_freed_memory
+from .recorder import Recorder, set_shares
+from .visits import VisitFile, visit
+
+RERUNS = 3
+"""How often a row is visited again that is noisy or looks slower than before."""
+
+
+class Run:
+    """What one call of pytest measures."""
+
+    def __init__(self, config):
+        chosen = config.getoption("shapes")
+        self.device = _device()
+        self.shapes = chosen or ("goals" if self.device.type == "cuda" else "small")
+        self.smoke = config.getoption("smoke")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.expected = set()
+        self.recorder = self.file = self.source = None
+        self.changes: list[Change] = []
+        self.config = config
+        asked = config.getoption("visit")
+        self.visit = VisitFile(asked) if asked else None
+
+    def begin(self):
+        """Measures the machine; done at the first row, so that collecting costs nothing."""
+        if self.recorder is not None:
+            return
+        source, baseline = history.committed_rows(history.machine_class(self.device))
+        self.source, self.baseline = source, baseline
+        keep_freed_memory()
+        limits = measure_limits(self.device)
+        self.recorder = Recorder(self.device, self.dtype, limits)
+        if self.config.getoption("save"):
+            head = {
+                "commit": history.commit(),
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "command": shlex.join(["pytest", *map(str, self.config.invocation_params.args)]),
+                "shapes": self.shapes,
+                "machine": history.machine(self.device),
+                "limits": vars(limits),
+            }
+            self.file = history.ResultsFile(history.results_path(self.device), head)
+
+    def finish(self, say):
+        """Visits again the rows that need it, and compares all of them."""
+        compares, saves = self.config.getoption("compare"), self.file is not None
+        # Places in memory and neighbours are a CPU's trouble; the GPU targets have to be quick.
+        thorough = saves and self.device.type == "cpu"
+        rows = self._rows()
+        for _ in range(RERUNS if compares or saves else 0):
+            again = [
+                row
+                for key, row in rows.items()
+                if is_noisy(row, NOISY / 2 if thorough else NOISY)
+                or (thorough and len(row["visits"]) == 1)
+                or (compares and is_slower(row, self.baseline.get(key)))
+            ]
+            if not again:
+                break
+            visit(again, self.shapes, say)
+            if saves:
+                for row in again:
+                    self.file.add(row)
+        self._measure_limits_again(rows.values())
+        self.changes = compare(rows.values(), self.baseline, sorted(self._expected_rows()))
+
+    def _measure_limits_again(self, rows):
+        """A run takes minutes, and whoever else used the machine at its start may be gone."""
+        held = [self.file.limits] if self.file is not None else []
+        limits = best_of(*held, self.recorder.limits, measure_limits(self.device))
+        self.recorder.limits = limits
+        for row in rows:
+            set_shares(row, limits)
+        if self.file is not None:
+            self.file.finish(limits, rows)
+
+    def _rows(self):
+        """What this run measured, and what an earlier one left in the same file."""
+        rows = {row["key"]: row for row in self.recorder.rows}
+        if self.file is not None:
+            expected = self._expected_rows()
+            rows = {key: self.file.rows[key] for key in self.file.rows if key in expected} | rows
+        return rows
+
+    def _expected_rows(self):
+        expected = set(self.expected)
+        narrowed = self.config.option.keyword or self.config.option.markexpr
+        whole = all(arg.rstrip("/").endswith("benchmarks") for arg in self.config.args)
+        if self.baseline and whole and not narrowed and ":" not in self.shapes:
+            names = {str(case) for case in _cases_of(self.shapes)}
+            expected |= {k for k in self.baseline if k.partition("[")[2][:-1] in names}
+        return expected
+
+
+def _cases_of(chosen):
+    name, _, text = chosen.partition(":")
+    if name not in shapes.SETS:
+        raise pytest.UsageError(f"--shapes ({name}) must be one of {', '.join(shapes.SETS)}")
+    cases = shapes.every_case(name)
+    if not any(text in str(case) for case in cases):
+        raise pytest.UsageError(f"--shapes ({chosen}): no case of {name} holds {text!r}")
+    return cases
+
+
+def chosen_cases(chosen, kind):
+    """Cases of one kind, a field of `ShapeSet`, that the option `--shapes` leaves."""
+    _cases_of(chosen)
+    name, _, text = chosen.partition(":")
+    return [case for case in getattr(shapes.SETS[name], kind) if text in str(case)]
+
+
+def _device():
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(os.environ.get("UNIMOE_BENCH_DEVICE", default))
