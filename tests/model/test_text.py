@@ -67,6 +67,8 @@ def test_reading_examples_balance_what_is_absent():
 @pytest.fixture
 def tasks(monkeypatch):
     monkeypatch.setattr(text, "conversations", lambda: [("hello", "hi there")])
+    monkeypatch.setattr(text, "WIDER_EXAMPLES", 600)
+    monkeypatch.setattr(text, "ASKED_EXAMPLES", 200)
     arguments = {
         "questions": QUESTIONS * 4,
         "pairs": COLOR_SHAPES,
@@ -84,7 +86,6 @@ def test_pretraining_tasks_depend_on_the_seed_alone(tasks):
     assert set(tasks(0)) == {
         "text",
         "asked",
-        "simple",
         "wider",
         "describe",
         "repeat",
@@ -98,6 +99,21 @@ def test_held_out_pairs_are_in_no_pretraining_text(tasks):
     made = tasks(0)
     described = {pair for examples in made.values() for e in examples for pair in described_in(e)}
     assert described == {("red", "circle"), ("blue", "rectangle")}
+
+
+def test_wider_text_cannot_be_guessed_or_learnt_by_heart(tasks):
+    made = tasks(0)
+    assert (len(made["wider"]), len(made["asked"])) == (600, 200)
+    for example in made["wider"]:
+        color, shape = (
+            {word for word in words if word in example.question.split(".")[0]}
+            for words in (text.OTHER_COLORS, text.OTHER_SHAPES)
+        )
+        assert color or shape
+    answers = [e.answer for e in made["wider"]]
+    yes, no = answers.count("yes"), answers.count("no")
+    assert abs(yes - no) < 0.15 * (yes + no)
+    assert yes + no < len(answers)
 
 
 def test_twins_of_the_other_modalities_are_right(tasks):

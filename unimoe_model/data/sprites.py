@@ -23,7 +23,7 @@ from unimoe_model.data.media_set import MediaSet
 from unimoe_model.encoders.efficientnet_lite import EfficientNetLite0
 
 MOTIONS = ("sideways", "up and down", "diagonally", "still")
-SPLIT_SIZES = {"train": 1600, "validation": 600, "test": 600}
+SPLIT_SIZES = {"train": 4000, "validation": 600, "test": 600}
 FRAME_SIZE = 96
 
 _SPRITE_SIZES = (26, 38)  # longer side in pixels, smallest and largest

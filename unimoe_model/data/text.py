@@ -44,6 +44,11 @@ OTHER_COLORS, OTHER_SHAPES = (words.split() for words in _OTHER_WORDS.values())
 """Words no picture shows. Who has only the pictures' few pairs to learn from learns them by heart;
 with these, reading has to be learnt."""
 
+WIDER_EXAMPLES, ASKED_EXAMPLES = 60_000, 20_000
+"""So many that none is learnt by heart."""
+
+_SIMPLE_TEMPLATES = ("is it {color}", "is it a {shape}")
+
 PICTURE_SENTENCES = (
     "the picture shows a {color} {shape}.",
     "there is a {color} {shape} in the picture.",
@@ -133,6 +138,9 @@ def wider_examples(
 ) -> list[Example]:
     """The same questions about more colours and shapes than the pictures have.
 
+    A third asks in the simplest words ("is it blue?"): comparing is learnt there first. Three in
+    ten colours and shapes are the pictures' own, never both at once.
+
     Args:
         questions: easy-vqa's question texts.
         pairs: (colour, shape) of the pictures; other pairs hold at least one other word.
@@ -141,7 +149,7 @@ def wider_examples(
     """
     rng = random.Random(seed)
     colors, shapes = ({pair[i] for pair in pairs} for i in range(2))
-    templates = sorted(
+    asked_of_pictures = sorted(
         {
             " ".join(
                 "{color}" if word in colors else "{shape}" if word in shapes else word
@@ -150,13 +158,13 @@ def wider_examples(
             for question in questions
         }
     )
-    all_colors, all_shapes = (
-        [*sorted(known), *others]
-        for known, others in ((colors, OTHER_COLORS), (shapes, OTHER_SHAPES))
-    )
+    templates = [*_SIMPLE_TEMPLATES * (len(asked_of_pictures) // 4), *asked_of_pictures]
+    known_colors, known_shapes = sorted(colors), sorted(shapes)
+    all_colors, all_shapes = [*known_colors, *OTHER_COLORS], [*known_shapes, *OTHER_SHAPES]
     examples = []
     while len(examples) < count:
-        color, shape = rng.choice(all_colors), rng.choice(all_shapes)
+        color = rng.choice(known_colors if rng.random() < 0.3 else OTHER_COLORS)
+        shape = rng.choice(known_shapes if rng.random() < 0.3 else OTHER_SHAPES)
         if color in colors and shape in shapes:
             continue
         template = rng.choice(templates)
@@ -167,7 +175,7 @@ def wider_examples(
         )
         answer = answer_about_picture(asked, color, shape)
         sentence = rng.choice(PICTURE_SENTENCES).format(color=color, shape=shape)
-        examples.append(Example("wider", f"{sentence} {asked}", answer))
+        examples.append(Example("wider", f"{sentence} {asked}", answer, blind_key=asked))
     return examples
 
 
@@ -198,21 +206,14 @@ def pretraining_tasks(
     held_out = {pair for split in HELD_OUT_PAIRS.values() for pair in split}
     pairs = [pair for pair in pairs if pair not in held_out]
     reading = reading_examples(questions, pairs)
+    wider = wider_examples(questions, pairs, WIDER_EXAMPLES + ASKED_EXAMPLES, seed)
     asked = [
         Example(
             "asked",
             e.question.removesuffix(e.blind_key) + f'somebody asks: "{e.blind_key}"',
             e.answer,
         )
-        for e in reading
-    ]
-    colors, shapes = ({pair[i] for pair in pairs} for i in range(2))
-    simple = [
-        Example("simple", f"{s.format(color=c, shape=h)} is it {article}{a}?", answer)
-        for c, h in pairs
-        for s in PICTURE_SENTENCES
-        for article, true, others in (("", c, colors), ("a ", h, shapes))
-        for a, answer in ((true, "yes"), (rng.choice(sorted(others - {true})), "no"))
+        for e in wider[WIDER_EXAMPLES:]
     ]
     described = [
         Example("describe", f"{s.format(color=c, shape=h)} {ASK_PICTURE}", f"a {c} {h}")
@@ -238,8 +239,7 @@ def pretraining_tasks(
     return {
         "text": reading,
         "asked": asked,
-        "simple": simple,
-        "wider": wider_examples(questions, pairs, count=12000, seed=seed),
+        "wider": wider[:WIDER_EXAMPLES],
         "describe": described,
         "repeat": repeat,
         "sounds": sounds,
