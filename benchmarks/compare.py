@@ -7,6 +7,8 @@ from .history import Row
 
 NOISY = 0.07
 """Noise of our ratio above which a row says nothing."""
+DRIFT = 0.10
+"""What ratios of unchanged code differ by from one hour to the next, whatever their noise."""
 
 
 def is_noisy(row: Row, limit: float = NOISY) -> bool:
@@ -23,11 +25,11 @@ def is_slower(row: Row, baseline: Row | None) -> bool:
 
 
 def tolerance(noise: float, noise_before: float) -> float:
-    """Relative change of a ratio that is no regression: 8 %, or the noise of both runs.
+    """Relative change of a ratio that is no regression: `DRIFT`, or the noise of both runs.
 
     Each is counted up to `NOISY` at most, so that a slowdown of 15 % is always beyond it.
     """
-    return max(0.08, min(noise, NOISY) + min(noise_before, NOISY))
+    return max(DRIFT, min(noise, NOISY) + min(noise_before, NOISY))
 
 
 @dataclass(frozen=True)
