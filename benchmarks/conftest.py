@@ -2,8 +2,10 @@ import argparse
 import os
 from pathlib import Path
 
-# Read by torch's profiler, which counts memory, when torch is imported.
+# Read when torch is imported, this one by its profiler, which counts memory.
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+# As under make: threads that wait for work must not spin while another provider is timed.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 

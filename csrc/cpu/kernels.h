@@ -35,6 +35,13 @@ struct Kernels {
   float (*silu_mul_backward_bfloat16)(int64_t width, float score, const uint16_t* grad,
                                       const uint16_t* gate, const uint16_t* up, uint16_t* out,
                                       uint16_t* grad_gate, uint16_t* grad_up);
+  // out = sum over k of weights[k] * rows[k], added in that order. The next sum's rows are fetched
+  // into the cache meanwhile.
+  void (*weighted_sum)(int64_t count, const float* const* rows, const float* weights,
+                       int64_t next_count, const float* const* next, int64_t width, float* out);
+  void (*weighted_sum_bfloat16)(int64_t count, const uint16_t* const* rows, const float* weights,
+                                int64_t next_count, const uint16_t* const* next, int64_t width,
+                                uint16_t* out);
   // out = e^(x - shift) for x up to shift, 0 where float32 has no normal result; returns the sum.
   float (*exponentials)(int64_t count, const float* x, float shift, float* out);
 };

@@ -1,8 +1,10 @@
 // Token permutation: copies rows into expert order and sums them back.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "check.h"
+#include "kernels.h"
 #include "ops.h"
 
 namespace unimoe {
@@ -55,20 +57,47 @@ Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k)
 
 namespace {
 
-// One token: sums its rows in k order. `score` is null where every weight is 1.
+// The routed rows of one token in k order, and their weights.
 template <typename T>
-void sum_rows(T* out, const T* rows, const int32_t* position, const Accumulator<T>* score,
-              int64_t top_k, int64_t routed, int64_t width) {
+struct TokenRows {
+  std::vector<const T*> rows;
+  std::vector<Accumulator<T>> weights;
+
+  // `score` is null where every weight is 1.
+  void set(const T* from, int64_t width, const int32_t* position, const Accumulator<T>* score,
+           int64_t top_k, int64_t routed) {
+    rows.clear();
+    weights.clear();
+    for (int64_t k = 0; k < top_k; ++k) {
+      if (position[k] >= routed) continue;
+      rows.push_back(from + position[k] * width);
+      weights.push_back(score ? score[k] : Accumulator<T>(1));
+    }
+  }
+};
+
+template <typename T>
+void sum_rows(const Kernels& kernels, const TokenRows<T>& token, const TokenRows<T>& next,
+              int64_t width, T* out) {
+  const int64_t count = token.rows.size(), next_count = next.rows.size();
+  if constexpr (std::is_same_v<T, float>) {
+    return kernels.weighted_sum(count, token.rows.data(), token.weights.data(), next_count,
+                                next.rows.data(), width, out);
+  }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return kernels.weighted_sum_bfloat16(
+        count, reinterpret_cast<const uint16_t* const*>(token.rows.data()), token.weights.data(),
+        next_count, reinterpret_cast<const uint16_t* const*>(next.rows.data()), width,
+        bits_of(out));
+  }
   using Sum = Accumulator<T>;
   Sum sums[kColumns];
   for (int64_t first = 0; first < width; first += kColumns) {
     const int64_t columns = std::min(kColumns, width - first);
     std::fill_n(sums, columns, Sum(0));
-    for (int64_t k = 0; k < top_k; ++k) {
-      if (position[k] >= routed) continue;
-      const T* row = rows + position[k] * width + first;
-      const Sum weight = score ? score[k] : Sum(1);
-      for (int64_t d = 0; d < columns; ++d) sums[d] += weight * static_cast<Sum>(row[d]);
+    for (int64_t k = 0; k < count; ++k) {
+      const T* row = token.rows[k] + first;
+      for (int64_t d = 0; d < columns; ++d) sums[d] += token.weights[k] * static_cast<Sum>(row[d]);
     }
     for (int64_t d = 0; d < columns; ++d) out[first + d] = static_cast<T>(sums[d]);
   }
@@ -95,11 +124,19 @@ Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
     const Sum* score = scores ? const_data<Sum>(*scores) : nullptr;
     const T* from = const_data<T>(rows);
     T* to = mutable_data<T>(out);
+    const Kernels& fast = kernels();
     const int64_t grain = rows_per_task(width * top_k * static_cast<int64_t>(sizeof(T)));
     torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+      TokenRows<T> token, next;
+      const auto set = [&](TokenRows<T>& rows, int64_t t) {
+        rows.set(from, width, inverse + t * top_k, score ? score + t * top_k : nullptr, top_k,
+                 routed);
+      };
+      set(next, begin);
       for (int64_t t = begin; t < end; ++t) {
-        sum_rows(to + t * width, from, inverse + t * top_k, score ? score + t * top_k : nullptr,
-                 top_k, routed, width);
+        std::swap(token, next);
+        if (t + 1 < end) set(next, t + 1);
+        sum_rows(fast, token, next, width, to + t * width);
       }
     });
   });

@@ -12,7 +12,16 @@ import sys
 
 import torch
 
-from unimoe_kernels import _C, grouped_lora, grouped_mm, moe_mlp, swiglu, topk_router
+from unimoe_kernels import (
+    _C,
+    expert_sort,
+    grouped_lora,
+    grouped_mm,
+    moe_mlp,
+    swiglu,
+    topk_router,
+    unpermute,
+)
 from unimoe_kernels.testing import relative_error
 
 assert _C.build_info()["cpu_isa"] == sys.argv[1]
@@ -54,6 +63,10 @@ for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2), (torch.float
             kept = mlp(*inputs)
             with torch.no_grad():
                 assert torch.equal(mlp(*inputs), kept)
+    for T, D, K in ((9, 1, 1), (9, 17, 2), (50, 70, 3), (20, 200, 8)):
+        sort = expert_sort(torch.randint(0, 5, (T, K), dtype=torch.int32), 4)
+        sums = lambda rows, scores: unpermute(rows, sort, K, scores)
+        check("sums", sums, (torch.randn(T * K, D), torch.rand(T, K)), limit, dtype)
     for activation in ("silu", "gelu", "gelu_tanh", "relu", "swiglu_clamped"):
         for width in (1, 15, 16, 100):
             gate_up = 4 * torch.randn(7, 2 * width)
