@@ -149,17 +149,22 @@ def load(
         raise ValueError(f"count ({count}) must be at least 1")
     title = f"sprites {split}"
 
-    def clips() -> Iterator[Tensor]:
-        return (render(split, index, seed) for index in range(count))
-
-    def build() -> dict[str, Tensor]:
-        tokens = encoder.encode(clips(), count * NUM_FRAMES, title)
-        return {"features": tokens.reshape(count, -1, tokens.shape[2])}
-
     labels = []
     for index in range(count):
         _, character, motion = _choose(split, index, seed)
         labels.append({"sprite": sprite_name(character), "motion": motion})
+    # All frames of a clip that shows nothing move are one picture, which is encoded once.
+    pictures = torch.tensor([1 if own["motion"] == "still" else NUM_FRAMES for own in labels])
+
+    def clips() -> Iterator[Tensor]:
+        return (render(split, i, seed)[:held] for i, held in enumerate(pictures.tolist()))
+
+    def build() -> dict[str, Tensor]:
+        tokens = encoder.encode(clips(), int(pictures.sum()), title)
+        first = pictures.cumsum(0) - pictures
+        frames = first[:, None] + torch.arange(NUM_FRAMES) % pictures[:, None]
+        return {"features": tokens[frames].flatten(1, 2)}
+
     drawn = zlib.crc32("".join(concepts(split)).encode())
     settings = (_RENDER_VERSION, _SPRITE_SIZES, _TRAVEL, _BACKGROUND, FRAME_SIZE, NUM_FRAMES)
     fingerprint = (

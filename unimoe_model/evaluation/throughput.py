@@ -18,7 +18,7 @@ def layer_throughput(
     tokens: int,
     device: torch.device,
     dtype: torch.dtype,
-    rounds: int = 15,
+    rounds: int = 9,
 ) -> dict[str, dict[str, float]]:
     """Times one MoE layer, the loop it replaces, and a dense FFN that does the same FLOPs.
 
