@@ -85,6 +85,10 @@ class ResultsFile:
         path: the file; rows that it holds already are kept if they are of the same commit, one
             whose files are unchanged, and of the same machine.
         head: everything but the rows.
+
+    Attributes:
+        rows: by key.
+        limits: best of those of the head and of the file.
     """
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:

@@ -138,8 +138,8 @@ def wider_examples(
 ) -> list[Example]:
     """The same questions about more colours and shapes than the pictures have.
 
-    A third asks in the simplest words ("is it blue?"): comparing is learnt there first. Three in
-    ten colours and shapes are the pictures' own, never both at once.
+    A third asks in the simplest words ("is it blue?"): comparing is learnt there first. About
+    one in four colours and shapes is the pictures' own, never both at once.
 
     Args:
         questions: easy-vqa's question texts.
