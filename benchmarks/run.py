@@ -14,8 +14,11 @@ from .memory import keep_freed_memory
 from .recorder import Recorder, set_shares
 from .visits import VisitFile, visit
 
-RERUNS = 3
-"""How often a row is visited again that is noisy or looks slower than before."""
+RERUNS = (4, 8, 16)
+"""Fresh processes that visit a row which is noisy or looks slower than before, time after time.
+
+More each time: what is left then are few rows, and a neighbour's busy minute has to be outvoted.
+"""
 
 
 class Run:
@@ -60,7 +63,7 @@ class Run:
         # Places in memory and neighbours are a CPU's trouble; the GPU targets have to be quick.
         thorough = saves and self.device.type == "cpu"
         rows = self._rows()
-        for _ in range(RERUNS if compares or saves else 0):
+        for processes in RERUNS if compares or saves else ():
             again = [
                 row
                 for key, row in rows.items()
@@ -70,7 +73,7 @@ class Run:
             ]
             if not again:
                 break
-            visit(again, self.shapes, say)
+            visit(again, processes, self.shapes, say)
             if saves:
                 for row in again:
                     self.file.add(row)

@@ -15,23 +15,21 @@ from pathlib import Path
 
 from .history import ROOT, Row
 
-VISITS = 4
-"""Processes in one go."""
 
-
-def visit(rows: Sequence[Row], shapes: str, say: Callable[[str], None]) -> None:
-    """Times rows in `VISITS` fresh processes and adds what they found to each row.
+def visit(rows: Sequence[Row], processes: int, shapes: str, say: Callable[[str], None]) -> None:
+    """Times rows in fresh processes and adds what they found to each row.
 
     Args:
         rows: of this run; their ratio and noise become those over all visits.
+        processes: how many, one after the other.
         shapes: as the option `--shapes`.
         say: is told what goes on.
 
     Raises:
         RuntimeError: if a process fails; its output is in the message.
     """
-    for number in range(1, VISITS + 1):
-        say(f"process {number} of {VISITS}: {len(rows)} rows again")
+    for number in range(1, processes + 1):
+        say(f"process {number} of {processes}: {len(rows)} rows again")
         ratios = _in_fresh_process({row["key"]: row["anchor"] for row in rows}, shapes)
         for row in rows:
             row["visits"].append(ratios[row["key"]])

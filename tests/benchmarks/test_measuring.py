@@ -77,11 +77,11 @@ def test_visits_are_added_to_their_rows(monkeypatch, tmp_path):
     )
     row = {"key": "a", "anchor": "dense", "visits": [1.3], "providers": {"ours": {"ratio": 1.3}}}
     said = []
-    visits.visit([row], "small", said.append)
+    visits.visit([row], 4, "small", said.append)
     assert row["visits"] == [1.3, 1.2, 1.0, 1.4, 1.1]
     assert row["providers"]["ours"]["ratio"] == 1.2
     assert row["providers"]["ours"]["noise"] == visits.noise_of_visits(row["visits"])
-    assert len(said) == visits.VISITS
+    assert len(said) == 4
 
     path = tmp_path / "visit.json"
     path.write_text(json.dumps({"a": "dense"}))
