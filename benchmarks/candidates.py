@@ -1,8 +1,8 @@
 """What is measured: a function to time, and the check that it must pass before."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,18 @@ class Candidate:
 
 Provider = Callable[[], Candidate]
 """Makes a candidate, or raises `UnavailableError` with the reason."""
+
+
+def in_turns(candidates: Sequence[Candidate], turns: Iterator[int]) -> Candidate:
+    """The first candidate, whose calls run one of them after the other.
+
+    Args:
+        candidates: the same on other memory.
+        turns: counts calls; where providers share memory, one for all of them.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    return replace(candidates[0], run=lambda: candidates[next(turns) % len(candidates)].run())
 
 
 def own_gradients(layer: nn.Module) -> nn.Module:

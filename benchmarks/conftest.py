@@ -75,6 +75,8 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(config, items):
     run = config.stash[STATE]
+    # A benchmark without cases in the chosen set.
+    items[:] = [item for item in items if isinstance(_case(item), shapes.Case)]
     if run.visit is not None:
         items[:] = [item for item in items if _key(item) in run.visit.anchors]
 
@@ -84,8 +86,12 @@ def pytest_collection_finish(session):
     run.expected = {_key(item) for item in session.items if hasattr(item, "callspec")}
 
 
+def _case(item):
+    return next(iter(item.callspec.params.values()))
+
+
 def _key(item):
-    case = next(iter(item.callspec.params.values()))
+    case = _case(item)
     return f"{item.originalname.removeprefix('bench_')}[{case}]"
 
 
@@ -94,23 +100,23 @@ def device(pytestconfig):
     return pytestconfig.stash[STATE].device
 
 
-@pytest.fixture(scope="session")
-def dtype(pytestconfig):
-    return pytestconfig.stash[STATE].dtype
+@pytest.fixture
+def dtype(request, pytestconfig):
+    return pytestconfig.stash[STATE].dtype_of(_case(request.node))
 
 
 @pytest.fixture
-def record(benchmark, request, pytestconfig):
+def record(benchmark, request, pytestconfig, dtype):
     """Checks all providers of a row, times them in turns and keeps the row."""
     run = pytestconfig.stash[STATE]
     name = request.node.originalname.removeprefix("bench_")
 
-    def checks_times_and_keeps(case, providers, work, *, cold=False):
+    def checks_times_and_keeps(case, providers, work):
         if run.visit is not None:
             keep_freed_memory()
             key = _key(request.node)
             anchor = run.visit.anchors[key]
-            run.visit.add(key, revisited(name, providers, anchor, run.device, cold=cold))
+            run.visit.add(key, revisited(name, providers, anchor, run.device))
             return
         if run.smoke or benchmark.disabled:
             candidates, _ = checked(providers)
@@ -119,7 +125,7 @@ def record(benchmark, request, pytestconfig):
         run.begin()
         if run.file is not None and _key(request.node) in run.file.rows:
             pytest.skip("measured already at this commit; its row is in the results file")
-        row, ours = run.recorder.measure(name, case, providers, work, cold=cold)
+        row, ours = run.recorder.measure(name, case, dtype, providers, work)
         benchmark.extra_info.update(row)
         if run.file is not None:
             run.file.add(row)

@@ -84,7 +84,7 @@ class ResultsFile:
     Args:
         path: the file; rows that it holds already are kept if they are of the same commit, one
             whose files are unchanged, and of the same machine.
-        head: everything but the rows.
+        head: everything but the rows. The file's `commands` are all that rows in it came from.
 
     Attributes:
         rows: by key.
@@ -101,6 +101,8 @@ class ResultsFile:
             same = all(held[name] == head[name] for name in ("commit", "machine"))
             if clean and same:
                 self.rows = {row["key"]: row for row in held["rows"]}
+                commands = dict.fromkeys([*held["commands"], *head["commands"]])
+                self._head = head | {"commands": list(commands)}
                 self.limits = best_of(self.limits, Limits(**held["limits"]))
 
     def add(self, row: Row) -> None:

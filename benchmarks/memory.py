@@ -7,7 +7,6 @@ import torch
 
 # Parameters of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_BEYOND_CACHES = 1 << 27
 
 
 def keep_freed_memory() -> None:
@@ -21,20 +20,6 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
         mallopt(_M_TOP_PAD, 1 << 28)
-
-
-class ColdCaches:
-    """Called, it reads so much that no cache holds anything else.
-
-    Small weights would stay in a cache from one call to the next, or not, by what else the machine
-    does; in a model other layers come in between.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._numbers = torch.ones(_BEYOND_CACHES // 4, device=device)
-
-    def __call__(self) -> None:
-        self._numbers.sum()
 
 
 def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:

@@ -71,10 +71,11 @@ def _bars(rows: list[Row], result: dict, path: Path) -> Path:
 def _lines(rows: list[Row], result: dict, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
-    by_layer: dict[str, list[Row]] = defaultdict(list)
+    held: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row["case"]["mode"] == "forward" and row["case"]["routing"] == "natural":
-            by_layer[row["case"]["layer"]].append(row)
+            held[f"{row['case']['layer']}, {row['dtype']}"].append(row)
+    by_layer = {name: own for name, own in held.items() if len(own) > 1} or held
     figure, all_axes = plt.subplots(
         1, max(1, len(by_layer)), figsize=(4.2 * max(1, len(by_layer)), 3.8), squeeze=False
     )

@@ -1,5 +1,7 @@
 """One mixture-of-experts layer with inputs, and the answer every provider has to give."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -7,13 +9,27 @@ from unimoe_kernels import MoE
 from unimoe_kernels.testing import relative_error
 
 from .candidates import Candidate, Work
-from .shapes import LAYERS, Case
+from .shapes import COLD_TOKENS, LAYERS, Case
 
 # Of the largest entry, as rounding in each dtype and sums over D and F give it, with room.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+CACHED_BYTES = 1 << 27
+"""Four times what the third-level cache of a usual processor holds."""
 EVEN = 8.0
 """Logit of a choice that is made on purpose: far beyond what normal logits reach, yet small enough
 not to magnify rounding."""
+
+
+def problems_of(case: Case, device: torch.device, dtype: torch.dtype) -> list["Problem"]:
+    """What calls of a case go through one after the other: one problem, or copies of it.
+
+    A few tokens cost what it takes to read their experts' weights, and in a model other layers come
+    in between. So there are as many copies as leave every cache before it is their turn again.
+    """
+    first = Problem(case, device, dtype)
+    if case.tokens > COLD_TOKENS:
+        return [first]
+    return [first, *(copy.deepcopy(first) for _ in range(int(CACHED_BYTES / first.work.bytes)))]
 
 
 class Problem:

@@ -4,7 +4,8 @@ A provider that cannot run raises `UnavailableError` with the reason.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 import unimoe_kernels
 from unimoe_kernels import LoopedMoE, SwiGLUFFN
 
-from .candidates import Candidate, Provider, UnavailableError, own_gradients
+from .candidates import Candidate, Provider, UnavailableError, in_turns, own_gradients
 from .problem import Problem
 from .remote import RemoteLayer
 
@@ -20,23 +21,33 @@ BATCHED_ROWS = 64
 """Rows above which `batched_mm` is left out: it copies an expert's weights for every row."""
 
 
-def layer_providers(problem: Problem) -> dict[str, Provider]:
-    """All providers of a case, the anchor first."""
+def layer_providers(problems: Sequence[Problem]) -> dict[str, Provider]:
+    """All providers of a case, the anchor first; their calls take one problem after the other."""
     makers: dict[str, Callable[[Problem], Candidate]] = {
         "dense": _dense,
         "looped": _looped,
         "transformers-eager": functools.partial(_mixtral_block, implementation="eager"),
         "transformers-grouped_mm": functools.partial(_mixtral_block, implementation="grouped_mm"),
         "transformers-batched_mm": functools.partial(_mixtral_block, implementation="batched_mm"),
-        "zentorch": _zentorch,
         "liger": _liger,
         "ours": _ours,
     }
-    _, *others = unimoe_kernels.available_backends("permute", problem.x.device)
+    device = problems[0].x.device
+    _, *others = unimoe_kernels.available_backends("permute", device)
     for backend in others:
-        if problem.x.device.type == "cuda" and backend != "reference":
+        if device.type == "cuda" and backend != "reference":
             makers[f"ours-{backend}"] = functools.partial(_ours, backend=backend)
-    return {name: functools.partial(make, problem) for name, make in makers.items()}
+    turns = itertools.count()
+    providers: dict[str, Provider] = {
+        name: functools.partial(_of_all, make, problems, turns) for name, make in makers.items()
+    }
+    return providers | {"zentorch": functools.partial(_zentorch, problems[0])}
+
+
+def _of_all(
+    make: Callable[[Problem], Candidate], problems: Sequence[Problem], turns: Iterator[int]
+) -> Candidate:
+    return in_turns([make(problem) for problem in problems], turns)
 
 
 def _dense(problem: Problem) -> Candidate:

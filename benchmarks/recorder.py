@@ -10,7 +10,7 @@ import torch
 from .candidates import Candidate, Provider, UnavailableError, Work
 from .history import Row
 from .limits import Limits, name_of
-from .memory import ColdCaches, peak_extra_bytes, saved_bytes
+from .memory import peak_extra_bytes, saved_bytes
 from .shapes import Case
 from .timing import Timing, time_in_turns
 
@@ -25,14 +25,12 @@ class Recorder:
 
     Attributes:
         device: where providers run.
-        dtype: of their inputs.
         limits: of the machine.
         seconds: time spent on the rounds of a row.
         rows: what was measured.
     """
 
     device: torch.device
-    dtype: torch.dtype
     limits: Limits
     seconds: float = 1.5
     rows: list[Row] = field(default_factory=list)
@@ -41,19 +39,18 @@ class Recorder:
         self,
         benchmark: str,
         case: Case,
+        dtype: torch.dtype,
         providers: Mapping[str, Provider],
         work: Work,
-        *,
-        cold: bool = False,
     ) -> tuple[Row, Callable[[], float | None]]:
         """Checks every provider, then times all that run in turns.
 
         Args:
             benchmark: name of the operator, `moe_layer` or `model`.
             case: what is measured.
+            dtype: of the inputs.
             providers: who takes part, the anchor first.
             work: the least that has to be done.
-            cold: whether every sample starts with cold caches.
 
         Returns:
             The row, and what was timed as ours.
@@ -65,14 +62,8 @@ class Recorder:
         functions = {name: candidate.run for name, candidate in candidates.items()}
         anchor = next(iter(functions))
         functions["ours"] = slowed(functions["ours"], benchmark)
-        timings, rounds = time_in_turns(
-            functions,
-            anchor,
-            self.device,
-            seconds=self.seconds,
-            before=ColdCaches(self.device) if cold else None,
-        )
-        row = self._row(f"{benchmark}[{case}]", timings, rounds, candidates, work)
+        timings, rounds = time_in_turns(functions, anchor, self.device, seconds=self.seconds)
+        row = self._row(f"{benchmark}[{case}]", dtype, timings, rounds, candidates, work)
         row |= {
             "benchmark": benchmark,
             "case": case._asdict(),
@@ -86,12 +77,13 @@ class Recorder:
     def _row(
         self,
         key: str,
+        dtype: torch.dtype,
         timings: dict[str, Timing],
         rounds: int,
         candidates: Mapping[str, Candidate],
         work: Work,
     ) -> Row:
-        peak = self.limits.flops.get(name_of(self.dtype), 0)
+        peak = self.limits.flops.get(name_of(dtype), 0)
         by_memory = not work.flops or (
             peak and self.limits.read and work.bytes / self.limits.read > work.flops / peak
         )
@@ -111,7 +103,7 @@ class Recorder:
                 figures[name]["saved_bytes"] = saved_bytes(candidate.forward, candidate.weights)
         row = {
             "key": key,
-            "dtype": name_of(self.dtype),
+            "dtype": name_of(dtype),
             "unit": "GB/s" if by_memory else "GFLOP/s",
             "work": work._asdict(),
             "rounds": rounds,
@@ -146,18 +138,12 @@ def checked(providers: Mapping[str, Provider]) -> tuple[dict[str, Candidate], di
 
 
 def revisited(
-    benchmark: str,
-    providers: Mapping[str, Provider],
-    anchor: str,
-    device: torch.device,
-    *,
-    cold: bool,
+    benchmark: str, providers: Mapping[str, Provider], anchor: str, device: torch.device
 ) -> float:
     """Our ratio to the anchor, timed without anybody else."""
     functions = {anchor: providers[anchor]().run}
     functions["ours"] = slowed(providers["ours"]().run, benchmark)
-    before = ColdCaches(device) if cold else None
-    timings, _ = time_in_turns(functions, anchor, device, seconds=0.8, min_rounds=7, before=before)
+    timings, _ = time_in_turns(functions, anchor, device, seconds=0.8, min_rounds=7)
     return timings["ours"].ratio
 
 

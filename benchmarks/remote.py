@@ -1,17 +1,19 @@
 """Peers that cannot share a process: one of their own each, told over a pipe when to run."""
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import torch
 
 from .candidates import UnavailableError
 from .memory import keep_freed_memory
-from .problem import Problem
+from .problem import Problem, problems_of
 from .shapes import Case
 
 _START_SECONDS = 120
@@ -83,7 +85,7 @@ class _Worker:
 def _serve(peer: str, pipe: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
     keep_freed_memory()
-    run = None
+    runs = itertools.repeat(None)
     while True:
         try:
             question = pipe.recv()
@@ -91,9 +93,11 @@ def _serve(peer: str, pipe: Connection, threads: int) -> None:
             return
         try:
             if question[0] == "prepare":
-                run = _LAYERS[peer](Problem(question[1], torch.device("cpu"), question[2]))
+                problems = problems_of(question[1], torch.device("cpu"), question[2])
+                runs = itertools.cycle([_LAYERS[peer](problem) for problem in problems])
                 pipe.send(("ready", None))
                 continue
+            run = next(runs)
             begin = time.perf_counter()
             run()
             pipe.send(("seconds", time.perf_counter() - begin))
@@ -107,7 +111,7 @@ def _serve(peer: str, pipe: Connection, threads: int) -> None:
             pipe.send(("unavailable", reason.splitlines()[0]))
 
 
-def _zentorch_layer(problem: Problem):
+def _zentorch_layer(problem: Problem) -> Callable[[], None]:
     try:
         import zentorch  # noqa: F401
     except ImportError as error:

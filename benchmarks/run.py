@@ -37,6 +37,10 @@ class Run:
         asked = config.getoption("visit")
         self.visit = VisitFile(asked) if asked else None
 
+    def dtype_of(self, case):
+        """What a case is measured in: its own dtype, or the device's."""
+        return getattr(torch, case.dtype) if case.dtype else self.dtype
+
     def begin(self):
         """Measures the machine; done at the first row, so that collecting costs nothing."""
         if self.recorder is not None:
@@ -45,13 +49,12 @@ class Run:
         self.source, self.baseline = source, baseline
         keep_freed_memory()
         limits = measure_limits(self.device)
-        self.recorder = Recorder(self.device, self.dtype, limits)
+        self.recorder = Recorder(self.device, limits)
         if self.config.getoption("save"):
             head = {
                 "commit": history.commit(),
                 "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "command": shlex.join(["pytest", *map(str, self.config.invocation_params.args)]),
-                "shapes": self.shapes,
+                "commands": [shlex.join(["pytest", *map(str, self.config.invocation_params.args)])],
                 "machine": history.machine(self.device),
                 "limits": vars(limits),
             }

@@ -9,7 +9,7 @@ MODES = ("forward", "training")
 ROUTINGS = ("natural", "uniform", "zipf", "same")
 TOKENS = (1, 16, 128, 1024, 4096, 32768)
 COLD_TOKENS = 128
-"""Up to so many tokens a layer is timed with cold caches: what it costs is to read its weights."""
+"""Up to so many tokens a layer's weights are cold: to read them is what it costs."""
 
 COPIED_ROWS = 65536
 """Rows that small cases of movement copy: at this size they leave every cache, and spread least."""
@@ -32,15 +32,18 @@ class Case(NamedTuple):
         tokens: T.
         mode: `"forward"`, or `"training"`, which is forward and backward.
         routing: how tokens choose; see `Problem`.
+        dtype: such as `"bfloat16"`, or "" for the one that the device is measured in.
     """
 
     layer: str
     tokens: int
     mode: str = "forward"
     routing: str = "natural"
+    dtype: str = ""
 
     def __str__(self) -> str:
-        return f"{self.layer}-T{self.tokens}-{self.mode}-{self.routing}"
+        parts = (self.layer, f"T{self.tokens}", self.mode, self.routing, self.dtype)
+        return "-".join(part for part in parts if part)
 
 
 class ShapeSet(NamedTuple):
@@ -50,13 +53,13 @@ class ShapeSet(NamedTuple):
         layer: cases of the whole layer.
         operator: cases of operators that compute.
         movement: cases of operators that choose, sort and copy. More tokens, as they are quick.
-        model: name in `MODEL_CASES`.
+        model: name in `MODEL_CASES`, or "" for none.
     """
 
     layer: tuple[Case, ...]
-    operator: tuple[Case, ...]
-    movement: tuple[Case, ...]
-    model: str
+    operator: tuple[Case, ...] = ()
+    movement: tuple[Case, ...] = ()
+    model: str = ""
 
 
 # Published models first, then the same proportions at sizes that two CPU cores finish in seconds.
@@ -68,13 +71,25 @@ LAYERS = {
     "sonicmoe-7b-fine": Layer(D=1536, F=256, E=128, K=8),
     "sonicmoe-7b-coarse": Layer(D=1536, F=1024, E=32, K=2),
     "deepseek-v3": Layer(D=7168, F=2048, E=256, K=8),
+    "medium-unimoe": Layer(D=1024, F=2816, E=4, K=2),
+    "medium-mixtral": Layer(D=1024, F=2816, E=8, K=2),
+    "medium-qwen3": Layer(D=2048, F=768, E=32, K=8),
+    "large-qwen3": Layer(D=2048, F=768, E=64, K=8),
     "small-unimoe": Layer(D=512, F=1376, E=4, K=2),
     "small-mixtral": Layer(D=512, F=1792, E=8, K=2),
     "small-qwen3": Layer(D=512, F=192, E=32, K=8),
 }
 
-PUBLISHED = tuple(name for name in LAYERS if not name.startswith("small-"))
-SMALL = tuple(name for name in LAYERS if name.startswith("small-"))
+SMALL = ("small-unimoe", "small-mixtral", "small-qwen3")
+PUBLISHED = (
+    "unimoe",
+    "mixtral-8x7b",
+    "qwen3-30b-a3b",
+    "olmoe",
+    "sonicmoe-7b-fine",
+    "sonicmoe-7b-coarse",
+    "deepseek-v3",
+)
 
 
 def _small() -> ShapeSet:
@@ -96,8 +111,24 @@ def _small() -> ShapeSet:
     )
 
 
+def _cpu_goals() -> ShapeSet:
+    """The rows that our goals for CPUs are about, in both dtypes."""
+    cases = (
+        Case("medium-unimoe", 2048),
+        Case("medium-qwen3", 1024),
+        Case("olmoe", 512),
+        Case("medium-mixtral", 1),
+        Case("large-qwen3", 4),
+        Case("medium-unimoe", 2048, "training"),
+        Case("medium-qwen3", 1024, "training"),
+        *(Case("medium-unimoe", 2048, "forward", skew) for skew in ("uniform", "zipf", "same")),
+    )
+    dtypes = ("float32", "bfloat16")
+    return ShapeSet(layer=tuple(case._replace(dtype=dtype) for case in cases for dtype in dtypes))
+
+
 def _goals() -> ShapeSet:
-    """The rows that our goals are about; a GPU finishes them in minutes."""
+    """The rows that our goals for GPUs are about; one finishes them in minutes."""
     operators = ("unimoe", "qwen3-30b-a3b")
     return ShapeSet(
         layer=(
@@ -135,12 +166,16 @@ def _full() -> ShapeSet:
 
 SETS = {
     "smoke": ShapeSet(
-        layer=(Case("small-qwen3", 16), Case("small-unimoe", 16, "training", "zipf")),
+        layer=(
+            Case("small-qwen3", 16, dtype="bfloat16"),
+            Case("small-unimoe", 16, "training", "zipf"),
+        ),
         operator=(Case("small-qwen3", 16), Case("small-qwen3", 16, "training")),
         movement=(Case("small-qwen3", 16), Case("small-qwen3", 16, "training")),
         model="smoke",
     ),
     "small": _small(),
+    "cpu-goals": _cpu_goals(),
     "goals": _goals(),
     "full": _full(),
 }
@@ -178,7 +213,7 @@ MODEL_CASES = {
         for mode in ("training", "first-token", f"generate-{NEW_TOKENS}")
     )
     for name, model in MODELS.items()
-}
+} | {"": ()}
 
 
 def every_case(name: str) -> tuple[Case, ...]:

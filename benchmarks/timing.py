@@ -37,7 +37,6 @@ def time_in_turns(
     seconds: float,
     min_rounds: int = 11,
     max_rounds: int = 400,
-    before: Callable[[], object] | None = None,
 ) -> tuple[dict[str, Timing], int]:
     """Times every function once a round, in an order that rotates.
 
@@ -50,7 +49,6 @@ def time_in_turns(
         seconds: rounds go on for about this long in total.
         min_rounds: at least so many, however long they take.
         max_rounds: at most so many.
-        before: called before each sample, which is then of one call; not timed.
 
     Returns:
         Figures by name, and the number of rounds.
@@ -60,8 +58,6 @@ def time_in_turns(
         name: max(1, min(MAX_CALLS_A_SAMPLE, math.ceil(MIN_SAMPLE_SECONDS / max(one, 1e-9))))
         for name, one in once.items()
     }
-    if before is not None:
-        calls = dict.fromkeys(once, 1)
     samples: dict[str, dict[int, float]] = {name: {} for name in functions}
     stop = time.perf_counter() + seconds
     rounds = 0
@@ -69,8 +65,6 @@ def time_in_turns(
         names = [n for n in once if once[n] < SLOW * once[anchor] or rounds % SLOW_EVERY == 0]
         shift = rounds % len(names)
         for name in names[shift:] + names[:shift]:
-            if before is not None:
-                before()
             samples[name][rounds] = _sample(functions[name], calls[name], device)
         rounds += 1
     timings = {}

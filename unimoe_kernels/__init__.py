@@ -7,7 +7,7 @@ The public API is exactly `__all__`.
 # decided when it is declared, so this comes first.
 from unimoe_kernels import _extension  # noqa: F401
 from unimoe_kernels._backends import available_backends, use_backend
-from unimoe_kernels.integrations import register_with_transformers
+from unimoe_kernels.integrations import load_upcycled, register_with_transformers, upcycle
 from unimoe_kernels.layers import (
     GroupedExperts,
     LoopedMoE,
@@ -15,6 +15,8 @@ from unimoe_kernels.layers import (
     SwiGLUFFN,
     TopKRouter,
     inject_aux_loss,
+    stack_experts,
+    unstack_experts,
 )
 from unimoe_kernels.ops import (
     ExpertSort,
@@ -45,11 +47,15 @@ __all__ = [
     "grouped_lora",
     "grouped_mm",
     "inject_aux_loss",
+    "load_upcycled",
     "moe_mlp",
     "permute",
     "register_with_transformers",
+    "stack_experts",
     "swiglu",
     "topk_router",
     "unpermute",
+    "unstack_experts",
+    "upcycle",
     "use_backend",
 ]

@@ -12,11 +12,20 @@ struct Kernels {
   const char* name;
   int64_t rows;
   int64_t columns;
-  // sums[rows][columns] = the product of two panels.
-  void (*multiply)(int64_t depth, const float* left, const float* right, float* sums);
+  // sums[rows][columns] = the product of two panels, added to what is there if asked for.
+  void (*multiply)(int64_t depth, const float* left, const float* right, bool add, float* sums);
   // The same for panels of two bfloat16 a step and number; null where no instruction multiplies
   // them.
-  void (*multiply_pairs)(int64_t steps, const uint32_t* left, const uint32_t* right, float* sums);
+  void (*multiply_pairs)(int64_t steps, const uint32_t* left, const uint32_t* right, bool add,
+                         float* sums);
+  // What panels are packed with. Lines of 32-bit units become columns of `to`, `width` units wide.
+  void (*transpose)(int64_t lines, const char* const* from, int64_t units, int64_t width, char* to);
+  // Rows of `count` numbers, `stride` apart, follow each other in `to`, `width` apart.
+  void (*copy_rows)(int64_t rows, int64_t count, const float* from, int64_t stride, int64_t width,
+                    float* to);
+  // The same with the numbers of two rows in each unit, the first row's in the lower half.
+  void (*copy_row_pairs)(int64_t pairs, int64_t count, const uint16_t* from, int64_t stride,
+                         int64_t width, uint32_t* to);
   // sums[rows][columns] = dot products of the left operand's rows, one after the other, with rows
   // of the right one, `stride` numbers apart.
   void (*dot)(int64_t depth, int64_t rows, const float* left, const float* right, int64_t stride,

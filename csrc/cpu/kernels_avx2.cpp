@@ -36,6 +36,24 @@ struct Simd {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
+  static void transpose(Vec (&rows)[8]) {
+    Vec quads[8];
+    UNIMOE_UNROLL for (int i = 0; i < 8; i += 4) {
+      // Of four rows, lane by lane.
+      const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(rows[i], rows[i + 1]));
+      const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(rows[i], rows[i + 1]));
+      const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(rows[i + 2], rows[i + 3]));
+      const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(rows[i + 2], rows[i + 3]));
+      quads[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+      quads[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+      quads[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+      quads[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+    }
+    UNIMOE_UNROLL for (int i = 0; i < 4; ++i) {
+      rows[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+      rows[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+    }
+  }
 };
 
 #include "kernels.inc"

@@ -39,9 +39,64 @@ struct Simd {
   static Vec broadcast(const float* from) { return _mm512_set1_ps(*from); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(Vec value) { return _mm512_reduce_add_ps(value); }
+  static void transpose(Vec (&rows)[16]) {
+    Vec quads[16];
+    UNIMOE_UNROLL for (int i = 0; i < 16; i += 4) {
+      // Of four rows, lane by lane.
+      const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i], rows[i + 1]));
+      const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i], rows[i + 1]));
+      const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i + 2], rows[i + 3]));
+      const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i + 2], rows[i + 3]));
+      quads[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+      quads[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+      quads[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+      quads[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+    }
+    UNIMOE_UNROLL for (int i = 0; i < 4; ++i) {
+      const Vec low01 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x44);
+      const Vec high01 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xee);
+      const Vec low23 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x44);
+      const Vec high23 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xee);
+      rows[i] = _mm512_shuffle_f32x4(low01, low23, 0x88);
+      rows[i + 4] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+      rows[i + 8] = _mm512_shuffle_f32x4(high01, high23, 0x88);
+      rows[i + 12] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+    }
+  }
 };
 
 #include "kernels.inc"
+
+template <>
+struct Sums<4, 4> {
+  static void store(const __m512 (&vectors)[4][4], float (&sums)[4][4]) {
+    // Halves are added, then their halves, until lane `row`, number `c` is the sum of one vector.
+    __m512 columns[4];
+    UNIMOE_UNROLL for (int c = 0; c < 4; ++c) {
+      const __m512 rows01 = added<0x44, 0xee>(vectors[0][c], vectors[1][c]);
+      const __m512 rows23 = added<0x44, 0xee>(vectors[2][c], vectors[3][c]);
+      columns[c] = added<0x88, 0xdd>(rows01, rows23);
+    }
+    const __m512 columns01 = added_pairs(columns[0], columns[1]);
+    const __m512 columns23 = added_pairs(columns[2], columns[3]);
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(columns01, columns23, 0x88),
+                                     _mm512_shuffle_ps(columns01, columns23, 0xdd));
+    _mm512_storeu_ps(&sums[0][0], all);
+  }
+
+  // Two choices of lanes, added.
+  template <int kFirst, int kSecond>
+  static __m512 added(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, kFirst), _mm512_shuffle_f32x4(a, b, kSecond));
+  }
+
+  // The first two numbers of each lane and the last two, added.
+  static __m512 added_pairs(__m512 a, __m512 b) {
+    const __m512d first = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+    const __m512d second = _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+    return _mm512_add_ps(_mm512_castpd_ps(first), _mm512_castpd_ps(second));
+  }
+};
 
 // What follows uses AVX512-BF16 instructions.
 struct PairedBfloat16 {
@@ -65,7 +120,8 @@ void dot_pairs(int64_t depth, int64_t rows, const uint16_t* left, const uint16_t
 }
 
 template <int kRows, int kVectors>
-void multiply_pairs(int64_t steps, const uint32_t* left, const uint32_t* right, float* sums) {
+void multiply_pairs(int64_t steps, const uint32_t* left, const uint32_t* right, bool add,
+                    float* sums) {
   __m512 total[kRows][kVectors];
   UNIMOE_UNROLL for (int row = 0; row < kRows; ++row) {
     UNIMOE_UNROLL for (int v = 0; v < kVectors; ++v) total[row][v] = _mm512_setzero_ps();
@@ -84,11 +140,7 @@ void multiply_pairs(int64_t steps, const uint32_t* left, const uint32_t* right, 
     left += kRows;
     right += kVectors * 16;
   }
-  UNIMOE_UNROLL for (int row = 0; row < kRows; ++row) {
-    UNIMOE_UNROLL for (int v = 0; v < kVectors; ++v) {
-      _mm512_storeu_ps(sums + (row * kVectors + v) * 16, total[row][v]);
-    }
-  }
+  store_tile(total, add, sums);
 }
 
 constexpr Kernels bfloat16_table() {

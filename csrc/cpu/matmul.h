@@ -1,9 +1,10 @@
 // Matmuls of experts with their rows.
 //
-// The left operand (rows in the forward, columns of the gradient for the weight) is packed once, by
-// all threads. A task is one expert and some panels of columns: it packs the panels, which then
-// stay in the second-level cache, and multiplies them with all panels on the left. Sums stay in
-// registers over the whole depth, so that each result is rounded once and the order of additions is
+// The left operand (rows in the forward, columns of the gradient for the weight) is packed in waves
+// of bounded size, each while the one before it is multiplied. A task is one expert and some panels
+// of columns: it packs the panels, which then stay in the second-level cache, and multiplies them
+// with all panels on the left. Sums stay in registers over some hundred steps of depth and in a
+// float32 tile over all of them, so that each result is rounded once and the order of additions is
 // fixed.
 #pragma once
 
@@ -11,6 +12,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "activation.h"
@@ -20,7 +22,7 @@
 
 namespace unimoe {
 
-constexpr int64_t kMaxTile = 8 * 48;
+constexpr int64_t kMaxTile = 8 * kMaxWidth;
 constexpr int64_t kBlock = 64;
 constexpr int64_t kFewLines = 64;
 constexpr int64_t kFewColumns = 24;
@@ -30,6 +32,20 @@ constexpr int64_t kLeftPanels = 8;
 // Of 32 bits; half of a second-level cache of 1 MiB.
 constexpr int64_t kPanelUnits = 128 * 1024;
 constexpr int64_t kFewestTasks = 16;
+// Sums of so many steps are added up by themselves before they join the others: rounding grows with
+// the number of additions one after the other.
+constexpr int64_t kStepsAtOnce = 512;
+// Beyond so many steps several panels on the left are multiplied with parts of those on the right
+// before the next part: else few panels on the right would fit into the second-level cache, and
+// those on the left would be read from memory for each of them.
+constexpr int64_t kLongSteps = 4096;
+constexpr int64_t kLinesTogether = 16;
+// Of the packed left operand: what stays in a third-level cache, but lines enough to make up for
+// packing the right one again.
+constexpr int64_t kPackedUnits = 1024 * 1024;
+constexpr int64_t kFewestLines = 2048;
+// More than this is handed back after a call.
+constexpr int64_t kKeptUnits = 4 * 1024 * 1024;
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -42,6 +58,36 @@ inline std::unique_ptr<uint32_t, Free> allocate(int64_t units) {
   void* memory = std::aligned_alloc(kAlignment, bytes);
   UNIMOE_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes for packed operands");
   return std::unique_ptr<uint32_t, Free>(static_cast<uint32_t*>(memory));
+}
+
+// Memory that is kept for the next call, and grows.
+class Scratch {
+ public:
+  uint32_t* at_least(int64_t units) {
+    if (held_ < units) {
+      memory_.reset();
+      held_ = 0;
+      memory_ = allocate(units);
+      held_ = units;
+    }
+    return memory_.get();
+  }
+
+  void shrink_to(int64_t units) {
+    if (held_ > units) {
+      memory_.reset();
+      held_ = 0;
+    }
+  }
+
+ private:
+  std::unique_ptr<uint32_t, Free> memory_;
+  int64_t held_ = 0;
+};
+
+// Waits until a number that other threads count down is zero, or one of them has failed.
+inline void wait_for(const std::atomic<int64_t>& number, const std::atomic<bool>& failed) {
+  while (number.load(std::memory_order_acquire) != 0 && !failed) std::this_thread::yield();
 }
 
 // Every thread takes the next task until none is left: tasks may differ a lot in size.
@@ -115,90 +161,190 @@ void write(const Product<T>& product, const Kernels& kernels, float* const* sums
   }
 }
 
+// The same product of some of the lines on the left.
+template <typename T>
+Product<T> some_lines(const Product<T>& product, int64_t first, int64_t lines) {
+  Product<T> some = product;
+  if (some.left.index != nullptr) {
+    some.left.index += first;
+  } else {
+    some.left.data += first * some.left.line_stride;
+  }
+  some.lines = lines;
+  some.out += first * some.columns;
+  if (some.hidden != nullptr) some.hidden += first * 2 * some.columns;
+  return some;
+}
+
+// Products whose left operands are packed together, and the tasks that are left to do. Three of
+// them share the memory of packed operands: one is multiplied while the next is packed.
+struct Wave {
+  int64_t units = 0;
+  std::atomic<int64_t> to_pack{0};
+  std::atomic<int64_t> to_multiply{0};
+};
+constexpr int64_t kBuffers = 3;
+
 // Products whose panels hold units of type U: float, or uint32_t for pairs of bfloat16.
 template <typename T, typename U>
-void multiply_packed(const std::vector<Product<T>>& products, const Kernels& kernels) {
+void multiply_packed(const std::vector<Product<T>>& given, const Kernels& kernels) {
   constexpr int64_t kPerStep = std::is_same_v<U, float> ? 1 : 2;
   const auto steps_of = [](const Product<T>& p) { return (p.depth + kPerStep - 1) / kPerStep; };
-  struct Panels {
+  const auto lines_together = [&](const Product<T>& p) {
+    return steps_of(p) > kLongSteps ? kLinesTogether : 1;
+  };
+  const auto panels_of = [](int64_t lines, int64_t width) { return (lines + width - 1) / width; };
+  std::vector<Product<T>> products;
+  int64_t all_columns = 0;
+  for (const Product<T>& product : given) {
+    const int64_t most =
+        std::max(kFewestLines, kPackedUnits / std::max<int64_t>(1, steps_of(product)));
+    const int64_t parts = panels_of(product.lines, most);
+    const int64_t even = panels_of(panels_of(product.lines, parts), kernels.rows) * kernels.rows;
+    for (int64_t first = 0; first < product.lines; first += even) {
+      products.push_back(some_lines(product, first, std::min(even, product.lines - first)));
+      all_columns += panels_of(product.columns, kernels.columns);
+    }
+  }
+
+  // Panels that a task packs on the left, or packs on the right and multiplies.
+  struct Task {
+    int64_t wave;
     int64_t product;
     int64_t first;
     int64_t count;
+    bool packs;
   };
-  std::vector<Panels> left, right;
-  std::vector<int64_t> start;
-  int64_t units = 0, scratch = 0;
-  for (size_t i = 0; i < products.size(); ++i) {
+  std::vector<std::vector<Task>> packing, multiplying;
+  std::vector<int64_t> start(products.size());
+  std::vector<int64_t> units;
+  int64_t scratch = 0;
+  for (int64_t i = 0; i < static_cast<int64_t>(products.size()); ++i) {
     const Product<T>& product = products[i];
-    const int64_t lines = (product.lines + kernels.rows - 1) / kernels.rows;
-    const int64_t columns = (product.columns + kernels.columns - 1) / kernels.columns;
+    const int64_t lines = panels_of(product.lines, kernels.rows);
+    const int64_t columns = panels_of(product.columns, kernels.columns);
     const int64_t panel = product.sides() * kernels.columns * steps_of(product);
-    start.push_back(units);
-    units += lines * kernels.rows * steps_of(product);
-    for (int64_t p = 0; p < lines; p += kLeftPanels) {
-      left.push_back({static_cast<int64_t>(i), p, std::min(kLeftPanels, lines - p)});
+    const int64_t own = lines * kernels.rows * steps_of(product);
+    if (units.empty() || units.back() + own > kPackedUnits) {
+      units.push_back(0);
+      packing.emplace_back();
+      multiplying.emplace_back();
     }
-    // As many panels as the cache holds are multiplied with each panel on the left while that is in
-    // the first-level cache; but no fewer than some tasks for each thread.
-    const int64_t fit = std::max<int64_t>(1, kPanelUnits / std::max<int64_t>(1, panel));
-    const int64_t even = std::max<int64_t>(1, columns * products.size() / kFewestTasks);
+    const int64_t wave = units.size() - 1;
+    start[i] = units.back();
+    units.back() += own;
+    for (int64_t p = 0; p < lines; p += kLeftPanels) {
+      packing.back().push_back({wave, i, p, std::min(kLeftPanels, lines - p), true});
+    }
+    // As many panels, or parts of long ones, as the cache holds are multiplied with the same lines;
+    // but there are no fewer than some tasks for each thread.
+    const int64_t part = lines_together(product) == 1 ? steps_of(product) : kStepsAtOnce;
+    const int64_t units_at_once = product.sides() * kernels.columns * part;
+    const int64_t fit = std::max<int64_t>(1, kPanelUnits / std::max<int64_t>(1, units_at_once));
+    const int64_t even = std::max<int64_t>(1, all_columns / kFewestTasks);
     const int64_t together = std::min(fit, even);
-    scratch = std::max(scratch, together * panel);
+    const int64_t tiles = product.sides() * lines_together(product) * kMaxTile;
+    scratch = std::max(scratch, together * (panel + tiles));
     for (int64_t p = 0; p < columns; p += together) {
-      right.push_back({static_cast<int64_t>(i), p, std::min(together, columns - p)});
+      multiplying.back().push_back({wave, i, p, std::min(together, columns - p), false});
     }
   }
-  const auto packed_memory = allocate(units);
-  U* packed = reinterpret_cast<U*>(packed_memory.get());
-  for_each_task(left.size(), [&](int64_t task) {
-    const auto [index, first_panel, count] = left[task];
-    const Product<T>& product = products[index];
-    for (int64_t p = first_panel; p < first_panel + count; ++p) {
-      const int64_t first = p * kernels.rows;
-      pack(product.left, first, std::min(kernels.rows, product.lines - first), kernels.rows,
-           product.depth, packed + start[index] + first * steps_of(product));
+  const int64_t waves = units.size();
+  std::vector<Wave> state(waves);
+  std::vector<Task> tasks;
+  int64_t buffer = 0;
+  for (int64_t wave = 0; wave < waves + 1; ++wave) {
+    // A wave is packed before the one ahead of it is multiplied.
+    if (wave < waves) {
+      buffer = std::max(buffer, units[wave]);
+      state[wave].to_pack = packing[wave].size();
+      state[wave].to_multiply = multiplying[wave].size();
+      tasks.insert(tasks.end(), packing[wave].begin(), packing[wave].end());
     }
-  });
-  for_each_task(right.size(), [&](int64_t task) {
-    const auto [index, first_panel, count] = right[task];
-    const Product<T>& product = products[index];
-    const int64_t steps = steps_of(product), panel = kernels.columns * steps;
-    const int64_t sides = product.sides();
-    thread_local std::unique_ptr<uint32_t, Free> memory;
-    thread_local int64_t held = 0;
-    if (held < scratch) {
-      memory = allocate(scratch);
-      held = scratch;
+    if (wave > 0) {
+      tasks.insert(tasks.end(), multiplying[wave - 1].begin(), multiplying[wave - 1].end());
     }
-    U* panels = reinterpret_cast<U*>(memory.get());
+  }
+  buffer = (buffer + kAlignment / 4 - 1) / (kAlignment / 4) * (kAlignment / 4);
+  thread_local Scratch workspace;
+  U* packed = reinterpret_cast<U*>(workspace.at_least(std::min(waves, kBuffers) * buffer));
+
+  std::atomic<bool> failed{false};
+  const auto run = [&](const Task& task) {
+    const Product<T>& product = products[task.product];
+    const int64_t steps = steps_of(product);
+    U* const left = packed + task.wave % kBuffers * buffer + start[task.product];
+    if (task.packs) {
+      if (task.wave >= kBuffers) wait_for(state[task.wave - kBuffers].to_multiply, failed);
+      for (int64_t p = task.first; p < task.first + task.count; ++p) {
+        const int64_t first = p * kernels.rows;
+        pack(kernels, product.left, first, std::min(kernels.rows, product.lines - first),
+             kernels.rows, product.depth, left + first * steps);
+      }
+      --state[task.wave].to_pack;
+      return;
+    }
+    const int64_t panel = kernels.columns * steps, sides = product.sides();
+    thread_local Scratch memory;
+    U* panels = reinterpret_cast<U*>(memory.at_least(scratch));
     const auto columns_of = [&](int64_t p) {
-      return std::min(kernels.columns, product.columns - (first_panel + p) * kernels.columns);
+      return std::min(kernels.columns, product.columns - (task.first + p) * kernels.columns);
     };
-    for (int64_t p = 0; p < count; ++p) {
+    for (int64_t p = 0; p < task.count; ++p) {
       for (int64_t side = 0; side < sides; ++side) {
-        pack(product.side(side), (first_panel + p) * kernels.columns, columns_of(p),
+        pack(kernels, product.side(side), (task.first + p) * kernels.columns, columns_of(p),
              kernels.columns, product.depth, panels + (p * sides + side) * panel);
       }
     }
-    for (int64_t first = 0; first < product.lines; first += kernels.rows) {
-      const U* lines = packed + start[index] + first * steps;
-      for (int64_t p = 0; p < count; ++p) {
-        alignas(kAlignment) float tile[2][kMaxTile];
-        float* const sums[2] = {tile[0], tile[1]};
-        for (int64_t side = 0; side < sides; ++side) {
-          const U* columns = panels + (p * sides + side) * panel;
-          if constexpr (std::is_same_v<U, float>) {
-            kernels.multiply(steps, lines, columns, sums[side]);
-          } else {
-            kernels.multiply_pairs(steps, lines, columns, sums[side]);
+    wait_for(state[task.wave].to_pack, failed);
+    float* const tiles = reinterpret_cast<float*>(panels + task.count * sides * panel);
+    const int64_t together = lines_together(product);
+    const int64_t at_once = together == 1 ? 1 : task.count;
+    for (int64_t first = 0; first < product.lines; first += together * kernels.rows) {
+      const int64_t held = std::min(together, panels_of(product.lines - first, kernels.rows));
+      for (int64_t some = 0; some < task.count; some += at_once) {
+        const auto tile = [&](int64_t p, int64_t side, int64_t i) {
+          return tiles + (((p - some) * sides + side) * together + i) * kMaxTile;
+        };
+        for (int64_t k = 0; k == 0 || k < steps; k += kStepsAtOnce) {
+          const int64_t depth = std::min(kStepsAtOnce, steps - k);
+          for (int64_t p = some; p < some + at_once; ++p) {
+            for (int64_t side = 0; side < sides; ++side) {
+              const U* columns = panels + (p * sides + side) * panel + k * kernels.columns;
+              for (int64_t i = 0; i < held; ++i) {
+                const U* lines = left + (first + i * kernels.rows) * steps + k * kernels.rows;
+                if constexpr (std::is_same_v<U, float>) {
+                  kernels.multiply(depth, lines, columns, k != 0, tile(p, side, i));
+                } else {
+                  kernels.multiply_pairs(depth, lines, columns, k != 0, tile(p, side, i));
+                }
+              }
+            }
           }
         }
-        write(product, kernels, sums, kernels.columns, first,
-              std::min(kernels.rows, product.lines - first), (first_panel + p) * kernels.columns,
-              columns_of(p));
+        for (int64_t p = some; p < some + at_once; ++p) {
+          for (int64_t i = 0; i < held; ++i) {
+            const int64_t line = first + i * kernels.rows;
+            float* const sums[2] = {tile(p, 0, i), tile(p, sides - 1, i)};
+            write(product, kernels, sums, kernels.columns, line,
+                  std::min(kernels.rows, product.lines - line), (task.first + p) * kernels.columns,
+                  columns_of(p));
+          }
+        }
       }
     }
+    --state[task.wave].to_multiply;
+  };
+  for_each_task(tasks.size(), [&](int64_t number) {
+    if (failed) return;
+    try {
+      run(tasks[number]);
+    } catch (...) {
+      failed = true;
+      throw;
+    }
   });
+  workspace.shrink_to(kKeptUnits);
 }
 
 // Copies the lines of products that take them from here and there, so that they follow each other.

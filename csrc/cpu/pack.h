@@ -3,8 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
+#include <vector>
 
+#include "kernels.h"
 #include "stable.h"
 
 namespace unimoe {
@@ -24,117 +25,68 @@ struct Operand {
   }
 };
 
-// Four rows of 32-bit units become columns of `to`.
-inline void transpose_four(const char* const* rows, int64_t steps, int64_t width, char* to) {
-  typedef uint32_t Four __attribute__((vector_size(16)));
-#if defined(__clang__)
-#define UNIMOE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-  typedef int32_t Mask __attribute__((vector_size(16)));
-#define UNIMOE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
-#endif
-  int64_t step = 0;
-  for (; step + 4 <= steps; step += 4) {
-    Four row[4];
-    for (int i = 0; i < 4; ++i) std::memcpy(&row[i], rows[i] + 4 * step, 16);
-    const Four low01 = UNIMOE_SHUFFLE(row[0], row[1], 0, 4, 1, 5);
-    const Four high01 = UNIMOE_SHUFFLE(row[0], row[1], 2, 6, 3, 7);
-    const Four low23 = UNIMOE_SHUFFLE(row[2], row[3], 0, 4, 1, 5);
-    const Four high23 = UNIMOE_SHUFFLE(row[2], row[3], 2, 6, 3, 7);
-    const Four column[4] = {
-        UNIMOE_SHUFFLE(low01, low23, 0, 1, 4, 5), UNIMOE_SHUFFLE(low01, low23, 2, 3, 6, 7),
-        UNIMOE_SHUFFLE(high01, high23, 0, 1, 4, 5), UNIMOE_SHUFFLE(high01, high23, 2, 3, 6, 7)};
-    for (int i = 0; i < 4; ++i) std::memcpy(to + 4 * (step + i) * width, &column[i], 16);
-  }
-  for (; step < steps; ++step) {
-    for (int i = 0; i < 4; ++i) {
-      std::memcpy(to + 4 * (step * width + i), rows[i] + 4 * step, 4);
-    }
-  }
-#undef UNIMOE_SHUFFLE
-}
+// Most lines of a panel.
+constexpr int64_t kMaxWidth = 48;
 
 // Lines whose 32-bit units lie one after the other along depth.
 template <typename T>
-void transpose(const Operand<T>& from, int64_t first, int64_t held, int64_t steps, int64_t width,
-               void* to) {
-  char* out = static_cast<char*>(to);
-  const auto line_at = [&](int64_t line) {
-    return reinterpret_cast<const char*>(from.line(first + line));
-  };
-  int64_t line = 0;
-  for (; line + 4 <= held; line += 4) {
-    const char* const rows[4] = {line_at(line), line_at(line + 1), line_at(line + 2),
-                                 line_at(line + 3)};
-    transpose_four(rows, steps, width, out + 4 * line);
+void pack_lines(const Kernels& kernels, const Operand<T>& from, int64_t first, int64_t held,
+                int64_t units, int64_t width, void* to) {
+  const char* lines[kMaxWidth];
+  for (int64_t line = 0; line < held; ++line) {
+    lines[line] = reinterpret_cast<const char*>(from.line(first + line));
   }
-  for (; line < held; ++line) {
-    const char* row = line_at(line);
-    for (int64_t step = 0; step < steps; ++step) {
-      std::memcpy(out + 4 * (step * width + line), row + 4 * step, 4);
-    }
-  }
+  kernels.transpose(held, lines, units, width, static_cast<char*>(to));
 }
 
 // Packs `held` lines from line `first` on; the other lines of the panel are zeros.
 template <typename T>
-void pack(const Operand<T>& from, int64_t first, int64_t held, int64_t width, int64_t depth,
-          float* to) {
+void pack(const Kernels& kernels, const Operand<T>& from, int64_t first, int64_t held,
+          int64_t width, int64_t depth, float* to) {
   if (held < width) std::fill_n(to, depth * width, 0.0f);
-  if (from.depth_stride == 1 && std::is_same_v<T, float>) {
-    return transpose(from, first, held, depth, width, to);
-  }
-  if (from.index != nullptr) {
-    for (int64_t line = 0; line < held; ++line) {
-      const T* own = from.line(first + line);
-      for (int64_t k = 0; k < depth; ++k) {
-        to[k * width + line] = static_cast<float>(own[k * from.depth_stride]);
-      }
+  if constexpr (std::is_same_v<T, float>) {
+    if (from.depth_stride == 1) {
+      return pack_lines(kernels, from, first, held, depth, width, to);
     }
-    return;
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    const T* step = from.line(first) + k * from.depth_stride;
-    float* row = to + k * width;
-    if (from.line_stride == 1) {
-      for (int64_t line = 0; line < held; ++line) row[line] = static_cast<float>(step[line]);
-    } else {
-      for (int64_t line = 0; line < held; ++line) {
-        row[line] = static_cast<float>(step[line * from.line_stride]);
-      }
+    if (from.line_stride == 1 && from.index == nullptr) {
+      return kernels.copy_rows(depth, held, from.line(first), from.depth_stride, width, to);
     }
   }
-}
-
-// Rows of bfloat16 side by side: the upper one goes into the upper half of each unit.
-inline void interleave(const BFloat16* lower, const BFloat16* upper, int64_t stride, int64_t count,
-                       uint32_t* to) {
-  const auto unit = [&](int64_t at) {
-    return static_cast<uint32_t>(lower[at].x) | static_cast<uint32_t>(upper[at].x) << 16;
+  const auto copy = [&](int64_t line, int64_t k) {
+    to[k * width + line] = static_cast<float>(from.line(first + line)[k * from.depth_stride]);
   };
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = unit(i);
+  if (from.line_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t line = 0; line < held; ++line) copy(line, k);
+    }
   } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = unit(i * stride);
+    for (int64_t line = 0; line < held; ++line) {
+      for (int64_t k = 0; k < depth; ++k) copy(line, k);
+    }
   }
 }
 
-// The same in pairs of bfloat16; an odd last step is paired with zero. An index needs a depth
-// stride of 1.
-inline void pack(const Operand<BFloat16>& from, int64_t first, int64_t held, int64_t width,
-                 int64_t depth, uint32_t* to) {
+// The same in pairs of bfloat16; an odd last step is paired with zero.
+inline void pack(const Kernels& kernels, const Operand<BFloat16>& from, int64_t first, int64_t held,
+                 int64_t width, int64_t depth, uint32_t* to) {
   const int64_t steps = (depth + 1) / 2, whole = depth / 2;
   if (held < width || steps > whole) std::fill_n(to, steps * width, 0u);
+  const auto bits_at = [&](int64_t line, int64_t k) {
+    return static_cast<uint32_t>(from.line(first + line)[k * from.depth_stride].x);
+  };
   if (from.depth_stride == 1) {
-    transpose(from, first, held, whole, width, to);
+    pack_lines(kernels, from, first, held, whole, width, to);
+  } else if (from.line_stride == 1 && from.index == nullptr) {
+    kernels.copy_row_pairs(whole, held, bits_of(from.line(first)), from.depth_stride, width, to);
   } else {
-    for (int64_t step = 0; step < whole; ++step) {
-      const BFloat16* lower = from.line(first) + 2 * step * from.depth_stride;
-      interleave(lower, lower + from.depth_stride, from.line_stride, held, to + step * width);
+    for (int64_t line = 0; line < held; ++line) {
+      for (int64_t step = 0; step < whole; ++step) {
+        to[step * width + line] = bits_at(line, 2 * step) | bits_at(line, 2 * step + 1) << 16;
+      }
     }
   }
   for (int64_t line = 0; steps > whole && line < held; ++line) {
-    to[whole * width + line] = from.line(first + line)[(depth - 1) * from.depth_stride].x;
+    to[whole * width + line] = bits_at(line, depth - 1);
   }
 }
 

@@ -1,12 +1,13 @@
 """The parts that measure, on functions that need no clock."""
 
+import itertools
 import json
 
 import pytest
 import torch
 
 from benchmarks import history, visits
-from benchmarks.candidates import Candidate, UnavailableError, Work
+from benchmarks.candidates import Candidate, UnavailableError, Work, in_turns
 from benchmarks.limits import Limits, best_of
 from benchmarks.memory import peak_extra_bytes, saved_bytes
 from benchmarks.recorder import Recorder, checked, revisited, set_shares
@@ -50,15 +51,6 @@ def test_the_slowest_take_part_less_often():
     assert timings["slow"].ratio == 60.0
 
 
-def test_caches_are_cleared_before_every_sample():
-    calls = []
-    functions = {name: lambda name=name: calls.append(name) or 1.0 for name in "ab"}
-    time_in_turns(
-        functions, "a", CPU, seconds=0, min_rounds=2, before=lambda: calls.append("clear")
-    )
-    assert calls[-8:] == ["clear", "a", "clear", "b", "clear", "b", "clear", "a"]
-
-
 def test_a_visit_times_the_anchor_and_ours(monkeypatch):
     monkeypatch.setenv("UNIMOE_BENCH_SLOW", "other:9")
     given = {
@@ -66,8 +58,18 @@ def test_a_visit_times_the_anchor_and_ours(monkeypatch):
         "peer": lambda: pytest.fail("a visit must not make it"),
         "ours": lambda: Candidate(run=lambda: 3.0),
     }
-    for cold in (False, True):
-        assert revisited("permute", given, "dense", CPU, cold=cold) == 3.0
+    assert revisited("permute", given, "dense", CPU) == 3.0
+
+
+def test_calls_take_turns_on_shared_memory():
+    calls, turns = [], itertools.count()
+    mine, yours = (
+        in_turns([Candidate(run=lambda i=i: calls.append(i)) for i in range(3)], turns)
+        for _ in range(2)
+    )
+    for candidate in (mine, yours, yours, mine, yours):
+        candidate.run()
+    assert calls == [0, 1, 2, 0, 1]
 
 
 def test_visits_are_added_to_their_rows(monkeypatch, tmp_path):
@@ -116,31 +118,34 @@ def test_wrong_answers_stop_a_row_and_missing_peers_do_not():
 def test_a_row_holds_what_the_table_shows(monkeypatch):
     monkeypatch.setenv("UNIMOE_BENCH_SLOW", "other:9")
     limits = Limits({"float32": 4e9}, read=1e9, copy=1e9)
-    recorder = Recorder(CPU, torch.float32, limits, seconds=0)
+    recorder = Recorder(CPU, limits, seconds=0)
     providers = {
         "dense": lambda: Candidate(run=lambda: 1.0),
         "ours": lambda: Candidate(run=lambda: 2.0, forward=lambda: None),
     }
-    row, _ = recorder.measure("permute", Case("olmoe", 4), providers, Work(4e9, 1e8))
+    row, _ = recorder.measure("permute", Case("olmoe", 4), torch.float32, providers, Work(4e9, 1e8))
     assert row["key"] == "permute[olmoe-T4-forward-natural]"
     ours = row["providers"]["ours"]
     assert (ours["ratio"], ours["rate"], row["unit"]) == (2.0, 2.0, "GFLOP/s")
     assert ours["share_of_limit"] == 0.5
     assert {"peak_extra_bytes", "saved_bytes"} <= ours.keys()
     assert json.loads(json.dumps(row)) == row
-    by_memory, _ = recorder.measure("permute", Case("olmoe", 4), providers, Work(1e6, 1e9))
+    work = Work(1e6, 1e9)
+    by_memory, _ = recorder.measure("permute", Case("olmoe", 4), torch.float32, providers, work)
     assert by_memory["unit"] == "GB/s"
 
 
 def test_results_are_kept_row_by_row_and_resumed(tmp_path):
     path = tmp_path / "results" / "a.json"
     limits = vars(Limits({"float32": 4.0}, read=3.0, copy=2.0))
-    head = {"commit": "abc", "machine": {"class": "m"}, "date": "2026-01-01", "limits": limits}
+    head = {"commit": "abc", "machine": {"class": "m"}, "commands": ["a"], "limits": limits}
     history.ResultsFile(path, head).add({"key": "x"})
-    again = history.ResultsFile(path, head | {"date": "2026-01-02"})
+    again = history.ResultsFile(path, head | {"commands": ["b"]})
     assert set(again.rows) == {"x"}
     again.add({"key": "y"})
-    assert [row["key"] for row in json.loads(path.read_text())["rows"]] == ["x", "y"]
+    held = json.loads(path.read_text())
+    assert [row["key"] for row in held["rows"]] == ["x", "y"]
+    assert held["commands"] == ["a", "b"]
     assert not history.ResultsFile(path, head | {"commit": "other"}).rows
     assert not history.ResultsFile(path, head | {"commit": "abc+"}).rows
     assert not list(path.parent.glob("*.new"))
@@ -149,7 +154,7 @@ def test_results_are_kept_row_by_row_and_resumed(tmp_path):
 def test_shares_are_of_the_best_limits_seen(tmp_path):
     path = tmp_path / "a.json"
     slow, fast = (Limits({"float32": rate}, read=1e9, copy=1e9) for rate in (2e9, 4e9))
-    head = {"commit": "abc", "machine": {"class": "m"}, "limits": vars(fast)}
+    head = {"commit": "abc", "machine": {"class": "m"}, "commands": [], "limits": vars(fast)}
     row = {
         "key": "x",
         "dtype": "float32",

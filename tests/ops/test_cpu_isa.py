@@ -21,6 +21,7 @@ from unimoe_kernels import (
     swiglu,
     topk_router,
     unpermute,
+    use_backend,
 )
 from unimoe_kernels.testing import relative_error
 
@@ -30,19 +31,32 @@ GROUPS = [0, 1, 3, 70, 8, 129]
 N, E = sum(GROUPS), len(GROUPS)
 offsets = torch.tensor([0, *GROUPS]).cumsum(0).int()
 
+def of_norm(got, want):
+    return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
+
 def check(name, op, inputs, limit, dtype):
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
     wide = [x.detach().double().requires_grad_() for x in leaves]
-    y, expected = op(*leaves), op(*wide)
+    expected = op(*wide)
     assert expected.abs().max() > 0.1
-    grad = torch.randn_like(expected)
-    grads = torch.autograd.grad(y, leaves, grad.to(dtype))
-    wide_grads = torch.autograd.grad(expected, wide, grad.to(dtype).double())
-    for got, want in zip((y, *grads), (expected, *wide_grads), strict=True):
-        assert relative_error(got, want) < limit, (name, dtype, relative_error(got, want))
+    grad = torch.randn_like(expected).to(dtype)
+
+    def answers(own):
+        y = op(*own)
+        return y, *torch.autograd.grad(y, own, grad.to(y.dtype))
+
+    ours, want = answers(leaves), answers(wide)
+    with use_backend("reference"):
+        of_torch = answers(leaves)
+    for got, plain, exact in zip(ours, of_torch, want, strict=True):
+        assert relative_error(got, exact) < limit, (name, dtype, relative_error(got, exact))
+        most = 2 * of_norm(plain, exact) + torch.finfo(dtype).eps / 4
+        # Of a few numbers alone the errors are a matter of luck.
+        if exact.numel() >= 100:
+            assert of_norm(got, exact) <= most, (name, dtype, of_norm(got, exact), most)
 
 for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
-    for D, F in ((1, 1), (33, 50), (64, 96), (129, 17)):
+    for D, F in ((1, 1), (33, 50), (64, 96), (129, 17), (1100, 30)):
         x, w = torch.randn(N, D), torch.randn(E, F, D) / D**0.5
         b = torch.randn(E, F)
         check("mm", lambda x, w, b: grouped_mm(x, w, offsets, b), (x, w, b), limit, dtype)

@@ -3,8 +3,8 @@
 import re
 
 import torch
-import torch.nn.functional as F
 
+from unimoe_kernels.integrations.activations import activation_name
 from unimoe_kernels.ops import expert_sort, grouped_mm, moe_mlp, permute, unpermute
 
 _NAME = "unimoe"
@@ -107,7 +107,6 @@ def _weight_and_bias(
 
 def _plain_gate(experts: torch.nn.Module) -> str | None:
     """The activation name of `moe_mlp` that equals this module's gate, or None if none does."""
-    from transformers.activations import ACT2FN
     from transformers.integrations.moe import ExpertsInterface
 
     if not experts.has_gate or experts.has_post_expert_norm:
@@ -115,15 +114,4 @@ def _plain_gate(experts: torch.nn.Module) -> str | None:
     # The default gate is defined beside the registry; an overridden one in the model's own module.
     if type(experts)._apply_gate.__module__ != ExpertsInterface.__module__:
         return None
-    # Exact types: a subclass may compute something else, and then the module's own code runs.
-    kind = type(experts.act_fn)
-    inner = getattr(experts.act_fn, "act", None)
-    if kind in (torch.nn.SiLU, type(ACT2FN["silu"])):
-        return "silu"
-    if kind is torch.nn.ReLU:
-        return "relu"
-    if kind is type(ACT2FN["gelu"]) and inner is F.gelu:
-        return "gelu"
-    if kind is type(ACT2FN["gelu_pytorch_tanh"]) and getattr(inner, "func", None) is F.gelu:
-        return "gelu_tanh"
-    return None
+    return activation_name(experts.act_fn)

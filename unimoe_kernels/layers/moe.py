@@ -10,12 +10,12 @@ from torch import nn
 from unimoe_kernels.layers._inputs import check_hidden
 from unimoe_kernels.layers.aux_loss import inject_aux_loss
 from unimoe_kernels.layers.experts import GroupedExperts
+from unimoe_kernels.layers.layouts import ffn_weights
 from unimoe_kernels.layers.looped_moe import LoopedMoE
 from unimoe_kernels.layers.router import TopKRouter
 from unimoe_kernels.ops import RouterOutput
 
 _AUX_LOSS_MODES = ("return", "inject")
-_FFN_KEYS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 class MoE(nn.Module):
@@ -202,22 +202,9 @@ class MoE(nn.Module):
         Reference:
             Sparse Upcycling, arXiv 2212.05055; Uni-MoE, arXiv 2405.11273, section 3.3.
         """
-        weights = [_ffn_weights(ffn, index) for index, ffn in enumerate(ffns)]
-        if not weights:
-            raise ValueError("ffns is empty, it must hold one FFN for each expert")
+        weights = ffn_weights(ffns)
         gate_FD = weights[0][0]
-        if gate_FD.dim() != 2:
-            raise ValueError(f"ffns[0] {_FFN_KEYS[0]} is {tuple(gate_FD.shape)}, it must be [F, D]")
         intermediate_size, hidden_size = gate_FD.shape
-        like = (gate_FD.dtype, gate_FD.device)
-        expected = [gate_FD.shape, gate_FD.shape, gate_FD.shape[::-1]]
-        for index, ffn_weights in enumerate(weights):
-            for key, weight, shape in zip(_FFN_KEYS, ffn_weights, expected, strict=True):
-                if weight.shape != shape or (weight.dtype, weight.device) != like:
-                    raise ValueError(
-                        f"ffns[{index}] {key} is {tuple(weight.shape)} {weight.dtype} on "
-                        f"{weight.device}, it must be {tuple(shape)} {like[0]} on {like[1]}"
-                    )
         moe = cls(
             hidden_size,
             intermediate_size,
@@ -233,13 +220,3 @@ class MoE(nn.Module):
                 moe.experts.gate_up_proj[expert_id, intermediate_size:].copy_(up_FD)
                 moe.experts.down_proj[expert_id].copy_(down_DF)
         return moe
-
-
-def _ffn_weights(
-    ffn: nn.Module | Mapping[str, torch.Tensor], index: int
-) -> tuple[torch.Tensor, ...]:
-    """Gate, up and down weight of one FFN; ValueError unless it has these keys and no others."""
-    state = ffn.state_dict() if isinstance(ffn, nn.Module) else ffn
-    if set(state) != set(_FFN_KEYS):
-        raise ValueError(f"ffns[{index}] has the keys {sorted(state)}, it must have {_FFN_KEYS}")
-    return tuple(state[key] for key in _FFN_KEYS)

@@ -1,0 +1,149 @@
+"""Turns dense models of transformers into mixture-of-experts models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+
+from unimoe_kernels.integrations.activations import activation_name
+from unimoe_kernels.layers import MoE
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Scores of a token add up to one, so that copies of one FFN answer as that FFN does.
+_MODES = ("topk_softmax", "softmax_topk_renorm", "sigmoid_renorm")
+_RECORD = "unimoe_upcycled"
+
+
+def upcycle(
+    model: nn.Module,
+    *,
+    num_experts: int,
+    top_k: int = 2,
+    layers: Iterable[int] | None = None,
+    **options,
+) -> nn.Module:
+    """Replaces the FFNs of a dense LLaMA-like model by `MoE` layers whose experts are its copies.
+
+    Until it is trained the model answers as before, up to rounding: all experts are alike, and the
+    scores of a token add up to one. Works on every model whose FFN is
+    `down_proj(act_fn(gate_proj(x)) * up_proj(x))` without biases, such as LLaMA, Mistral, Qwen and
+    Gemma. A model of transformers can be saved with `save_pretrained` and comes back with
+    `load_upcycled`.
+
+    Args:
+        model: changed in place.
+        num_experts: E, copies of each FFN.
+        top_k: K, between 1 and E.
+        layers: indices among the model's FFNs, in their order; negative ones count from the end.
+            None means all.
+        **options: options of `MoE` except bias, activation, device and dtype, such as
+            `aux_loss="inject"` and `load_balancing_coef`, with which the router of a host that
+            passes nothing but hidden states learns to spread its tokens.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the model has no such FFN or an FFN has biases, layers is empty or holds an
+            index beyond the FFNs, an option is refused by `MoE`, or the mode or scale among them
+            would change what the model answers. Nothing is changed then.
+
+    Reference:
+        Sparse Upcycling, arXiv 2212.05055.
+    """
+    mode, scale = options.get("mode", _MODES[0]), options.get("scale", 1.0)
+    if mode not in _MODES:
+        raise ValueError(f"mode ({mode!r}) must be one of {_MODES}, whose scores add up to one")
+    if scale != 1.0:
+        raise ValueError(f"scale ({scale}) must be 1.0, so that scores add up to one")
+    ffns = [(name, module) for name, module in model.named_modules() if _is_ffn(module)]
+    if not ffns:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no FFN of {', '.join(_PROJECTIONS)} and act_fn"
+        )
+    indices = list(range(len(ffns))) if layers is None else _indices(layers, len(ffns))
+    for index in indices:
+        _check(*ffns[index])
+    width = ffns[indices[0]][1].gate_proj.weight.shape
+    MoE(width[1], width[0], num_experts, top_k, device="meta", **options)
+    for index in indices:
+        name, ffn = ffns[index]
+        activation = activation_name(ffn.act_fn)
+        state = {f"{key}.weight": getattr(ffn, key).weight.detach() for key in _PROJECTIONS}
+        moe = MoE.from_ffns([state] * num_experts, top_k, activation=activation, **options)
+        model.set_submodule(name, moe.train(ffn.training))
+        ffns[index] = (name, None)
+    if getattr(model, "config", None) is not None:
+        record = {"num_experts": num_experts, "top_k": top_k, "layers": indices, **options}
+        setattr(model.config, _RECORD, record)
+    return model
+
+
+def load_upcycled(folder: str | Path, **kwargs) -> nn.Module:
+    """Loads what `save_pretrained` wrote of an upcycled model.
+
+    Args:
+        folder: holds config.json and safetensors files.
+        **kwargs: for `AutoModelForCausalLM.from_config`, such as dtype.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ImportError: if transformers is missing.
+        FileNotFoundError: if the folder has no safetensors file.
+        ValueError: if its config is not that of an upcycled model.
+        RuntimeError: if weights are missing or left over.
+    """
+    import transformers
+    from safetensors.torch import load_file
+
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"folder ({folder}) holds no safetensors file")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    record = getattr(config, _RECORD, None)
+    if record is None:
+        raise ValueError(f"folder ({folder}) holds no upcycled model: its config lacks {_RECORD}")
+    model = upcycle(transformers.AutoModelForCausalLM.from_config(config, **kwargs), **record)
+    left = model.load_state_dict(
+        {key: value for file in files for key, value in load_file(file).items()}, strict=False
+    )
+    model.tie_weights()
+    tied = set(model.all_tied_weights_keys)
+    missing = [key for key in left.missing_keys if key not in tied]
+    if missing or left.unexpected_keys:
+        raise RuntimeError(
+            f"folder ({folder}): weights are missing ({missing}) or left over "
+            f"({left.unexpected_keys})"
+        )
+    return model.eval()
+
+
+def _is_ffn(module: nn.Module) -> bool:
+    return hasattr(module, "act_fn") and all(
+        isinstance(getattr(module, name, None), nn.Linear) for name in _PROJECTIONS
+    )
+
+
+def _check(name: str, ffn: nn.Module) -> None:
+    """Raises ValueError unless `MoE` can stand in for this FFN."""
+    parameters = sorted(key for key, _ in ffn.named_parameters())
+    if parameters != sorted(f"{key}.weight" for key in _PROJECTIONS):
+        raise ValueError(f"{name} has the parameters {parameters}, it must have three weights only")
+    if activation_name(ffn.act_fn) is None:
+        raise ValueError(f"{name}.act_fn ({ffn.act_fn!r}) is none of the activations of swiglu")
+
+
+def _indices(layers: Iterable[int], number: int) -> list[int]:
+    layers = list(layers)
+    for index in layers:
+        if not -number <= index < number:
+            raise ValueError(
+                f"layers ({layers}): {index} must be between {-number} and {number - 1}"
+            )
+    if not layers:
+        raise ValueError("layers ([]) must name at least one FFN")
+    return sorted({index % number for index in layers})
