@@ -7,7 +7,16 @@ The public API is exactly `__all__`.
 # decided when it is declared, so this comes first.
 from unimoe_kernels import _extension  # noqa: F401
 from unimoe_kernels._backends import available_backends, use_backend
-from unimoe_kernels.integrations import load_upcycled, register_with_transformers, upcycle
+from unimoe_kernels.integrations import (
+    add_expert_lora,
+    load_expert_lora,
+    load_upcycled,
+    merge_expert_lora,
+    register_with_transformers,
+    save_expert_lora,
+    unmerge_expert_lora,
+    upcycle,
+)
 from unimoe_kernels.layers import (
     GroupedExperts,
     LoopedMoE,
@@ -42,18 +51,23 @@ __all__ = [
     "SwiGLUFFN",
     "TopKRouter",
     "__version__",
+    "add_expert_lora",
     "available_backends",
     "expert_sort",
     "grouped_lora",
     "grouped_mm",
     "inject_aux_loss",
+    "load_expert_lora",
     "load_upcycled",
+    "merge_expert_lora",
     "moe_mlp",
     "permute",
     "register_with_transformers",
+    "save_expert_lora",
     "stack_experts",
     "swiglu",
     "topk_router",
+    "unmerge_expert_lora",
     "unpermute",
     "unstack_experts",
     "upcycle",

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from unimoe_kernels import GroupedExperts
 from unimoe_kernels.testing import relative_error
 
-LORA_NAMES = ("gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B")
+TARGETS = ("gate_up_proj", "down_proj")
+LORA_NAMES = tuple(f"expert_lora.{target}.lora_{one}" for target in TARGETS for one in "AB")
 
 
 def make_experts(randn, **options):
@@ -26,9 +27,9 @@ def by_hand(experts, x, ids, scores):
     """Each row on its own, with W + alpha/r * B @ A built where there is LoRA."""
     gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
     if experts.lora_rank:
-        scale = experts.lora_alpha / experts.lora_rank
-        gate_up_proj = gate_up_proj + scale * experts.gate_up_lora_B @ experts.gate_up_lora_A
-        down_proj = down_proj + scale * experts.down_lora_B @ experts.down_lora_A
+        first, down = (experts.expert_lora[target] for target in TARGETS)
+        gate_up_proj = gate_up_proj + 2 * first.lora_B @ first.lora_A
+        down_proj = down_proj + 2 * down.lora_B @ down.lora_A
     y = []
     for x_D, ids_K, scores_K in zip(x, ids.tolist(), scores, strict=True):
         y_D = torch.zeros_like(x_D)
@@ -83,8 +84,8 @@ def test_add_lora_starts_as_no_change_and_freezes_the_base(randn):
     assert relative_error(experts(x, ids, scores), before) < 1e-13
     trainable = {name for name, p in experts.named_parameters() if p.requires_grad}
     assert trainable == set(LORA_NAMES)
-    for name in ("gate_up_lora_A", "down_lora_A"):
-        lora_A = getattr(experts, name)
+    for target in TARGETS:
+        lora_A = experts.expert_lora[target].lora_A
         bound = lora_A.shape[-1] ** -0.5
         assert 0.8 * bound < lora_A.abs().max() <= bound
 
@@ -102,7 +103,8 @@ def test_merge_lora_folds_the_products_into_the_weights(randn, dtype):
     scores = scores if dtype == torch.float64 else scores.float()
     x = randn(9, 6, dtype=dtype)
     before = experts(x, ids, scores)
-    merged_weight = experts.down_proj + 2 * experts.down_lora_B @ experts.down_lora_A
+    down = experts.expert_lora["down_proj"]
+    merged_weight = experts.down_proj + 2 * down.lora_B @ down.lora_A
     experts.merge_lora()
     assert experts.lora_rank == 0
     assert set(experts.state_dict()) == {"gate_up_proj", "down_proj"}
@@ -123,10 +125,11 @@ def test_lora_state_dict_round_trip(randn):
 
 def test_reset_parameters_leaves_a_zero_lora_product():
     experts = GroupedExperts(2, 4, 6, bias=True, lora_rank=2)
-    torch.nn.init.ones_(experts.down_lora_B)
+    down = experts.expert_lora["down_proj"]
+    torch.nn.init.ones_(down.lora_B)
     torch.nn.init.ones_(experts.down_bias)
     experts.reset_parameters()
-    assert not experts.down_lora_B.any()
+    assert not down.lora_B.any()
     assert not experts.down_bias.any()
     assert experts.down_proj.any()
 

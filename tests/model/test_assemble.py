@@ -142,7 +142,7 @@ def test_lora_covers_attention_and_experts_of_every_layer(tiny_model):
     for layer in (0, 1):
         for projection in "qkvo":
             assert f"{layers}.{layer}.self_attn.{projection}_proj.lora_A.default.weight" in names
-    assert f"{layers}.0.mlp.experts.gate_up_lora_A" in names
+    assert f"{layers}.0.mlp.experts.expert_lora.gate_up_proj.lora_A" in names
     assert f"{layers}.1.mlp.down_proj.lora_B.default.weight" in names
     assert not any("connector" in name for name in names)
 

@@ -5,7 +5,8 @@ import re
 import torch
 
 from unimoe_kernels.integrations.activations import activation_name
-from unimoe_kernels.ops import expert_sort, grouped_mm, moe_mlp, permute, unpermute
+from unimoe_kernels.layers.expert_lora import add_lora_of_down, add_lora_of_first
+from unimoe_kernels.ops import expert_sort, grouped_mm, moe_mlp, permute, swiglu, unpermute
 
 _NAME = "unimoe"
 _MIN_VERSION = (5, 17)
@@ -71,8 +72,9 @@ def unimoe_experts_forward(
     )
     scores_TK = top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
-    activation = _plain_gate(experts)
-    if activation is not None:
+    activation = plain_gate(experts)
+    lora = None if getattr(experts, "expert_lora_merged", True) else experts.expert_lora
+    if activation is not None and lora is None:
         y_TD = moe_mlp(
             x_TD,
             first_proj,
@@ -89,8 +91,14 @@ def unimoe_experts_forward(
     sort = expert_sort(top_k_index, first_proj.shape[0])
     rows_ND = permute(x_TD, sort, top_k)
     hidden = grouped_mm(rows_ND, first_proj, sort.expert_offsets, first_bias)
-    act_NF = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-    out_ND = grouped_mm(act_NF.to(dtype), down_proj, sort.expert_offsets, down_bias)
+    hidden = add_lora_of_first(lora, hidden, rows_ND, sort.expert_offsets)
+    if activation is not None:
+        act_NF = swiglu(hidden, activation)
+    else:
+        act_NF = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+    act_NF = act_NF.to(dtype)
+    out_ND = grouped_mm(act_NF, down_proj, sort.expert_offsets, down_bias)
+    out_ND = add_lora_of_down(lora, out_ND, act_NF, sort.expert_offsets)
     if experts.has_post_expert_norm:
         out_ND = experts.post_expert_norm(out_ND)
     return unpermute(out_ND, sort, top_k, scores_TK).to(hidden_states.dtype)
@@ -105,7 +113,7 @@ def _weight_and_bias(
     return (weight.transpose(1, 2) if experts.is_transposed else weight), bias
 
 
-def _plain_gate(experts: torch.nn.Module) -> str | None:
+def plain_gate(experts: torch.nn.Module) -> str | None:
     """The activation name of `moe_mlp` that equals this module's gate, or None if none does."""
     from transformers.integrations.moe import ExpertsInterface
 

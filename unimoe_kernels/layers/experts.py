@@ -6,17 +6,13 @@ import torch
 from torch import nn
 
 from unimoe_kernels.layers._inputs import autocasts, check_hidden, check_positive
-from unimoe_kernels.ops import (
-    expert_sort,
-    grouped_lora,
-    grouped_mm,
-    moe_mlp,
-    permute,
-    swiglu,
-    unpermute,
+from unimoe_kernels.layers.expert_lora import (
+    ExpertLoRA,
+    add_deltas,
+    add_lora_of_down,
+    add_lora_of_first,
 )
-
-_LORA_NAMES = ("gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B")
+from unimoe_kernels.ops import expert_sort, grouped_mm, moe_mlp, permute, swiglu, unpermute
 
 
 class GroupedExperts(nn.Module):
@@ -30,8 +26,8 @@ class GroupedExperts(nn.Module):
         down_proj: `[E, D, F]`.
         gate_up_bias: `[E, 2F]`, or None without bias.
         down_bias: `[E, D]`, or None without bias.
-        gate_up_lora_A: `[E, r, D]`, or None without LoRA; likewise `gate_up_lora_B` `[E, 2F, r]`,
-            `down_lora_A` `[E, r, F]` and `down_lora_B` `[E, D, r]`.
+        expert_lora: an `ExpertLoRA` a target, by name, or None without LoRA.
+        expert_lora_merged: whether the weights hold the LoRA already, which then is left out.
 
     Args:
         num_experts: E, at least 1.
@@ -76,8 +72,8 @@ class GroupedExperts(nn.Module):
         self.intermediate_size = intermediate_size
         self.activation = activation
         self.initializer_range = initializer_range
-        self.lora_rank = 0
-        self.lora_alpha = lora_alpha
+        self.expert_lora_merged = False
+        self.register_module("expert_lora", None)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
@@ -86,8 +82,6 @@ class GroupedExperts(nn.Module):
         self.down_proj = parameter(hidden_size, intermediate_size)
         self.gate_up_bias = parameter(2 * intermediate_size) if bias else None
         self.down_bias = parameter(hidden_size) if bias else None
-        for name in _LORA_NAMES:
-            self.register_parameter(name, None)
         self.reset_parameters()
         if lora_rank > 0:
             self.add_lora(lora_rank, lora_alpha)
@@ -99,8 +93,13 @@ class GroupedExperts(nn.Module):
         if self.gate_up_bias is not None:
             nn.init.zeros_(self.gate_up_bias)
             nn.init.zeros_(self.down_bias)
-        if self.lora_rank > 0:
-            self._reset_lora()
+        for lora in (self.expert_lora or {}).values():
+            lora.reset_parameters()
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank of the LoRA, 0 without."""
+        return 0 if self.expert_lora is None else next(iter(self.expert_lora.values())).rank
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Sends every token through its experts and adds their answers, weighted.
@@ -129,9 +128,9 @@ class GroupedExperts(nn.Module):
                 f"scores (shape {tuple(scores.shape)}) must have the shape of ids "
                 f"{tuple(ids.shape)}"
             )
-        x, *weights = self._operands(x)
-        gate_up_proj, down_proj, gate_up_bias, down_bias, *lora = weights
-        if self.lora_rank == 0:
+        x, gate_up_proj, down_proj, gate_up_bias, down_bias = self._operands(x)
+        lora = None if self.expert_lora_merged else self.expert_lora
+        if lora is None:
             return moe_mlp(
                 x,
                 gate_up_proj,
@@ -142,16 +141,13 @@ class GroupedExperts(nn.Module):
                 gate_up_bias=gate_up_bias,
                 down_bias=down_bias,
             )
-        gate_up_A, gate_up_B, down_A, down_B = lora
-        scale = self.lora_alpha / self.lora_rank
         sort = expert_sort(ids, self.num_experts)
         offsets_E1 = sort.expert_offsets
         rows_ND = permute(x, sort, ids.shape[1])
         gate_up_N2F = grouped_mm(rows_ND, gate_up_proj, offsets_E1, gate_up_bias)
-        gate_up_N2F = gate_up_N2F + grouped_lora(rows_ND, gate_up_A, gate_up_B, offsets_E1, scale)
-        act_NF = swiglu(gate_up_N2F, self.activation)
+        act_NF = swiglu(add_lora_of_first(lora, gate_up_N2F, rows_ND, offsets_E1), self.activation)
         out_ND = grouped_mm(act_NF, down_proj, offsets_E1, down_bias)
-        out_ND = out_ND + grouped_lora(act_NF, down_A, down_B, offsets_E1, scale)
+        out_ND = add_lora_of_down(lora, out_ND, act_NF, offsets_E1)
         return unpermute(out_ND, sort, ids.shape[1], scores)
 
     def add_lora(self, rank: int, alpha: float = 16, *, freeze_base: bool = True) -> None:
@@ -180,18 +176,15 @@ class GroupedExperts(nn.Module):
         if freeze_base:
             for base in self.parameters():
                 base.requires_grad_(False)
-        sizes = {
-            "gate_up": (2 * self.intermediate_size, self.hidden_size),
-            "down": (self.hidden_size, self.intermediate_size),
-        }
-        for name, (rows, columns) in sizes.items():
-            lora_A = self.gate_up_proj.new_empty(self.num_experts, rank, columns)
-            lora_B = self.gate_up_proj.new_empty(self.num_experts, rows, rank)
-            setattr(self, f"{name}_lora_A", nn.Parameter(lora_A))
-            setattr(self, f"{name}_lora_B", nn.Parameter(lora_B))
-        self.lora_rank = rank
-        self.lora_alpha = alpha
-        self._reset_lora()
+        like = {"device": self.gate_up_proj.device, "dtype": self.gate_up_proj.dtype}
+        E, D, inner = self.num_experts, self.hidden_size, self.intermediate_size
+        self.expert_lora = nn.ModuleDict(
+            {
+                "gate_up_proj": ExpertLoRA(E, D, 2 * inner, rank, alpha, **like),
+                "down_proj": ExpertLoRA(E, inner, D, rank, alpha, **like),
+            }
+        ).train(self.training)
+        self.expert_lora_merged = False
 
     @torch.no_grad()
     def merge_lora(self) -> None:
@@ -205,28 +198,12 @@ class GroupedExperts(nn.Module):
         """
         if self.lora_rank == 0:
             raise RuntimeError("the experts have no LoRA to merge; call add_lora() first")
-        scale = self.lora_alpha / self.lora_rank
-        for name in ("gate_up", "down"):
-            weight = getattr(self, f"{name}_proj")
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            lora_A = getattr(self, f"{name}_lora_A").to(wide)
-            lora_B = getattr(self, f"{name}_lora_B").to(wide)
-            weight.copy_(torch.baddbmm(weight.to(wide), lora_B, lora_A, alpha=scale))
-        for name in _LORA_NAMES:
-            setattr(self, name, None)
-        self.lora_rank = 0
-
-    def _reset_lora(self) -> None:
-        for lora_A in (self.gate_up_lora_A, self.down_lora_A):
-            # kaiming_uniform_ with a = sqrt(5) on each expert's matrix: bound 1 / sqrt(columns).
-            bound = lora_A.shape[-1] ** -0.5
-            nn.init.uniform_(lora_A, -bound, bound)
-        nn.init.zeros_(self.gate_up_lora_B)
-        nn.init.zeros_(self.down_lora_B)
+        add_deltas(self, 1.0)
+        self.expert_lora = None
 
     def _operands(self, x: torch.Tensor) -> list[torch.Tensor | None]:
-        """X and all parameters, in the dtype of torch.autocast where that is on."""
-        names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias", *_LORA_NAMES)
+        """X and all weights and biases, in the dtype of torch.autocast where that is on."""
+        names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
         tensors = [x, *(getattr(self, name) for name in names)]
         if not autocasts(x, self.gate_up_proj):
             return tensors
