@@ -182,6 +182,10 @@ def test_other_implementations_are_refused():
     model.set_experts_implementation("eager")
     with pytest.raises(RuntimeError, match="experts_implementation is 'eager'"):
         logits_of(model)
+    model.set_experts_implementation("unimoe")
+    tuned = logits_of(merge_expert_lora(model))
+    model.set_experts_implementation("eager")
+    assert relative_error(logits_of(model), tuned) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -217,3 +221,18 @@ def test_models_and_adapters_that_do_not_fit_are_refused(tmp_path):
         load_expert_lora(build("qwen3_moe"), tmp_path)
     with pytest.raises(FileNotFoundError):
         load_expert_lora(build("mixtral"), tmp_path / "nowhere")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"a": 3}}))
+    with pytest.raises(ValueError, match=r"rank_pattern \(\{'a': 3\}\) must be empty"):
+        load_expert_lora(build("mixtral"), tmp_path)
+
+
+def test_adapters_of_different_ranks_are_not_saved_as_one(tmp_path):
+    model = add_expert_lora(build("mixtral"), 2)
+    experts = next(m for m in model.modules() if getattr(m, "expert_lora", None) is not None)
+    down = experts.expert_lora["down_proj"]
+    down.lora_A = nn.Parameter(torch.cat((down.lora_A, down.lora_A), dim=1))
+    down.lora_B = nn.Parameter(torch.cat((down.lora_B, down.lora_B), dim=2))
+    with pytest.raises(ValueError, match=r"LoRA of ranks \[2, 4\]"):
+        save_expert_lora(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -99,6 +99,7 @@ def save_expert_lora(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         RuntimeError: if the model has no expert LoRA.
+        ValueError: if ranks or scales differ between experts modules.
     """
     from safetensors.torch import save_file
 
@@ -118,6 +119,11 @@ def save_expert_lora(model: nn.Module, folder: str | Path) -> None:
             names.append(f"{name}.{key}")
             ranks.add(lora_A.shape[1])
             scales.add(scale)
+    if len(ranks) > 1 or len(scales) > 1:
+        raise ValueError(
+            f"LoRA of ranks {sorted(ranks)} and scales {sorted(scales)} must be of one rank and "
+            "scale to be saved as one adapter"
+        )
     (r,), (scale,) = ranks, scales
     config = {
         "peft_type": "LORA",
@@ -162,6 +168,9 @@ def load_expert_lora(model: nn.Module, folder: str | Path, dropout: float = 0.0)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise ValueError(f"folder ({folder}): peft_type must be LORA without DoRA")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if config.get(name):
+            raise ValueError(f"folder ({folder}): {name} ({config[name]}) must be empty")
     targets = config.get("target_parameters") or []
     tensors = load_file(folder / "adapter_model.safetensors")
     r = config["r"]
@@ -238,7 +247,7 @@ def _attach(experts: nn.Module, lora: dict[str, ExpertLoRA]) -> None:
 def _check_implementation(experts: nn.Module, _inputs: tuple) -> None:
     """A forward that knows nothing of our LoRA would leave it out without a word."""
     chosen = experts.config._experts_implementation
-    if chosen != "unimoe":
+    if chosen != "unimoe" and not experts.expert_lora_merged:
         raise RuntimeError(
             f"experts_implementation is {chosen!r}: with expert LoRA it must be 'unimoe'"
         )

@@ -1,0 +1,260 @@
+// Products of many lines: both operands are packed into panels.
+//
+// The left operand (rows in the forward, columns of the gradient for the weight) is packed in waves
+// of bounded size, each while the one before it is multiplied. A task is one expert and some panels
+// of columns: it packs the panels, which then stay in the second-level cache, and multiplies them
+// with all panels on the left. Sums stay in registers over some hundred steps of depth and in a
+// float32 tile over all of them, so that each result is rounded once and the order of additions is
+// fixed.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <deque>
+#include <vector>
+
+#include "kernels.h"
+#include "pack.h"
+#include "product.h"
+#include "tasks.h"
+
+namespace unimoe {
+
+constexpr int64_t kMaxTile = 8 * kMaxWidth;
+// Panels on the left that one task packs: their lines share cache lines where depth is strided.
+constexpr int64_t kLeftPanels = 8;
+// Of 32 bits; half of a second-level cache of 1 MiB.
+constexpr int64_t kPanelUnits = 128 * 1024;
+constexpr int64_t kFewestTasks = 16;
+// Sums of so many steps are added up by themselves before they join the others: rounding grows with
+// the number of additions one after the other.
+constexpr int64_t kStepsAtOnce = 512;
+// Beyond so many steps several panels on the left are multiplied with parts of those on the right
+// before the next part: else few panels on the right would fit into the second-level cache, and
+// those on the left would be read from memory for each of them.
+constexpr int64_t kLongSteps = 4096;
+constexpr int64_t kLinesTogether = 16;
+// Of the packed left operand: what stays in a third-level cache, but lines enough to make up for
+// packing the right one again.
+constexpr int64_t kPackedUnits = 1024 * 1024;
+constexpr int64_t kFewestLines = 2048;
+// More than this is handed back after a call.
+constexpr int64_t kKeptUnits = 4 * 1024 * 1024;
+
+constexpr int64_t kBuffers = 3;
+
+inline int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+// The products of one call, and the tasks that they are cut into. Panels hold units of type U:
+// float, or uint32_t for pairs of bfloat16.
+template <typename T, typename U>
+class PackedMatmul {
+ public:
+  PackedMatmul(const std::vector<Product<T>>& given, const Kernels& kernels) : kernels_(kernels) {
+    split_lines(given);
+    plan();
+  }
+
+  void run() {
+    thread_local Scratch workspace;
+    const int64_t buffers = std::min<int64_t>(waves_.size(), kBuffers);
+    packed_ = reinterpret_cast<U*>(workspace.at_least(buffers * buffer_));
+    for_each_task(tasks_.size(), [&](int64_t number) {
+      if (failed_) return;
+      try {
+        const Task& task = tasks_[number];
+        task.packs ? pack_left(task) : multiply(task);
+      } catch (...) {
+        failed_ = true;
+        throw;
+      }
+    });
+    workspace.shrink_to(kKeptUnits);
+  }
+
+ private:
+  // Panels of a product to pack on the left, or to pack on the right and multiply.
+  struct Task {
+    int64_t wave;
+    int64_t product;
+    int64_t first;
+    int64_t count;
+    bool packs;
+  };
+
+  // Products whose left operands are packed together. The buffers are shared by all waves: one is
+  // multiplied while the next is packed.
+  struct Wave {
+    int64_t units = 0;
+    std::vector<Task> packing;
+    std::vector<Task> multiplying;
+    std::atomic<int64_t> to_pack{0};
+    std::atomic<int64_t> to_multiply{0};
+  };
+
+  static int64_t steps_of(const Product<T>& product) {
+    return parts_of(product.depth, std::is_same_v<U, float> ? 1 : 2);
+  }
+
+  static int64_t lines_together(const Product<T>& product) {
+    return steps_of(product) > kLongSteps ? kLinesTogether : 1;
+  }
+
+  // Cuts products with more lines than a wave holds.
+  void split_lines(const std::vector<Product<T>>& given) {
+    for (const Product<T>& product : given) {
+      const int64_t most =
+          std::max(kFewestLines, kPackedUnits / std::max<int64_t>(1, steps_of(product)));
+      const int64_t parts = parts_of(product.lines, most);
+      const int64_t even = parts_of(parts_of(product.lines, parts), kernels_.rows) * kernels_.rows;
+      for (int64_t first = 0; first < product.lines; first += even) {
+        products_.push_back(some_lines(product, first, std::min(even, product.lines - first)));
+      }
+    }
+  }
+
+  void plan() {
+    int64_t all_columns = 0;
+    for (const Product<T>& p : products_) all_columns += parts_of(p.columns, kernels_.columns);
+    const int64_t even = std::max<int64_t>(1, all_columns / kFewestTasks);
+    for (int64_t i = 0; i < static_cast<int64_t>(products_.size()); ++i) {
+      const int64_t units =
+          parts_of(products_[i].lines, kernels_.rows) * kernels_.rows * steps_of(products_[i]);
+      if (waves_.empty() || waves_.back().units + units > kPackedUnits) waves_.emplace_back();
+      start_.push_back(waves_.back().units);
+      waves_.back().units += units;
+      buffer_ = std::max(buffer_, waves_.back().units);
+      plan_product(i, even);
+    }
+    buffer_ = parts_of(buffer_, kAlignment / 4) * (kAlignment / 4);
+    // A wave is packed before the one ahead of it is multiplied.
+    const std::vector<Task>* ahead = nullptr;
+    for (Wave& wave : waves_) {
+      wave.to_pack = wave.packing.size();
+      wave.to_multiply = wave.multiplying.size();
+      tasks_.insert(tasks_.end(), wave.packing.begin(), wave.packing.end());
+      if (ahead != nullptr) tasks_.insert(tasks_.end(), ahead->begin(), ahead->end());
+      ahead = &wave.multiplying;
+    }
+    if (ahead != nullptr) tasks_.insert(tasks_.end(), ahead->begin(), ahead->end());
+  }
+
+  // The tasks of one product, on the right of at most `even` panels.
+  void plan_product(int64_t index, int64_t even) {
+    const Product<T>& product = products_[index];
+    const int64_t wave = waves_.size() - 1, steps = steps_of(product);
+    const int64_t lines = parts_of(product.lines, kernels_.rows);
+    for (int64_t p = 0; p < lines; p += kLeftPanels) {
+      const int64_t count = std::min(kLeftPanels, lines - p);
+      waves_.back().packing.push_back({wave, index, p, count, true});
+    }
+    // As many panels, or parts of long ones, as the cache holds are multiplied with the same lines;
+    // but there are no fewer than some tasks for each thread.
+    const int64_t width = product.sides() * kernels_.columns;
+    const int64_t part = width * (lines_together(product) == 1 ? steps : kStepsAtOnce);
+    const int64_t fit = std::max<int64_t>(1, kPanelUnits / std::max<int64_t>(1, part));
+    const int64_t together = std::min(fit, even);
+    const int64_t tiles = product.sides() * lines_together(product) * kMaxTile;
+    scratch_ = std::max(scratch_, together * (width * steps + tiles));
+    const int64_t columns = parts_of(product.columns, kernels_.columns);
+    for (int64_t p = 0; p < columns; p += together) {
+      const int64_t count = std::min(together, columns - p);
+      waves_.back().multiplying.push_back({wave, index, p, count, false});
+    }
+  }
+
+  U* left_of(const Task& task) const {
+    return packed_ + task.wave % kBuffers * buffer_ + start_[task.product];
+  }
+
+  void pack_left(const Task& task) {
+    const Product<T>& product = products_[task.product];
+    if (task.wave >= kBuffers) wait_for(waves_[task.wave - kBuffers].to_multiply, failed_);
+    for (int64_t p = task.first; p < task.first + task.count; ++p) {
+      const int64_t first = p * kernels_.rows;
+      pack(kernels_, product.left, first, std::min(kernels_.rows, product.lines - first),
+           kernels_.rows, product.depth, left_of(task) + first * steps_of(product));
+    }
+    --waves_[task.wave].to_pack;
+  }
+
+  void multiply(const Task& task) {
+    const Product<T>& product = products_[task.product];
+    const int64_t steps = steps_of(product), sides = product.sides();
+    const int64_t panel = kernels_.columns * steps;
+    thread_local Scratch memory;
+    U* const panels = reinterpret_cast<U*>(memory.at_least(scratch_));
+    float* const tiles = reinterpret_cast<float*>(panels + task.count * sides * panel);
+    for (int64_t p = 0; p < task.count; ++p) {
+      const int64_t column = (task.first + p) * kernels_.columns;
+      for (int64_t side = 0; side < sides; ++side) {
+        pack(kernels_, product.side(side), column,
+             std::min(kernels_.columns, product.columns - column), kernels_.columns, product.depth,
+             panels + (p * sides + side) * panel);
+      }
+    }
+    wait_for(waves_[task.wave].to_pack, failed_);
+    const int64_t together = lines_together(product);
+    const int64_t at_once = together == 1 ? 1 : task.count;
+    for (int64_t first = 0; first < product.lines; first += together * kernels_.rows) {
+      const int64_t held = std::min(together, parts_of(product.lines - first, kernels_.rows));
+      for (int64_t p = 0; p < task.count; p += at_once) {
+        multiply_tiles(product, left_of(task) + first * steps, held, panels + p * sides * panel,
+                       at_once, tiles);
+        write_tiles(product, tiles, first, held, (task.first + p) * kernels_.columns, at_once);
+      }
+    }
+    --waves_[task.wave].to_multiply;
+  }
+
+  // tiles[panel on the right][side][panel on the left] = their products.
+  void multiply_tiles(const Product<T>& product, const U* left, int64_t lefts, const U* right,
+                      int64_t rights, float* tiles) const {
+    const int64_t steps = steps_of(product);
+    for (int64_t k = 0; k == 0 || k < steps; k += kStepsAtOnce) {
+      const int64_t depth = std::min(kStepsAtOnce, steps - k);
+      float* sums = tiles;
+      for (int64_t p = 0; p < rights * product.sides(); ++p) {
+        const U* columns = right + (p * steps + k) * kernels_.columns;
+        for (int64_t i = 0; i < lefts; ++i, sums += kMaxTile) {
+          const U* lines = left + (i * steps + k) * kernels_.rows;
+          if constexpr (std::is_same_v<U, float>) {
+            kernels_.multiply(depth, lines, columns, k != 0, sums);
+          } else {
+            kernels_.multiply_pairs(depth, lines, columns, k != 0, sums);
+          }
+        }
+      }
+    }
+  }
+
+  void write_tiles(const Product<T>& product, float* tiles, int64_t first_line, int64_t lefts,
+                   int64_t first_column, int64_t rights) const {
+    for (int64_t p = 0; p < rights; ++p) {
+      float* const own = tiles + p * product.sides() * lefts * kMaxTile;
+      const int64_t column = first_column + p * kernels_.columns;
+      for (int64_t i = 0; i < lefts; ++i) {
+        const int64_t line = first_line + i * kernels_.rows;
+        float* const sums[2] = {own + i * kMaxTile,
+                                own + ((product.sides() - 1) * lefts + i) * kMaxTile};
+        write(product, kernels_, sums, kernels_.columns, line,
+              std::min(kernels_.rows, product.lines - line), column,
+              std::min(kernels_.columns, product.columns - column));
+      }
+    }
+  }
+
+  const Kernels& kernels_;
+  std::vector<Product<T>> products_;
+  // Where each product's packed lines start in its buffer.
+  std::vector<int64_t> start_;
+  std::deque<Wave> waves_;
+  std::vector<Task> tasks_;
+  // Units of a buffer, and of what a thread packs on the right with its tiles.
+  int64_t buffer_ = 0;
+  int64_t scratch_ = 0;
+  U* packed_ = nullptr;
+  std::atomic<bool> failed_{false};
+};
+
+}  // namespace unimoe
