@@ -152,6 +152,26 @@ def select(op: str, tensor: Tensor) -> torch._ops.OpOverload:
     return _overloads[op][_OVERLOAD_OF[backend]]
 
 
+def call(op: str, *args: object) -> object:
+    """Calls the overload of `op` that `select` picks by its first argument, a tensor.
+
+    Where no gradient is needed the formula for it is stepped over: it is Python, and with cold
+    caches costs a call some 50 us, in which 2 MB of weights could be read.
+    """
+    chosen = select(op, args[0])
+    if torch.compiler.is_compiling() or needs_gradient(*args):
+        return chosen(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return chosen(*args)
+
+
+def needs_gradient(*args: object) -> bool:
+    """Returns whether autograd records what is done with any of the tensors among `args`."""
+    return torch.is_grad_enabled() and any(
+        isinstance(arg, Tensor) and arg.requires_grad for arg in args
+    )
+
+
 def available_backends(op: str, device: str | torch.device | None = None) -> tuple[str, ...]:
     """Lists the backends that an operator has on a device, the automatic choice first.
 

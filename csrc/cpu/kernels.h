@@ -6,18 +6,23 @@
 
 namespace unimoe {
 
+constexpr int64_t kLineBytes = 64;
+
 // Kernels of one instruction set. The panels of `multiply` hold `rows` numbers of the left operand
 // and `columns` of the right one for every step of depth.
 struct Kernels {
   const char* name;
   int64_t rows;
   int64_t columns;
-  // sums[rows][columns] = the product of two panels, added to what is there if asked for.
-  void (*multiply)(int64_t depth, const float* left, const float* right, bool add, float* sums);
+  // sums[rows][columns] = the product of two panels, added to what is there if asked for. Meanwhile
+  // memory from `ahead` on is fetched into the cache, one line of it every so many steps, a power
+  // of two.
+  void (*multiply)(int64_t depth, const float* left, const float* right, bool add, float* sums,
+                   const char* ahead, int64_t every);
   // The same for panels of two bfloat16 a step and number; null where no instruction multiplies
   // them.
   void (*multiply_pairs)(int64_t steps, const uint32_t* left, const uint32_t* right, bool add,
-                         float* sums);
+                         float* sums, const char* ahead, int64_t every);
   // What panels are packed with. Lines of 32-bit units become columns of `to`, `width` units wide.
   void (*transpose)(int64_t lines, const char* const* from, int64_t units, int64_t width, char* to);
   // Rows of `count` numbers, `stride` apart, follow each other in `to`, `width` apart.

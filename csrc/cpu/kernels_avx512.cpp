@@ -121,12 +121,13 @@ void dot_pairs(int64_t depth, int64_t rows, const uint16_t* left, const uint16_t
 
 template <int kRows, int kVectors>
 void multiply_pairs(int64_t steps, const uint32_t* left, const uint32_t* right, bool add,
-                    float* sums) {
+                    float* sums, const char* ahead, int64_t every) {
   __m512 total[kRows][kVectors];
   UNIMOE_UNROLL for (int row = 0; row < kRows; ++row) {
     UNIMOE_UNROLL for (int v = 0; v < kVectors; ++v) total[row][v] = _mm512_setzero_ps();
   }
   for (int64_t k = 0; k < steps; ++k) {
+    fetch_ahead(ahead, every, k);
     __m512bh column[kVectors];
     UNIMOE_UNROLL for (int v = 0; v < kVectors; ++v) {
       column[v] = (__m512bh)_mm512_loadu_si512(right + v * 16);

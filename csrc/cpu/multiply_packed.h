@@ -13,6 +13,7 @@
 #include <deque>
 #include <vector>
 
+#include "ahead.h"
 #include "kernels.h"
 #include "pack.h"
 #include "product.h"
@@ -59,11 +60,12 @@ class PackedMatmul {
     thread_local Scratch workspace;
     const int64_t buffers = std::min<int64_t>(waves_.size(), kBuffers);
     packed_ = reinterpret_cast<U*>(workspace.at_least(buffers * buffer_));
-    for_each_task(tasks_.size(), [&](int64_t number) {
+    const int64_t tasks = tasks_.size();
+    for_each_task_and_next(tasks, [&](int64_t number, int64_t next) {
       if (failed_) return;
       try {
         const Task& task = tasks_[number];
-        task.packs ? pack_left(task) : multiply(task);
+        task.packs ? pack_left(task) : multiply(task, next < tasks ? &tasks_[next] : nullptr);
       } catch (...) {
         failed_ = true;
         throw;
@@ -178,7 +180,19 @@ class PackedMatmul {
     --waves_[task.wave].to_pack;
   }
 
-  void multiply(const Task& task) {
+  // What `next` will pack, if its lines follow each other in memory.
+  Ahead ahead_of(const Task* next, int64_t steps) const {
+    if (next == nullptr || next->packs) return {};
+    const Product<T>& product = products_[next->product];
+    const Operand<T>& right = product.right;
+    if (right.depth_stride != 1 || right.line_stride != product.depth) return {};
+    const int64_t first = next->first * kernels_.columns;
+    const int64_t lines = std::min(next->count * kernels_.columns, product.columns - first);
+    return {right.line(first), product.side(product.sides() - 1).line(first),
+            lines * product.depth * static_cast<int64_t>(sizeof(T)), steps};
+  }
+
+  void multiply(const Task& task, const Task* next) {
     const Product<T>& product = products_[task.product];
     const int64_t steps = steps_of(product), sides = product.sides();
     const int64_t panel = kernels_.columns * steps;
@@ -194,13 +208,15 @@ class PackedMatmul {
       }
     }
     wait_for(waves_[task.wave].to_pack, failed_);
+    Ahead ahead =
+        ahead_of(next, parts_of(product.lines, kernels_.rows) * task.count * sides * steps);
     const int64_t together = lines_together(product);
     const int64_t at_once = together == 1 ? 1 : task.count;
     for (int64_t first = 0; first < product.lines; first += together * kernels_.rows) {
       const int64_t held = std::min(together, parts_of(product.lines - first, kernels_.rows));
       for (int64_t p = 0; p < task.count; p += at_once) {
         multiply_tiles(product, left_of(task) + first * steps, held, panels + p * sides * panel,
-                       at_once, tiles);
+                       at_once, tiles, ahead);
         write_tiles(product, tiles, first, held, (task.first + p) * kernels_.columns, at_once);
       }
     }
@@ -209,7 +225,7 @@ class PackedMatmul {
 
   // tiles[panel on the right][side][panel on the left] = their products.
   void multiply_tiles(const Product<T>& product, const U* left, int64_t lefts, const U* right,
-                      int64_t rights, float* tiles) const {
+                      int64_t rights, float* tiles, Ahead& ahead) const {
     const int64_t steps = steps_of(product);
     for (int64_t k = 0; k == 0 || k < steps; k += kStepsAtOnce) {
       const int64_t depth = std::min(kStepsAtOnce, steps - k);
@@ -218,10 +234,11 @@ class PackedMatmul {
         const U* columns = right + (p * steps + k) * kernels_.columns;
         for (int64_t i = 0; i < lefts; ++i, sums += kMaxTile) {
           const U* lines = left + (i * steps + k) * kernels_.rows;
+          const auto [from, every] = ahead.take(depth);
           if constexpr (std::is_same_v<U, float>) {
-            kernels_.multiply(depth, lines, columns, k != 0, sums);
+            kernels_.multiply(depth, lines, columns, k != 0, sums, from, every);
           } else {
-            kernels_.multiply_pairs(depth, lines, columns, k != 0, sums);
+            kernels_.multiply_pairs(depth, lines, columns, k != 0, sums, from, every);
           }
         }
       }

@@ -11,8 +11,13 @@
 namespace unimoe {
 
 constexpr int64_t kBlock = 64;
-constexpr int64_t kFewLines = 64;
+constexpr int64_t kFewLines = 8;
 constexpr int64_t kFewColumns = 24;
+// Of so few lines a block may be wider, as long as there are tasks enough: a long stretch of memory
+// is read faster than many short ones.
+constexpr int64_t kStreamedLines = 4;
+constexpr int64_t kWidestBlock = 256;
+constexpr int64_t kEnoughBlocks = 32;
 
 // Copies the lines of products that take them from here and there, so that they follow each other.
 template <typename T>
@@ -42,9 +47,15 @@ void multiply_unpacked(std::vector<Product<T>> products, const Kernels& kernels)
     int64_t first_column;
   };
   const std::vector<T> gathered = gather_lines(products);
+  int64_t all_columns = 0;
+  for (const Product<T>& product : products) all_columns += product.columns;
+  const int64_t wide = std::clamp(all_columns / kEnoughBlocks, kBlock, kWidestBlock);
+  const auto width_of = [&](const Product<T>& p) {
+    return p.lines <= kStreamedLines ? wide : kBlock;
+  };
   std::vector<Block> blocks;
   for (size_t i = 0; i < products.size(); ++i) {
-    for (int64_t c = 0; c < products[i].columns; c += kBlock) {
+    for (int64_t c = 0; c < products[i].columns; c += width_of(products[i])) {
       for (int64_t line = 0; line < products[i].lines; line += kBlock) {
         blocks.push_back({static_cast<int64_t>(i), line, c});
       }
@@ -54,7 +65,7 @@ void multiply_unpacked(std::vector<Product<T>> products, const Kernels& kernels)
     const auto [index, line, column] = blocks[task];
     const Product<T>& product = products[index];
     const int64_t lines = std::min(kBlock, product.lines - line);
-    const int64_t columns = std::min(kBlock, product.columns - column);
+    const int64_t columns = std::min(width_of(product), product.columns - column);
     float block[2][kBlock * kBlock];
     float* const sums[2] = {block[0], block[1]};
     const T* left = product.left.line(line);

@@ -65,4 +65,20 @@ void for_each_task(int64_t tasks, Body&& body) {
   });
 }
 
+// The same where a task wants to know which one its thread takes after it, or `tasks` if that is
+// still open: the last ones are left to whoever is free first.
+template <typename Body>
+void for_each_task_and_next(int64_t tasks, Body&& body) {
+  constexpr int64_t kLast = 8;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < tasks;) {
+      const bool known = next.load() < tasks - kLast;
+      const int64_t then = known ? next++ : tasks;
+      body(task, then);
+      task = known ? then : next++;
+    }
+  });
+}
+
 }  // namespace unimoe

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from unimoe_kernels.layers._inputs import check_hidden
 from unimoe_kernels.layers.aux_loss import inject_aux_loss
 from unimoe_kernels.layers.experts import GroupedExperts
 from unimoe_kernels.layers.layouts import ffn_weights
@@ -144,7 +143,6 @@ class MoE(nn.Module):
             ValueError: if the shape or device of x, or the shape of token_mask is wrong.
             TypeError: if the dtype of x is not that of the weights, or token_mask is not bool.
         """
-        check_hidden(x, self.router.weight, self.router.hidden_size)
         routed = self.router(x, token_mask)
         x_TD = x.reshape(-1, x.shape[-1])
         y = self.experts(x_TD, routed.ids, routed.scores).reshape(x.shape)

@@ -63,7 +63,7 @@ def expert_sort(ids: Tensor, num_experts: int) -> ExpertSort:
     if _checks.reads_values(ids) and ids.numel() and ids.min() < 0:
         raise ValueError(f"ids (minimum {ids.min().item()}) must not be negative")
     ids_N = ids.reshape(-1).to(torch.int32).contiguous()
-    return ExpertSort(*_backends.select("expert_sort", ids)(ids_N, num_experts))
+    return ExpertSort(*_backends.call("expert_sort", ids_N, num_experts))
 
 
 def _fake(ids, num_experts):

@@ -46,9 +46,7 @@ def grouped_lora(
     _checks.check_size("lora_B", lora_B, 0, lora_A.shape[0], "E of lora_A")
     _checks.check_size("lora_B", lora_B, 2, lora_A.shape[1], "r of lora_A")
     _checks.check_same("lora_B", lora_B, "x", x)
-    y, _ = _backends.select("grouped_lora", x)(
-        x.contiguous(), lora_A, lora_B, expert_offsets, scale
-    )
+    y, _ = _backends.call("grouped_lora", x.contiguous(), lora_A, lora_B, expert_offsets, scale)
     return y
 
 

@@ -44,7 +44,7 @@ def grouped_mm(
         _checks.check_size("bias", bias, 0, weight.shape[0], "E of weight")
         _checks.check_size("bias", bias, 1, weight.shape[1], "F of weight")
         _checks.check_same("bias", bias, "x", x)
-    return _backends.select("grouped_mm", x)(x.contiguous(), weight, expert_offsets, bias)
+    return _backends.call("grouped_mm", x.contiguous(), weight, expert_offsets, bias)
 
 
 def check_grouped_weight(

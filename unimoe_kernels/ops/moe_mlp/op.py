@@ -59,10 +59,9 @@ def moe_mlp(
     """
     _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias)
     differentiable = (x, gate_up_proj, down_proj, scores, gate_up_bias, down_bias)
-    keep_hidden = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in differentiable
-    )
-    outputs = _backends.select("moe_mlp", x)(
+    keep_hidden = _backends.needs_gradient(*differentiable)
+    outputs = _backends.call(
+        "moe_mlp",
         x.contiguous(),
         gate_up_proj,
         down_proj,

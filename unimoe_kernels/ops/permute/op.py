@@ -41,9 +41,7 @@ def permute(x: Tensor, sort: ExpertSort, top_k: int) -> Tensor:
         "sort.row_order", sort.row_order, 0, x.shape[0] * top_k, "T of x times top_k"
     )
     _checks.check_device("sort", sort.row_order, "x", x)
-    return _backends.select("permute", x)(
-        x.contiguous(), sort.row_order, sort.expert_offsets, top_k
-    )
+    return _backends.call("permute", x.contiguous(), sort.row_order, sort.expert_offsets, top_k)
 
 
 def _fake(x, row_order, expert_offsets, top_k):

@@ -45,7 +45,7 @@ def swiglu(
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up (shape {tuple(gate_up.shape)}) must have an even last size")
     _checks.check_choice("activation", activation, ACTIVATIONS)
-    return _backends.select("swiglu", gate_up)(gate_up.contiguous(), activation, limit, alpha)
+    return _backends.call("swiglu", gate_up.contiguous(), activation, limit, alpha)
 
 
 def _fake(gate_up, activation, limit, alpha):

@@ -96,7 +96,8 @@ def topk_router(
         (balancing), arXiv:2202.08906 (z-loss), arXiv:2412.19437 (sigmoid, bias, groups).
     """
     _check(logits, top_k, mode, correction_bias, num_groups, top_groups, token_mask, balance)
-    outputs = _backends.select("topk_router", logits)(
+    outputs = _backends.call(
+        "topk_router",
         logits.contiguous(),
         None if correction_bias is None else correction_bias.contiguous(),
         None if token_mask is None else token_mask.contiguous(),

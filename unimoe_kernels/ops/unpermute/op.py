@@ -51,8 +51,8 @@ def unpermute(rows: Tensor, sort: ExpertSort, top_k: int, scores: Tensor | None 
         _checks.check_size("scores", scores, 1, top_k, "top_k")
         _checks.check_device("scores", scores, "rows", rows)
         scores = scores.to(_checks.accumulation_dtype(rows.dtype)).contiguous()
-    return _backends.select("unpermute", rows)(
-        rows.contiguous(), order_N, sort.expert_offsets, scores, top_k
+    return _backends.call(
+        "unpermute", rows.contiguous(), order_N, sort.expert_offsets, scores, top_k
     )
 
 
