@@ -10,6 +10,7 @@ COLORS = {
     "ours": "#d62728",
     "ours-cuda": "#d62728",
     "ours-triton": "#ff9896",
+    "ours-packed": "#ff9896",
     "dense": "#7f7f7f",
     "looped": "#1f77b4",
     "transformers-eager": "#aec7e8",

@@ -17,6 +17,9 @@ from .candidates import Candidate, Provider, UnavailableError, in_turns, own_gra
 from .problem import Problem
 from .remote import RemoteLayer
 
+UNPACKED_ROWS = 8
+"""Rows an expert up to which packed weights are not used."""
+
 BATCHED_ROWS = 64
 """Rows above which `batched_mm` is left out: it copies an expert's weights for every row."""
 
@@ -37,6 +40,8 @@ def layer_providers(problems: Sequence[Problem]) -> dict[str, Provider]:
     for backend in others:
         if device.type == "cuda" and backend != "reference":
             makers[f"ours-{backend}"] = functools.partial(_ours, backend=backend)
+    if device.type == "cpu":
+        makers["ours-packed"] = _ours_packed
     turns = itertools.count()
     providers: dict[str, Provider] = {
         name: functools.partial(_of_all, make, problems, turns) for name, make in makers.items()
@@ -68,6 +73,20 @@ def _ours(problem: Problem, backend: str | None = None) -> Candidate:
     """`MoE`, on the backend that the dispatcher picks, or on one that is asked for."""
     layer = own_gradients(problem.moe)
     return problem.candidate("ours", layer if backend is None else _OnBackend(layer, backend))
+
+
+def _ours_packed(problem: Problem) -> Candidate:
+    """`MoE` whose weights were packed before."""
+    if problem.case.mode != "forward":
+        raise UnavailableError("packed weights serve inference")
+    if problem.case.tokens * problem.layer.K <= UNPACKED_ROWS * problem.layer.E:
+        raise UnavailableError(f"up to {UNPACKED_ROWS} rows an expert read the weights themselves")
+    layer = own_gradients(problem.moe)
+    try:
+        unimoe_kernels.pack_weights(layer)
+    except RuntimeError as error:
+        raise UnavailableError(str(error)) from error
+    return problem.candidate("ours-packed", layer)
 
 
 class _OnBackend(nn.Module):

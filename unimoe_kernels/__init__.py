@@ -34,9 +34,11 @@ from unimoe_kernels.ops import (
     grouped_lora,
     grouped_mm,
     moe_mlp,
+    pack_weights,
     permute,
     swiglu,
     topk_router,
+    unpack_weights,
     unpermute,
 )
 
@@ -61,6 +63,7 @@ __all__ = [
     "load_upcycled",
     "merge_expert_lora",
     "moe_mlp",
+    "pack_weights",
     "permute",
     "register_with_transformers",
     "save_expert_lora",
@@ -68,6 +71,7 @@ __all__ = [
     "swiglu",
     "topk_router",
     "unmerge_expert_lora",
+    "unpack_weights",
     "unpermute",
     "unstack_experts",
     "upcycle",

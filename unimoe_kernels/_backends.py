@@ -102,6 +102,11 @@ def declare(
         _public.append(op)
 
 
+def declare_compiled(op: str, schema: str) -> None:
+    """Registers an operator without gradients that only `csrc` implements."""
+    _library.define(op + schema)
+
+
 def find_kernels() -> None:
     """Looks up the backends of every operator, and reads `UNIMOE_BACKEND`.
 
@@ -150,6 +155,12 @@ def select(op: str, tensor: Tensor) -> torch._ops.OpOverload:
     available = _available[op].get(tensor.device.type, ("reference",))
     backend = _forced if _forced in available else available[0]
     return _overloads[op][_OVERLOAD_OF[backend]]
+
+
+def takes(op: str, backend: str, tensor: Tensor) -> bool:
+    """Returns whether a call of `op` on the device of `tensor` takes this backend."""
+    available = _available[op].get(tensor.device.type, ("reference",))
+    return backend == (_forced if _forced in available else available[0])
 
 
 def call(op: str, *args: object) -> object:

@@ -42,6 +42,15 @@ inline void multiply_all(const std::vector<Product<double>>& products) {
   }
 }
 
+// Calls `body` with a unit of the panels that numbers of type T are packed into.
+template <typename T, typename Body>
+void with_units(const Kernels& chosen, Body&& body) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (chosen.multiply_pairs != nullptr) return body(uint32_t());
+  }
+  body(float());
+}
+
 template <typename T>
 void multiply_all(const std::vector<Product<T>>& products) {
   const Kernels& chosen = kernels();
@@ -54,10 +63,7 @@ void multiply_all(const std::vector<Product<T>>& products) {
     if (!unpacked.empty()) multiply_unpacked(std::move(unpacked), chosen);
   }
   if (packed.empty()) return;
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (chosen.multiply_pairs != nullptr) return PackedMatmul<T, uint32_t>(packed, chosen).run();
-  }
-  PackedMatmul<T, float>(packed, chosen).run();
+  with_units<T>(chosen, [&](auto unit) { PackedMatmul<T, decltype(unit)>(packed, chosen).run(); });
 }
 
 inline void check_grouped_rows(const Tensor& expert_offsets, int64_t experts, int64_t rows) {

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "matmul.h"
 #include "ops.h"
+#include "packed_weight.h"
 
 namespace unimoe {
 namespace {
@@ -33,9 +34,16 @@ void check_bias(const std::optional<Tensor>& bias, const char* name, const Tenso
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Outputs moe_mlp(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor ids, Tensor scores,
-                std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias,
-                std::string activation, double limit, double alpha, bool keep_hidden) {
+// With weights as `pack_weight` leaves them, or without.
+struct Packed {
+  std::optional<Tensor> gate_up;
+  std::optional<Tensor> down;
+};
+
+Outputs run_experts(const Packed& packed, Tensor x, Tensor gate_up_proj, Tensor down_proj,
+                    Tensor ids, Tensor scores, std::optional<Tensor> gate_up_bias,
+                    std::optional<Tensor> down_bias, std::string activation, double limit,
+                    double alpha, bool keep_hidden) {
   check_matrix(x, "x");
   check_floating(x, "x");
   check_matrix(ids, "ids");
@@ -51,6 +59,8 @@ Outputs moe_mlp(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor ids, Ten
   check_bias(down_bias, "down_bias", x, experts, width);
   check_scores(scores, x, tokens, top_k);
   const Activation chosen = activation_of(activation, limit, alpha);
+  const PackedWeight packed_up(packed.gate_up, "packed_gate_up", gate_up_proj, 2);
+  const PackedWeight packed_down(packed.down, "packed_down", down_proj, 1);
 
   const int64_t rows = tokens * top_k;
   const auto [row_order, inverse_order, counts, offsets] =
@@ -78,7 +88,8 @@ Outputs moe_mlp(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor ids, Ten
           gate_up_bias ? const_data<T>(*gate_up_bias) + e * 2 * hidden_width : nullptr,
           activated_data + first * hidden_width,
           &chosen,
-          keep_hidden ? hidden_data + first * 2 * hidden_width : nullptr};
+          keep_hidden ? hidden_data + first * 2 * hidden_width : nullptr,
+          packed_up.of_expert(e)};
       if (hidden_width != 0) up.push_back(product);
       if (width != 0) {
         down.push_back({{activated_data + first * hidden_width, hidden_width, 1},
@@ -88,7 +99,10 @@ Outputs moe_mlp(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor ids, Ten
                         width,
                         hidden_width,
                         down_bias ? const_data<T>(*down_bias) + e * width : nullptr,
-                        mutable_data<T>(out) + first * width});
+                        mutable_data<T>(out) + first * width,
+                        nullptr,
+                        nullptr,
+                        packed_down.of_expert(e)});
       }
     }
     multiply_all(up);
@@ -100,6 +114,21 @@ Outputs moe_mlp(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor ids, Ten
   });
   return {unpermute(out, inverse_order, offsets, scores, top_k), hidden, row_order, inverse_order,
           offsets};
+}
+
+Outputs moe_mlp(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor ids, Tensor scores,
+                std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias,
+                std::string activation, double limit, double alpha, bool keep_hidden) {
+  return run_experts({}, x, gate_up_proj, down_proj, ids, scores, gate_up_bias, down_bias,
+                     activation, limit, alpha, keep_hidden);
+}
+
+Tensor moe_mlp_packed(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor packed_gate_up,
+                      Tensor packed_down, Tensor ids, Tensor scores,
+                      std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias,
+                      std::string activation, double limit, double alpha) {
+  return std::get<0>(run_experts({packed_gate_up, packed_down}, x, gate_up_proj, down_proj, ids,
+                                 scores, gate_up_bias, down_bias, activation, limit, alpha, false));
 }
 
 // What the rows of dA' and H turn into: dH, s * A, and ds where each score is.
@@ -241,5 +270,6 @@ Gradients moe_mlp_backward(Tensor grad, Tensor x, Tensor gate_up_proj, Tensor do
 
 STABLE_TORCH_LIBRARY_IMPL(unimoe, CPU, m) {
   m.impl("moe_mlp", TORCH_BOX(&unimoe::moe_mlp));
+  m.impl("moe_mlp_packed", TORCH_BOX(&unimoe::moe_mlp_packed));
   m.impl("moe_mlp_backward", TORCH_BOX(&unimoe::moe_mlp_backward));
 }

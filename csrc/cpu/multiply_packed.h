@@ -46,8 +46,27 @@ constexpr int64_t kBuffers = 3;
 
 inline int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-// The products of one call, and the tasks that they are cut into. Panels hold units of type U:
-// float, or uint32_t for pairs of bfloat16.
+// Panels hold units of type U: float, or uint32_t for pairs of bfloat16.
+template <typename U>
+int64_t steps_of(int64_t depth) {
+  return parts_of(depth, std::is_same_v<U, float> ? 1 : 2);
+}
+
+// Packs some panels of a product's right operand, the sides of each one after the other.
+template <typename T, typename U>
+void pack_right(const Kernels& kernels, const Product<T>& product, int64_t first, int64_t count,
+                U* to) {
+  for (int64_t p = first; p < first + count; ++p) {
+    const int64_t column = p * kernels.columns;
+    const int64_t held = std::min(kernels.columns, product.columns - column);
+    for (int64_t side = 0; side < product.sides(); ++side) {
+      pack(kernels, product.side(side), column, held, kernels.columns, product.depth, to);
+      to += kernels.columns * steps_of<U>(product.depth);
+    }
+  }
+}
+
+// The products of one call, and the tasks that they are cut into.
 template <typename T, typename U>
 class PackedMatmul {
  public:
@@ -94,9 +113,7 @@ class PackedMatmul {
     std::atomic<int64_t> to_multiply{0};
   };
 
-  static int64_t steps_of(const Product<T>& product) {
-    return parts_of(product.depth, std::is_same_v<U, float> ? 1 : 2);
-  }
+  static int64_t steps_of(const Product<T>& product) { return unimoe::steps_of<U>(product.depth); }
 
   static int64_t lines_together(const Product<T>& product) {
     return steps_of(product) > kLongSteps ? kLinesTogether : 1;
@@ -185,6 +202,11 @@ class PackedMatmul {
     if (next == nullptr || next->packs) return {};
     const Product<T>& product = products_[next->product];
     const Operand<T>& right = product.right;
+    const int64_t panel = product.sides() * kernels_.columns * steps_of(product);
+    if (product.panels != nullptr) {
+      const U* panels = static_cast<const U*>(product.panels) + next->first * panel;
+      return {panels, panels, next->count * panel * static_cast<int64_t>(sizeof(U)), steps};
+    }
     if (right.depth_stride != 1 || right.line_stride != product.depth) return {};
     const int64_t first = next->first * kernels_.columns;
     const int64_t lines = std::min(next->count * kernels_.columns, product.columns - first);
@@ -197,15 +219,12 @@ class PackedMatmul {
     const int64_t steps = steps_of(product), sides = product.sides();
     const int64_t panel = kernels_.columns * steps;
     thread_local Scratch memory;
-    U* const panels = reinterpret_cast<U*>(memory.at_least(scratch_));
-    float* const tiles = reinterpret_cast<float*>(panels + task.count * sides * panel);
-    for (int64_t p = 0; p < task.count; ++p) {
-      const int64_t column = (task.first + p) * kernels_.columns;
-      for (int64_t side = 0; side < sides; ++side) {
-        pack(kernels_, product.side(side), column,
-             std::min(kernels_.columns, product.columns - column), kernels_.columns, product.depth,
-             panels + (p * sides + side) * panel);
-      }
+    U* const scratch = reinterpret_cast<U*>(memory.at_least(scratch_));
+    float* const tiles = reinterpret_cast<float*>(scratch + task.count * sides * panel);
+    const U* panels = static_cast<const U*>(product.panels) + task.first * sides * panel;
+    if (product.panels == nullptr) {
+      pack_right(kernels_, product, task.first, task.count, scratch);
+      panels = scratch;
     }
     wait_for(waves_[task.wave].to_pack, failed_);
     Ahead ahead =

@@ -25,6 +25,8 @@ struct Product {
   T* out;
   const Activation* activation = nullptr;
   T* hidden = nullptr;
+  // The right operand as `pack_right` leaves all of its panels, or null.
+  const void* panels = nullptr;
 
   int64_t sides() const { return activation == nullptr ? 1 : 2; }
 

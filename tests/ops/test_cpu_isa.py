@@ -18,6 +18,7 @@ from unimoe_kernels import (
     grouped_lora,
     grouped_mm,
     moe_mlp,
+    pack_weights,
     swiglu,
     topk_router,
     unpermute,
@@ -75,6 +76,11 @@ for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2), (torch.float
             check(activation + " mlp", mlp, inputs, 4 * limit, dtype)
             inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
             kept = mlp(*inputs)
+            with torch.no_grad():
+                assert torch.equal(mlp(*inputs), kept)
+            experts = torch.nn.Module()
+            experts.gate_up_proj, experts.down_proj = inputs[1:3]
+            pack_weights(experts)
             with torch.no_grad():
                 assert torch.equal(mlp(*inputs), kept)
     for T, D, K in ((9, 1, 1), (9, 17, 2), (50, 70, 3), (20, 200, 8)):

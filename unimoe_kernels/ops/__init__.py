@@ -2,7 +2,7 @@
 
 `op.py` holds the public function, schema, fake and gradient formula; `reference.py` the
 specification in plain torch; `kernel.py` the Triton kernels. An operator that is composed of
-others has `composition.py` instead of the last two.
+others has `composition.py` instead of the last two. `moe_mlp/packed.py` keeps weights packed.
 """
 
 from unimoe_kernels import _backends
@@ -10,6 +10,7 @@ from unimoe_kernels.ops.expert_sort.op import ExpertSort, expert_sort
 from unimoe_kernels.ops.grouped_lora.op import grouped_lora
 from unimoe_kernels.ops.grouped_mm.op import grouped_mm
 from unimoe_kernels.ops.moe_mlp.op import moe_mlp
+from unimoe_kernels.ops.moe_mlp.packed import pack_weights, unpack_weights
 from unimoe_kernels.ops.permute.op import permute
 from unimoe_kernels.ops.swiglu.op import swiglu
 from unimoe_kernels.ops.topk_router.op import RouterOutput, topk_router
@@ -24,8 +25,10 @@ __all__ = [
     "grouped_lora",
     "grouped_mm",
     "moe_mlp",
+    "pack_weights",
     "permute",
     "swiglu",
     "topk_router",
+    "unpack_weights",
     "unpermute",
 ]

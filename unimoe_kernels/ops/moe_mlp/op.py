@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
-from unimoe_kernels.ops.moe_mlp import composition
+from unimoe_kernels.ops.moe_mlp import composition, packed
 from unimoe_kernels.ops.swiglu.op import ACTIVATIONS
 
 
@@ -60,21 +60,15 @@ def moe_mlp(
     _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias)
     differentiable = (x, gate_up_proj, down_proj, scores, gate_up_bias, down_bias)
     keep_hidden = _backends.needs_gradient(*differentiable)
-    outputs = _backends.call(
-        "moe_mlp",
-        x.contiguous(),
-        gate_up_proj,
-        down_proj,
-        ids.to(torch.int32).contiguous(),
-        scores.to(_checks.accumulation_dtype(x.dtype)).contiguous(),
-        gate_up_bias,
-        down_bias,
-        activation,
-        limit,
-        alpha,
-        keep_hidden,
-    )
-    return outputs[0]
+    x, ids = x.contiguous(), ids.to(torch.int32).contiguous()
+    scores = scores.to(_checks.accumulation_dtype(x.dtype)).contiguous()
+    weights = (gate_up_proj, down_proj)
+    options = (ids, scores, gate_up_bias, down_bias, activation, limit, alpha)
+    if not keep_hidden and not torch.compiler.is_compiling():
+        panels = packed.panels_of(*weights)
+        if panels is not None and _backends.takes("moe_mlp", "cpp", x):
+            return torch.ops.unimoe.moe_mlp_packed(x, *weights, *panels, *options)
+    return _backends.call("moe_mlp", x, *weights, *options, keep_hidden)[0]
 
 
 def _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias):

@@ -1,0 +1,48 @@
+// Packs the weights of all experts once, so that calls need not do it again.
+#include "packed_weight.h"
+
+#include "check.h"
+
+namespace unimoe {
+namespace {
+
+// [E, sides * F, D] to the panels of each expert, [E, units]. The layout is that of the instruction
+// set in use, and means nothing to another process.
+Tensor pack_weight(Tensor weight, int64_t sides) {
+  UNIMOE_CHECK(weight.dim() == 3 && sides >= 1 && sides <= 2 && weight.size(1) % sides == 0,
+               "weight (shape ", shape_of(weight), ") must be [E, ", sides, " * F, D]");
+  const int64_t units = packed_units(weight, sides);
+  const Kernels& chosen = kernels();
+  Tensor packed = empty({weight.size(0), units}, ScalarType::Int, weight);
+  dispatch_floating(weight.scalar_type(), "weight", [&](auto element) {
+    using T = decltype(element);
+    if constexpr (std::is_same_v<T, double>) {
+      UNIMOE_CHECK(false, "weight must not be float64: its matmuls pack nothing");
+    } else {
+      const Activation gated{};
+      with_units<T>(chosen, [&](auto unit) {
+        using U = decltype(unit);
+        const int64_t columns = weight.size(1) / sides, depth = weight.size(2);
+        const int64_t panels = parts_of(columns, chosen.columns);
+        const int64_t panel = sides * chosen.columns * steps_of<U>(depth);
+        for_each_task(weight.size(0) * panels, [&](int64_t task) {
+          const int64_t expert = task / panels, p = task % panels;
+          const Operand<T> right{const_data<T>(weight) + expert * weight.stride(0),
+                                 weight.stride(1), weight.stride(2)};
+          const Product<T> product{{},    right,   0,       columns,
+                                   depth, nullptr, nullptr, sides == 2 ? &gated : nullptr};
+          U* const to = reinterpret_cast<U*>(mutable_data<int32_t>(packed)) + expert * units;
+          pack_right(chosen, product, p, 1, to + p * panel);
+        });
+      });
+    }
+  });
+  return packed;
+}
+
+}  // namespace
+}  // namespace unimoe
+
+STABLE_TORCH_LIBRARY_IMPL(unimoe, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&unimoe::pack_weight));
+}

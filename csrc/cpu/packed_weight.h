@@ -1,0 +1,42 @@
+// Weights of experts that were packed before a call, for layers that are called often.
+#pragma once
+
+#include "matmul.h"
+
+namespace unimoe {
+
+// Units of 32 bits that the panels of one expert take.
+inline int64_t packed_units(const Tensor& weight, int64_t sides) {
+  const Kernels& chosen = kernels();
+  const bool pairs =
+      weight.scalar_type() == ScalarType::BFloat16 && chosen.multiply_pairs != nullptr;
+  const int64_t steps =
+      pairs ? steps_of<uint32_t>(weight.size(2)) : steps_of<float>(weight.size(2));
+  return parts_of(weight.size(1) / sides, chosen.columns) * sides * chosen.columns * steps;
+}
+
+// What `pack_weight` made of a weight, or nothing.
+class PackedWeight {
+ public:
+  PackedWeight(const std::optional<Tensor>& packed, const char* name, const Tensor& weight,
+               int64_t sides) {
+    if (!packed) return;
+    units_ = packed_units(weight, sides);
+    UNIMOE_CHECK(packed->scalar_type() == ScalarType::Int && packed->dim() == 2 &&
+                     packed->is_contiguous() && packed->size(0) == weight.size(0) &&
+                     packed->size(1) == units_,
+                 name, " (shape ", shape_of(*packed), ") must be int32 [", weight.size(0), ", ",
+                 units_, "]");
+    data_ = const_data<int32_t>(*packed);
+  }
+
+  const void* of_expert(int64_t expert) const {
+    return data_ == nullptr ? nullptr : data_ + expert * units_;
+  }
+
+ private:
+  const int32_t* data_ = nullptr;
+  int64_t units_ = 0;
+};
+
+}  // namespace unimoe
