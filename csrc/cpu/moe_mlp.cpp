@@ -63,8 +63,9 @@ Outputs run_experts(const Packed& packed, Tensor x, Tensor gate_up_proj, Tensor 
   const PackedWeight packed_down(packed.down, "packed_down", down_proj, 1);
 
   const int64_t rows = tokens * top_k;
-  const auto [row_order, inverse_order, counts, offsets] =
-      expert_sort(torch::stable::view(ids, {rows}), experts);
+  const Sorted sorted = expert_sort(torch::stable::view(ids, {rows}), experts);
+  const Tensor &row_order = std::get<0>(sorted), &inverse_order = std::get<1>(sorted);
+  const Tensor& offsets = std::get<3>(sorted);
   Tensor hidden = empty({keep_hidden ? rows : 0, 2 * hidden_width}, x.scalar_type(), x);
   Tensor activated = empty({rows, hidden_width}, x.scalar_type(), x);
   Tensor out = empty({rows, width}, x.scalar_type(), x);
