@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 
 from . import history, plots, shapes, tables
-from .memory import keep_freed_memory
+from .memory import give_back_freed_memory, keep_freed_memory
 from .recorder import checked, revisited
 from .run import Run, chosen_cases
 
@@ -110,6 +110,7 @@ def record(benchmark, request, pytestconfig, dtype):
     """Checks all providers of a row, times them in turns and keeps the row."""
     run = pytestconfig.stash[STATE]
     name = request.node.originalname.removeprefix("bench_")
+    give_back_freed_memory()
 
     def checks_times_and_keeps(case, providers, work):
         if run.visit is not None:
@@ -150,7 +151,7 @@ def pytest_sessionfinish(session):
     if session.config.getoption("compare") and any(change.fails for change in run.changes):
         session.exitstatus = 1
     if run.file is not None:
-        plots.draw(history.results_path(run.device))
+        plots.draw(run.results_path())
 
 
 def pytest_terminal_summary(terminalreporter, config):

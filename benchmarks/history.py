@@ -61,9 +61,10 @@ def commit() -> str:
 
 
 def committed_rows(of_class: str) -> tuple[str, dict[str, Row]]:
-    """Rows of the last committed result of a machine class, by key, and where they are from.
+    """Rows of all committed results of a machine class, by key, and the file of the newest.
 
-    Outside a git checkout the files of the folder stand in for committed ones.
+    Of a row that several files hold, the newest counts. Outside a git checkout the files of the
+    folder stand in for committed ones.
     """
     names = _git("ls-tree", "--name-only", "HEAD", "benchmarks/results/").split()
     if names:
@@ -74,8 +75,8 @@ def committed_rows(of_class: str) -> tuple[str, dict[str, Row]]:
     own = {n: r for n, r in results.items() if r.get("machine", {}).get("class") == of_class}
     if not own:
         return "", {}
-    name = max(own, key=lambda name: own[name]["date"])
-    return name, {row["key"]: row for row in own[name]["rows"]}
+    in_order = sorted(own, key=lambda name: own[name]["date"])
+    return in_order[-1], {row["key"]: row for name in in_order for row in own[name]["rows"]}
 
 
 class ResultsFile:
@@ -124,9 +125,10 @@ class ResultsFile:
         fresh.rename(self._path)
 
 
-def results_path(device: torch.device) -> Path:
-    """`benchmarks/results/<class>-<date>.json`."""
-    return FOLDER / f"{machine_class(device)}-{datetime.date.today().isoformat()}.json"
+def results_path(device: torch.device, shapes: str) -> Path:
+    """`benchmarks/results/<class>-<shapes>-<date>.json`, with the name of a set of shapes."""
+    today = datetime.date.today().isoformat()
+    return FOLDER / f"{machine_class(device)}-{shapes}-{today}.json"
 
 
 def _processor() -> str:

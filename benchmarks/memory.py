@@ -1,6 +1,7 @@
 """Memory that a call takes: at its peak beyond what was there, and kept between its passes."""
 
 import ctypes
+import gc
 from collections.abc import Callable, Iterable
 
 import torch
@@ -20,6 +21,17 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
         mallopt(_M_TOP_PAD, 1 << 28)
+
+
+def give_back_freed_memory() -> None:
+    """Hands what is free back to the system, as between one row and the next.
+
+    Rows of other sizes leave gaps that the next one does not fit into, until memory runs out.
+    """
+    gc.collect()
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """Pictures of a results file: bars against peers, and cost against token count."""
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,7 +23,7 @@ COLORS = {
 
 
 def draw(path: Path) -> list[Path]:
-    """Draws `<class>-peers.svg` and `<class>-tokens.svg` beside a results file.
+    """Draws `<class>-<shapes>-peers.svg` and `-tokens.svg` beside a results file.
 
     Nothing is drawn where matplotlib is missing.
     """
@@ -35,7 +36,7 @@ def draw(path: Path) -> list[Path]:
     rows = [row for row in result["rows"] if row["key"].startswith("moe_layer[")]
     if not rows:
         return []
-    stem = result["machine"]["class"]
+    stem = re.sub(r"-\d{4}-\d\d-\d\d$", "", path.stem)
     return [
         _bars(rows, result, path.with_name(f"{stem}-peers.svg")),
         _lines(rows, result, path.with_name(f"{stem}-tokens.svg")),

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from .candidates import UnavailableError
-from .memory import keep_freed_memory
+from .memory import give_back_freed_memory, keep_freed_memory
 from .problem import Problem, problems_of
 from .shapes import Case
 
@@ -44,6 +44,12 @@ class RemoteLayer:
         return self._worker.ask(("run",))
 
 
+def stop_workers() -> None:
+    """Ends the processes of all peers, and with them what they hold in memory."""
+    while _workers:
+        _workers.popitem()[1].stop()
+
+
 class _Worker:
     def __init__(self, peer: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -52,16 +58,21 @@ class _Worker:
         previous = os.environ.get("OMP_WAIT_POLICY")
         os.environ["OMP_WAIT_POLICY"] = "passive"
         try:
-            process = context.Process(
+            self._process = context.Process(
                 target=_serve, args=(peer, theirs, torch.get_num_threads()), daemon=True
             )
-            process.start()
+            self._process.start()
         finally:
             os.environ.pop("OMP_WAIT_POLICY")
             if previous is not None:
                 os.environ["OMP_WAIT_POLICY"] = previous
-        atexit.register(process.terminate)
+        atexit.register(self._process.terminate)
         self._dead = ""
+
+    def stop(self) -> None:
+        atexit.unregister(self._process.terminate)
+        self._process.terminate()
+        self._process.join()
 
     def ask(self, question: tuple) -> float | None:
         if self._dead:
@@ -93,6 +104,8 @@ def _serve(peer: str, pipe: Connection, threads: int) -> None:
             return
         try:
             if question[0] == "prepare":
+                runs = run = None
+                give_back_freed_memory()
                 problems = problems_of(question[1], torch.device("cpu"), question[2])
                 runs = itertools.cycle([_LAYERS[peer](problem) for problem in problems])
                 pipe.send(("ready", None))

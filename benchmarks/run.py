@@ -10,8 +10,9 @@ import torch
 from . import history, shapes
 from .compare import NOISY, Change, compare, is_noisy, is_slower
 from .limits import best_of, measure_limits
-from .memory import keep_freed_memory
+from .memory import give_back_freed_memory, keep_freed_memory
 from .recorder import Recorder, set_shares
+from .remote import stop_workers
 from .visits import VisitFile, visit
 
 RERUNS = (4, 8, 16)
@@ -58,7 +59,11 @@ class Run:
                 "machine": history.machine(self.device),
                 "limits": vars(limits),
             }
-            self.file = history.ResultsFile(history.results_path(self.device), head)
+            self.file = history.ResultsFile(self.results_path(), head)
+
+    def results_path(self):
+        """Where rows of the chosen set are kept."""
+        return history.results_path(self.device, self.shapes.partition(":")[0])
 
     def finish(self, say):
         """Visits again the rows that need it, and compares all of them."""
@@ -66,6 +71,9 @@ class Run:
         # Places in memory and neighbours are a CPU's trouble; the GPU targets have to be quick.
         thorough = saves and self.device.type == "cpu"
         rows = self._rows()
+        # Visits need the memory as much as this process did.
+        stop_workers()
+        give_back_freed_memory()
         for processes in RERUNS if compares or saves else ():
             again = [
                 row

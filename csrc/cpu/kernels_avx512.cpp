@@ -128,6 +128,7 @@ void multiply_pairs(int64_t steps, const uint32_t* left, const uint32_t* right, 
   }
   for (int64_t k = 0; k < steps; ++k) {
     fetch_ahead(ahead, every, k);
+    __builtin_prefetch(left + kRows * kStepsAhead);
     __m512bh column[kVectors];
     UNIMOE_UNROLL for (int v = 0; v < kVectors; ++v) {
       column[v] = (__m512bh)_mm512_loadu_si512(right + v * 16);
