@@ -11,6 +11,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 import unimoe_kernels
 import unimoe_kernels.integrations.transformers as seam
+from unimoe_kernels import _extension
+from unimoe_kernels.ops.moe_mlp import packed
 from unimoe_kernels.testing import relative_error
 
 unimoe_kernels.register_with_transformers()
@@ -243,3 +245,23 @@ def test_compiles_as_one_graph(variant):
     x, scores = torch.randn(3, 6).double(), torch.rand(3, 2).double()
     compiled = torch.compile(experts, fullgraph=True, backend="eager")
     assert relative_error(compiled(x, ids, scores), experts(x, ids, scores)) < 1e-13
+
+
+@pytest.mark.skipif(not _extension.loaded, reason="needs the C++ extension")
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_packed_weights_serve_whole_models(name):
+    model = build(name, "unimoe")
+    ids = torch.randint(3, 40, (2, 30))
+    with torch.no_grad():
+        expected = model(ids).logits
+        unimoe_kernels.pack_weights(model)
+        assert torch.equal(model(ids).logits, expected)
+        for gate_up, down in (
+            (part.gate_up_proj, part.down_proj)
+            for part in model.modules()
+            if hasattr(part, "gate_up_proj") and hasattr(part, "down_proj")
+        ):
+            for panels in packed.panels_of(gate_up, down):
+                panels.zero_()
+        assert not torch.equal(model(ids).logits, expected)
+    unimoe_kernels.unpack_weights(model)
