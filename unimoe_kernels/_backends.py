@@ -150,17 +150,15 @@ def overload(op: str, name: str) -> torch._ops.OpOverload:
     return overloads.get(name, overloads["reference"])
 
 
+def backend_of(op: str, tensor: Tensor) -> str:
+    """Returns the backend that a call of `op` on the device of `tensor` takes."""
+    available = _available[op].get(tensor.device.type, ("reference",))
+    return _forced if _forced in available else available[0]
+
+
 def select(op: str, tensor: Tensor) -> torch._ops.OpOverload:
     """Returns the overload of `op` that a call on the device of `tensor` takes."""
-    available = _available[op].get(tensor.device.type, ("reference",))
-    backend = _forced if _forced in available else available[0]
-    return _overloads[op][_OVERLOAD_OF[backend]]
-
-
-def takes(op: str, backend: str, tensor: Tensor) -> bool:
-    """Returns whether a call of `op` on the device of `tensor` takes this backend."""
-    available = _available[op].get(tensor.device.type, ("reference",))
-    return backend == (_forced if _forced in available else available[0])
+    return _overloads[op][_OVERLOAD_OF[backend_of(op, tensor)]]
 
 
 def call(op: str, *args: object) -> object:

@@ -25,7 +25,7 @@ class Ahead {
         bytes_(bytes),
         all_(first == second ? bytes : 2 * bytes),
         every_(1) {
-    while (2 * every_ * all_ <= steps * kLineBytes) every_ *= 2;
+    while (all_ > 0 && 2 * every_ * all_ <= steps * kLineBytes) every_ *= 2;
   }
 
   Share take(int64_t steps) {

@@ -221,10 +221,11 @@ class PackedMatmul {
     thread_local Scratch memory;
     U* const scratch = reinterpret_cast<U*>(memory.at_least(scratch_));
     float* const tiles = reinterpret_cast<float*>(scratch + task.count * sides * panel);
-    const U* panels = static_cast<const U*>(product.panels) + task.first * sides * panel;
-    if (product.panels == nullptr) {
+    const U* panels = scratch;
+    if (product.panels != nullptr) {
+      panels = static_cast<const U*>(product.panels) + task.first * sides * panel;
+    } else {
       pack_right(kernels_, product, task.first, task.count, scratch);
-      panels = scratch;
     }
     wait_for(waves_[task.wave].to_pack, failed_);
     Ahead ahead =

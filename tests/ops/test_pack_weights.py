@@ -71,6 +71,18 @@ def test_the_panels_are_what_is_multiplied(dtype):
             assert experts(*call).any()
 
 
+def test_weights_without_columns():
+    weights = torch.ones(9, 10, 0), torch.ones(9, 0, 5)
+    experts = nn.Module()
+    experts.gate_up_proj, experts.down_proj = weights
+    ids = torch.arange(9).repeat_interleave(20)[:, None]
+    call = torch.ones(180, 0), *weights, ids, torch.ones(180, 1)
+    with torch.no_grad():
+        expected = moe_mlp(*call)
+        pack_weights(experts)
+        assert moe_mlp(*call).shape == expected.shape == (180, 0)
+
+
 def test_few_rows_read_the_weights_themselves():
     experts, (x, ids, scores) = sample()
     call = x[:3], ids[:3].clamp(max=3), scores[:3]

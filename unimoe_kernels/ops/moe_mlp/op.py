@@ -66,7 +66,7 @@ def moe_mlp(
     options = (ids, scores, gate_up_bias, down_bias, activation, limit, alpha)
     if not keep_hidden and not torch.compiler.is_compiling():
         panels = packed.panels_of(*weights)
-        if panels is not None and _backends.takes("moe_mlp", "cpp", x):
+        if panels is not None and _backends.backend_of("moe_mlp", x) == "cpp":
             return torch.ops.unimoe.moe_mlp_packed(x, *weights, *panels, *options)
     return _backends.call("moe_mlp", x, *weights, *options, keep_hidden)[0]
 
