@@ -12,6 +12,7 @@ import pytest
 from . import history, plots, shapes, tables
 from .memory import give_back_freed_memory, keep_freed_memory
 from .recorder import checked, revisited
+from .remote import forget_cases
 from .run import Run, chosen_cases
 
 STATE = pytest.StashKey[Run]()
@@ -110,6 +111,7 @@ def record(benchmark, request, pytestconfig, dtype):
     """Checks all providers of a row, times them in turns and keeps the row."""
     run = pytestconfig.stash[STATE]
     name = request.node.originalname.removeprefix("bench_")
+    forget_cases()
     give_back_freed_memory()
 
     def checks_times_and_keeps(case, providers, work):

@@ -1,6 +1,7 @@
 """Peers that cannot share a process: one of their own each, told over a pipe when to run."""
 
 import atexit
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -42,6 +43,13 @@ class RemoteLayer:
     def time_one_call(self) -> float:
         """Seconds of one call, as the other process sees it."""
         return self._worker.ask(("run",))
+
+
+def forget_cases() -> None:
+    """Lets the processes of all peers give back the memory of the case they ran last."""
+    for worker in _workers.values():
+        with contextlib.suppress(UnavailableError):
+            worker.ask(("forget",))
 
 
 def stop_workers() -> None:
@@ -103,9 +111,13 @@ def _serve(peer: str, pipe: Connection, threads: int) -> None:
         except EOFError:
             return
         try:
-            if question[0] == "prepare":
-                runs = run = None
+            if question[0] in ("prepare", "forget"):
+                runs = run = problems = None
                 give_back_freed_memory()
+            if question[0] == "forget":
+                pipe.send(("ready", None))
+                continue
+            if question[0] == "prepare":
                 problems = problems_of(question[1], torch.device("cpu"), question[2])
                 runs = itertools.cycle([_LAYERS[peer](problem) for problem in problems])
                 pipe.send(("ready", None))

@@ -38,7 +38,9 @@ def logits_of(model):
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen3", "Gemma"])
-@pytest.mark.parametrize("mode", ["topk_softmax", "softmax_topk_renorm", "sigmoid_renorm"])
+@pytest.mark.parametrize(
+    "mode", ["topk_softmax", "softmax_topk_renorm", "sigmoid_renorm", "sparsemixer_renorm"]
+)
 def test_the_upcycled_model_answers_as_the_dense_one(kind, mode):
     model = dense(kind, head_dim=8)
     expected = logits_of(model)
@@ -76,13 +78,15 @@ def test_the_router_learns():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_and_loaded(tmp_path, tied):
-    model = upcycle(dense(tie_word_embeddings=tied), num_experts=3, top_k=1, layers=[1])
+    options = {"top_k": 2, "top_p": 0.6, "router_dtype": torch.float64, "layers": [1]}
+    model = upcycle(dense(tie_word_embeddings=tied), num_experts=3, **options)
     with torch.no_grad():
         model.model.layers[1].mlp.router.weight.normal_()
         model.model.layers[1].mlp.experts.down_proj.normal_()
     model.save_pretrained(tmp_path)
     loaded = load_upcycled(tmp_path)
     assert torch.equal(logits_of(loaded), logits_of(model))
+    assert loaded.model.layers[1].mlp.router.router_dtype == torch.float64
     generated = loaded.generate(IDS[:1], max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, IDS.shape[1] + 3)
 
@@ -101,6 +105,9 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
         ({"num_experts": 2, "top_k": 3}, r"top_k \(3\) must be at most num_experts \(2\)"),
         ({"num_experts": 2, "mode": "sigmoid"}, r"mode \('sigmoid'\) must be one of"),
         ({"num_experts": 2, "scale": 2.0}, r"scale \(2.0\) must be 1.0"),
+        ({"num_experts": 2, "num_null_experts": 1}, r"num_null_experts \(1\) would change"),
+        ({"num_experts": 2, "num_shared_experts": 1}, r"num_shared_experts \(1\) would change"),
+        ({"num_experts": 2, "capacity_factor": 1.0}, r"capacity_factor \(1.0\) would change"),
         ({"num_experts": 2, "layers": [3]}, r"layers \(\[3\]\): 3 must be between -3 and 2"),
         ({"num_experts": 2, "layers": []}, r"layers \(\[\]\) must name"),
     ],

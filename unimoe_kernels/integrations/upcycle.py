@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from unimoe_kernels.integrations.activations import activation_name
@@ -12,7 +13,9 @@ from unimoe_kernels.layers import MoE
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Scores of a token add up to one, so that copies of one FFN answer as that FFN does.
-_MODES = ("topk_softmax", "softmax_topk_renorm", "sigmoid_renorm")
+_MODES = ("topk_softmax", "softmax_topk_renorm", "sigmoid_renorm", "sparsemixer_renorm")
+# Options that leave answers out or add some.
+_ANSWERS = ("num_null_experts", "num_shared_experts", "capacity_factor")
 _RECORD = "unimoe_upcycled"
 
 
@@ -47,8 +50,9 @@ def upcycle(
 
     Raises:
         ValueError: if the model has no such FFN or an FFN has biases, layers is empty or holds an
-            index beyond the FFNs, an option is refused by `MoE`, or the mode or scale among them
-            would change what the model answers. Nothing is changed then.
+            index beyond the FFNs, an option is refused by `MoE`, or one of them (mode, scale, null
+            or shared experts, a capacity) would change what the model answers. Nothing is changed
+            then.
 
     Reference:
         Sparse Upcycling, arXiv 2212.05055.
@@ -58,6 +62,14 @@ def upcycle(
         raise ValueError(f"mode ({mode!r}) must be one of {_MODES}, whose scores add up to one")
     if scale != 1.0:
         raise ValueError(f"scale ({scale}) must be 1.0, so that scores add up to one")
+    for name in _ANSWERS:
+        if options.get(name):
+            raise ValueError(f"{name} ({options[name]}) would change what the model answers")
+    # The config, which keeps the options, is saved as JSON.
+    options = {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in options.items()
+    }
     ffns = [(name, module) for name, module in model.named_modules() if _is_ffn(module)]
     if not ffns:
         raise ValueError(

@@ -10,6 +10,13 @@ def check_positive(**sizes: int) -> None:
             raise ValueError(f"{name} ({value}) must be at least 1")
 
 
+def check_at_least_zero(**values: float) -> None:
+    """Raises ValueError for the first number below 0."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name} ({value}) must be at least 0")
+
+
 def check_top_k(top_k: int, num_experts: int) -> None:
     """Raises ValueError unless 1 <= top_k <= num_experts."""
     check_positive(num_experts=num_experts, top_k=top_k)

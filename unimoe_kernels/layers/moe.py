@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from unimoe_kernels.layers._inputs import check_at_least_zero
 from unimoe_kernels.layers.aux_loss import inject_aux_loss
 from unimoe_kernels.layers.experts import GroupedExperts
 from unimoe_kernels.layers.layouts import ffn_weights
@@ -15,13 +16,30 @@ from unimoe_kernels.layers.router import TopKRouter
 from unimoe_kernels.ops import RouterOutput
 
 _AUX_LOSS_MODES = ("return", "inject")
+_SHARED_SCORES = ("one", "sigmoid", "softmax")
 
 
 class MoE(nn.Module):
     """A drop-in replacement for a feed-forward block: `[..., D] -> [..., D]`.
 
     `moe(x)` routes every token to `top_k` of `num_experts` experts and returns the weighted sum of
-    their answers. With the default options it computes what `LoopedMoE` does.
+    their answers. With the default options it computes what `LoopedMoE` does; others make it the
+    layer of most published mixture-of-experts models:
+
+    ================================  ===========================================================
+    options                           layer of
+    ================================  ===========================================================
+    `mode="softmax_topk_renorm"`      Qwen3-MoE; without `_renorm` OLMoE
+    `mode="sigmoid_renorm"`,          DeepSeek-V3, with `num_groups`, `top_groups`, `scale` and
+    `correction_bias=True`            `num_shared_experts=1`; `router.update_correction_bias`
+                                      balances the load
+    `num_shared_experts=1`,           Qwen2-MoE
+    `shared_scores="sigmoid"`
+    `mode="sparsemixer_renorm"`,      DCMoE and Uni-MoE-2.0: as many experts as a token needs, with
+    `top_p=0.7`, `top_k=5`,           `num_shared_experts=2` and `shared_scores="softmax"`
+    `num_null_experts=1`
+    `capacity_factor=1.25`            GShard, Switch Transformers
+    ================================  ===========================================================
 
     Auxiliary losses. `aux_loss="return"`: training code calls `moe(x, return_router=True)` and adds
     `moe.aux_loss_of(router_output)` to its loss. `aux_loss="inject"`: for hosts that pass on
@@ -36,6 +54,9 @@ class MoE(nn.Module):
         router: `TopKRouter`, weight `router.weight` `[E, D]`.
         experts: `GroupedExperts`, weights `experts.gate_up_proj` `[E, 2F, D]` and
             `experts.down_proj` `[E, D, F]`; `experts.add_lora` gives them LoRA.
+        shared_experts: `GroupedExperts` that every token goes to, or None.
+        shared_gate: a bias-free `Linear` from D to the number of shared experts, with
+            `shared_scores="sigmoid"`; else None.
         load_balancing_coef: coefficient of the load-balancing loss.
         router_z_coef: coefficient of the router z-loss.
         aux_loss: `"return"` or `"inject"`.
@@ -46,24 +67,25 @@ class MoE(nn.Module):
         intermediate_size: F, the width of one expert.
         num_experts: E, at least 1.
         top_k: K, between 1 and E.
-        mode: how scores come from logits, see `topk_router`.
         activation: of the experts' gate, see `swiglu`.
         bias: whether experts have biases.
         load_balancing_coef: at least 0.
         router_z_coef: at least 0.
         aux_loss: `"return"` or `"inject"`.
-        correction_bias: see `TopKRouter`.
-        num_groups: see `TopKRouter`.
-        top_groups: see `TopKRouter`.
-        scale: see `TopKRouter`.
-        balance: see `TopKRouter`.
+        num_shared_experts: how many experts every token goes to besides; 0 for none.
+        shared_intermediate_size: width of one of them; None is F.
+        shared_scores: their weights: `"one"`, `"sigmoid"` of a gate of their own, or `"softmax"`
+            together with the choice (`num_weighed_experts` of `TopKRouter`).
         initializer_range: standard deviation of all initial weights, 0.02 as in LLaMA.
         device: device of the weights.
         dtype: dtype of the weights.
+        **router_options: all other options of `TopKRouter`, such as `mode`, `num_null_experts`,
+            `top_p`, `capacity_factor`, `jitter` and `router_dtype`.
 
     Raises:
         ValueError: if a size is below 1, top_k is above num_experts, a coefficient is negative, or
             an option has an unknown value.
+        TypeError: if an option has an unknown name.
 
     Reference:
         Uni-MoE, arXiv 2405.11273. Load-balancing loss: Switch Transformers, arXiv 2101.03961, and
@@ -77,28 +99,29 @@ class MoE(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        mode: str = "topk_softmax",
         activation: str = "silu",
         bias: bool = False,
         load_balancing_coef: float = 0.0,
         router_z_coef: float = 0.0,
         aux_loss: str = "return",
-        correction_bias: bool = False,
-        num_groups: int = 1,
-        top_groups: int = 1,
-        scale: float = 1.0,
-        balance: str = "all",
+        num_shared_experts: int = 0,
+        shared_intermediate_size: int | None = None,
+        shared_scores: str = "one",
         initializer_range: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **router_options,
     ) -> None:
         super().__init__()
-        if load_balancing_coef < 0:
-            raise ValueError(f"load_balancing_coef ({load_balancing_coef}) must be at least 0")
-        if router_z_coef < 0:
-            raise ValueError(f"router_z_coef ({router_z_coef}) must be at least 0")
+        check_at_least_zero(
+            load_balancing_coef=load_balancing_coef,
+            router_z_coef=router_z_coef,
+            num_shared_experts=num_shared_experts,
+        )
         if aux_loss not in _AUX_LOSS_MODES:
             raise ValueError(f"aux_loss ({aux_loss!r}) must be one of {_AUX_LOSS_MODES}")
+        if shared_scores not in _SHARED_SCORES:
+            raise ValueError(f"shared_scores ({shared_scores!r}) must be one of {_SHARED_SCORES}")
         self.load_balancing_coef = load_balancing_coef
         self.router_z_coef = router_z_coef
         self.aux_loss = aux_loss
@@ -108,17 +131,33 @@ class MoE(nn.Module):
             hidden_size,
             num_experts,
             top_k,
-            mode=mode,
-            correction_bias=correction_bias,
-            num_groups=num_groups,
-            top_groups=top_groups,
-            scale=scale,
-            balance=balance,
+            num_weighed_experts=num_shared_experts if shared_scores == "softmax" else 0,
+            **router_options,
             **common,
         )
-        self.experts = GroupedExperts(
-            num_experts, hidden_size, intermediate_size, activation=activation, bias=bias, **common
-        )
+        common |= {"activation": activation, "bias": bias}
+        self.experts = GroupedExperts(num_experts, hidden_size, intermediate_size, **common)
+        self.shared_scores = shared_scores
+        self.shared_experts = self.shared_gate = None
+        if num_shared_experts > 0:
+            if shared_intermediate_size is None:
+                shared_intermediate_size = intermediate_size
+            self.shared_experts = GroupedExperts(
+                num_shared_experts, hidden_size, shared_intermediate_size, **common
+            )
+        if num_shared_experts > 0 and shared_scores == "sigmoid":
+            self.shared_gate = nn.Linear(
+                hidden_size, num_shared_experts, bias=False, device=device, dtype=dtype
+            )
+            nn.init.normal_(self.shared_gate.weight, std=initializer_range)
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew."""
+        for part in (self.router, self.experts, self.shared_experts):
+            if part is not None:
+                part.reset_parameters()
+        if self.shared_gate is not None:
+            nn.init.normal_(self.shared_gate.weight, std=self.router.initializer_range)
 
     def forward(
         self,
@@ -145,7 +184,11 @@ class MoE(nn.Module):
         """
         routed = self.router(x, token_mask)
         x_TD = x.reshape(-1, x.shape[-1])
-        y = self.experts(x_TD, routed.ids, routed.scores).reshape(x.shape)
+        top_k = self.router.top_k
+        y_TD = self.experts(x_TD, routed.ids[:, :top_k], routed.scores[:, :top_k])
+        if self.shared_experts is not None:
+            y_TD = y_TD + self._shared(x_TD, routed.scores[:, top_k:])
+        y = y_TD.reshape(x.shape)
         if self.aux_loss == "inject":
             if self.load_balancing_coef > 0 or self.router_z_coef > 0:
                 y = inject_aux_loss(y, self.aux_loss_of(routed) * self.aux_loss_scale)
@@ -154,6 +197,15 @@ class MoE(nn.Module):
                 router_z_loss=routed.router_z_loss.detach(),
             )
         return (y, routed) if return_router else y
+
+    def _shared(self, x_TD: torch.Tensor, weights_TS: torch.Tensor) -> torch.Tensor:
+        num_shared = self.shared_experts.num_experts
+        ids_S = torch.arange(num_shared, dtype=torch.int32, device=x_TD.device)
+        if self.shared_scores == "one":
+            weights_TS = weights_TS.new_ones(x_TD.shape[0], num_shared)
+        elif self.shared_scores == "sigmoid":
+            weights_TS = self.shared_gate(x_TD).sigmoid().to(weights_TS.dtype)
+        return self.shared_experts(x_TD, ids_S.expand(x_TD.shape[0], -1), weights_TS)
 
     def aux_loss_of(self, routed: RouterOutput) -> torch.Tensor:
         """The auxiliary loss of one forward, `()`: both router losses times their coefficients."""
