@@ -21,6 +21,7 @@ SETS_OF = {
     "op_case": "operator",
     "movement_case": "movement",
     "sort_case": "movement",
+    "lora_case": "lora",
 }
 
 

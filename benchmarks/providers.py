@@ -29,9 +29,9 @@ def layer_providers(problems: Sequence[Problem]) -> dict[str, Provider]:
     makers: dict[str, Callable[[Problem], Candidate]] = {
         "dense": _dense,
         "looped": _looped,
-        "transformers-eager": functools.partial(_mixtral_block, implementation="eager"),
-        "transformers-grouped_mm": functools.partial(_mixtral_block, implementation="grouped_mm"),
-        "transformers-batched_mm": functools.partial(_mixtral_block, implementation="batched_mm"),
+        "transformers-eager": functools.partial(_transformers, implementation="eager"),
+        "transformers-grouped_mm": functools.partial(_transformers, implementation="grouped_mm"),
+        "transformers-batched_mm": functools.partial(_transformers, implementation="batched_mm"),
         "liger": _liger,
         "ours": _ours,
     }
@@ -99,11 +99,20 @@ class _OnBackend(nn.Module):
             return self.layer(x)
 
 
-def _mixtral_block(problem: Problem, implementation: str) -> Candidate:
-    """Mixtral's block of transformers, on one of its own ways to run the experts."""
+def _transformers(problem: Problem, implementation: str) -> Candidate:
     rows = problem.case.tokens * problem.layer.K
     if implementation == "batched_mm" and rows > BATCHED_ROWS:
         raise UnavailableError(f"it copies the weights for each row; left out above {BATCHED_ROWS}")
+    block = mixtral_block(problem, implementation)
+    return problem.candidate(f"transformers-{implementation}", block)
+
+
+def mixtral_block(problem: Problem, implementation: str) -> nn.Module:
+    """Mixtral's block of transformers, on one of its own ways to run the experts.
+
+    Raises:
+        UnavailableError: if transformers does not import.
+    """
     try:
         # Without this module experts are not stacked and cannot take our weights.
         import transformers.integrations.moe  # noqa: F401
@@ -125,7 +134,7 @@ def _mixtral_block(problem: Problem, implementation: str) -> Candidate:
     }
     state = {name: nn.Parameter(weight.detach()) for name, weight in state.items()}
     block.load_state_dict(state, assign=True)
-    return problem.candidate(f"transformers-{implementation}", block)
+    return block
 
 
 def _zentorch(problem: Problem) -> Candidate:

@@ -53,12 +53,14 @@ class ShapeSet(NamedTuple):
         layer: cases of the whole layer.
         operator: cases of operators that compute.
         movement: cases of operators that choose, sort and copy. More tokens, as they are quick.
+        lora: cases of LoRA on the experts of a layer.
         model: name in `MODEL_CASES`, or "" for none.
     """
 
     layer: tuple[Case, ...]
     operator: tuple[Case, ...] = ()
     movement: tuple[Case, ...] = ()
+    lora: tuple[Case, ...] = ()
     model: str = ""
 
 
@@ -107,6 +109,7 @@ def _small() -> ShapeSet:
             for layer in operators
             for mode in MODES
         ),
+        lora=(Case("medium-mixtral", 1024, "training"),),
         model="small",
     )
 
@@ -143,6 +146,7 @@ def _goals() -> ShapeSet:
         ),
         operator=tuple(Case(layer, 4096, mode) for layer in operators for mode in MODES),
         movement=tuple(Case(layer, 32768, mode) for layer in operators for mode in MODES),
+        lora=(Case("medium-mixtral", 4096, "training"),),
         model="large",
     )
 
@@ -172,6 +176,7 @@ SETS = {
         ),
         operator=(Case("small-qwen3", 16), Case("small-qwen3", 16, "training")),
         movement=(Case("small-qwen3", 16), Case("small-qwen3", 16, "training")),
+        lora=(Case("small-qwen3", 16, "training"),),
         model="smoke",
     ),
     "small": _small(),
@@ -219,5 +224,11 @@ MODEL_CASES = {
 def every_case(name: str) -> tuple[Case, ...]:
     """All cases of a set."""
     chosen = SETS[name]
-    cases = (*chosen.layer, *chosen.operator, *chosen.movement, *MODEL_CASES[chosen.model])
+    cases = (
+        *chosen.layer,
+        *chosen.operator,
+        *chosen.movement,
+        *chosen.lora,
+        *MODEL_CASES[chosen.model],
+    )
     return tuple(dict.fromkeys(cases))

@@ -10,6 +10,8 @@ from unimoe_kernels.ops import expert_sort, grouped_mm, moe_mlp, permute, swiglu
 
 _NAME = "unimoe"
 _MIN_VERSION = (5, 17)
+# Experts whose own code computes in float32 whatever dtype their weights have.
+_IN_FLOAT32 = ("OpenAIPrivacyFilterExperts",)
 
 
 def register_with_transformers() -> None:
@@ -66,6 +68,8 @@ def unimoe_experts_forward(
     if torch.is_autocast_enabled(hidden_states.device.type) and dtype != torch.float64:
         # A linear layer would have run in this dtype; the operators themselves are not autocast.
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    elif type(experts).__name__ in _IN_FLOAT32:
+        dtype = torch.promote_types(dtype, torch.float32)
     operands = (hidden_states, first_proj, first_bias, down_proj, down_bias)
     x_TD, first_proj, first_bias, down_proj, down_bias = (
         operand if operand is None else operand.to(dtype) for operand in operands
@@ -95,6 +99,8 @@ def unimoe_experts_forward(
     if activation is not None:
         act_NF = swiglu(hidden, activation)
     else:
+        # Code of the model runs in the model's dtype, which under autocast is the wider one.
+        hidden = hidden.to(torch.promote_types(dtype, hidden_states.dtype))
         act_NF = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
     act_NF = act_NF.to(dtype)
     out_ND = grouped_mm(act_NF, down_proj, sort.expert_offsets, down_bias)
