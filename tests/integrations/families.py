@@ -10,11 +10,13 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+SIZES_ARE_FOR = "5.23."
 # Where a configuration has a field of that name, it gets this value.
 _SMALL = {
     "vocab_size": 64,
@@ -151,13 +153,18 @@ def model_class_of(family: Family) -> type[PreTrainedModel]:
     experts = getattr(family.module, family.experts_name)
     for kind in sorted(models, key=lambda kind: (rank[kind], len(kind.__name__))):
         try:
-            model = kind._from_config(_tiny_config(family, kind.config_class))
+            # Without memory: of a class that these sizes do not suit, parts stay large.
+            with torch.device("meta"):
+                model = kind._from_config(_tiny_config(family, kind.config_class))
         except Exception:
             # Not every class of a file is a model of text that these sizes suit.
             continue
         if any(type(module) is experts for module in model.modules()):
             return kind
-    raise LookupError(f"no tiny model of {family} could be built: add its sizes to _SPECIAL")
+    reason = f"no tiny model of {family} could be built: add its sizes to _SPECIAL"
+    if not transformers.__version__.startswith(SIZES_ARE_FOR):
+        pytest.skip(reason)
+    raise LookupError(reason)
 
 
 def _tiny_config(family: Family, kind: type[PreTrainedConfig], **sizes: int) -> PreTrainedConfig:

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import sys
 from types import SimpleNamespace
 
@@ -108,6 +109,49 @@ def test_saved_model_loads_with_unimoe_and_switches(tmp_path):
     assert torch.equal(generated, expected_tokens)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_checkpointing_changes_nothing(name):
+    model = build(name, "unimoe").train()
+    input_ids = torch.arange(3, 20)[None]
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(input_ids, labels=input_ids).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) > 0
+    for plain, again in zip(*grads, strict=True):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_models_compile_as_one_graph(name):
+    model = build(name, "unimoe").eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    input_ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert relative_error(compiled(input_ids).logits, model(input_ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_weights_may_lie_anywhere_in_a_file(dtype):
+    # What safetensors maps starts wherever the header ends.
+    model = build("mixtral", "unimoe").to(dtype).eval()
+    input_ids = torch.arange(3, 20)[None]
+    size = dtype.itemsize
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        for parameter in model.parameters():
+            space = torch.empty(parameter.numel() * size + 64, dtype=torch.uint8)
+            start = -space.data_ptr() % 64 + size
+            place = space[start : start + parameter.numel() * size].view(dtype)
+            assert place.data_ptr() % 16 == size % 16
+            parameter.data = place.view_as(parameter).copy_(parameter)
+        assert torch.equal(model(input_ids).logits, expected)
+
+
 def test_registering_twice_changes_nothing():
     before = ALL_EXPERTS_FUNCTIONS["unimoe"]
     unimoe_kernels.register_with_transformers()
@@ -153,7 +197,7 @@ class Experts(nn.Module):
         hidden = self.linear(x, "gate_up_proj" if self.has_gate else "up_proj", e)
         hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
         out = self.linear(hidden, "down_proj", e)
-        return self.post_expert_norm(out) if self.has_post_expert_norm else out
+        return self.post_expert_norm(out) if hasattr(self, "post_expert_norm") else out
 
     def linear(self, x, name, e):
         weight = getattr(self, name)[e]
@@ -162,6 +206,9 @@ class Experts(nn.Module):
 
 
 def make_experts(flags, act, *, gate=None, implementation="unimoe"):
+    for flag in flags:
+        if flag not in inspect.signature(use_experts_implementation).parameters:
+            pytest.skip(f"transformers {transformers.__version__} has no {flag}")
     kind = type("DecoratedExperts", (Experts,), {"_apply_gate": gate} if gate else {})
     kind = use_experts_implementation(kind, **flags)
     torch.manual_seed(0)
@@ -213,6 +260,21 @@ def test_every_layout_of_experts(variant, sentinels):
     for name in expected:
         assert expected[name].abs().max() > 0.05, name
         assert relative_error(actual[name], expected[name]) < 1e-12, name
+
+
+def test_layouts_of_a_newer_transformers_are_refused(monkeypatch):
+    experts = make_experts({}, nn.SiLU())
+    inputs = torch.randn(2, 6).double(), torch.tensor([[0], [2]]), torch.ones(2, 1).double()
+    expected = experts(*inputs)
+    monkeypatch.setattr(seam, "_unknown_layout", {"has_scales": False})
+    assert torch.equal(experts(*inputs), expected)
+    experts.has_scales = True
+    with pytest.raises(NotImplementedError, match="DecoratedExperts has has_scales=True"):
+        experts(*inputs)
+
+
+def test_this_transformers_has_no_unknown_layouts():
+    assert not seam._unknown_layout
 
 
 @pytest.mark.parametrize("variant", ["silu", "own gate", "post norm"])

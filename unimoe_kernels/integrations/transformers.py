@@ -1,5 +1,6 @@
 """Runs the experts of transformers' mixture-of-experts models on our operators."""
 
+import inspect
 import re
 
 import torch
@@ -10,6 +11,15 @@ from unimoe_kernels.ops import expert_sort, grouped_mm, moe_mlp, permute, swiglu
 
 _NAME = "unimoe"
 _MIN_VERSION = (5, 17)
+_KNOWN_LAYOUT = (
+    "is_concatenated",
+    "is_transposed",
+    "has_bias",
+    "has_gate",
+    "has_post_expert_norm",
+)
+# What else a newer transformers can say of a layout, with its default; set by registering.
+_unknown_layout: dict[str, object] = {}
 # Experts whose own code computes in float32 whatever dtype their weights have.
 _IN_FLOAT32 = ("OpenAIPrivacyFilterExperts",)
 
@@ -32,7 +42,10 @@ def register_with_transformers() -> None:
     """
     try:
         import transformers
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        from transformers.integrations.moe import (
+            ALL_EXPERTS_FUNCTIONS,
+            use_experts_implementation,
+        )
     except ImportError as error:
         raise ImportError(
             "register_with_transformers needs transformers: pip install 'transformers>=5.17'"
@@ -41,6 +54,10 @@ def register_with_transformers() -> None:
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     if version < _MIN_VERSION:
         raise ImportError(f"transformers is {transformers.__version__}, it must be at least 5.17")
+    _unknown_layout.clear()
+    for name, option in inspect.signature(use_experts_implementation).parameters.items():
+        if name not in ("experts_class", "experts_interface", *_KNOWN_LAYOUT):
+            _unknown_layout[name] = option.default
     ALL_EXPERTS_FUNCTIONS.register(_NAME, unimoe_experts_forward)
 
 
@@ -60,7 +77,16 @@ def unimoe_experts_forward(
 
     Returns:
         `[T, D]`, dtype of hidden_states.
+
+    Raises:
+        NotImplementedError: if the experts have something that only a newer transformers knows of.
     """
+    for name, default in _unknown_layout.items():
+        if getattr(experts, name, default) != default:
+            raise NotImplementedError(
+                f"{type(experts).__name__} has {name}={getattr(experts, name)!r}, unknown "
+                "here: run it with experts_implementation='grouped_mm' or 'eager'"
+            )
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     first_proj, first_bias = _weight_and_bias(experts, first)
     down_proj, down_bias = _weight_and_bias(experts, "down_proj")
@@ -105,7 +131,7 @@ def unimoe_experts_forward(
     act_NF = act_NF.to(dtype)
     out_ND = grouped_mm(act_NF, down_proj, sort.expert_offsets, down_bias)
     out_ND = add_lora_of_down(lora, out_ND, act_NF, sort.expert_offsets)
-    if experts.has_post_expert_norm:
+    if _has_post_expert_norm(experts):
         out_ND = experts.post_expert_norm(out_ND)
     return unpermute(out_ND, sort, top_k, scores_TK).to(hidden_states.dtype)
 
@@ -119,11 +145,16 @@ def _weight_and_bias(
     return (weight.transpose(1, 2) if experts.is_transposed else weight), bias
 
 
+def _has_post_expert_norm(experts: torch.nn.Module) -> bool:
+    """Whether a norm follows each expert; transformers before 5.20 has none."""
+    return getattr(experts, "has_post_expert_norm", False)
+
+
 def plain_gate(experts: torch.nn.Module) -> str | None:
     """The activation name of `moe_mlp` that equals this module's gate, or None if none does."""
     from transformers.integrations.moe import ExpertsInterface
 
-    if not experts.has_gate or experts.has_post_expert_norm:
+    if not experts.has_gate or _has_post_expert_norm(experts):
         return None
     # The default gate is defined beside the registry; an overridden one in the model's own module.
     if type(experts)._apply_gate.__module__ != ExpertsInterface.__module__:
