@@ -9,12 +9,13 @@ from unimoe_kernels import LoopedMoE, MoE, SwiGLUFFN, add_expert_lora, stack_exp
 from unimoe_kernels.testing import relative_error
 
 from .candidates import Candidate, UnavailableError, Work
-from .problem import TOLERANCE, Problem
+from .problem import Problem
 from .providers import mixtral_block
 from .shapes import Case
 
 RANK = 16
 TARGETS = ("gate_up_proj", "down_proj")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 Gradients = Callable[[], dict[str, torch.Tensor]]
 
