@@ -1,0 +1,193 @@
+"""Numbers of the published code, at tiny sizes: `UNIMOE_GOLDEN` or else what tests/golden keeps.
+
+Each case is a folder with a `case.json`; sizes, names and numbers all come from there, so that
+another set of the same form is checked without a change here.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from unimoe_kernels import LoopedMoE, MoE, unstack_experts
+from unimoe_kernels.testing import relative_error
+from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
+from unimoe_model.encoders.beats import BeatsConfig, BeatsEncoder, clip_chunks, coarsened, own_names
+from unimoe_model.encoders.clip import LAYER, ClipImageEncoder
+from unimoe_model.encoders.fbank import beats_fbank
+
+GOLDEN = Path(os.environ.get("UNIMOE_GOLDEN") or Path(__file__).parents[1] / "golden")
+OUTPUT, GRADIENT = 1e-5, 1e-4
+
+
+class Case:
+    """The files of one case."""
+
+    def __init__(self, name):
+        self.folder = GOLDEN / name
+        if not self.folder.is_dir():
+            pytest.skip(f"{GOLDEN} has no {name}")
+        text = (self.folder / "case.json").read_text(encoding="utf-8")
+        self.config, self.checks = (json.loads(text).get(key) for key in ("config", "checks"))
+
+    def tensors(self, name):
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def below(self, name, prefix):
+        """Tensors whose names begin with the prefix, without it."""
+        found = self.tensors(name).items()
+        return {k.removeprefix(prefix): v for k, v in found if k.startswith(prefix)}
+
+
+def test_moe_layer():
+    case = Case("moe_layer")
+    sizes = case.config["hidden_size"], case.config["intermediate_size"]
+    for name, facts in case.checks.items():
+        looped = LoopedMoE(*sizes, facts["num_experts"], facts["top_k"])
+        looped.load_state_dict(case.below(name, "state."))
+        io, grads = case.tensors(name), case.below(name, "grad.state.")
+        moe = MoE.from_looped(looped)
+        for layer in (looped, moe):
+            x = io["in.hidden_states"].requires_grad_()
+            x.grad = None
+            y = layer(x)
+            y.backward(io["in.grad_output"])
+            assert relative_error(y, io["out.hidden_states"]) < OUTPUT, name
+            assert relative_error(x.grad, io["grad.in.hidden_states"]) < GRADIENT, name
+        routed = moe.router(io["in.hidden_states"])
+        assert torch.equal(routed.ids.long(), io["out.selected_experts"]), name
+        assert relative_error(routed.scores, io["out.routing_weights"]) < OUTPUT, name
+        assert routed.tokens_per_expert.tolist() == facts["tokens_per_expert"]
+        gradients = [moe.experts.gate_up_proj.grad, moe.experts.down_proj.grad]
+        found = {"gate.weight": moe.router.weight.grad}
+        for expert, state in enumerate(unstack_experts(*gradients)):
+            found |= {f"experts.{expert}.{key}": value for key, value in state.items()}
+        own = {key: p.grad for key, p in looped.named_parameters()}
+        assert found.keys() == own.keys() == grads.keys()
+        for key, expected in grads.items():
+            for actual in (found[key], own[key]):
+                if actual is None or not expected.any():
+                    # An expert without tokens, or a router of one choice.
+                    assert actual is None or not actual.any(), key
+                else:
+                    assert relative_error(actual, expected) < GRADIENT, key
+
+
+def test_beats_and_the_audio_connector():
+    case = Case("audio_connector")
+    encoder = BeatsEncoder.from_checkpoint(case.folder / "beats_checkpoint.pt")
+    assert encoder.config == BeatsConfig.from_checkpoint(case.config["beats"])
+    in_model = own_names(case.below("weights", "model.audio_tower.audio_tower."))
+    assert in_model.keys() == encoder.state_dict().keys()
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(in_model[name], value), name
+
+    connector = AudioConnector(
+        case.config["beats"]["encoder_embed_dim"],
+        case.config["hidden_size"],
+        case.config["query_tokens_size"],
+        {**case.config["qformer"], "hidden_act": "gelu", "layer_norm_eps": 1e-12},
+    ).eval()
+    weights = case.below("weights", "model.mm_audio_aligner.")
+    connector.load_state_dict(
+        {name.replace("qformer.qformer.", "qformer."): value for name, value in weights.items()}
+    )
+    io = case.tensors("io")
+    for name, facts in case.checks.items():
+        part = {k.removeprefix(f"{name}."): v for k, v in io.items() if k.startswith(f"{name}.")}
+        fbank, mask = part["in.fbank"], part["in.padding_mask"]
+        frames = coarsened(mask, fbank.shape[1])
+        assert torch.equal(frames, part["mid.frame_mask"])
+        tokens = coarsened(frames, facts["tokens"])
+        assert torch.equal(tokens, part["mid.token_mask"])
+        assert tokens.sum() == facts["masked_tokens"]
+        assert encoder.num_tokens(mask.shape[1]) == facts["tokens"]
+        with torch.no_grad():
+            features = encoder.encode_fbank(fbank, mask)
+            without = encoder.encode_fbank(fbank)
+            hidden = connector.hidden_states(features)
+            soft = connector(features)
+        assert relative_error(features, part["out.encoder"]) < OUTPUT, name
+        assert relative_error(without, part["out.encoder_no_mask"]) < OUTPUT, name
+        assert relative_error(hidden, part["mid.qformer_last_hidden"]) < OUTPUT, name
+        assert relative_error(soft, part["out.tokens"]) < OUTPUT, name
+
+
+def test_clip_and_the_image_connector():
+    case = Case("image_projector")
+    assert case.config["mm_vision_select_layer"] == LAYER
+    config = CLIPVisionConfig(**case.config["clip"], hidden_act=case.config["hidden_act"])
+    encoder = ClipImageEncoder(config)
+    weights = case.below("weights", "model.vision_tower.vision_tower.")
+    names = encoder.vision_tower.state_dict()
+    encoder.vision_tower.load_state_dict(
+        {k if k in names else k.removeprefix("vision_model."): v for k, v in weights.items()}
+    )
+    connector = ImageConnector(config.hidden_size, case.config["hidden_size"])
+    connector.projector.load_state_dict(case.below("weights", "model.mm_projector."))
+    io = case.tensors("io")
+    with torch.no_grad():
+        features = encoder(io["in.pixel_values"])
+        video = connector(encoder(io["in.video_frames"]))
+        assert relative_error(features, io["out.tower_features"]) < OUTPUT
+        assert relative_error(connector(features), io["out.image_tokens"]) < OUTPUT
+        assert relative_error(video[0], io["out.video_tokens"]) < OUTPUT
+
+
+def test_whisper_and_the_speech_connector():
+    case = Case("speech_connector")
+    whisper = case.config["whisper"]
+    config = WhisperConfig(**whisper, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    encoder = WhisperEncoder(config).eval()
+    encoder.load_state_dict(case.below("weights", "model.audio_tower.audio_tower."))
+    connector = SpeechConnector(
+        whisper["d_model"],
+        case.config["hidden_size"],
+        case.config["query_tokens_size"],
+        whisper,
+    ).eval()
+    connector.load_decoder(case.below("weights", "model.mm_audio_aligner.decoder.audio_decoder."))
+    connector.projector.load_state_dict(case.below("weights", "model.mm_audio_aligner.projector."))
+    io = case.tensors("io")
+    with torch.no_grad():
+        connector.query_tokens.copy_(case.tensors("weights")["model.query_tokens"])
+        chunks = []
+        for number, chunk in enumerate(io["in.input_features"][0]):
+            if io["in.features_mask"][0, number] == 0:
+                break
+            features = encoder(chunk[None]).last_hidden_state
+            chunks.append(connector(features)[0])
+            assert relative_error(features, io[f"out.encoder.chunk{number}"]) < OUTPUT
+            assert relative_error(chunks[-1][None], io[f"out.tokens.chunk{number}"]) < OUTPUT
+    # Chunks of one file carry its number and follow each other.
+    files = io["in.features_mask"][0, : len(chunks)].tolist()
+    for file in set(files):
+        own = [chunk for chunk, of in zip(chunks, files, strict=True) if of == file]
+        assert relative_error(torch.cat(own), io[f"out.audio_file{file}"]) < OUTPUT
+
+
+def test_audio_features():
+    case = Case("audio_features")
+    expected = case.tensors("features")
+    index = expected["frame_index"]
+    # The sample's clips, one after the other.
+    chunks = []
+    for clip in ("clip35.wav", "clip12.wav"):
+        samples, rate = soundfile.read(case.folder / clip, dtype="float32")
+        assert rate == case.config["fbank"]["sample_frequency"]
+        chunks += zip(*clip_chunks(torch.from_numpy(samples)), strict=True)
+    stats = case.checks["stats_per_slot"][1]
+    for number, (samples, mask) in enumerate(chunks):
+        fbank = beats_fbank(samples[None])
+        assert list(fbank.shape) == stats[number]["shape"]
+        frames = expected[f"sample1.chunk{number}.frames"]
+        assert (fbank[0, index] - frames).abs().max() < 1e-3
+        assert abs(fbank.double().square().sum() / stats[number]["sq_sum"] - 1) < 1e-4
+        padded = mask.nonzero()[:1].flatten().tolist() or [len(mask)]
+        assert padded == expected[f"sample1.chunk{number}.first_padded"].tolist()
