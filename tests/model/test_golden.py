@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from unimoe_kernels import LoopedMoE, MoE, unstack_experts
+from unimoe_kernels import LoopedMoE, MoE, TopKRouter, topk_router, unstack_experts
 from unimoe_kernels.testing import relative_error
 from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
 from unimoe_model.encoders.beats import BeatsConfig, BeatsEncoder, clip_chunks, coarsened, own_names
@@ -77,6 +77,66 @@ def test_moe_layer():
                     assert actual is None or not actual.any(), key
                 else:
                     assert relative_error(actual, expected) < GRADIENT, key
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("top2_nodrop", "nodrop"),
+        ("top2_nodrop_small", "nodrop_small"),
+        ("top2_drop_cf1", "drop_cf1"),
+        ("top1_nodrop", None),
+    ],
+)
+def test_gates_of_the_eight_expert_code(name, check):
+    case = Case("gate_8e")
+    io, facts = case.tensors(name), case.checks.get(check, {})
+    logits = io["in.logits"]
+    num_experts = case.config["num_experts"]
+    top_k = 2 if name.startswith("top2") else 1
+    dropping = {
+        "capacity_factor": facts.get("capacity_factor"),
+        "min_capacity": facts.get("min_capacity"),
+        "capacity_renorm": True,
+    }
+    router = TopKRouter(
+        num_experts,
+        num_experts,
+        top_k,
+        mode="softmax_topk_renorm" if top_k == 2 else "softmax_topk",
+        balance="first",
+        **(dropping if facts.get("drop_tokens") else {}),
+    )
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(num_experts))
+    x = logits.clone().requires_grad_()
+    routed = router(x)
+    # Slots of an expert's buffer are theirs alone: they follow from who was dispatched.
+    weights, slots = io["out.combine_weights"], io["out.dispatch_mask"].int().argmax(2)
+    kept = routed.ids < num_experts
+    ids = routed.ids.long().masked_fill(~kept, 0)
+    dense = torch.zeros_like(logits).scatter_add(1, ids, routed.scores.masked_fill(~kept, 0))
+    assert relative_error(dense, weights.sum(2)) < OUTPUT
+    assert torch.equal(dense > 0, io["out.dispatch_mask"].any(2))
+    assert relative_error(routed.load_balancing_loss, io["out.l_aux"]) < OUTPUT
+    assert x.grad is None
+    assert torch.equal(x.detach(), logits)
+    upstream = io["in.upstream_on_combine"].gather(2, slots.unsqueeze(2))[..., 0]
+    (routed.load_balancing_loss + (upstream * dense).sum()).backward()
+    assert relative_error(x.grad, io["grad.logits(l_aux + sum(R*combine))"]) < GRADIENT
+
+
+def test_noise_for_the_second_choice_stays_in_the_published_logits():
+    io = Case("gate_8e").tensors("top2_given_noise")
+    logits, noise = io["in.logits"], io["in.gumbel_noise"]
+    # The published gate adds it in place, so that the other losses see noisy logits.
+    assert relative_error(io["out.logits_after_call"], logits + noise) < OUTPUT
+    before = logits.clone()
+    routed = topk_router(logits, 2, mode="softmax_topk_renorm", balance="first")
+    assert torch.equal(logits, before)
+    assert relative_error(routed.load_balancing_loss, io["out.l_aux"]) < OUTPUT
+    first = io["out.dispatch_mask"].any(2).gather(1, routed.ids[:, :1].long())
+    assert first.all()
 
 
 def test_beats_and_the_audio_connector():
