@@ -12,18 +12,35 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, WhisperConfig
+from transformers import CLIPVisionConfig, LlamaConfig, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unimoe_kernels import LoopedMoE, MoE, TopKRouter, topk_router, unstack_experts
 from unimoe_kernels.testing import relative_error
+from unimoe_model.checkpoints import from_published, to_published
+from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
 from unimoe_model.encoders.beats import BeatsConfig, BeatsEncoder, clip_chunks, coarsened, own_names
 from unimoe_model.encoders.clip import LAYER, ClipImageEncoder
 from unimoe_model.encoders.fbank import beats_fbank
+from unimoe_model.modeling import UniMoEForConditionalGeneration
 
 GOLDEN = Path(os.environ.get("UNIMOE_GOLDEN") or Path(__file__).parents[1] / "golden")
 OUTPUT, GRADIENT = 1e-5, 1e-4
+LLAMA_FIELDS = (
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "bos_token_id",
+    "pad_token_id",
+    "eos_token_id",
+)
 
 
 class Case:
@@ -137,6 +154,52 @@ def test_noise_for_the_second_choice_stays_in_the_published_logits():
     assert relative_error(routed.load_balancing_loss, io["out.l_aux"]) < OUTPUT
     first = io["out.dispatch_mask"].any(2).gather(1, routed.ids[:, :1].long())
     assert first.all()
+
+
+@pytest.mark.parametrize("name", ["llama_moe_all", "llama_moe_interval"])
+def test_language_model(name):
+    case = Case(name)
+    fields = dict(case.config)
+    moe_layers = case.checks.get("moe_layers", list(range(fields["num_hidden_layers"])))
+    interval = moe_layers[1] - moe_layers[0]
+    config = UniMoEConfig(
+        text_config=LlamaConfig(**{k: v for k, v in fields.items() if k in LLAMA_FIELDS}),
+        num_experts=fields["num_experts"],
+        num_experts_per_tok=fields["num_experts_per_tok"],
+        moe_layer_interval=interval,
+        media_token_ids={kind: fields["vocab_size"] + i for i, kind in enumerate(MEDIA_KINDS)},
+        speech_connector={"decoder_layers": 1},
+        audio_connector={"num_hidden_layers": 1},
+    )
+    assert [i for i in range(fields["num_hidden_layers"]) if config.is_moe_layer(i)] == moe_layers
+    model = UniMoEForConditionalGeneration(config).eval()
+    published = case.tensors("weights")
+    state = from_published(published)
+    left = model.load_state_dict(state, strict=False)
+    assert not left.unexpected_keys
+    assert all("_connector." in key for key in left.missing_keys)
+    back = to_published(state)
+    assert back.keys() == {key for key in published if not key.endswith("inv_freq")}
+    assert all(torch.equal(back[key], published[key]) for key in back)
+
+    io, grads = case.tensors("io"), case.tensors("grads")
+    mask = io["attention_mask"].bool()
+    out = model(
+        input_ids=io["input_ids"],
+        attention_mask=io["attention_mask"],
+        labels=io["labels"],
+        output_hidden_states=True,
+    )
+    assert relative_error(out.logits[mask], io["logits"][mask]) < OUTPUT
+    assert relative_error(out.loss, io["loss"]) < OUTPUT
+    out.loss.backward()
+    own = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    own = to_published(own)
+    assert own.keys() == back.keys()
+    for key, norm in case.checks["grad_norms"].items():
+        assert abs(own[key].norm().item() / norm - 1) < GRADIENT, key
+    for key, expected in grads.items():
+        assert relative_error(own[key], expected) < GRADIENT, key
 
 
 def test_beats_and_the_audio_connector():
