@@ -146,7 +146,7 @@ def _weight_and_bias(
 
 
 def _has_post_expert_norm(experts: torch.nn.Module) -> bool:
-    """Whether a norm follows each expert; transformers before 5.20 has none."""
+    """Whether a norm follows each expert; transformers 5.17 does not know of it."""
     return getattr(experts, "has_post_expert_norm", False)
 
 

@@ -33,12 +33,15 @@ class MoE(nn.Module):
     `mode="sigmoid_renorm"`,          DeepSeek-V3, with `num_groups`, `top_groups`, `scale` and
     `correction_bias=True`            `num_shared_experts=1`; `router.update_correction_bias`
                                       balances the load
-    `num_shared_experts=1`,           Qwen2-MoE
+    `mode="softmax_topk"`,            Qwen2-MoE
+    `num_shared_experts=1`,
     `shared_scores="sigmoid"`
     `mode="sparsemixer_renorm"`,      DCMoE and Uni-MoE-2.0: as many experts as a token needs, with
     `top_p=0.7`, `top_k=5`,           `num_shared_experts=2` and `shared_scores="softmax"`
     `num_null_experts=1`
-    `capacity_factor=1.25`            GShard, Switch Transformers
+    `mode="softmax_topk"`, `top_k=1`, Switch Transformers
+    `capacity_factor=1.25`,
+    `balance="first"`, `jitter=0.01`
     ================================  ===========================================================
 
     Auxiliary losses. `aux_loss="return"`: training code calls `moe(x, return_router=True)` and adds
@@ -184,8 +187,10 @@ class MoE(nn.Module):
         """
         routed = self.router(x, token_mask)
         x_TD = x.reshape(-1, x.shape[-1])
-        top_k = self.router.top_k
-        y_TD = self.experts(x_TD, routed.ids[:, :top_k], routed.scores[:, :top_k])
+        ids_TK, scores_TK, top_k = routed.ids, routed.scores, self.router.top_k
+        if self.router.num_weighed_experts > 0:
+            ids_TK, scores_TK = ids_TK[:, :top_k], scores_TK[:, :top_k]
+        y_TD = self.experts(x_TD, ids_TK, scores_TK)
         if self.shared_experts is not None:
             y_TD = y_TD + self._shared(x_TD, routed.scores[:, top_k:])
         y = y_TD.reshape(x.shape)

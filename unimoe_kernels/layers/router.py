@@ -195,15 +195,17 @@ class TopKRouter(nn.Module):
         """
         check_hidden(x, self.weight, self.hidden_size)
         mask_T = flatten_mask(token_mask, x)
-        logits = self._logits(x.reshape(-1, self.hidden_size))
-        logits_TE, shared_TS = logits.split([self.num_choices, self.num_weighed_experts], dim=1)
-        routed = self._choose(logits_TE, mask_T)
-        routed = self._limit(routed, logits_TE, mask_T)
+        logits_TE, shared_TS = self._logits(x.reshape(-1, self.hidden_size)), None
         if self.num_weighed_experts > 0:
+            logits_TE, shared_TS = logits_TE.tensor_split([self.num_choices], dim=1)
+        routed = self._limit(self._choose(logits_TE, mask_T), logits_TE, mask_T)
+        if shared_TS is not None:
             routed = self._weigh(routed, logits_TE, shared_TS)
-        # What the experts take, also where router_dtype is wider or narrower than they are.
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return routed._replace(scores=routed.scores.to(wide))
+        if self.router_dtype is not None:
+            # What the experts take, be router_dtype wider or narrower than they are.
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            routed = routed._replace(scores=routed.scores.to(wide))
+        return routed
 
     @torch.no_grad()
     def update_correction_bias(self, tokens_per_expert: torch.Tensor, rate: float = 1e-3) -> None:

@@ -3,7 +3,16 @@
 import hashlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+def check_waveforms(waveforms: Tensor) -> None:
+    """Raises ValueError unless waveforms are floating point of shape ``[B, samples]``."""
+    if waveforms.ndim != 2 or not waveforms.is_floating_point():
+        raise ValueError(
+            f"waveforms ({waveforms.dtype} of shape {list(waveforms.shape)}) must be floating "
+            "point of shape [B, samples]"
+        )
 
 
 class FrozenEncoder(nn.Module):

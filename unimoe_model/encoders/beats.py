@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unimoe_model.encoders.base import FrozenEncoder
+from unimoe_model.encoders.base import FrozenEncoder, check_waveforms
 from unimoe_model.encoders.fbank import FRAME, MEL_BANDS, SAMPLE_RATE, beats_fbank, num_frames
 
 CHUNK_SAMPLES = 30 * SAMPLE_RATE
@@ -184,11 +184,7 @@ class BeatsEncoder(FrozenEncoder):
         Raises:
             ValueError: another shape or dtype, or too short for one token.
         """
-        if waveforms.ndim != 2 or not waveforms.is_floating_point():
-            raise ValueError(
-                f"waveforms ({waveforms.dtype} of shape {list(waveforms.shape)}) must be floating "
-                "point of shape [B, samples]"
-            )
+        check_waveforms(waveforms)
         if self.num_tokens(waveforms.shape[1]) == 0:
             raise ValueError(
                 f"samples ({waveforms.shape[1]}) must be enough for one patch of "

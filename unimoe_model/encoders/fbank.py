@@ -1,6 +1,7 @@
 """Kaldi's log-mel filter bank, the way BEATs wants it."""
 
 import functools
+import warnings
 
 import torch
 from torch import Tensor
@@ -52,14 +53,17 @@ def beats_fbank(waveforms: Tensor) -> Tensor:
 def _tables() -> tuple[Tensor, Tensor]:
     """Povey's window ``[400]`` and the filters ``[257, 128]``, float64."""
     window = torch.hann_window(FRAME, periodic=False, dtype=torch.float64) ** 0.85
-    filters = mel_filter_bank(
-        num_frequency_bins=_FFT // 2 + 1,
-        num_mel_filters=MEL_BANDS,
-        min_frequency=20,
-        max_frequency=SAMPLE_RATE // 2,
-        sampling_rate=SAMPLE_RATE,
-        norm=None,
-        mel_scale="kaldi",
-        triangularize_in_mel_space=True,
-    )
+    with warnings.catch_warnings():
+        # The lowest bands are narrower than a bin, so that some hold nothing, in Kaldi as well.
+        warnings.filterwarnings("ignore", "At least one mel filter has all zero values")
+        filters = mel_filter_bank(
+            num_frequency_bins=_FFT // 2 + 1,
+            num_mel_filters=MEL_BANDS,
+            min_frequency=20,
+            max_frequency=SAMPLE_RATE // 2,
+            sampling_rate=SAMPLE_RATE,
+            norm=None,
+            mel_scale="kaldi",
+            triangularize_in_mel_space=True,
+        )
     return window, torch.from_numpy(filters)

@@ -11,7 +11,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
 
 from unimoe_model.assets import asset_file
-from unimoe_model.encoders.base import FrozenEncoder
+from unimoe_model.encoders.base import FrozenEncoder, check_waveforms
 from unimoe_model.encoders.ctranslate2 import read_ctranslate2, whisper_state_dict
 
 SAMPLE_RATE = 16_000
@@ -107,11 +107,7 @@ class WhisperSpeechEncoder(FrozenEncoder):
         Raises:
             ValueError: another shape or dtype, no samples, or more than 30 s.
         """
-        if waveforms.ndim != 2 or not waveforms.is_floating_point():
-            raise ValueError(
-                f"waveforms ({waveforms.dtype} of shape {list(waveforms.shape)}) must be floating "
-                "point of shape [B, samples]"
-            )
+        check_waveforms(waveforms)
         if not 0 < waveforms.shape[1] <= MAX_SAMPLES:
             raise ValueError(
                 f"samples ({waveforms.shape[1]}) must be between 1 and {MAX_SAMPLES} (30 s at "
