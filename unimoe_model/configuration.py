@@ -15,9 +15,18 @@ class UniMoEConfig(PreTrainedConfig):
         text_config: LLaMA configuration, or its fields as a dict.
         num_experts: experts in an MoE layer; 0 gives the dense model of stages 1 and 2.
         num_experts_per_tok: experts a token is routed to, K.
-        moe_layer_interval: every n-th layer, counted from layer 0, is an MoE layer. 1: all.
+        moe_layers: decoder layers that hold experts: `"all"`, `"even"` (0, 2, 4 and so on, as the
+            release named interval), `"first_half"`, `"second_half"`, or a list of their numbers.
+        moe_options: further options of `unimoe_kernels.MoE`, by name, such as `mode`, `top_p`,
+            `num_null_experts` and `num_shared_experts`.
+        modality_gate: whether a linear map of its own per modality stands before the router.
         load_balancing_coef: weight of the load-balancing loss. The 4-expert release trains without.
         router_z_coef: weight of the router z-loss.
+        modality_expert_coef: weight of `modality_expert_loss`.
+        modality_experts: the experts meant for each media kind, for that loss.
+        modality_kl_coef: weight of `modality_kl_loss`.
+        expert_origins: what each expert was before it became one, in expert order: a task, or a
+            file.
         vision_encoder: name of the frozen encoder of images and frames.
         vision_feature_size: width of its features.
         vision_num_tokens: soft tokens an image becomes; a video becomes as many, the mean over its
@@ -32,7 +41,8 @@ class UniMoEConfig(PreTrainedConfig):
         audio_feature_size: width of its features.
         audio_connector: fields of the `Blip2QFormerConfig` of the audio connector.
         audio_num_queries: soft tokens an audio clip becomes.
-        media_token_ids: token id of the placeholder of each media kind.
+        media_token_ids: token id of the placeholder of each media kind; unless given, the first
+            ids after the vocabulary. Those need no row in the embedding table.
 
     Raises:
         ValueError: if an MoE field is out of range or a media kind has no token.
@@ -46,9 +56,15 @@ class UniMoEConfig(PreTrainedConfig):
     text_config: dict | LlamaConfig | None = None
     num_experts: int = 4
     num_experts_per_tok: int = 2
-    moe_layer_interval: int = 1
+    moe_layers: str | list[int] = "all"
+    moe_options: dict | None = None
+    modality_gate: bool = False
     load_balancing_coef: float = 0.0
     router_z_coef: float = 0.0
+    modality_expert_coef: float = 0.0
+    modality_experts: dict | None = None
+    modality_kl_coef: float = 0.0
+    expert_origins: list[str] | None = None
     vision_encoder: str = "clip-vit-large-patch14-336"
     vision_feature_size: int = 1024
     vision_num_tokens: int = 576
@@ -72,8 +88,7 @@ class UniMoEConfig(PreTrainedConfig):
         self.audio_connector = {**BLIP2_QFORMER, **(self.audio_connector or {})}
         if self.media_token_ids is None:
             self.media_token_ids = {
-                kind: self.text_config.vocab_size - len(MEDIA_KINDS) + i
-                for i, kind in enumerate(MEDIA_KINDS)
+                kind: self.text_config.vocab_size + i for i, kind in enumerate(MEDIA_KINDS)
             }
         self._check()
         super().__post_init__(**kwargs)
@@ -81,20 +96,53 @@ class UniMoEConfig(PreTrainedConfig):
     def _check(self) -> None:
         if self.num_experts < 0:
             raise ValueError(f"num_experts ({self.num_experts}) must be 0 (dense) or positive")
-        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+        choices = self.num_experts + (self.moe_options or {}).get("num_null_experts", 0)
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= choices:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be at least 1 and at most"
-                f" num_experts ({self.num_experts})"
+                f" num_experts ({self.num_experts}) with null ones ({choices})"
             )
-        if self.moe_layer_interval < 1:
-            raise ValueError(f"moe_layer_interval ({self.moe_layer_interval}) must be at least 1")
+        self._check_moe_layers()
+        self._check_modality_experts()
+        if self.expert_origins is not None and len(self.expert_origins) != self.num_experts:
+            raise ValueError(
+                f"expert_origins ({self.expert_origins}) must name num_experts ({self.num_experts})"
+            )
         missing = [kind for kind in MEDIA_KINDS if kind not in self.media_token_ids]
         if missing:
             raise ValueError(f"media_token_ids must have all of {MEDIA_KINDS}, missing {missing}")
 
+    def _check_moe_layers(self) -> None:
+        layers, depth = self.moe_layers, self.text_config.num_hidden_layers
+        known = layers in PLACEMENTS if isinstance(layers, str) else None
+        if known is None:
+            known = len(set(layers)) == len(layers) and all(0 <= i < depth for i in layers)
+        if not known:
+            raise ValueError(
+                f"moe_layers ({layers!r}) must be one of {tuple(PLACEMENTS)} or a list of layers"
+                f" below num_hidden_layers ({depth})"
+            )
+
+    def _check_modality_experts(self) -> None:
+        named = self.modality_experts or {}
+        if self.modality_expert_coef and not named:
+            raise ValueError(
+                f"modality_expert_coef ({self.modality_expert_coef}) needs modality_experts"
+            )
+        for kind, experts in named.items():
+            if kind not in MEDIA_KINDS or not all(0 <= i < self.num_experts for i in experts):
+                raise ValueError(
+                    f"modality_experts ({kind}: {experts}) must be experts below num_experts"
+                    f" ({self.num_experts}) of a kind among {MEDIA_KINDS}"
+                )
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` holds experts."""
-        return self.num_experts > 0 and layer % self.moe_layer_interval == 0
+        if self.num_experts == 0:
+            return False
+        if isinstance(self.moe_layers, str):
+            return PLACEMENTS[self.moe_layers](layer, self.text_config.num_hidden_layers)
+        return layer in self.moe_layers
 
     def num_soft_tokens(self, kind: str) -> int:
         """Soft tokens that one item of media kind `kind` becomes."""
@@ -103,6 +151,13 @@ class UniMoEConfig(PreTrainedConfig):
         return {"speech": self.speech_num_queries, "audio": self.audio_num_queries}[kind]
 
 
+PLACEMENTS = {
+    "all": lambda layer, depth: True,
+    "even": lambda layer, depth: layer % 2 == 0,
+    "first_half": lambda layer, depth: layer < depth // 2,
+    "second_half": lambda layer, depth: layer >= depth // 2,
+}
+"""Which of `depth` layers hold experts, by the name of the placement (table 7d of the paper)."""
 WHISPER_SMALL_DECODER = {
     "d_model": 768,
     "decoder_layers": 12,

@@ -11,17 +11,29 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from unimoe_kernels import GroupedExperts, MoE, TopKRouter
+from unimoe_kernels import GroupedExperts, MoE, TopKRouter, inject_aux_loss
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
+from unimoe_model.modality import (
+    ModalityGate,
+    modality_expert_loss,
+    modality_ids_of,
+    modality_kl_loss,
+)
 
 
 class UniMoEDecoderLayer(LlamaDecoderLayer):
-    """LLaMA decoder layer whose FFN is an MoE layer; padding tokens count in no router loss."""
+    """LLaMA decoder layer whose FFN is an MoE layer; padding tokens count in no router loss.
+
+    Losses of the router are injected: they change gradients and not the loss that is reported.
+    """
 
     def __init__(self, config: UniMoEConfig, layer_idx: int):
         super().__init__(config.text_config, layer_idx)
         text = config.text_config
+        self.expert_coef, self.kl_coef = config.modality_expert_coef, config.modality_kl_coef
+        self.modality_experts = config.modality_experts
+        self.modality_gate = ModalityGate(text.hidden_size) if config.modality_gate else None
         self.mlp = MoE(
             text.hidden_size,
             text.intermediate_size,
@@ -30,28 +42,58 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
             load_balancing_coef=config.load_balancing_coef,
             router_z_coef=config.router_z_coef,
             aux_loss="inject",
+            **(config.moe_options or {}),
         )
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         token_mask: torch.Tensor | None = None,
+        modality_ids: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Maps `[B, S, D]` to `[B, S, D]`; `token_mask` `[B, S]` is False on padding."""
+        """Maps `[B, S, D]` to `[B, S, D]`.
+
+        Args:
+            hidden_states: `[B, S, D]`.
+            token_mask: `[B, S]` bool, False on padding.
+            modality_ids: `[B, S]` of `modality_ids_of`; None is all text.
+            position_embeddings: of the rotary embedding.
+            **kwargs: passed on to the attention.
+        """
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             **kwargs,
         )
         hidden_states = hidden_states + attended
-        output = self.mlp(self.post_attention_layernorm(hidden_states), token_mask=token_mask)
+        normed = self.post_attention_layernorm(hidden_states)
+        if self.modality_gate is None:
+            output, router_input = self.mlp(normed, token_mask=token_mask), normed
+        else:
+            router_input = self.modality_gate(normed, modality_ids)
+            output = self.mlp(normed, token_mask=token_mask, router_input=router_input)
+        if modality_ids is not None and torch.is_grad_enabled():
+            output = self._inject_modality_losses(output, router_input, modality_ids)
         return hidden_states + output
+
+    def _inject_modality_losses(
+        self, output: torch.Tensor, router_input: torch.Tensor, modality_ids: torch.Tensor
+    ) -> torch.Tensor:
+        if not self.expert_coef and not self.kl_coef:
+            return output
+        router = self.mlp.router
+        logits = nn.functional.linear(router_input, router.weight)[..., : router.num_experts]
+        loss = self.kl_coef * modality_kl_loss(logits, modality_ids) if self.kl_coef else 0
+        if self.expert_coef:
+            distance = modality_expert_loss(logits, modality_ids, self.modality_experts)
+            loss = loss + self.expert_coef * distance
+        return inject_aux_loss(output, loss * self.mlp.aux_loss_scale)
 
 
 class UniMoELanguageModel(LlamaModel):
-    """LLaMA with experts in all or every n-th layer.
+    """LLaMA with experts in the layers that the configuration says.
 
     transformers lets each `PreTrainedModel` initialise its own modules, so the experts' weights
     are initialised here and not by the model around it.
@@ -109,6 +151,11 @@ class UniMoEModel(UniMoEPreTrainedModel):
         self.language_model = UniMoELanguageModel(config)
         self.post_init()
 
+    @property
+    def _reads_modalities(self) -> bool:
+        config = self.config
+        return bool(config.modality_gate or config.modality_expert_coef or config.modality_kl_coef)
+
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's token embedding."""
         return self.language_model.embed_tokens
@@ -139,10 +186,14 @@ class UniMoEModel(UniMoEPreTrainedModel):
             ValueError: if a kind's placeholders and soft tokens differ in number, or an item would
                 be split between two rows.
         """
-        embeddings = self.get_input_embeddings()(input_ids)
-        for kind in MEDIA_KINDS:
+        placeholders = {
+            kind: input_ids == self.config.media_token_ids[kind] for kind in MEDIA_KINDS
+        }
+        # Placeholders may lie outside the table, and what they would look up is replaced anyway.
+        is_media = torch.stack(list(placeholders.values())).any(0)
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_media, 0))
+        for kind, is_placeholder in placeholders.items():
             tokens = media.get(kind)
-            is_placeholder = input_ids == self.config.media_token_ids[kind]
             held_B = is_placeholder.sum(1).tolist()
             given = 0 if tokens is None else tokens.shape[0] * tokens.shape[1]
             if sum(held_B) != given:
@@ -176,6 +227,10 @@ class UniMoEModel(UniMoEPreTrainedModel):
             raise ValueError("media needs input_ids, whose placeholders say where it goes")
         if attention_mask is not None and attention_mask.dim() == 2:
             kwargs["token_mask"] = attention_mask[:, -inputs_embeds.shape[1] :].bool()
+        if input_ids is not None and self._reads_modalities:
+            kwargs["modality_ids"] = modality_ids_of(
+                input_ids, self.config.media_token_ids, kwargs.get("token_mask")
+            )
         return self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
         )

@@ -301,3 +301,19 @@ def test_conversions_reject(make_looped):
         MoE.from_ffns([SwiGLUFFN(8, 12), SwiGLUFFN(8, 13)], top_k=1)
     with pytest.raises(ValueError, match=r"top_k \(3\) must be at most num_experts \(1\)"):
         MoE.from_ffns([SwiGLUFFN(8, 12)], top_k=3)
+
+
+def test_router_may_read_something_else():
+    torch.manual_seed(0)
+    moe = MoE(8, 12, 4, 2, initializer_range=0.5, dtype=torch.float64)
+    x, other = torch.randn(2, 5, 8, dtype=torch.float64).requires_grad_(), torch.randn(2, 5, 8)
+    other = other.double().requires_grad_()
+    y, routed = moe(x, return_router=True, router_input=other)
+    expected = moe.router(other)
+    assert torch.equal(routed.ids, expected.ids)
+    direct = moe.experts(x.flatten(0, 1), expected.ids, expected.scores).view_as(y)
+    assert relative_error(y, direct) < 1e-12
+    grads = torch.autograd.grad(y.square().sum(), [x, other])
+    assert all(grad.abs().sum() > 0 for grad in grads)
+    with pytest.raises(ValueError, match=r"router_input \(shape \(2, 4, 8\)\) must have the shape"):
+        moe(x, router_input=other[:, :4])

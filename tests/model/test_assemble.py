@@ -41,14 +41,17 @@ def changed(state, seed):
     return {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in state.items()}
 
 
-@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize(("moe_layers", "number"), [("all", 2), ("even", 1), ([1], 1)])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_experts_equal_to_the_dense_ffn_give_its_logits(dense, inputs, top_k, interval):
+def test_experts_equal_to_the_dense_ffn_give_its_logits(
+    dense, inputs, top_k, moe_layers, number
+):
     state = ffn_state(dense)
     experts = dict.fromkeys(("image", "speech", "audio"), state)
-    moe = assemble_moe(dense, experts, top_k, moe_layer_interval=interval)
-    assert len(list(moe.moe_layers())) == 2 // interval
+    moe = assemble_moe(dense, experts, top_k, moe_layers=moe_layers)
+    assert len(list(moe.moe_layers())) == number
     assert moe.config.num_experts == 3
+    assert moe.config.expert_origins == ["image", "speech", "audio"]
     assert relative_error(logits_of(moe, inputs), logits_of(dense, inputs)) < 1e-5
 
 
@@ -116,7 +119,7 @@ def fill_lora(model):
             parameter.normal_(std=0.1)
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_experts": 0}, {"moe_layer_interval": 2}])
+@pytest.mark.parametrize("fields", [{}, {"num_experts": 0}, {"moe_layers": "even"}])
 def test_lora_starts_as_nothing_and_merges_to_what_it_was(tiny_model, inputs, tmp_path, fields):
     model = tiny_model(**fields)
     plain, keys = logits_of(model, inputs), model.state_dict().keys()
@@ -135,7 +138,7 @@ def test_lora_starts_as_nothing_and_merges_to_what_it_was(tiny_model, inputs, tm
 
 
 def test_lora_covers_attention_and_experts_of_every_layer(tiny_model):
-    model = tiny_model(moe_layer_interval=2)
+    model = tiny_model(moe_layers="even")
     add_lora(model, rank=2, alpha=4)
     names = set(lora_parameters(model))
     layers = "model.language_model.layers"

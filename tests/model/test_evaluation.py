@@ -111,7 +111,7 @@ def test_routing_shares_count_tokens_by_modality(asked, tiny_model):
 
 
 def test_hooks_are_gone_after_recording(asked, tiny_model):
-    model = tiny_model(moe_layer_interval=2)
+    model = tiny_model(moe_layers="even")
     with recorded_routing(model) as chosen:
         model.hidden_states(input_ids=torch.tensor([[20, 30]]))
     assert {layer: len(ids) for layer, ids in chosen.items()} == {0: 1}

@@ -161,12 +161,11 @@ def test_language_model(name):
     case = Case(name)
     fields = dict(case.config)
     moe_layers = case.checks.get("moe_layers", list(range(fields["num_hidden_layers"])))
-    interval = moe_layers[1] - moe_layers[0]
     config = UniMoEConfig(
         text_config=LlamaConfig(**{k: v for k, v in fields.items() if k in LLAMA_FIELDS}),
         num_experts=fields["num_experts"],
         num_experts_per_tok=fields["num_experts_per_tok"],
-        moe_layer_interval=interval,
+        moe_layers=moe_layers,
         media_token_ids={kind: fields["vocab_size"] + i for i, kind in enumerate(MEDIA_KINDS)},
         speech_connector={"decoder_layers": 1},
         audio_connector={"num_hidden_layers": 1},

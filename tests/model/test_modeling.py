@@ -148,7 +148,7 @@ def test_experts_and_router_start_like_the_rest_of_the_model(tiny_model):
 
 
 def test_experts_sit_in_every_nth_layer(tiny_model):
-    model = tiny_model(moe_layer_interval=2)
+    model = tiny_model(moe_layers="even")
     assert [index for index, _ in model.moe_layers()] == [0]
     assert not isinstance(model.model.language_model.layers[1].mlp, MoE)
     assert not list(tiny_model(num_experts=0).moe_layers())

@@ -71,7 +71,7 @@ def test_settings_are_what_the_file_says(load):
     assert settings.seed == 5
     assert settings.align.optimizer.learning_rate == 0.01
     assert settings.tune.tasks == {"text": 1, "sound": 2}
-    assert settings.model.moe_layer_interval == 1
+    assert settings.model.moe_layers == "all"
     assert settings.evaluation == {}
 
 

@@ -167,6 +167,7 @@ class MoE(nn.Module):
         x: torch.Tensor,
         token_mask: torch.Tensor | None = None,
         return_router: bool = False,
+        router_input: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, RouterOutput]:
         """Applies the layer.
 
@@ -176,16 +177,23 @@ class MoE(nn.Module):
             token_mask: the shape of x without its last dimension, bool. Tokens with False change
                 no loss; they are routed and answered like all others. None means all True.
             return_router: whether to return what the router said, too.
+            router_input: what the router reads in the place of x, in its shape; experts read x.
 
         Returns:
             y in the shape of x; with return_router `(y, RouterOutput)`, whose T tokens are the
             leading dimensions of x flattened.
 
         Raises:
-            ValueError: if the shape or device of x, or the shape of token_mask is wrong.
+            ValueError: if the shape or device of x, or the shape of token_mask or router_input is
+                wrong.
             TypeError: if the dtype of x is not that of the weights, or token_mask is not bool.
         """
-        routed = self.router(x, token_mask)
+        if router_input is not None and router_input.shape != x.shape:
+            raise ValueError(
+                f"router_input (shape {tuple(router_input.shape)}) must have the shape of x"
+                f" {tuple(x.shape)}"
+            )
+        routed = self.router(x if router_input is None else router_input, token_mask)
         x_TD = x.reshape(-1, x.shape[-1])
         ids_TK, scores_TK, top_k = routed.ids, routed.scores, self.router.top_k
         if self.router.num_weighed_experts > 0:

@@ -36,9 +36,10 @@ def assemble_moe(
     Args:
         dense: the dense model; attention, embeddings and connectors are taken from it, and its own
             FFN stays in the layers without experts.
-        experts: `ffn_state` of each expert, in expert order.
+        experts: `ffn_state` of each expert, in expert order; the names are kept in the
+            configuration as `expert_origins`.
         top_k: experts a token is routed to.
-        **moe_fields: further MoE fields of `UniMoEConfig` (`moe_layer_interval`, loss
+        **moe_fields: further MoE fields of `UniMoEConfig` (`moe_layers`, loss
             coefficients).
 
     Returns:
@@ -54,6 +55,7 @@ def assemble_moe(
     fields = (
         dense.config.to_dict()
         | {"num_experts": len(experts), "num_experts_per_tok": top_k}
+        | {"expert_origins": list(experts)}
         | moe_fields
     )
     model = UniMoEForConditionalGeneration(UniMoEConfig.from_dict(fields))

@@ -30,7 +30,7 @@ class ModelSettings:
         text: fields of `LlamaConfig`; `intermediate_size` is the width of one expert.
         vocab_size: entries of the tokenizer that is trained.
         top_k: experts a token is routed to.
-        moe_layer_interval: every n-th layer is an MoE layer.
+        moe_layers: which layers hold experts, as in `UniMoEConfig`.
         load_balancing_coef: weight of the load-balancing loss.
         speech_max_frames: feature rows of a speech clip.
         speech_num_queries: soft tokens of a speech clip.
@@ -45,7 +45,7 @@ class ModelSettings:
     speech_num_queries: int
     audio_num_queries: int
     audio_connector: dict[str, Any]
-    moe_layer_interval: int = 1
+    moe_layers: str | list[int] = "all"
     load_balancing_coef: float = 0.0
 
     def __post_init__(self):

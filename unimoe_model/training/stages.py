@@ -147,7 +147,7 @@ class Trainer:
             model,
             experts,
             self._settings.model.top_k,
-            moe_layer_interval=self._settings.model.moe_layer_interval,
+            moe_layers=self._settings.model.moe_layers,
             load_balancing_coef=self._settings.model.load_balancing_coef,
         )
         self._set_attention(moe)
