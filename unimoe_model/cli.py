@@ -43,12 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     generate = commands.add_parser("generate", help="ask a trained model a question")
-    generate.add_argument("checkpoint", type=Path, help="for example runs/demo/moe/model")
-    generate.add_argument("--question", default="")
+    generate.add_argument("question", nargs="?", default="", help="none when speech asks")
+    generate.add_argument("--model", type=Path, required=True, help="for example runs/demo/final")
     generate.add_argument("--image", type=Path, action="append", default=[])
-    generate.add_argument("--video", type=Path, action="append", default=[], help="GIF or folder")
-    generate.add_argument("--speech", type=Path, action="append", default=[], help="wav")
-    generate.add_argument("--audio", type=Path, action="append", default=[], help="wav")
+    generate.add_argument(
+        "--video", type=Path, action="append", default=[], help="MP4 and the like, GIF or folder"
+    )
+    generate.add_argument("--speech", type=Path, action="append", default=[], help="wav, flac, mp3")
+    generate.add_argument("--audio", type=Path, action="append", default=[], help="wav, flac, mp3")
+    generate.add_argument("--frame-seed", type=int, help="draw a video's frames at random")
     generate.add_argument("--max-new-tokens", type=int, default=32)
     generate.set_defaults(run=_generate)
     return parser
@@ -87,19 +90,17 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from unimoe_model.data.audio_io import load_wav
-    from unimoe_model.data.media_io import load_image, load_video
     from unimoe_model.generation import Answerer
 
-    answerer = Answerer.from_pretrained(options.checkpoint)
-    rate = answerer.processor.sample_rate
+    answerer = Answerer.from_pretrained(options.model)
     answer = answerer.answer(
         options.question,
         max_new_tokens=options.max_new_tokens,
-        images=[load_image(path) for path in options.image],
-        videos=[load_video(path) for path in options.video],
-        speech=[load_wav(path, rate("speech")) for path in options.speech],
-        audio=[load_wav(path, rate("audio")) for path in options.audio],
+        frame_seed=options.frame_seed,
+        images=options.image,
+        videos=options.video,
+        speech=options.speech,
+        audio=options.audio,
     )
     print(answer)
 

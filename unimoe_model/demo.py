@@ -82,10 +82,17 @@ def run_demo(settings: RunSettings, output: Path, cache_folder: Path | None = No
         experts=list(settings.experts),
         seed=settings.seed,
     )
+    _link(output / "final", output / "moe" / "model")
     examples = show_examples(output / "moe" / "model", output / "examples", held_out)
     write_report(results, examples, output)
     print_results(results, examples, output)
     return results
+
+
+def _link(link: Path, folder: Path) -> None:
+    """Makes `link` lead to a folder beside or below it."""
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.relative_to(link.parent))
 
 
 def _train_arms(

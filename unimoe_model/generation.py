@@ -45,18 +45,39 @@ class Answerer:
         return cls(model.eval().to(device), processor)
 
     @torch.inference_mode()
-    def answer(self, question: str = "", max_new_tokens: int = 32, **media) -> str:
+    def answer(
+        self,
+        question: str = "",
+        max_new_tokens: int = 32,
+        frame_seed: int | None = None,
+        **media,
+    ) -> str:
         """Answers one question, greedily.
 
         Args:
-            question: may be empty when speech asks.
+            question: may be empty when speech asks. Where it holds placeholders, such as
+                `<image>`, they say where the media go; else the media come first.
             max_new_tokens: longest answer, in tokens.
-            **media: lists `images`, `videos`, `speech`, `audio`; see `UniMoEProcessor`.
+            frame_seed: None chooses the frames of videos evenly, a number at random.
+            **media: lists `images`, `videos`, `speech`, `audio` of files or arrays; see
+                `UniMoEProcessor`.
 
         Returns:
             The answer, stripped of white space.
+
+        Raises:
+            ValueError: if there is nothing to ask, a file cannot be read, or the prompt is longer
+                than the model's context.
         """
-        inputs = self.processor.ask(question, **media).to(self.model.device)
+        inputs = self.processor.ask(question, frame_seed=frame_seed, **media)
+        inputs = inputs.to(self.model.device)
+        length = inputs["input_ids"].shape[1]
+        most = self.model.config.text_config.max_position_embeddings
+        if length >= most:
+            raise ValueError(
+                f"question and media ({length} tokens) must be shorter than the model's context"
+                f" ({most})"
+            )
         tokenizer = self.processor.tokenizer
         produced = self.model.generate(
             **inputs,

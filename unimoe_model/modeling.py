@@ -282,6 +282,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         video_features: torch.Tensor | None = None,
         speech_features: torch.Tensor | None = None,
         audio_features: torch.Tensor | None = None,
+        audio_features_mask: torch.Tensor | None = None,
         speech_query_states: torch.Tensor | None = None,
         audio_query_states: torch.Tensor | None = None,
         logits_to_keep: int = 0,
@@ -296,9 +297,10 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             labels: `[B, S]` int64, -100 where no loss is wanted; shifted inside.
             image_features: `[images, n, C]` of the vision encoder.
             video_features: `[videos, frames, n, C]` of the vision encoder.
-            speech_features: `[clips, frames, C]` of the speech encoder.
-            audio_features: `[clips, frames, C]` of the audio encoder.
-            speech_query_states: `[clips, queries, d_model]` instead of `speech_features`: what the
+            speech_features: `[pieces, frames, C]` of the speech encoder.
+            audio_features: `[pieces, frames, C]` of the audio encoder.
+            audio_features_mask: `[pieces, frames]` bool, False on frames that only fill up.
+            speech_query_states: `[pieces, queries, d_model]` instead of `speech_features`: what the
                 speech connector has before its projector (to run a frozen connector body once).
             audio_query_states: likewise for audio.
             logits_to_keep: compute only the last n positions' logits; 0 for all.
@@ -318,6 +320,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
                 "speech": (speech_features, speech_query_states),
                 "audio": (audio_features, audio_query_states),
             },
+            audio_features_mask,
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -340,12 +343,15 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             kind: (inputs.pop(f"{kind}_features", None), inputs.pop(f"{kind}_query_states", None))
             for kind in MEDIA_KINDS
         }
-        return self._decode(media, use_cache=False, **inputs).last_hidden_state
+        mask = inputs.pop("audio_features_mask", None)
+        return self._decode(media, mask, use_cache=False, **inputs).last_hidden_state
 
-    def _decode(self, media: dict[str, tuple], **inputs):
-        return self.model(media=self._soft_tokens(media), **inputs)
+    def _decode(self, media: dict[str, tuple], audio_features_mask=None, **inputs):
+        return self.model(media=self._soft_tokens(media, audio_features_mask), **inputs)
 
-    def _soft_tokens(self, inputs: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    def _soft_tokens(
+        self, inputs: dict[str, tuple], audio_features_mask: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         media = {}
         for kind, (features, query_states) in inputs.items():
             if features is not None and query_states is not None:
@@ -353,7 +359,8 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             connector = self.model.connector(kind)
             if features is not None:
                 self._check_features(kind, features)
-                media[kind] = connector(features.to(self.dtype))
+                masks = (audio_features_mask,) if kind == "audio" else ()
+                media[kind] = connector(features.to(self.dtype), *masks)
             elif query_states is not None:
                 self._check_query_states(kind, query_states, connector)
                 media[kind] = connector.projector(query_states.to(self.dtype))
@@ -422,4 +429,4 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         return inputs
 
 
-MEDIA_SUFFIXES = ("_features", "_query_states")
+MEDIA_SUFFIXES = ("_features", "_features_mask", "_query_states")

@@ -2,15 +2,24 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from einops import rearrange
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
+from unimoe_model.data.media_items import as_picture, as_recording, as_video
 from unimoe_model.encoders import FrozenEncoder, build_encoder
 from unimoe_model.prompt import PLACEHOLDERS, build_prompt
+from unimoe_model.tokenization import (
+    IGNORED,
+    TokenizedText,
+    tokenize_conversation,
+    tokenize_text,
+    truncated,
+)
+
+ASPECT_RATIOS = ("square", "pad")
 
 
 class UniMoEProcessor(ProcessorMixin):
@@ -19,18 +28,26 @@ class UniMoEProcessor(ProcessorMixin):
     The frozen encoders live here and not in the model, so that a checkpoint holds no copy of them;
     each is built when it is first needed.
 
+    Pictures are paths, Pillow images or uint8 `[H, W, 3]`. Videos are paths, lists of pictures or
+    uint8 `[frames, H, W, 3]`, of which `video_num_frames` are chosen. Recordings are paths,
+    `[samples]` at the encoder's rate (`sample_rate`) or pairs of `[samples]` and their rate, of any
+    length: each piece that the encoder takes at once becomes so many soft tokens.
+
     Args:
         tokenizer: tokenizer with the media placeholders.
-        vision_encoder: name of the encoder of pictures and frames.
-        speech_encoder: name of the speech encoder.
-        audio_encoder: name of the audio encoder.
-        num_soft_tokens: soft tokens of an item of each media kind.
+        vision_encoder: name or folder of the encoder of pictures and frames; see `build_encoder`.
+        speech_encoder: of the speech encoder.
+        audio_encoder: of the audio encoder.
+        num_soft_tokens: soft tokens of an image, a video, and a piece of speech or audio.
         video_num_frames: frames of a video.
-        speech_max_frames: feature rows of a speech clip.
+        speech_max_frames: feature rows of a piece of speech.
+        system_prompt: what stands before the first turn of `ask` and of conversations.
+        image_aspect_ratio: `"square"` lets an encoder cut the middle of a picture out, `"pad"`
+            fills it up to a square; only CLIP knows the latter.
 
     Raises:
-        ValueError: if a placeholder is not one token of the tokenizer, or a media kind has no
-            number of soft tokens.
+        ValueError: if a placeholder is not one token of the tokenizer, a media kind has no number
+            of soft tokens, or image_aspect_ratio is unknown.
     """
 
     def __init__(
@@ -42,6 +59,8 @@ class UniMoEProcessor(ProcessorMixin):
         num_soft_tokens: dict[str, int] | None = None,
         video_num_frames: int = 8,
         speech_max_frames: int = 1500,
+        system_prompt: str = "",
+        image_aspect_ratio: str = "square",
         **kwargs,
     ):
         super().__init__(tokenizer, **kwargs)
@@ -52,16 +71,22 @@ class UniMoEProcessor(ProcessorMixin):
         missing = [kind for kind in MEDIA_KINDS if kind not in self.num_soft_tokens]
         if missing:
             raise ValueError(f"num_soft_tokens must have all of {MEDIA_KINDS}, missing {missing}")
+        if image_aspect_ratio not in ASPECT_RATIOS:
+            raise ValueError(
+                f"image_aspect_ratio ({image_aspect_ratio!r}) must be one of {ASPECT_RATIOS}"
+            )
         self.video_num_frames = video_num_frames
         self.speech_max_frames = speech_max_frames
+        self.system_prompt = system_prompt
+        self.image_aspect_ratio = image_aspect_ratio
         unknown = tokenizer.unk_token_id
         for placeholder in PLACEHOLDERS.values():
             if tokenizer.convert_tokens_to_ids(placeholder) in (None, unknown):
                 raise ValueError(f"tokenizer has no token {placeholder}")
 
     @classmethod
-    def from_config(cls, config: UniMoEConfig, tokenizer) -> "UniMoEProcessor":
-        """Makes the processor that fits a model's configuration."""
+    def from_config(cls, config: UniMoEConfig, tokenizer, **options) -> "UniMoEProcessor":
+        """Makes the processor that fits a model's configuration; options are those of the class."""
         return cls(
             tokenizer,
             vision_encoder=config.vision_encoder,
@@ -70,72 +95,104 @@ class UniMoEProcessor(ProcessorMixin):
             num_soft_tokens={kind: config.num_soft_tokens(kind) for kind in MEDIA_KINDS},
             video_num_frames=config.video_num_frames,
             speech_max_frames=config.speech_max_frames,
+            **options,
         )
 
     def __call__(
         self,
         text: str | Sequence[str],
-        images: Sequence[torch.Tensor] = (),
-        videos: Sequence[torch.Tensor] = (),
-        speech: Sequence[np.ndarray] = (),
-        audio: Sequence[np.ndarray] = (),
+        images: Sequence = (),
+        videos: Sequence = (),
+        speech: Sequence = (),
+        audio: Sequence = (),
+        *,
+        max_length: int | None = None,
+        padding_side: str = "left",
+        frame_seed: int | None = None,
     ) -> BatchFeature:
-        """Tokenizes prompts, padded on the left, and encodes the media at their placeholders.
+        """Tokenizes prompts and encodes the media at their placeholders.
 
         Args:
-            text: prompts (`build_prompt` writes them), with one placeholder for each item.
-            images: uint8 `[H, W, 3]` each, in the order of the placeholders.
-            videos: uint8 `[frames, H, W, 3]` each, `video_num_frames` frames.
-            speech: float32 `[samples]` each, mono, at 16 kHz.
-            audio: float32 `[samples]` each, mono, at the audio encoder's rate (44.1 kHz for aiSFX).
+            text: prompts (`build_prompt` writes them), with one placeholder for each item, in any
+                order and number.
+            images: pictures, in the order of their placeholders, prompt by prompt.
+            videos: videos, likewise.
+            speech: recordings of speech, likewise.
+            audio: other recordings, likewise.
+            max_length: most tokens of a row, soft ones included. What is beyond is cut off; an item
+                that does not fit as a whole goes with its placeholder and all that follows it.
+            padding_side: `"left"` to generate, `"right"` to train; both give the same answers.
+            frame_seed: None chooses the frames of videos evenly, a number at random.
 
         Returns:
-            `input_ids` and `attention_mask` `[B, S]`, and `<kind>_features` of the media given.
+            `input_ids` and `attention_mask` `[B, S]`, and of the media given `<kind>_features`;
+            `audio_features_mask` too where pieces differ in length.
 
         Raises:
-            ValueError: if placeholders and media do not match in number, or an item is empty or has
-                a wrong shape.
+            ValueError: if placeholders and media do not match in number, or an item is empty,
+                unreadable or has a wrong shape.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         if not prompts:
             raise ValueError("text must hold at least one prompt")
+        ids = self._media_token_ids()
+        texts = [tokenize_text(prompt, self.tokenizer, ids) for prompt in prompts]
         media = dict(zip(MEDIA_KINDS, (images, videos, speech, audio), strict=True))
-        for kind, items in media.items():
-            held = sum(prompt.count(PLACEHOLDERS[kind]) for prompt in prompts)
-            if held != len(items):
-                raise ValueError(
-                    f"text holds {held} {PLACEHOLDERS[kind]} but {len(items)} {kind} items were"
-                    " given; each item needs one placeholder and each placeholder one item"
-                )
-        features = {
-            f"{kind}_features": self._encode(kind, items) for kind, items in media.items() if items
-        }
-        expanded = [self._expand(prompt) for prompt in prompts]
-        tokens = self.tokenizer(
-            expanded,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_tensors="pt",
-        )
-        return BatchFeature(
-            {
-                "input_ids": tokens["input_ids"],
-                "attention_mask": tokens["attention_mask"],
-                **features,
-            }
-        )
+        batch = self._batch(texts, media, max_length, padding_side, frame_seed)
+        del batch["labels"]
+        return batch
 
-    def ask(self, question: str = "", **media) -> BatchFeature:
+    def training_inputs(
+        self,
+        conversations: Sequence[Sequence[tuple[str, str]]],
+        images: Sequence = (),
+        videos: Sequence = (),
+        speech: Sequence = (),
+        audio: Sequence = (),
+        *,
+        max_length: int | None = None,
+        padding_side: str = "right",
+        frame_seed: int | None = None,
+    ) -> BatchFeature:
+        """Inputs and labels of conversations.
+
+        Args:
+            conversations: turns of each: what the user says, with a placeholder for each item, and
+                the answer, which is learned with its end-of-turn token.
+            images: as in `__call__`; and so are the others.
+            videos: see there.
+            speech: see there.
+            audio: see there.
+            max_length: see there.
+            padding_side: see there.
+            frame_seed: see there.
+
+        Returns:
+            What `__call__` returns, and `labels` `[B, S]`, -100 where nothing is learned.
+        """
+        ids = self._media_token_ids()
+        texts = [
+            tokenize_conversation(turns, self.tokenizer, ids, self.system_prompt)
+            for turns in conversations
+        ]
+        media = dict(zip(MEDIA_KINDS, (images, videos, speech, audio), strict=True))
+        return self._batch(texts, media, max_length, padding_side, frame_seed)
+
+    def ask(self, question: str = "", *, frame_seed: int | None = None, **media) -> BatchFeature:
         """Inputs of one question: writes the prompt itself.
 
         Args:
-            question: may be empty when speech asks.
+            question: may be empty when speech asks. Where it holds placeholders, they say where the
+                media go; else the media come first.
+            frame_seed: as in `__call__`.
             **media: lists `images`, `videos`, `speech`, `audio` as in `__call__`.
         """
         names = {"images": "image", "videos": "video", "speech": "speech", "audio": "audio"}
         kinds = [names[name] for name in names for _ in media.get(name, ())]
-        return self(build_prompt(question, kinds), **media)
+        if any(placeholder in question for placeholder in PLACEHOLDERS.values()):
+            kinds = []
+        prompt = build_prompt(question, kinds, self.system_prompt)
+        return self(prompt, frame_seed=frame_seed, **media)
 
     def sample_rate(self, kind: str) -> int:
         """Samples a second that clips of `kind`, `"speech"` or `"audio"`, are expected at."""
@@ -146,67 +203,115 @@ class UniMoEProcessor(ProcessorMixin):
         texts = self.tokenizer.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _expand(self, prompt: str) -> str:
-        for kind, placeholder in PLACEHOLDERS.items():
-            prompt = prompt.replace(placeholder, placeholder * self.num_soft_tokens[kind])
-        return self.tokenizer.bos_token + prompt
+    def _media_token_ids(self) -> dict[str, int]:
+        return {
+            kind: self.tokenizer.convert_tokens_to_ids(placeholder)
+            for kind, placeholder in PLACEHOLDERS.items()
+        }
 
-    def _encode(self, kind: str, items: Sequence) -> torch.Tensor:
+    def _batch(
+        self,
+        texts: list[TokenizedText],
+        media: dict[str, Sequence],
+        max_length: int | None,
+        padding_side: str,
+        frame_seed: int | None,
+    ) -> BatchFeature:
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side ({padding_side!r}) must be 'left' or 'right'")
+        token_ids = self._media_token_ids()
+        held = [text.items(token_ids) for text in texts]
+        for kind, items in media.items():
+            expected = sum(kinds.count(kind) for kinds in held)
+            if expected != len(items):
+                raise ValueError(
+                    f"text holds {expected} {PLACEHOLDERS[kind]} but {len(items)} {kind} items were"
+                    " given; each item needs one placeholder and each placeholder one item"
+                )
+        encoded = {
+            kind: iter([self._pieces(kind, item, frame_seed) for item in items])
+            for kind, items in media.items()
+        }
+        rows, kept = [], {kind: [] for kind in MEDIA_KINDS}
+        for text, kinds in zip(texts, held, strict=True):
+            items = [next(encoded[kind]) for kind in kinds]
+            soft = [
+                len(item) * self.num_soft_tokens[kind]
+                for kind, item in zip(kinds, items, strict=True)
+            ]
+            if max_length is not None:
+                text, fitting = truncated(text, token_ids, soft, max_length)
+                kinds, items, soft = kinds[:fitting], items[:fitting], soft[:fitting]
+            rows.append(text.expanded(token_ids, soft))
+            for kind, item in zip(kinds, items, strict=True):
+                kept[kind] += item
+        batch = self._padded(rows, padding_side)
+        for kind, pieces in kept.items():
+            if pieces:
+                batch |= stack_pieces(kind, pieces)
+        return BatchFeature(batch)
+
+    def _padded(self, rows: list[TokenizedText], side: str) -> dict[str, torch.Tensor]:
+        width = max(len(row.ids) for row in rows)
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros(len(rows), width, dtype=torch.int64)
+        labels = torch.full((len(rows), width), IGNORED)
+        for number, row in enumerate(rows):
+            length = len(row.ids)
+            place = slice(width - length, None) if side == "left" else slice(length)
+            ids[number, place] = torch.tensor(row.ids)
+            mask[number, place] = 1
+            labels[number, place] = torch.tensor(row.labels)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def _pieces(self, kind: str, item, frame_seed: int | None) -> list[torch.Tensor]:
+        """Features of one item; recordings have one or several pieces, each a `[rows, C]`."""
         if kind == "image":
-            return self._vision(self._pixels(items, "images", ndim=3))
+            return list(self._vision([as_picture(item, "images")]))
         if kind == "video":
-            return self._videos(items)
+            frames = as_video(item, self.video_num_frames, "videos", frame_seed)
+            return [self._vision(list(frames))]
         encoder = self._encoder(kind)
-        clips = [np.asarray(item, dtype=np.float32) for item in items]
-        for clip in clips:
-            if clip.ndim != 1 or clip.size == 0 or not np.isfinite(clip).all():
-                raise ValueError(
-                    f"{kind} clip (shape {list(clip.shape)}) must be finite samples [n], n > 0"
-                )
+        samples = as_recording(item, encoder.sample_rate, kind)
         if kind == "audio":
-            return torch.cat([encoder(torch.from_numpy(clip)[None]).float() for clip in clips])
-        features, lengths = encoder.encode_clips(clips)
-        if int(lengths.max()) > self.speech_max_frames:
-            raise ValueError(
-                f"speech clip ({int(lengths.max())} rows of features) must be at most"
-                f" speech_max_frames ({self.speech_max_frames}) long"
-            )
-        padding = self.speech_max_frames - features.shape[1]
-        return torch.nn.functional.pad(features.float(), (0, 0, 0, padding))
-
-    def _videos(self, videos: Sequence[torch.Tensor]) -> torch.Tensor:
-        clips = self._pixels(videos, "videos", ndim=4)
-        for clip in clips:
-            if clip.shape[0] != self.video_num_frames:
-                raise ValueError(
-                    f"videos hold {clip.shape[0]} frames, expected {self.video_num_frames}"
-                )
-        frames = self._vision([frame for clip in clips for frame in clip])
-        return rearrange(frames, "(b f) n c -> b f n c", f=self.video_num_frames)
+            pieces = encoder.encode_recording(samples)
+        else:
+            pieces = encoder.encode_recording(samples, self.speech_max_frames)
+        return [piece.float() for piece in pieces]
 
     def _vision(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        from unimoe_model.data.media_io import resize_square
+        options = {"pad_to_square": True} if self.image_aspect_ratio == "pad" else {}
+        return self._encoder("vision").encode_pictures(pictures, **options).float()
 
-        batch = torch.cat([resize_square(picture[None], IMAGE_SIZE) for picture in pictures])
-        return self._encoder("vision")(batch).float()
-
-    @staticmethod
-    def _pixels(items: Sequence, name: str, ndim: int) -> list[torch.Tensor]:
-        tensors = [torch.as_tensor(item) for item in items]
-        for tensor in tensors:
-            if tensor.dtype != torch.uint8 or tensor.dim() != ndim or tensor.shape[-1] != 3:
-                raise ValueError(
-                    f"{name} ({tensor.dtype}, shape {list(tensor.shape)}) must be uint8 with"
-                    f" {ndim} dimensions, the last of size 3"
-                )
-        return tensors
-
-    def _encoder(self, kind: str) -> FrozenEncoder:
-        name = getattr(self, f"{kind}_encoder")
-        if name not in _BUILT:
-            _BUILT[name] = build_encoder(name)
-        return _BUILT[name]
+    def _encoder(self, sense: str) -> FrozenEncoder:
+        name = getattr(self, f"{sense}_encoder")
+        if (sense, name) not in _BUILT:
+            _BUILT[sense, name] = build_encoder(name, sense)
+        return _BUILT[sense, name]
 
 
-IMAGE_SIZE = 96
-_BUILT: dict[str, FrozenEncoder] = {}
+def stack_pieces(kind: str, pieces: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Model inputs of the pieces of a kind.
+
+    Args:
+        kind: media kind.
+        pieces: `[..., rows, C]` each.
+
+    Returns:
+        `<kind>_features` `[pieces, ..., rows, C]`, filled up with zeros to the longest; where some
+        are shorter, `<kind>_features_mask` `[pieces, rows]` bool, False on what was filled up.
+    """
+    rows = [piece.shape[-2] for piece in pieces]
+    most = max(rows)
+    filled = [
+        torch.nn.functional.pad(piece, (0, 0, 0, most - count))
+        for piece, count in zip(pieces, rows, strict=True)
+    ]
+    batch = {f"{kind}_features": torch.stack(filled)}
+    if min(rows) < most:
+        positions = rearrange(torch.arange(most), "n -> 1 n")
+        batch[f"{kind}_features_mask"] = positions < rearrange(torch.tensor(rows), "b -> b 1")
+    return batch
+
+
+_BUILT: dict[tuple[str, str], FrozenEncoder] = {}

@@ -1,4 +1,4 @@
-"""The prompt: one user turn, media placeholders first, then the question."""
+"""The prompt: user turns with media placeholders first, then the question, and their answers."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,15 @@ from unimoe_model.configuration import MEDIA_KINDS
 PLACEHOLDERS = {kind: f"<{kind}>" for kind in MEDIA_KINDS}
 USER = "USER:"
 ASSISTANT = "ASSISTANT:"
+END_OF_TURN = "</s>"
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""What the published checkpoints were trained to read before the first turn (`vicuna_v1`)."""
 
 
-def build_prompt(question: str, media: Sequence[str] = ()) -> str:
+def build_prompt(question: str, media: Sequence[str] = (), system: str = "") -> str:
     r"""Writes one user turn that ends where the answer begins.
 
     Example:
@@ -18,7 +24,9 @@ def build_prompt(question: str, media: Sequence[str] = ()) -> str:
 
     Args:
         question: text of the question; may be empty when the question is spoken.
-        media: kinds of the media that belong to it, in prompt order.
+        media: kinds of the media that belong to it, in prompt order. A question that holds
+            placeholders itself takes no media here.
+        system: what stands before the turn, such as `VICUNA_SYSTEM`.
 
     Raises:
         ValueError: for an unknown kind, or if there is neither a question nor media.
@@ -31,4 +39,32 @@ def build_prompt(question: str, media: Sequence[str] = ()) -> str:
     lines = [PLACEHOLDERS[kind] for kind in media]
     if question.strip():
         lines.append(question.strip())
-    return f"{USER} " + "\n".join(lines) + f" {ASSISTANT}"
+    return conversation_text([("\n".join(lines), None)], system)[0]
+
+
+def conversation_text(
+    turns: Sequence[tuple[str, str | None]], system: str = ""
+) -> tuple[str, list[tuple[int, int]]]:
+    """Writes a conversation as the published `vicuna_v1` template does.
+
+    Args:
+        turns: what the user says, and the answer; None or an empty one ends the text where the
+            answer would begin.
+        system: what stands before the first turn.
+
+    Returns:
+        The text, and where in it each answer begins and ends, its end-of-turn token included.
+
+    Raises:
+        ValueError: if there are no turns, or a turn of the user is empty.
+    """
+    if not turns or not all(user for user, _ in turns):
+        raise ValueError(f"turns ({list(turns)}) must hold at least one, none of the user empty")
+    text, answers = f"{system} " if system else "", []
+    for user, answer in turns:
+        text += f"{USER} {user} {ASSISTANT}"
+        if answer:
+            start = len(text)
+            text += f" {answer}{END_OF_TURN}"
+            answers.append((start, len(text)))
+    return text, answers

@@ -43,9 +43,7 @@ def changed(state, seed):
 
 @pytest.mark.parametrize(("moe_layers", "number"), [("all", 2), ("even", 1), ([1], 1)])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_experts_equal_to_the_dense_ffn_give_its_logits(
-    dense, inputs, top_k, moe_layers, number
-):
+def test_experts_equal_to_the_dense_ffn_give_its_logits(dense, inputs, top_k, moe_layers, number):
     state = ffn_state(dense)
     experts = dict.fromkeys(("image", "speech", "audio"), state)
     moe = assemble_moe(dense, experts, top_k, moe_layers=moe_layers)

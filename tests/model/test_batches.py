@@ -11,6 +11,7 @@ from unimoe_model.data.collate import IGNORED, Collator
 from unimoe_model.data.examples import Example, MediaBank, MediaRef
 from unimoe_model.data.mixture import Mixture
 from unimoe_model.prompt import build_prompt
+from unimoe_model.tokenization import tokenize_text
 
 
 @pytest.fixture
@@ -81,12 +82,13 @@ def test_prompt_of_training_is_the_prompt_of_generation(collator):
 
 
 def test_collator_writes_what_the_processor_writes(collator, tokenizer, tiny_config):
-    from unimoe_model.processing import UniMoEProcessor
-
-    processor = UniMoEProcessor.from_config(tiny_config(), tokenizer)
+    config = tiny_config()
     for example in EXAMPLES:
-        text = build_prompt(example.question, [ref.kind for ref in example.media])
-        expected = tokenizer.encode(processor._expand(text), add_special_tokens=False)
+        kinds = [ref.kind for ref in example.media]
+        prompt = build_prompt(example.question, kinds)
+        text = tokenize_text(prompt, tokenizer, config.media_token_ids)
+        soft = [config.num_soft_tokens(kind) for kind in kinds]
+        expected = text.expanded(config.media_token_ids, soft).ids
         assert collator.prompts([example])["input_ids"][0].tolist() == expected
 
 

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("scipy", reason="scipy is not installed: pip install .[demo]")
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
@@ -18,13 +19,14 @@ class FakeVision(FrozenEncoder):
     def __init__(self):
         super().__init__("fake", 12)
 
-    def forward(self, pixels):
-        return pixels.float().mean((1, 2))[:, None, :1].expand(-1, 3, 12) / 255
+    def encode_pictures(self, pictures):
+        means = torch.stack([picture.float().mean() / 255 for picture in pictures])
+        return means[:, None, None].expand(-1, 3, 12)
 
 
 @pytest.fixture
 def checkpoint(tiny_model, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(processing, "_BUILT", {"fake-vision": FakeVision()})
+    monkeypatch.setattr(processing, "_BUILT", {("vision", "fake-vision"): FakeVision()})
     model = tiny_model()
     folder = tmp_path / "model"
     model.save_pretrained(folder)
@@ -57,7 +59,7 @@ def refused(capsys):
 
 
 def test_generate_prints_the_answer(checkpoint, picture, capsys):
-    arguments = ["generate", checkpoint, "--question", "what shape is it?", "--image", picture]
+    arguments = ["generate", "--model", checkpoint, "--image", picture, "what shape is it?"]
     assert main([str(a) for a in [*arguments, "--max-new-tokens", 3]]) == 0
     assert capsys.readouterr().out.strip()
 
@@ -101,40 +103,40 @@ def test_wrong_config(refused, tmp_path):
 
 
 def test_missing_checkpoint(refused, tmp_path):
-    line = refused("generate", tmp_path / "none", "--question", "what?")
+    line = refused("generate", "--model", tmp_path / "none", "what?")
     assert "must be a folder with a config.json" in line
 
 
 def test_cut_checkpoint(refused, checkpoint):
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    assert "cannot be read" in refused("generate", checkpoint, "--question", "what?")
+    assert "cannot be read" in refused("generate", "--model", checkpoint, "what?")
 
 
 def test_missing_and_corrupt_pictures(refused, checkpoint, picture, tmp_path):
     missing = tmp_path / "none.png"
-    line = refused("generate", checkpoint, "--question", "what?", "--image", missing)
+    line = refused("generate", "--model", checkpoint, "what?", "--image", missing)
     assert str(missing) in line
     assert "no such file" in line
     picture.write_bytes(picture.read_bytes()[:60])
-    line = refused("generate", checkpoint, "--question", "what?", "--image", picture)
+    line = refused("generate", "--model", checkpoint, "what?", "--image", picture)
     assert f"image file {picture} must be a whole picture" in line
-    line = refused("generate", checkpoint, "--question", "what?", "--video", picture)
+    line = refused("generate", "--model", checkpoint, "what?", "--video", picture)
     assert f"video file {picture} must be" in line
 
 
 def test_placeholder_without_its_input(refused, checkpoint):
-    line = refused("generate", checkpoint, "--question", "what is in <image> there?")
+    line = refused("generate", "--model", checkpoint, "what is in <image> there?")
     assert "text holds 1 <image> but 0 image items were given" in line
 
 
 def test_nothing_to_ask(refused, checkpoint):
-    assert "question is empty" in refused("generate", checkpoint)
+    assert "question is empty" in refused("generate", "--model", checkpoint)
 
 
 def test_missing_encoder_package(refused, checkpoint, picture, monkeypatch):
     monkeypatch.setattr(processing, "_BUILT", {})
-    line = refused("generate", checkpoint, "--question", "what?", "--image", picture)
+    line = refused("generate", "--model", checkpoint, "what?", "--image", picture)
     assert "encoder ('fake-vision') must be one of" in line
 
 

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, LlamaConfig, WhisperConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaTokenizer, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unimoe_kernels import LoopedMoE, MoE, TopKRouter, topk_router, unstack_experts
@@ -24,6 +24,8 @@ from unimoe_model.encoders.beats import BeatsConfig, BeatsEncoder, clip_chunks, 
 from unimoe_model.encoders.clip import LAYER, ClipImageEncoder
 from unimoe_model.encoders.fbank import beats_fbank
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.prompt import VICUNA_SYSTEM, conversation_text
+from unimoe_model.tokenization import IGNORED, tokenize_conversation, tokenize_text, truncated
 
 GOLDEN = Path(os.environ.get("UNIMOE_GOLDEN") or Path(__file__).parents[1] / "golden")
 OUTPUT, GRADIENT = 1e-5, 1e-4
@@ -292,6 +294,86 @@ def test_whisper_and_the_speech_connector():
     for file in set(files):
         own = [chunk for chunk, of in zip(chunks, files, strict=True) if of == file]
         assert relative_error(torch.cat(own), io[f"out.audio_file{file}"]) < OUTPUT
+
+
+def turns_of(conversation):
+    """Pairs of question and answer; the published code drops an answer that comes first."""
+    values = [turn["value"] for turn in conversation]
+    if conversation[0]["from"] == "gpt":
+        values = values[1:]
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+@pytest.fixture(params=["legacy_false", "legacy_true"])
+def published_text(request):
+    """What the published code says of texts, our tokenizer, and the ids of placeholders."""
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    case = Case("prompt_labels")
+    text = json.loads((case.folder / "prompts.json").read_text(encoding="utf-8"))
+    tokenizer = LlamaTokenizer.from_pretrained(case.folder, legacy=request.param == "legacy_true")
+    return case, text[request.param], tokenizer
+
+
+PUBLISHED_IDS = {"image": -200, "speech": -999, "audio": -300, "video": -400}
+
+
+def test_prompts_and_labels(published_text):
+    case, texts, tokenizer = published_text
+    given_up = set(case.checks["mismatch_warnings"])
+    for name, sample in texts["training"].items():
+        turns = turns_of(sample["conversation"])
+        assert conversation_text(turns, VICUNA_SYSTEM)[0] == sample["prompt"], name
+        own = tokenize_conversation(turns, tokenizer, PUBLISHED_IDS, VICUNA_SYSTEM)
+        assert own.ids == sample["input_ids"], name
+        if name in given_up:
+            # The published code loses count here and learns nothing of the sample.
+            assert set(sample["labels"]) == {IGNORED}, name
+            learned = [answer.strip() + "</s>" for _, answer in turns if answer]
+            supervised = [label for label in own.labels if label != IGNORED]
+            said = tokenizer.decode(supervised, skip_special_tokens=False)
+            assert said.replace(" ", "") == "".join(learned).replace(" ", ""), name
+        else:
+            # A placeholder in an answer stays a label there, and fails in the loss.
+            expected = [label if label >= 0 else IGNORED for label in sample["labels"]]
+            assert own.labels == expected, name
+        dropped = sample.get("speech_package_preprocess")
+        if dropped:
+            # One of the published packages reads a video's placeholder as text.
+            assert PUBLISHED_IDS["video"] not in dropped["input_ids"]
+            assert PUBLISHED_IDS["video"] in own.ids
+    assert given_up < set(texts["training"])
+
+
+def test_prompts_of_inference(published_text):
+    _, texts, tokenizer = published_text
+    for name, sample in texts["inference"].items():
+        prompt, _ = conversation_text([(sample["user"], None)], VICUNA_SYSTEM)
+        assert prompt == sample["prompt"], name
+        assert tokenize_text(prompt, tokenizer, PUBLISHED_IDS).ids == sample["input_ids"], name
+    for text, sample in texts["plain"].items():
+        assert tokenize_text(text, tokenizer, PUBLISHED_IDS).ids == sample["ids"], text
+    for ids, expected in texts["decode"].items():
+        assert tokenizer.decode(json.loads(ids), skip_special_tokens=True) == expected
+
+
+@pytest.mark.parametrize("name", ["truncated_text_only", "truncated_with_media"])
+def test_truncation(published_text, name):
+    _, texts, tokenizer = published_text
+    sample = texts[name]
+    turns = turns_of(sample["conversation"])
+    own = tokenize_conversation(turns, tokenizer, PUBLISHED_IDS, VICUNA_SYSTEM)
+    cut, _ = truncated(
+        own, PUBLISHED_IDS, [1] * len(own.items(PUBLISHED_IDS)), len(sample["input_ids"])
+    )
+    assert cut.ids == sample["input_ids"]
+    assert cut.labels == sample["labels"]
+    if "with_media" in name:
+        # Published samples are cut later, placeholders and all; the item then goes to another one.
+        at = own.ids.index(PUBLISHED_IDS["image"])
+        for most in (at, at + 1, at + 575, at + 576):
+            cut, items = truncated(own, PUBLISHED_IDS, [576], most)
+            assert items == (most == at + 576)
+            assert len(cut.expanded(PUBLISHED_IDS, [576] * items).ids) == at + 576 * items
 
 
 def test_audio_features():

@@ -38,7 +38,7 @@ def test_modality_of_every_position():
         [TEXT, IMAGE, IMAGE, TEXT, AUDIO, TEXT],
         [TEXT, VIDEO, SPEECH, SPEECH, PADDING, PADDING],
     ]
-    assert MODALITIES == ("text", *KINDS)
+    assert ("text", *KINDS) == MODALITIES
 
 
 def test_expert_loss_is_the_distance_of_media_tokens_from_their_experts(logits):

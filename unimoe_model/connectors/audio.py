@@ -37,11 +37,28 @@ class AudioConnector(nn.Module):
         self.qformer = Blip2QFormerModel(config)
         self.projector = nn.Linear(config.hidden_size, hidden_size)
 
-    def hidden_states(self, features: torch.Tensor) -> torch.Tensor:
-        """Query states `[B, num_queries, hidden]` of encoder frames `[B, frames, feature_size]`."""
+    def hidden_states(
+        self, features: torch.Tensor, features_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Query states `[B, num_queries, hidden]`; see `forward`."""
         queries = self.query_tokens.expand(features.shape[0], -1, -1).to(features.dtype)
-        return self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+        return self.qformer(
+            query_embeds=queries,
+            encoder_hidden_states=features,
+            encoder_attention_mask=None if features_mask is None else features_mask.long(),
+        ).last_hidden_state
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Soft tokens `[B, num_queries, D]` of encoder frames `[B, frames, feature_size]`."""
-        return self.projector(self.hidden_states(features))
+    def forward(
+        self, features: torch.Tensor, features_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Turns encoder frames into soft tokens.
+
+        Args:
+            features: `[B, frames, feature_size]`.
+            features_mask: `[B, frames]` bool, False on frames that are only there to fill up; None
+                is True everywhere, as in the release, which reads its padding too.
+
+        Returns:
+            `[B, num_queries, D]`.
+        """
+        return self.projector(self.hidden_states(features, features_mask))

@@ -1,5 +1,6 @@
 """Reading a user's pictures and videos from disk."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +33,20 @@ def load_image(path: Path | str) -> Tensor:
         ) from error
 
 
-def load_video(path: Path | str, num_frames: int = NUM_FRAMES) -> Tensor:
-    """Reads a video: an animated GIF or WebP, or a folder of pictures in the order of their names.
+def load_video(path: Path | str, num_frames: int = NUM_FRAMES, seed: int | None = None) -> Tensor:
+    """Reads a video file, an animated GIF or WebP, or a folder of pictures in name order.
 
     Args:
-        path: the file or folder.
-        num_frames: how many frames to pick, evenly from first to last; those of a video with
-            fewer are repeated.
+        path: the file or folder. Files other than pictures are read by FFmpeg, through PyAV.
+        num_frames: how many frames to pick; see `pick_frames`.
+        seed: None picks evenly, a number at random.
 
     Returns:
         ``[num_frames, H, W, 3]`` uint8, RGB.
 
     Raises:
         ValueError: the path is missing, damaged, holds no pictures, or pictures of several sizes.
+        ModuleNotFoundError: PyAV is not installed, and the file needs it.
     """
     path = Path(path)
     if path.is_dir():
@@ -53,16 +55,18 @@ def load_video(path: Path | str, num_frames: int = NUM_FRAMES) -> Tensor:
             raise ValueError(
                 f"video folder {path} must hold pictures such as PNG or JPEG, has none"
             )
-        frames = [load_image(files[i]) for i in pick_frames(len(files), num_frames)]
+        frames = [load_image(files[i]) for i in pick_frames(len(files), num_frames, seed)]
     else:
-        _require_file(path, "an animated GIF or a folder of pictures")
+        _require_file(path, "a video such as MP4, an animated GIF or a folder of pictures")
+        read = _animation if path.suffix.lower() in _IMAGE_SUFFIXES else _stream
         try:
-            with Image.open(path) as image:
-                picked = pick_frames(getattr(image, "n_frames", 1), num_frames)
-                frames = [_frame(image, i) for i in picked]
+            frames = read(path, num_frames, seed)
+        except ModuleNotFoundError:
+            raise
         except Exception as error:
             raise ValueError(
-                f"video file {path} must be a whole animated GIF or a folder of pictures: {error}"
+                f"video file {path} must be a whole video, animated GIF or folder of pictures: "
+                f"{error}"
             ) from error
     sizes = sorted({(frame.shape[1], frame.shape[0]) for frame in frames})
     if len(sizes) > 1:
@@ -70,9 +74,21 @@ def load_video(path: Path | str, num_frames: int = NUM_FRAMES) -> Tensor:
     return torch.stack(frames)
 
 
-def pick_frames(available: int, wanted: int) -> list[int]:
-    """Indices of ``wanted`` frames spread evenly from the first to the last of ``available``."""
-    return np.linspace(0, available - 1, wanted).round().astype(int).tolist()
+def pick_frames(available: int, wanted: int, seed: int | None = None) -> list[int]:
+    """Indices of ``wanted`` of ``available`` frames, in ascending order.
+
+    Args:
+        available: at least 1.
+        wanted: at least 1.
+        seed: None takes every ``available // wanted``-th frame from the first one on, as the
+            published code does; a number draws them at random, as the paper says. Of a video with
+            fewer frames than wanted some are repeated, spread evenly.
+    """
+    if available < wanted:
+        return np.linspace(0, available - 1, wanted).round().astype(int).tolist()
+    if seed is None:
+        return [index * (available // wanted) for index in range(wanted)]
+    return sorted(random.Random(seed).sample(range(available), wanted))
 
 
 def save_gif(path: Path | str, frames: Tensor | np.ndarray, frame_ms: int = 120) -> None:
@@ -105,6 +121,42 @@ def resize_square(images: Tensor, size: int) -> Tensor:
 def _require_file(path: Path, expected: str) -> None:
     if not path.is_file():
         raise ValueError(f"file {path} must be {expected}; there is no such file")
+
+
+def _animation(path: Path, num_frames: int, seed: int | None) -> list[Tensor]:
+    with Image.open(path) as image:
+        picked = pick_frames(getattr(image, "n_frames", 1), num_frames, seed)
+        return [_frame(image, index) for index in picked]
+
+
+def _stream(path: Path, num_frames: int, seed: int | None) -> list[Tensor]:
+    """Frames of a file that FFmpeg reads, decoded once; containers may lie about their number."""
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"video file {path} needs the package av: pip install 'unimoe[demo]'"
+        ) from error
+
+    def decoded():
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise ValueError("it has no pictures")
+            container.streams.video[0].thread_type = "AUTO"
+            yield from container.decode(video=0)
+
+    available = sum(1 for _ in decoded())
+    if available == 0:
+        raise ValueError("it has no frames")
+    picked = pick_frames(available, num_frames, seed)
+    wanted, last = set(picked), picked[-1]
+    frames = {}
+    for index, frame in enumerate(decoded()):
+        if index in wanted:
+            frames[index] = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+        if index == last:
+            break
+    return [frames[index] for index in picked]
 
 
 def _frame(image: Image.Image, index: int) -> Tensor:

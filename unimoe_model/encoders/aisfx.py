@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unimoe_model.assets import asset_file
@@ -21,6 +22,7 @@ HOP = 1024
 MEL_BANDS = 96
 HOPS_PER_FRAME = 8  # three poolings by two
 LOG_SPAN = 9.457798957824707  # largest log-mel value over the data that the network was trained on
+PIECE_SAMPLES = 30 * SAMPLE_RATE
 MIN_SAMPLES = (HOPS_PER_FRAME - 1) * HOP
 
 
@@ -135,6 +137,21 @@ class AisfxAudioEncoder(FrozenEncoder):
             for block in (self.conv_block1, self.conv_block2, self.conv_block3):
                 x = nn.functional.max_pool2d(block(x), 2)
             return self.conv_block4(x).mean(dim=3).transpose(1, 2)
+
+    def encode_recording(self, samples: NDArray[np.float32]) -> list[Tensor]:
+        """Encodes a recording of any length in pieces of 30 s.
+
+        Args:
+            samples: ``[samples]`` float32 at 44.1 kHz.
+
+        Returns:
+            ``[rows, 512]`` float32 of each piece; the last one is as long as what is left, and left
+            out where that is too short for a row.
+        """
+        pieces = torch.from_numpy(samples)[None].split(PIECE_SAMPLES, dim=1)
+        if len(pieces) > 1 and pieces[-1].shape[1] < MIN_SAMPLES:
+            pieces = pieces[:-1]
+        return [self(piece).float()[0] for piece in pieces]
 
 
 def _numpy_scalars() -> list[object]:

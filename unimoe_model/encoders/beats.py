@@ -11,14 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unimoe_model.encoders.base import FrozenEncoder, check_waveforms
 from unimoe_model.encoders.fbank import FRAME, MEL_BANDS, SAMPLE_RATE, beats_fbank, num_frames
+from unimoe_model.encoders.published import FOLDER_VARIABLE, weights_source
 
+FILE = "BEATs_iter3_plus_AS2M.pt"
 CHUNK_SAMPLES = 30 * SAMPLE_RATE
 
 
@@ -152,6 +156,21 @@ class BeatsEncoder(FrozenEncoder):
         self.freeze()
 
     @classmethod
+    def pretrained(cls) -> "BeatsEncoder":
+        """The encoder of the paper, with Microsoft's weights, from the folder of `weights_source`.
+
+        Raises:
+            FileNotFoundError: if the folder has no such file; no package and no hub offers it.
+        """
+        path = Path(weights_source(FILE, ""))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{FILE} must be in the folder that {FOLDER_VARIABLE} names; it is published at "
+                "github.com/microsoft/unilm, folder beats"
+            )
+        return cls.from_checkpoint(path)
+
+    @classmethod
     def from_checkpoint(cls, path: str | Path) -> "BeatsEncoder":
         """Reads a published ``.pt`` file: ``{"cfg": ..., "model": ...}``.
 
@@ -199,6 +218,15 @@ class BeatsEncoder(FrozenEncoder):
         with torch.no_grad():
             fbank = beats_fbank(waveforms.to(weight.device)).to(weight.dtype)
             return self.encode_fbank(fbank, padding_mask)
+
+    def encode_recording(self, samples: NDArray[np.float32]) -> list[Tensor]:
+        """Encodes a recording of any length: `[1496, C]` of each piece of 30 s.
+
+        Args:
+            samples: `[samples]` float32 at 16 kHz, full scale 1.
+        """
+        pieces = zip(*clip_chunks(torch.from_numpy(samples)), strict=True)
+        return [self(piece[None], mask[None])[0] for piece, mask in pieces]
 
     def num_tokens(self, samples: int) -> int:
         """Tokens of a clip: frames and bands over the patch size, each rounded down."""

@@ -1,5 +1,6 @@
 """CLIP's vision transformer: the eyes of the paper (ViT-L/14 at 336 pixels)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from unimoe_model.encoders.base import FrozenEncoder
+from unimoe_model.encoders.published import weights_source
+
+NAME = "clip-vit-large-patch14-336"
 
 LAYER = -2
 """Whose output the connector reads, as in LLaVA; the last one serves CLIP's own training."""
@@ -36,6 +40,15 @@ class ClipImageEncoder(FrozenEncoder):
         self.freeze()
 
     @classmethod
+    def pretrained(cls) -> "ClipImageEncoder":
+        """The encoder of the paper, with OpenAI's weights; see `weights_source`.
+
+        Raises:
+            OSError: if they are neither here nor can be downloaded.
+        """
+        return cls.from_folder(weights_source(NAME, f"openai/{NAME}"))
+
+    @classmethod
     def from_folder(cls, folder: str | Path) -> "ClipImageEncoder":
         """The encoder with the weights of a folder in the layout of transformers.
 
@@ -48,6 +61,34 @@ class ClipImageEncoder(FrozenEncoder):
         encoder.vision_tower = tower
         encoder.freeze()
         return encoder
+
+    def encode_pictures(self, pictures: Sequence[Tensor], pad_to_square: bool = False) -> Tensor:
+        """Encodes pictures of any size.
+
+        Args:
+            pictures: ``[H, W, 3]`` uint8 each.
+            pad_to_square: fills the shorter side with CLIP's mean colour (LLaVA's `pad`) rather
+                than cutting the middle square out.
+
+        Returns:
+            ``[n, (size / patch) ** 2, C]``.
+        """
+        return self(self.pixel_values(pictures, pad_to_square))
+
+    def pixel_values(self, pictures: Sequence[Tensor], pad_to_square: bool = False) -> Tensor:
+        """What `encode_pictures` gives the transformer: ``[n, 3, size, size]`` float32."""
+        from PIL import Image
+        from transformers import CLIPImageProcessorPil
+
+        size = self.vision_tower.config.image_size
+        processor = CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        )
+        images = [Image.fromarray(picture.numpy()) for picture in pictures]
+        if pad_to_square:
+            colour = tuple(int(255 * mean) for mean in processor.image_mean)
+            images = [_padded(image, colour) for image in images]
+        return processor(images, return_tensors="pt")["pixel_values"]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encodes images.
@@ -73,3 +114,13 @@ class ClipImageEncoder(FrozenEncoder):
             states = self.vision_tower(images, output_hidden_states=True).hidden_states
         patches = states[LAYER][:, 1:]
         return patches.reshape(*pixel_values.shape[:-3], *patches.shape[1:])
+
+
+def _padded(image, colour: tuple[int, int, int]):
+    """The Pillow image in the middle of a square of its longer side."""
+    from PIL import Image
+
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

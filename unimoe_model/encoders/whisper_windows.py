@@ -1,0 +1,120 @@
+"""Whisper over windows of 30 s, as the paper uses it: 1500 frames each."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import WhisperConfig, WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from unimoe_model.encoders.base import FrozenEncoder
+from unimoe_model.encoders.published import weights_source
+
+NAME = "whisper-small"
+SAMPLE_RATE = 16_000
+_MEL_FRAMES_PER_POSITION = 2
+
+
+class WhisperWindowEncoder(FrozenEncoder):
+    """The frozen encoder of a Whisper model.
+
+    Built with random weights; :meth:`from_folder` reads those of a model of transformers.
+
+    Args:
+        config: sizes; None is Whisper small.
+    """
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(self, config: WhisperConfig | None = None) -> None:
+        config = config or WhisperConfig(
+            d_model=768,
+            encoder_layers=12,
+            encoder_attention_heads=12,
+            encoder_ffn_dim=3072,
+            num_mel_bins=80,
+        )
+        super().__init__("Whisper", feature_size=config.d_model)
+        self.encoder = WhisperEncoder(config)
+        frames = _MEL_FRAMES_PER_POSITION * config.max_source_positions
+        hop = WhisperFeatureExtractor().hop_length
+        self.window_samples = frames * hop
+        self.feature_extractor = WhisperFeatureExtractor(
+            feature_size=config.num_mel_bins, chunk_length=self.window_samples / SAMPLE_RATE
+        )
+        self.freeze()
+
+    @classmethod
+    def pretrained(cls) -> "WhisperWindowEncoder":
+        """The encoder of the paper, with OpenAI's weights; see `weights_source`.
+
+        Raises:
+            OSError: if they are neither here nor can be downloaded.
+        """
+        return cls.from_folder(weights_source(NAME, f"openai/{NAME}"))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "WhisperWindowEncoder":
+        """The encoder with the weights of a folder in the layout of transformers.
+
+        Raises:
+            OSError: if the folder holds no model.
+        """
+        from transformers import WhisperModel
+
+        whisper = WhisperModel.from_pretrained(folder)
+        with torch.device("meta"):
+            encoder = cls(whisper.config)
+        encoder.encoder = whisper.encoder
+        encoder.freeze()
+        return encoder
+
+    def log_mel(self, samples: NDArray[np.float32]) -> Tensor:
+        """Log-mel frames of a recording, window by window; the last one ends in silence.
+
+        Args:
+            samples: `[samples]` float32 at 16 kHz, in -1..1.
+
+        Returns:
+            `[windows, mel bins, frames]` float32; 80 x 3000 a window of 30 s.
+
+        Raises:
+            ValueError: if samples are empty or of another shape.
+        """
+        if samples.ndim != 1 or samples.size == 0:
+            raise ValueError(f"samples (shape {list(samples.shape)}) must be of shape [n], n > 0")
+        starts = range(0, samples.size, self.window_samples)
+        windows = [samples[start : start + self.window_samples] for start in starts]
+        # One at a time: the extractor pads what it gets at once to a common length.
+        return torch.cat(
+            [
+                self.feature_extractor(window, sampling_rate=SAMPLE_RATE, return_tensors="pt")[
+                    "input_features"
+                ]
+                for window in windows
+            ]
+        )
+
+    def forward(self, input_features: Tensor) -> Tensor:
+        """Encodes log-mel frames `[B, mel bins, frames]` to `[B, frames / 2, C]`."""
+        with torch.no_grad():
+            return self.encoder(input_features.to(self.encoder.conv1.weight)).last_hidden_state
+
+    def encode_recording(
+        self, samples: NDArray[np.float32], max_rows: int | None = None
+    ) -> list[Tensor]:
+        """Encodes a recording of any length: `[1500, C]` of each window of 30 s.
+
+        Args:
+            samples: `[samples]` float32 at 16 kHz, in -1..1.
+            max_rows: most rows that a window may have; they cannot be fewer than it has.
+
+        Raises:
+            ValueError: if samples are empty or of another shape, or max_rows is too low.
+        """
+        rows = self.encoder.config.max_source_positions
+        if max_rows is not None and max_rows < rows:
+            raise ValueError(f"max_rows ({max_rows}) must be at least {rows}, those of a window")
+        return [self(mel[None])[0] for mel in self.log_mel(samples)]
