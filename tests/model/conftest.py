@@ -1,11 +1,16 @@
 """A Uni-MoE of a few thousand weights, and random features in the shapes encoders would give."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.data.tokenizer import train_tokenizer
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 VOCAB = 300
 SPEECH_DECODER = {

@@ -5,14 +5,23 @@ another set of the same form is checked without a change here.
 """
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaTokenizer, WhisperConfig
+from published import (
+    Case,
+    clip_config,
+    clip_encoder,
+    encoded_media,
+    expanded_rows,
+    moe_layers_of,
+    padded_batch,
+    published_model,
+    text_config,
+    whisper_config,
+)
+from transformers import LlamaTokenizer
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unimoe_kernels import LoopedMoE, MoE, TopKRouter, topk_router, unstack_experts
@@ -21,47 +30,15 @@ from unimoe_model.checkpoints import from_published, to_published
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
 from unimoe_model.encoders.beats import BeatsConfig, BeatsEncoder, clip_chunks, coarsened, own_names
-from unimoe_model.encoders.clip import LAYER, ClipImageEncoder
+from unimoe_model.encoders.clip import LAYER
 from unimoe_model.encoders.fbank import beats_fbank
+from unimoe_model.encoders.whisper_windows import WhisperWindowEncoder
+from unimoe_model.modality import MODALITIES, PADDING, modality_expert_loss, modality_kl_loss
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.prompt import VICUNA_SYSTEM, conversation_text
 from unimoe_model.tokenization import IGNORED, tokenize_conversation, tokenize_text, truncated
 
-GOLDEN = Path(os.environ.get("UNIMOE_GOLDEN") or Path(__file__).parents[1] / "golden")
-OUTPUT, GRADIENT = 1e-5, 1e-4
-LLAMA_FIELDS = (
-    "vocab_size",
-    "max_position_embeddings",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "rms_norm_eps",
-    "bos_token_id",
-    "pad_token_id",
-    "eos_token_id",
-)
-
-
-class Case:
-    """The files of one case."""
-
-    def __init__(self, name):
-        self.folder = GOLDEN / name
-        if not self.folder.is_dir():
-            pytest.skip(f"{GOLDEN} has no {name}")
-        text = (self.folder / "case.json").read_text(encoding="utf-8")
-        self.config, self.checks = (json.loads(text).get(key) for key in ("config", "checks"))
-
-    def tensors(self, name):
-        return load_file(self.folder / f"{name}.safetensors")
-
-    def below(self, name, prefix):
-        """Tensors whose names begin with the prefix, without it."""
-        found = self.tensors(name).items()
-        return {k.removeprefix(prefix): v for k, v in found if k.startswith(prefix)}
+OUTPUT, GRADIENT, LOGITS = 1e-5, 1e-4, 1e-4
 
 
 def test_moe_layer():
@@ -164,7 +141,7 @@ def test_language_model(name):
     fields = dict(case.config)
     moe_layers = case.checks.get("moe_layers", list(range(fields["num_hidden_layers"])))
     config = UniMoEConfig(
-        text_config=LlamaConfig(**{k: v for k, v in fields.items() if k in LLAMA_FIELDS}),
+        text_config=text_config(fields),
         num_experts=fields["num_experts"],
         num_experts_per_tok=fields["num_experts_per_tok"],
         moe_layers=moe_layers,
@@ -246,13 +223,8 @@ def test_beats_and_the_audio_connector():
 def test_clip_and_the_image_connector():
     case = Case("image_projector")
     assert case.config["mm_vision_select_layer"] == LAYER
-    config = CLIPVisionConfig(**case.config["clip"], hidden_act=case.config["hidden_act"])
-    encoder = ClipImageEncoder(config)
-    weights = case.below("weights", "model.vision_tower.vision_tower.")
-    names = encoder.vision_tower.state_dict()
-    encoder.vision_tower.load_state_dict(
-        {k if k in names else k.removeprefix("vision_model."): v for k, v in weights.items()}
-    )
+    config = clip_config(case)
+    encoder = clip_encoder(config, case.tensors("weights"))
     connector = ImageConnector(config.hidden_size, case.config["hidden_size"])
     connector.projector.load_state_dict(case.below("weights", "model.mm_projector."))
     io = case.tensors("io")
@@ -264,11 +236,23 @@ def test_clip_and_the_image_connector():
         assert relative_error(video[0], io["out.video_tokens"]) < OUTPUT
 
 
+def test_pictures_for_clip():
+    case = Case("image_projector")
+    encoder = clip_encoder(clip_config(case), case.tensors("weights"))
+    given = case.tensors("processor")
+    names = sorted(k.removesuffix(".uint8_hwc") for k in given if k.endswith(".uint8_hwc"))
+    assert names
+    for name in names:
+        picture = given[f"{name}.uint8_hwc"]
+        for padded, key in ((False, "pixel_values"), (True, "pixel_values_pad")):
+            pixels = encoder.pixel_values([picture], pad_to_square=padded)[0]
+            assert relative_error(pixels, given[f"{name}.{key}"]) < OUTPUT, (name, padded)
+
+
 def test_whisper_and_the_speech_connector():
     case = Case("speech_connector")
     whisper = case.config["whisper"]
-    config = WhisperConfig(**whisper, pad_token_id=0, bos_token_id=None, eos_token_id=None)
-    encoder = WhisperEncoder(config).eval()
+    encoder = WhisperEncoder(whisper_config(case)).eval()
     encoder.load_state_dict(case.below("weights", "model.audio_tower.audio_tower."))
     connector = SpeechConnector(
         whisper["d_model"],
@@ -395,3 +379,337 @@ def test_audio_features():
         assert abs(fbank.double().square().sum() / stats[number]["sq_sum"] - 1) < 1e-4
         padded = mask.nonzero()[:1].flatten().tolist() or [len(mask)]
         assert padded == expected[f"sample1.chunk{number}.first_padded"].tolist()
+
+
+def published_chunks(samples, length):
+    """The published code cuts one sample more than a window holds, and its extractor drops it."""
+    return [samples[start : start + length] for start in range(0, len(samples), length + 1)]
+
+
+def test_speech_features():
+    case, waves = Case("speech_features"), Case("audio_features")
+    expected = case.tensors("features")
+    index = expected["frame_index"]
+    encoder = WhisperWindowEncoder()
+    stats = case.checks["stats_per_slot"][1]
+    number = 0
+    for clip in ("clip35", "clip12"):
+        samples, _ = soundfile.read(waves.folder / f"{clip}.wav", dtype="float32")
+        assert len(samples) == case.checks["samples"][clip]
+        own = encoder.log_mel(samples)
+        theirs = published_chunks(samples, encoder.window_samples)
+        assert len(own) == len(theirs)
+        for window, chunk in zip(own, theirs, strict=True):
+            mel = encoder.log_mel(chunk)[0]
+            frames = expected[f"sample1.chunk{number}.frames"]
+            assert (mel[:, index] - frames).abs().max() < 1e-4
+            square = mel.double().square().sum()
+            assert abs(square / stats[number]["sq_sum"] - 1) < 1e-4
+            # Ours loses no sample: all windows but the first begin one sample earlier.
+            first = torch.equal(torch.from_numpy(chunk), torch.from_numpy(samples[: len(chunk)]))
+            assert torch.equal(window, mel) == first
+            number += 1
+    assert number == sum(mask > 0 for mask in case.checks["features_mask"][1])
+
+
+@pytest.mark.parametrize("hears", ["speech", "audio"])
+def test_splice(hears):
+    case, end_to_end = Case(f"splice_{hears}"), Case(f"end_to_end_{hears}")
+    layers = moe_layers_of(end_to_end.tensors("weights"))
+    model = published_model(end_to_end, hears, moe_layers=layers)
+    batches = {path.stem: case.tensors(path.stem) for path in case.folder.glob("*.safetensors")}
+    whole = next(io for io in batches.values() if "in.embed_tokens" in io)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(whole["in.embed_tokens"])
+    for name, io in batches.items():
+        if io is whole:
+            rows = list(range(len(io["in.input_ids"])))
+        else:
+            # A row of the batch by itself, with labels and without.
+            alone = io["in.input_ids"][0]
+            rows = [row for row, ids in enumerate(whole["in.input_ids"]) if ids.equal(alone)]
+            assert len(rows) == 1, name
+            assert torch.equal(io["out.inputs_embeds"], io["out.inputs_embeds_nolabels"])
+        own, embeddings = spliced(model, whole, rows, hears, io["out.labels"].shape[1])
+        real = io["out.attention_mask"]
+        assert torch.equal(own["attention_mask"].bool(), real), name
+        assert torch.equal(own["labels"], io["out.labels"]), name
+        assert torch.equal(embeddings[real], io["out.inputs_embeds"][real]), name
+
+
+def spliced(model, io, rows, hears, width):
+    """Our batch of some rows of a case, and its embeddings with the soft tokens of the case."""
+    media = {}
+    for kind in ("image", "video"):
+        chosen = [row for row in rows if io[f"in.{kind}_mask"][row]]
+        if chosen:
+            media[kind] = io[f"mid.{kind}_tokens_all_rows"][chosen]
+    chunks = [io["mid.audio_chunk_tokens"][r][io["in.features_mask"][r] > 0] for r in rows]
+    media[hears] = torch.cat(chunks)
+    expanded = expanded_rows(io, model.config, hears)
+    own = padded_batch([expanded[row] for row in rows], width)
+    return own, model.model.splice(own["input_ids"], media)
+
+
+@pytest.mark.parametrize("hears", ["speech", "audio"])
+def test_end_to_end(hears):
+    case = Case(f"end_to_end_{hears}")
+    weights = case.tensors("weights")
+    model = published_model(case, hears, moe_layers=moe_layers_of(weights))
+    io = case.tensors("forward")
+    check_forward(case, model, io, weights, hears, io["out.loss"], io["out.logits_at_positions"])
+    # 12 greedy tokens with the cache, which the published code could not use, for each row alone.
+    generated = case.tensors("generate")
+    for facts in case.checks["generation"]:
+        row = facts["index"]
+        prompt = {
+            "in.input_ids": generated[f"{row}.in.input_ids"],
+            "in.features_mask": io["in.features_mask"][row : row + 1],
+        }
+        batch = padded_batch(expanded_rows(prompt, model.config, hears))
+        del batch["labels"]
+        length = len(facts["new_ids"])
+        out = model.generate(
+            **batch,
+            **encoded_media(io, weights, hears, [row]),
+            max_new_tokens=length,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        new = out.sequences[0, batch["input_ids"].shape[1] :]
+        assert new.tolist() == facts["new_ids"], row
+        assert generated[f"{row}.out.sequences"][0, -length:].tolist() == facts["new_ids"]
+        logits = torch.cat(out.logits)
+        assert relative_error(logits, generated[f"{row}.out.last_logits_per_step"]) < LOGITS, row
+
+
+def check_forward(case, model, io, weights, hears, loss, logits):
+    rows = expanded_rows(io, model.config, hears)
+    mask = io["out.spliced_attention_mask"]
+    batch = padded_batch(rows, mask.shape[1])
+    assert torch.equal(batch["attention_mask"].bool(), mask)
+    out = model(**batch, **encoded_media(io, weights, hears))
+    positions = io["logit_positions"]
+    real = mask[:, positions]
+    assert real.any()
+    assert relative_error(out.logits[:, positions][real], logits[real]) < LOGITS
+    assert relative_error(out.loss, loss) < OUTPUT
+    if "grad_norms" in case.checks:
+        model.zero_grad()
+        out.loss.backward()
+        own = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        named = to_published(own, hears)
+        compared = 0
+        for key, norm in case.checks["grad_norms"].items():
+            # The bias of an attention's keys changes nothing: what is left is rounding.
+            if key in named and norm > 1e-6:
+                assert abs(named[key].norm().item() / norm - 1) < GRADIENT, key
+                compared += 1
+        assert compared > 20
+
+
+def test_layer_of_the_eight_expert_code():
+    case = Case("moe_layer_8e")
+    sizes, io = case.config, case.tensors("io")
+    moe = MoE(
+        sizes["hidden_size"],
+        sizes["intermediate_size"],
+        sizes["num_experts"],
+        sizes["k"],
+        balance="first",
+    )
+    moe.experts.add_lora(
+        sizes["lora_r"], sizes["lora_alpha"], freeze_base=False, split_gate_up=True
+    )
+    weights = case.tensors("weights")
+    left = dict(weights)
+    with torch.no_grad():
+        for name, (parameter, index) in eight_expert_names(moe).items():
+            parameter[index].copy_(left.pop(name))
+    assert not left
+    x = io["in.hidden_states"].requires_grad_()
+    y, routed = moe(x, return_router=True)
+    assert relative_error(y, io["out.hidden_states"]) < OUTPUT
+    assert relative_error(routed.load_balancing_loss, io["out.l_aux"]) < OUTPUT
+    assert torch.equal(routed.tokens_per_expert.long(), io["out.exp_counts"])
+    logits = io["in.hidden_states"].flatten(0, 1) @ moe.router.weight.T
+    assert relative_error(logits, io["out.router_logits"]) < OUTPUT
+    ((y * io["in.grad_output"]).sum() + 0.5 * routed.load_balancing_loss).backward()
+    assert relative_error(x.grad, io["grad.in.hidden_states"]) < GRADIENT
+    found = {name: p.grad[index] for name, (p, index) in eight_expert_names(moe).items()}
+    for name, norm in case.checks["grad_norms"].items():
+        assert abs(found[name].norm().item() / norm - 1) < GRADIENT, name
+    stored = case.below("io", "grad.")
+    assert len(stored) > 1
+    for name, expected in stored.items():
+        if name in found:
+            assert relative_error(found[name], expected) < GRADIENT, name
+
+
+def eight_expert_names(moe):
+    """Where the eight-expert code's tensors lie in ours: a parameter and an index into it."""
+    names = {"deepspeed_moe.gate.wg.weight": (moe.router.weight, slice(None))}
+    width = moe.experts.intermediate_size
+    rows = {"gate_proj": slice(None, width), "up_proj": slice(width, None)}
+    for number in range(moe.experts.num_experts):
+        expert = f"deepspeed_moe.experts.deepspeed_experts.{number}."
+        for name, half in rows.items():
+            names[f"{expert}{name}.weight"] = (moe.experts.gate_up_proj, (number, half))
+        names[f"{expert}down_proj.weight"] = (moe.experts.down_proj, number)
+        for name, lora in moe.experts.expert_lora.items():
+            names[f"{expert}{name}_lora_A.weight"] = (lora.lora_A, number)
+            names[f"{expert}{name}_lora_B.weight"] = (lora.lora_B, number)
+    return names
+
+
+def modality_ids_of_spans(spans, shape, named):
+    """Ids of positions out of the published spans; text spans may run one past the end."""
+    ids = torch.full(shape, PADDING)
+    for kind, rows in spans.items():
+        for row, pieces in enumerate(rows):
+            for start, end in pieces:
+                ids[row, start:end] = MODALITIES.index(named[kind])
+    assert (ids != PADDING).all()
+    return ids
+
+
+def published_experts(config):
+    kinds = ("image", "video", "audio")
+    return {kind: config[f"{kind}_expert_indices"] for kind in kinds}
+
+
+NAMED = {kind: kind for kind in ("text", "image", "video", "audio")}
+
+
+def test_losses_of_the_eight_expert_code():
+    case = Case("aux_losses_8e")
+    sizes, io = case.config, case.tensors("io")
+    batch, tokens = sizes["batch"], sizes["tokens"]
+    logits = io["in.hidden_states"] @ io["in.lm_head.weight"].T
+    labels = io["in.labels"][:, 1:].flatten()
+    ce = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels, ignore_index=IGNORED
+    )
+    assert relative_error(ce, io["out.ce"]) < OUTPUT
+    ids = modality_ids_of_spans(sizes["spans"], (batch, tokens), NAMED)
+    layers = [
+        io[f"in.gate_logits.layer{n}"].view(batch, tokens, -1).requires_grad_()
+        for n in range(sizes["layers"])
+    ]
+    balance = io["in.l_aux_per_layer"].sum()
+    losses = {
+        "aux_balance_loss": balance,
+        "aux_multimodal_loss": sum(
+            modality_expert_loss(layer, ids, published_experts(sizes)) for layer in layers
+        ),
+        "aux_kl_loss": sum(modality_kl_loss(layer, ids, as_released=True) for layer in layers),
+    }
+    for name, loss in losses.items():
+        # Stored terms are differences of totals.
+        assert abs(loss - io[f"out.{name}"]) < 2e-6, name
+        total = ce + sizes["coef"] * loss
+        assert relative_error(total, io[f"out.total_with_{name}"]) < OUTPUT, name
+        if name != "aux_balance_loss":
+            gradients = torch.autograd.grad(loss, layers)
+            for number, gradient in enumerate(gradients):
+                expected = io[f"grad.{name}.gate_logits.layer{number}"].view_as(gradient)
+                assert relative_error(gradient, expected) < GRADIENT, name
+    total = ce + sizes["coef"] * sum(losses.values())
+    assert relative_error(total, io["out.total_all"]) < OUTPUT
+    # Ours has one softmax, the whole divergence, and the pair of image and video.
+    own = sum(modality_kl_loss(layer, ids) for layer in layers)
+    assert relative_error(own, losses["aux_kl_loss"]) > 1e-3
+
+
+def test_model_of_the_eight_expert_code():
+    case = Case("llama_moe_8e")
+    fields, weights = case.config, case.tensors("weights")
+    model = published_model(
+        case, "speech", moe_layers=moe_layers_of(weights), moe_options={"balance": "first"}
+    )
+    io = case.tensors("io")
+    rows = expanded_rows(io, model.config, "speech")
+    batch = padded_batch(rows, io["out.logits"].shape[1])
+    mask = batch["attention_mask"].bool()
+    features = encoded_media(io, weights, "speech")
+    seen = []
+    for _, moe in model.moe_layers():
+        moe.router.register_forward_hook(
+            lambda router, args, routed: seen.append((args[0] @ router.weight.T, routed))
+        )
+    embeddings = as_published_padding(model, io, batch, features)
+    out = model(
+        inputs_embeds=embeddings, attention_mask=batch["attention_mask"], labels=batch["labels"]
+    )
+    assert relative_error(out.logits[mask], io["out.logits"][mask]) < LOGITS
+    assert relative_error(out.loss, io["out.loss_ce"]) < OUTPUT
+
+    # Published losses count padding as text.
+    spans = {kind: case.checks["spans"][kind] for kind in NAMED}
+    ids = modality_ids_of_spans(spans, mask.shape, NAMED)
+    total = out.loss
+    balance_only = out.loss
+    for number, (logits, _) in enumerate(seen):
+        gates = io[f"out.gate_logits.layer{number}"].view_as(logits)
+        assert relative_error(logits[mask], gates[mask]) < LOGITS
+        routed = topk_router(
+            logits.flatten(0, 1),
+            fields["num_experts_per_tok"],
+            mode="softmax_topk_renorm",
+            balance="first",
+        )
+        l_aux = io[f"out.l_aux.layer{number}"]
+        assert relative_error(routed.load_balancing_loss, l_aux) < OUTPUT
+        balance = fields["aux_balance_loss_coef"] * routed.load_balancing_loss
+        distance = modality_expert_loss(logits, ids, published_experts(fields))
+        closeness = modality_kl_loss(logits, ids, as_released=True)
+        balance_only = balance_only + balance
+        total = (
+            total
+            + balance
+            + fields["aux_multimodal_loss_coef"] * distance
+            + fields["aux_kl_loss_coef"] * closeness
+        )
+    assert relative_error(balance_only, io["out.loss_balance_only"]) < OUTPUT
+    assert relative_error(total, io["out.loss_all_aux"]) < OUTPUT
+    total.backward()
+    scale = fields["lora_alpha"] / fields["lora_r"]
+    found = gradients_with_lora(model, weights, scale)
+    assert case.checks["grad_norms"].keys() <= found.keys() | set(weights)
+    assert len(case.checks["grad_norms"].keys() & found.keys()) > 100
+    for name, norm in case.checks["grad_norms"].items():
+        if name in found and norm > 1e-6:
+            assert abs(found[name].norm().item() / norm - 1) < GRADIENT, name
+
+    # Ours leave it out: a wider batch changes none of them.
+    seen.clear()
+    wider = padded_batch(rows, mask.shape[1] + 5)
+    model(**batch, **features)
+    model(**wider, **features)
+    half = len(seen) // 2
+    for (_, narrow), (_, wide) in zip(seen[:half], seen[half:], strict=True):
+        assert relative_error(wide.load_balancing_loss, narrow.load_balancing_loss) < OUTPUT
+
+
+def gradients_with_lora(model, weights, scale):
+    """Gradients by published names; those of LoRA follow from the matrix it was merged into."""
+    own = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    found = to_published(own, "speech", eight=True)
+    for name in [k for k in weights if k.endswith("_lora_A.weight")]:
+        other = name.replace("_lora_A.", "_lora_B.")
+        gradient = found[name.replace("_lora_A.", ".")]
+        found[name] = scale * weights[other].T @ gradient
+        found[other] = scale * gradient @ weights[name].T
+    return found
+
+
+def as_published_padding(model, io, batch, features):
+    """Embeddings of a batch whose padding is the published one: token 0, then zeros."""
+    kinds = {k.removesuffix("_features"): v for k, v in features.items()}
+    media = {kind: model.model.connector(kind)(value) for kind, value in kinds.items()}
+    embeddings = model.model.splice(batch["input_ids"], media)
+    padded = (~io["in.attention_mask"].bool()).sum(1)
+    positions = torch.arange(embeddings.shape[1])
+    ends = batch["attention_mask"].sum(1) + padded
+    return embeddings * (positions < ends[:, None]).unsqueeze(-1)

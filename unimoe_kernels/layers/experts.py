@@ -7,6 +7,7 @@ from torch import nn
 
 from unimoe_kernels.layers._inputs import autocasts, check_hidden, check_positive
 from unimoe_kernels.layers.expert_lora import (
+    HALVES,
     ExpertLoRA,
     add_deltas,
     add_lora_of_down,
@@ -150,7 +151,14 @@ class GroupedExperts(nn.Module):
         out_ND = add_lora_of_down(lora, out_ND, act_NF, offsets_E1)
         return unpermute(out_ND, sort, ids.shape[1], scores)
 
-    def add_lora(self, rank: int, alpha: float = 16, *, freeze_base: bool = True) -> None:
+    def add_lora(
+        self,
+        rank: int,
+        alpha: float = 16,
+        *,
+        freeze_base: bool = True,
+        split_gate_up: bool = False,
+    ) -> None:
         """Gives every expert a low-rank correction of both projections: `W + alpha/rank * B @ A`.
 
         A starts Kaiming uniform with a = sqrt(5) and B at zero, so the output does not change yet.
@@ -160,6 +168,8 @@ class GroupedExperts(nn.Module):
             alpha: numerator of the scale. It is not part of the state dict.
             freeze_base: whether the weights and biases stop requiring gradients, the usual way to
                 train LoRA.
+            split_gate_up: whether the gate and the up half of `gate_up_proj` have a correction
+                each, of rank r both, as where they are two linear maps.
 
         Raises:
             ValueError: if rank is below 1.
@@ -178,9 +188,10 @@ class GroupedExperts(nn.Module):
                 base.requires_grad_(False)
         like = {"device": self.gate_up_proj.device, "dtype": self.gate_up_proj.dtype}
         E, D, inner = self.num_experts, self.hidden_size, self.intermediate_size
+        rows = dict.fromkeys(HALVES, inner) if split_gate_up else {"gate_up_proj": 2 * inner}
         self.expert_lora = nn.ModuleDict(
             {
-                "gate_up_proj": ExpertLoRA(E, D, 2 * inner, rank, alpha, **like),
+                **{name: ExpertLoRA(E, D, n, rank, alpha, **like) for name, n in rows.items()},
                 "down_proj": ExpertLoRA(E, inner, D, rank, alpha, **like),
             }
         ).train(self.training)

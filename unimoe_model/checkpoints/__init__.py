@@ -1,5 +1,5 @@
 """Published checkpoints in and out; the only place that knows their names."""
 
-from unimoe_model.checkpoints.language_model import from_published, to_published
+from unimoe_model.checkpoints.in_memory import from_published, to_published
 
 __all__ = ["from_published", "to_published"]

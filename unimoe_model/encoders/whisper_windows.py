@@ -38,12 +38,9 @@ class WhisperWindowEncoder(FrozenEncoder):
         )
         super().__init__("Whisper", feature_size=config.d_model)
         self.encoder = WhisperEncoder(config)
+        self.feature_extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins)
         frames = _MEL_FRAMES_PER_POSITION * config.max_source_positions
-        hop = WhisperFeatureExtractor().hop_length
-        self.window_samples = frames * hop
-        self.feature_extractor = WhisperFeatureExtractor(
-            feature_size=config.num_mel_bins, chunk_length=self.window_samples / SAMPLE_RATE
-        )
+        self.window_samples = frames * self.feature_extractor.hop_length
         self.freeze()
 
     @classmethod
@@ -90,9 +87,12 @@ class WhisperWindowEncoder(FrozenEncoder):
         # One at a time: the extractor pads what it gets at once to a common length.
         return torch.cat(
             [
-                self.feature_extractor(window, sampling_rate=SAMPLE_RATE, return_tensors="pt")[
-                    "input_features"
-                ]
+                self.feature_extractor(
+                    window,
+                    sampling_rate=SAMPLE_RATE,
+                    max_length=self.window_samples,
+                    return_tensors="pt",
+                )["input_features"]
                 for window in windows
             ]
         )
