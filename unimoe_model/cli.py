@@ -1,4 +1,4 @@
-"""The command `unimoe`: demo, train, generate."""
+"""The command `unimoe`: demo, train, generate, convert."""
 
 import argparse
 import sys
@@ -54,6 +54,18 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--frame-seed", type=int, help="draw a video's frames at random")
     generate.add_argument("--max-new-tokens", type=int, default=32)
     generate.set_defaults(run=_generate)
+
+    convert = commands.add_parser("convert", help="published checkpoints to ours, and back")
+    convert.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR")
+    convert.add_argument("--to", dest="target", type=Path, required=True, metavar="DIR")
+    convert.add_argument("--base", type=Path, help="the model that an adapter belongs to")
+    convert.add_argument("--tokenizer", type=Path, help="folder with it, unless DIR or base has it")
+    convert.add_argument("--connector", type=Path, help="published half that hears the other kind")
+    convert.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    convert.add_argument(
+        "--layout", choices=("unimoe", "published"), default="unimoe", help="of what is written"
+    )
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -103,6 +115,50 @@ def _generate(options: argparse.Namespace) -> None:
         audio=options.audio,
     )
     print(answer)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from tqdm.auto import tqdm
+
+    from unimoe_model.checkpoints.convert import convert_from_published, convert_to_published
+
+    with tqdm(unit="B", unit_scale=True, desc="convert") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        if options.layout == "published":
+            given = [n for n in ("base", "tokenizer", "connector", "set") if getattr(options, n)]
+            if given:
+                raise ValueError(f"layout published takes no {given[0]}")
+            made = convert_to_published(options.source, options.target, show)
+        else:
+            made = convert_from_published(
+                options.source,
+                options.target,
+                options.base,
+                options.tokenizer,
+                options.connector,
+                _overrides(options.set),
+                show,
+            )
+    print(made.summary())
+
+
+def _overrides(assignments: Sequence[str]) -> dict:
+    import json
+
+    fields = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"set ({assignment!r}) must be FIELD=VALUE")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
 
 
 if __name__ == "__main__":

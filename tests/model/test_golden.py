@@ -11,6 +11,7 @@ import soundfile
 import torch
 from published import (
     Case,
+    below,
     clip_config,
     clip_encoder,
     encoded_media,
@@ -21,12 +22,14 @@ from published import (
     text_config,
     whisper_config,
 )
+from safetensors.torch import load_file, save_file
 from transformers import LlamaTokenizer
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unimoe_kernels import LoopedMoE, MoE, TopKRouter, topk_router, unstack_experts
 from unimoe_kernels.testing import relative_error
 from unimoe_model.checkpoints import from_published, to_published
+from unimoe_model.checkpoints.convert import convert_from_published
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
 from unimoe_model.encoders.beats import BeatsConfig, BeatsEncoder, clip_chunks, coarsened, own_names
@@ -713,3 +716,86 @@ def as_published_padding(model, io, batch, features):
     positions = torch.arange(embeddings.shape[1])
     ends = batch["attention_mask"].sum(1) + padded
     return embeddings * (positions < ends[:, None]).unsqueeze(-1)
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    """The base of the adapter as a folder, and what must be known besides to convert it."""
+    case = Case("end_to_end_speech")
+    tokenizer = Case("prompt_labels").folder
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file(case.tensors("weights"), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(case.config))
+    whisper = Case("speech_connector").config["whisper"]
+    known = {
+        "speech_connector": whisper,
+        "audio_connector": {"num_hidden_layers": 1},
+        "media_token_ids": None,
+    }
+    return folder, tokenizer, known
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_adapter_is_merged(base_folder, tmp_path, suffix):
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    case, whole = Case("lora_merge"), Case("end_to_end_speech")
+    base, tokenizer, known = base_folder
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for path in (case.folder / "adapter").iterdir():
+        if path.suffix in (".json", f".{suffix}"):
+            (adapter / path.name).write_bytes(path.read_bytes())
+    convert_from_published(adapter, tmp_path / "ours", base, tokenizer, overrides=known)
+    model = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
+    merged = to_published({k: v for k, v in model.state_dict().items() if "language" in k})
+    expected = case.tensors("merged")
+    assert expected.keys() - merged.keys() <= {k for k in expected if "mm_" in k or "query" in k}
+    compared = [key for key in expected if key in merged]
+    assert len(compared) > 10
+    for key in compared:
+        assert (merged[key] - expected[key]).abs().max() < 1e-6, key
+    for key, stats in case.checks["merged_stats_of_other_layer_tensors"].items():
+        assert abs(merged[key].double().square().sum() / stats["sq_sum"] - 1) < 1e-5, key
+    io, merged_io = whole.tensors("forward"), case.tensors("io")
+    io["logit_positions"] = merged_io["logit_positions"]
+    loss, logits = merged_io["out.loss_merged"], merged_io["out.logits_merged_at_positions"]
+    weights = whole.tensors("weights")
+    check_forward(case, model, io, weights, "speech", loss, logits)
+    generated = whole.tensors("generate")
+    prompt = {
+        "in.input_ids": generated["0.in.input_ids"],
+        "in.features_mask": io["in.features_mask"][:1],
+    }
+    batch = padded_batch(expanded_rows(prompt, model.config, "speech"))
+    del batch["labels"]
+    new = case.checks["generate_row0_new_ids"]
+    features = encoded_media(io, weights, "speech", [0])
+    out = model.generate(**batch, **features, max_new_tokens=len(new), do_sample=False)
+    assert out[0, batch["input_ids"].shape[1] :].tolist() == new
+
+
+def test_router_lora_is_not_lost(base_folder, tmp_path):
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    case = Case("lora_merge")
+    variant = case.tensors("gate_lora_variant")
+    base, tokenizer, known = base_folder
+    state = load_file(base / "model.safetensors") | below(variant, "base.")
+    save_file(state, base / "model.safetensors")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = (case.folder / "adapter" / "adapter_config.json").read_text()
+    (adapter / "adapter_config.json").write_text(config)
+    save_file(below(variant, "adapter."), adapter / "adapter_model.safetensors")
+    save_file(below(variant, "gates_file."), adapter / "mlp_gates.safetensors")
+    convert_from_published(adapter, tmp_path / "ours", base, tokenizer, overrides=known)
+    model = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    whole = below(variant, "loaded_without_gates_file.")
+    lost = below(variant, "loaded_with_gates_file.")
+    assert whole
+    for index, moe in model.moe_layers():
+        name = f"model.layers.{index}.mlp.gate.weight"
+        # The published loader lets the file of gates overwrite the merged router.
+        assert torch.equal(lost[name], variant[f"base.{name}"])
+        assert relative_error(moe.router.weight, whole[name]) < OUTPUT
+        assert relative_error(moe.router.weight, lost[name]) > 0.1

@@ -5,14 +5,14 @@ from torch import nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-# The decoder sees queries and no tokens: it needs no vocabulary and no special tokens.
-_UNUSED = {
+# The decoder sees queries and no tokens: whatever its fields say, it has no vocabulary and no special
+# tokens.
+_NO_TOKENS = {
     "vocab_size": 1,
     "pad_token_id": 0,
     "bos_token_id": None,
     "eos_token_id": None,
     "decoder_start_token_id": 0,
-    "dropout": 0.0,
     "use_cache": False,
 }
 
@@ -37,7 +37,7 @@ class SpeechConnector(nn.Module):
 
     def __init__(self, feature_size: int, hidden_size: int, num_queries: int, decoder: dict):
         super().__init__()
-        config = WhisperConfig(**{**_UNUSED, **decoder})
+        config = WhisperConfig(**{"dropout": 0.0, **decoder, **_NO_TOKENS})
         if feature_size != config.d_model:
             raise ValueError(
                 f"feature_size ({feature_size}) must be d_model of the speech connector's decoder"

@@ -1,0 +1,550 @@
+"""`unimoe convert`: there and back bit for bit, and nothing written where something is wrong."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaTokenizer
+
+from unimoe_kernels.testing import relative_error
+from unimoe_model.checkpoints import convert
+from unimoe_model.checkpoints.convert import convert_from_published, convert_to_published
+from unimoe_model.checkpoints.record import Conversion
+from unimoe_model.cli import main
+from unimoe_model.configuration import BLIP2_QFORMER, WHISPER_SMALL_DECODER, UniMoEConfig
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.processing import UniMoEProcessor
+
+VOCAB, WIDTH, INNER, LAYERS, EXPERTS, QUERIES, SOUND = 300, 32, 24, 3, 4, 5, 64
+TOWERS = {"speech": "/path/to/whisper-small", "audio": "/path/to/BEATs_iter3_plus_AS2M.pt"}
+EIGHT = "deepspeed_moe.experts.deepspeed_experts"
+
+
+@pytest.fixture(autouse=True)
+def shallow_connectors(monkeypatch):
+    """Connectors that a checkpoint lacks have one layer, which takes less time to draw."""
+    monkeypatch.setitem(WHISPER_SMALL_DECODER, "decoder_layers", 1)
+    monkeypatch.setitem(BLIP2_QFORMER, "num_hidden_layers", 1)
+
+
+def matrix(*shape):
+    return torch.randn(*shape).bfloat16()
+
+
+def ffn(prefix):
+    shapes = {"gate": (INNER, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)}
+    return {f"{prefix}{name}_proj.weight": matrix(*shape) for name, shape in shapes.items()}
+
+
+def llm(moe_layers, eight=False):
+    state = {
+        "model.embed_tokens.weight": matrix(VOCAB, WIDTH),
+        "model.norm.weight": matrix(WIDTH),
+        "lm_head.weight": matrix(VOCAB, WIDTH),
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        state[f"{prefix}input_layernorm.weight"] = matrix(WIDTH)
+        state[f"{prefix}post_attention_layernorm.weight"] = matrix(WIDTH)
+        state[f"{prefix}self_attn.rotary_emb.inv_freq"] = matrix(4)
+        for name in "qkvo":
+            state[f"{prefix}self_attn.{name}_proj.weight"] = matrix(WIDTH, WIDTH)
+        if layer not in moe_layers:
+            state |= ffn(f"{prefix}mlp.")
+            continue
+        gate = "deepspeed_moe.gate.wg" if eight else "gate"
+        state[f"{prefix}mlp.{gate}.weight"] = matrix(EXPERTS, WIDTH)
+        for expert in range(EXPERTS):
+            state |= ffn(f"{prefix}mlp.{EIGHT if eight else 'experts'}.{expert}.")
+    return state
+
+
+def vision():
+    tower = "model.vision_tower.vision_tower.vision_model.embeddings."
+    return {
+        "model.mm_projector.0.weight": matrix(WIDTH, 12),
+        "model.mm_projector.0.bias": matrix(WIDTH),
+        "model.mm_projector.2.weight": matrix(WIDTH, WIDTH),
+        "model.mm_projector.2.bias": matrix(WIDTH),
+        f"{tower}position_embedding.weight": matrix(1 + 9, 12),
+    }
+
+
+def aligner(hears):
+    """Random weights of a connector, by published names."""
+    config = UniMoEConfig(
+        text_config={"hidden_size": WIDTH, "num_hidden_layers": 1, "vocab_size": VOCAB},
+        **connector_fields(hears),
+    )
+    names = {
+        "speech": {
+            "query_tokens": "model.query_tokens",
+            "decoder.": "model.mm_audio_aligner.decoder.audio_decoder.",
+        },
+        "audio": {
+            "query_tokens": "model.mm_audio_aligner.query_tokens",
+            "qformer.": "model.mm_audio_aligner.qformer.qformer.",
+        },
+    }[hears] | {"projector.": "model.mm_audio_aligner.projector."}
+    state = {}
+    prefix = f"model.{hears}_connector."
+    for name, shape in convert.parameter_shapes(config).items():
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            own = next(own for own in names if name.startswith(own))
+            state[names[own] + name.removeprefix(own)] = matrix(*shape)
+    unused = "model.mm_audio_aligner.decoder.audio_decoder.embed_tokens.weight"
+    if unused in state:
+        state[unused] = matrix(VOCAB, SOUND)
+    return state
+
+
+def connector_fields(hears):
+    sizes = {
+        "speech": {
+            "d_model": SOUND,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 1,
+            "decoder_ffn_dim": 24,
+            "max_target_positions": 9,
+        },
+        "audio": {
+            "hidden_size": SOUND,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 1,
+            "intermediate_size": 24,
+            "cross_attention_frequency": 2,
+        },
+    }[hears]
+    return {
+        f"{hears}_connector": sizes,
+        f"{hears}_feature_size": SOUND,
+        f"{hears}_num_queries": QUERIES,
+    }
+
+
+def published_config(hears=None, experts=True, **more):
+    config = {
+        "model_type": "llava",
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if experts:
+        config |= {"moe": True, "num_experts": EXPERTS, "num_experts_per_tok": 2}
+    if hears:
+        config |= {
+            "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+            "mm_hidden_size": 12,
+            "mm_audio_tower": {
+                "speech": "/path/whisper-small",
+                "audio": "BEATs_iter3_plus_AS2M.pt",
+            }[hears],
+            "mm_audio_hidden_size": SOUND,
+            "query_tokens_size": QUERIES,
+            "image_aspect_ratio": "pad",
+        }
+    return config | more
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    """A byte-fallback LLaMA tokenizer of VOCAB tokens."""
+    special = ["<unk>", "<s>", "</s>"]
+    vocabulary = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijk"]
+    vocabulary += [f"filler{i}" for i in range(VOCAB - len(vocabulary))]
+    model = models.BPE(
+        {token: i for i, token in enumerate(vocabulary)}, [], byte_fallback=True, fuse_unk=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    LlamaTokenizer(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        vocab=model and {token: i for i, token in enumerate(vocabulary)},
+        merges=[],
+    ).save_pretrained(folder)
+    return folder
+
+
+def write(folder, state, config, files=2, pickled=False):
+    """A published checkpoint of several files."""
+    folder.mkdir(parents=True)
+    names = sorted(state)
+    stem, suffix = ("pytorch_model", ".bin") if pickled else ("model", ".safetensors")
+    weight_map = {}
+    for number in range(files):
+        file = f"{stem}-{number + 1:05}-of-{files:05}{suffix}"
+        part = {name: state[name] for name in names[number::files]}
+        weight_map |= dict.fromkeys(part, file)
+        torch.save(part, folder / file) if pickled else save_file(part, folder / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def read_all(folder):
+    return {
+        name: tensor
+        for path in sorted(folder.glob("model*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+LAYOUTS = {
+    "every layer, speech": ("speech", range(LAYERS), False),
+    "even layers, audio": ("audio", (0, 2), False),
+    "eight-expert code": ("speech", (1,), True),
+}
+
+
+def published(name):
+    torch.manual_seed(0)
+    hears, layers, eight = LAYOUTS[name]
+    return llm(layers, eight) | vision() | aligner(hears), published_config(hears)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_there_and_back_bit_for_bit(tmp_path, tokenizer_folder, name, pickled):
+    before, config = published(name)
+    source = write(tmp_path / "source", before, config, files=3, pickled=pickled)
+    made = convert_from_published(
+        source, tmp_path / "ours", tokenizer=tokenizer_folder, shard_bytes=30_000
+    )
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 3
+    convert_to_published(tmp_path / "ours", tmp_path / "back", shard_bytes=20_000)
+    after = read_all(tmp_path / "back")
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert after[key].dtype == value.dtype
+        assert torch.equal(after[key], value), key
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    assert all(reason for reason in made.aside.values())
+    assert set(made.aside) < set(before)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_converted_is_a_model(tmp_path, tokenizer_folder, name):
+    hears, layers, _ = LAYOUTS[name]
+    state, config = published(name)
+    source = write(tmp_path / "source", state, config)
+    convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
+    model, found = UniMoEForConditionalGeneration.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert [index for index, _ in model.moe_layers()] == list(layers)
+    assert model.config.vision_num_tokens == 9
+    assert model.config.vision_encoder == "clip-vit-large-patch14-336"
+    for key, value in connector_fields(hears).items():
+        mine = getattr(model.config, key)
+        assert mine == value if isinstance(value, int) else value.items() <= mine.items()
+    _, moe = next(model.moe_layers())
+    layer = layers[0]
+    expert = f"model.layers.{layer}.mlp.{EIGHT if 'eight' in name else 'experts'}.3.up_proj.weight"
+    assert torch.equal(moe.experts.gate_up_proj[3, INNER:], state[expert])
+    processor = UniMoEProcessor.from_pretrained(tmp_path / "ours")
+    assert processor.image_aspect_ratio == "pad"
+    assert processor.system_prompt.startswith("A chat between")
+    inputs = processor.ask("abc")
+    assert model(**inputs).logits.isfinite().all()
+    other = {"speech": "audio", "audio": "speech"}[hears]
+    record = Conversion.load(tmp_path / "ours")
+    assert {name.split(".")[1] for name in record.initialised} <= {
+        f"{other}_connector",
+        "speech_connector",
+    }
+
+
+@pytest.mark.parametrize("has_vision", [True, False])
+def test_llava_and_llama_are_starting_points(tmp_path, tokenizer_folder, has_vision):
+    torch.manual_seed(1)
+    state = llm(()) | (vision() if has_vision else {})
+    eyes = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 12}
+    config = published_config(experts=False, **(eyes if has_vision else {}))
+    source = write(tmp_path / "source", state, config)
+    made = convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
+    kinds = {name.split(".")[1] for name in made.initialised}
+    new = {"speech_connector", "audio_connector"}
+    assert kinds == (new if has_vision else new | {"image_connector"})
+    model = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert model.config.num_experts == 0
+    gate = model.model.language_model.layers[1].mlp.gate_proj.weight
+    assert torch.equal(gate, state["model.layers.1.mlp.gate_proj.weight"])
+    assert model.model.audio_connector.query_tokens.std() > 0
+
+
+def adapter(folder, state, router_lora=False):
+    """LoRA on an expert and an attention map, new gates, projector and aligner."""
+    torch.manual_seed(2)
+    folder.mkdir()
+    targets = [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.experts.1.down_proj",
+        *(["model.layers.0.mlp.gate"] if router_lora else []),
+    ]
+    loras = {}
+    for target in targets:
+        rows, columns = state[f"{target}.weight"].shape
+        loras[f"base_model.model.{target}.lora_A.weight"] = matrix(2, columns)
+        loras[f"base_model.model.{target}.lora_B.weight"] = matrix(rows, 2)
+    save_file(loras, folder / "adapter_model.safetensors")
+    gate = "model.layers.0.mlp.gate"
+    gates = {f"{gate}.weight": state[f"{gate}.weight"] if router_lora else matrix(EXPERTS, WIDTH)}
+    if router_lora:
+        for half in "AB":
+            saved = loras[f"base_model.model.{gate}.lora_{half}.weight"]
+            gates[f"{gate}.lora_{half}.default.weight"] = saved.clone()
+    torch.save(gates, folder / "mlp_gates.bin")
+    projector = {"base_model.model.model.mm_projector.0.bias": matrix(WIDTH)}
+    save_file(projector, folder / "non_lora_trainables.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder, loras, gates, projector
+
+
+@pytest.mark.parametrize("router_lora", [False, True])
+def test_adapters_are_merged_and_replace(tmp_path, tokenizer_folder, router_lora):
+    state, config = published("every layer, speech")
+    base = write(tmp_path / "base", state, config)
+    folder, loras, gates, projector = adapter(tmp_path / "adapter", state, router_lora)
+    made = convert_from_published(folder, tmp_path / "ours", base, tokenizer_folder)
+    model = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    layer = model.model.language_model.layers[0]
+
+    def merged(target):
+        lora = [loras[f"base_model.model.{target}.lora_{half}.weight"] for half in "BA"]
+        delta = 2 * lora[0].float() @ lora[1].float()
+        return (state[f"{target}.weight"].float() + delta).bfloat16()
+
+    query = merged("model.layers.0.self_attn.q_proj")
+    assert torch.equal(layer.self_attn.q_proj.weight, query)
+    assert relative_error(query, state["model.layers.0.self_attn.q_proj.weight"]) > 0.1
+    down = merged("model.layers.0.mlp.experts.1.down_proj")
+    assert torch.equal(layer.mlp.experts.down_proj[1], down)
+    gate = "model.layers.0.mlp.gate"
+    router = merged(gate) if router_lora else gates[f"{gate}.weight"]
+    assert torch.equal(layer.mlp.router.weight, router)
+    bias = projector["base_model.model.model.mm_projector.0.bias"]
+    assert torch.equal(model.model.image_connector.projector[0].bias, bias)
+    assert len(made.merged) == 2 + router_lora
+
+
+def test_experts_loras_of_the_eight_expert_code(tmp_path, tokenizer_folder):
+    state, config = published("eight-expert code")
+    base = write(tmp_path / "base", state, config | {"lora_r": 2, "lora_alpha": 4})
+    folder, *_ = adapter(tmp_path / "adapter", llm((0,)))
+    for path in (folder / "mlp_gates.bin", folder / "adapter_model.safetensors"):
+        path.unlink()
+    target = "model.layers.0.self_attn.k_proj"
+    save_file(
+        {
+            f"base_model.model.{target}.lora_A.weight": matrix(2, WIDTH),
+            f"base_model.model.{target}.lora_B.weight": matrix(WIDTH, 2),
+        },
+        folder / "adapter_model.safetensors",
+    )
+    halves = {}
+    for number in range(EXPERTS):
+        # Each rank numbered its expert 0.
+        name = f"model.layers.1.mlp.{EIGHT}.0.down_proj_lora_"
+        halves[number] = {f"{name}A.weight": matrix(2, INNER), f"{name}B.weight": matrix(WIDTH, 2)}
+        torch.save(halves[number], folder / f"{number}_mlp_experts.bin")
+    convert_from_published(folder, tmp_path / "ours", base, tokenizer_folder)
+    model = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    _, moe = next(model.moe_layers())
+    for number, lora in halves.items():
+        a, b = lora.values()
+        before = state[f"model.layers.1.mlp.{EIGHT}.{number}.down_proj.weight"]
+        expected = (before.float() + 2 * b.float() @ a.float()).bfloat16()
+        assert torch.equal(moe.experts.down_proj[number], expected)
+
+
+@pytest.mark.parametrize("hears", ["speech", "audio"])
+def test_the_other_half_lends_its_connector(tmp_path, tokenizer_folder, hears):
+    first = "every layer, speech" if hears == "speech" else "even layers, audio"
+    second = "even layers, audio" if hears == "speech" else "every layer, speech"
+    folders = []
+    for name in (first, second):
+        state, config = published(name)
+        folders.append(write(tmp_path / name, state, config))
+    other = {"speech": "audio", "audio": "speech"}[hears]
+    made = convert_from_published(
+        folders[0], tmp_path / "ours", tokenizer=tokenizer_folder, connector=folders[1]
+    )
+    assert {n for n in made.initialised if "decoder.embed_tokens" not in n} == set()
+    model = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    lent, _ = published(second)
+    projector = model.model.connector(other).projector.weight
+    assert torch.equal(projector, lent["model.mm_audio_aligner.projector.weight"])
+    own, _ = published(first)
+    projector = model.model.connector(hears).projector.weight
+    assert torch.equal(projector, own["model.mm_audio_aligner.projector.weight"])
+    with pytest.raises(ValueError, match=f"must hold an aligner for what .* it is for {hears}"):
+        convert_from_published(
+            folders[0], tmp_path / "again", tokenizer=tokenizer_folder, connector=folders[0]
+        )
+
+
+GATE = "model.layers.1.mlp.experts.2.gate_proj.weight"
+
+
+def without(state, name):
+    del state[name]
+
+
+def misshapen(state, name, shape):
+    state[name] = matrix(*shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda s: without(s, GATE), f"{GATE} is missing"),
+        (lambda s: without(s, "model.norm.weight"), "nothing for model.language_model.norm.weight"),
+        (
+            lambda s: without(s, "model.mm_projector.2.bias"),
+            "nothing for model.image_connector.projector.2.bias",
+        ),
+        (
+            lambda s: [s.pop(n) for n in list(s) if ".experts.3." in n],
+            r"model.layers.\d.mlp.experts.3.(gate|up|down)_proj.weight is missing",
+        ),
+        (lambda s: misshapen(s, "model.layers.9.mlp.fc", (3,)), "model.layers.9.mlp.fc is no"),
+        (
+            lambda s: s.update(ffn("model.layers.0.mlp.experts.4.")),
+            "model.layers.0.mlp.experts.4.(gate|down)_proj.weight is one too many",
+        ),
+        (
+            lambda s: misshapen(s, "model.layers.7.input_layernorm.weight", (WIDTH,)),
+            "model.layers.7.input_layernorm.weight has no place in the model",
+        ),
+        (lambda s: misshapen(s, GATE, (INNER, WIDTH + 1)), f"{GATE} .* must have the shape of"),
+        (
+            lambda s: misshapen(s, "lm_head.weight", (VOCAB, WIDTH - 1)),
+            r"lm_head.weight gives lm_head.weight the shape \[300, 31\], expected \[300, 32\]",
+        ),
+        (
+            lambda s: s.update({GATE: s[GATE].float()}),
+            "gate_up_proj is made of several dtypes",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_written(tmp_path, tokenizer_folder, change, named):
+    state, config = published("every layer, speech")
+    change(state)
+    source = write(tmp_path / "source", state, config)
+    with pytest.raises(ValueError, match=named):
+        convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_cut_files_are_named(tmp_path, tokenizer_folder, pickled):
+    state, config = published("every layer, speech")
+    source = write(tmp_path / "source", state, config, pickled=pickled)
+    path = sorted(source.glob("*00002-of*"))[0]
+    whole = path.read_bytes()
+    for length in (len(whole) * 2 // 3, 4, 0):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=rf"{path.name} is (cut short|damaged)") as error:
+            convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
+        if not pickled and length > 4:
+            assert "model." in str(error.value).split(path.name)[1]
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{path.name} is missing"):
+        convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, tokenizer_folder, monkeypatch):
+    state, config = published("every layer, speech")
+    source = write(tmp_path / "source", state, config)
+
+    def full(self, folder):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Conversion, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_arguments_that_do_not_go_together(tmp_path, tokenizer_folder):
+    state, config = published("every layer, speech")
+    source = write(tmp_path / "source", state, config)
+    folder, *_ = adapter(tmp_path / "adapter", state)
+    target = tmp_path / "ours"
+    with pytest.raises(ValueError, match="which needs its base"):
+        convert_from_published(folder, target, tokenizer=tokenizer_folder)
+    with pytest.raises(ValueError, match="no adapter, and needs no base"):
+        convert_from_published(source, target, source, tokenizer_folder)
+    with pytest.raises(ValueError, match="must hold a tokenizer"):
+        convert_from_published(source, target)
+    with pytest.raises(ValueError, match="must be one that was converted"):
+        convert_to_published(source, target)
+    with pytest.raises(ValueError, match="must hold weights: one of"):
+        convert_from_published(tokenizer_folder, target)
+    with pytest.raises(ValueError, match="must not be there yet"):
+        convert_from_published(source, tmp_path / "adapter", tokenizer=tokenizer_folder)
+    (source / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB + 1}))
+    with pytest.raises(ValueError, match=r"expected \[301, 32\]"):
+        convert_from_published(source, target, tokenizer=tokenizer_folder)
+    assert not target.exists()
+
+
+def test_command(tmp_path, tokenizer_folder, capsys):
+    state, config = published("even layers, audio")
+    source = write(tmp_path / "source", state, config)
+    arguments = ["--from", source, "--to", tmp_path / "ours", "--tokenizer", tokenizer_folder]
+    arguments += ["--set", "video_num_frames=4", "--set", "vision_encoder=clip"]
+    assert main(["convert", *map(str, arguments)]) == 0
+    shown = capsys.readouterr().out
+    assert "kept aside: 4 tensors" in shown
+    assert "initialised: speech_connector" in shown
+    made = UniMoEConfig.from_pretrained(tmp_path / "ours")
+    assert (made.video_num_frames, made.vision_encoder) == (4, "clip")
+    back = ["--from", tmp_path / "ours", "--to", tmp_path / "back", "--layout", "published"]
+    assert main(["convert", *map(str, back)]) == 0
+    assert read_all(tmp_path / "back").keys() == state.keys()
+    assert main(["convert", *map(str, arguments)]) == 1
+    assert "must not be there yet" in capsys.readouterr().err
+
+
+def test_files_are_what_safetensors_writes(tmp_path):
+    from unimoe_model.checkpoints.files import write_tensors
+
+    torch.manual_seed(0)
+    state = {
+        "a": torch.randn(3, 4),
+        "b": torch.randn(5).double(),
+        "c": matrix(2, 2, 2),
+        "d": torch.tensor([True, False]),
+        "e": torch.arange(4),
+        "f": torch.empty(0, 3),
+        "g": torch.tensor(7.0).half(),
+    }
+    layout = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
+    write_tensors(tmp_path / "file.safetensors", layout, state.get)
+    read = load_file(tmp_path / "file.safetensors")
+    for name, value in state.items():
+        assert read[name].dtype == value.dtype
+        assert torch.equal(read[name], value)
+    (length,) = struct.unpack("<Q", (tmp_path / "file.safetensors").read_bytes()[:8])
+    assert length % 8 == 0

@@ -1,0 +1,146 @@
+"""The configuration of a published checkpoint, in our terms."""
+
+from collections.abc import Mapping
+
+from transformers import LlamaConfig
+
+from unimoe_model.configuration import PLACEMENTS, UniMoEConfig
+from unimoe_model.encoders import ENCODERS
+
+_TEXT = (
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "bos_token_id",
+    "pad_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+)
+_HEAD_WIDTH = 64
+"""Width of an attention head in every Whisper, and in the Q-Former of BLIP-2."""
+_NAMED = {"BEATs_iter3_plus_AS2M.pt": "beats-iter3-plus-as2m"}
+
+
+def config_from_published(
+    published: Mapping, shapes: Mapping[str, tuple[int, ...]], hears: str, **overrides
+) -> UniMoEConfig:
+    """The configuration of a checkpoint; what its `config.json` leaves out follows from shapes.
+
+    Args:
+        published: contents of `config.json`.
+        shapes: of the checkpoint's tensors, by their published names.
+        hears: `"speech"` or `"audio"`: which of the two the checkpoint's aligner is for.
+        **overrides: fields of `UniMoEConfig` that are known better.
+
+    Raises:
+        ValueError: if a field of the LLM is missing, or the fields do not go together.
+    """
+    missing = [name for name in ("hidden_size", "num_hidden_layers") if name not in published]
+    if missing:
+        raise ValueError(f"config.json must have {missing[0]}, of a LLaMA")
+    text = {name: published[name] for name in _TEXT if published.get(name) is not None}
+    fields = {"text_config": LlamaConfig(**text), **_experts(published, shapes, hears)}
+    vision = published.get("mm_vision_tower")
+    if vision:
+        fields["vision_encoder"] = _encoder(vision)
+    if published.get("mm_hidden_size"):
+        fields["vision_feature_size"] = published["mm_hidden_size"]
+    positions = _shape(shapes, "vision_tower.", "position_embedding.weight")
+    if positions:
+        fields["vision_num_tokens"] = positions[0] - 1
+    if published.get("mm_audio_tower"):
+        fields[f"{hears}_encoder"] = _encoder(published["mm_audio_tower"])
+        fields[f"{hears}_feature_size"] = published["mm_audio_hidden_size"]
+        fields[f"{hears}_num_queries"] = published["query_tokens_size"]
+        fields[f"{hears}_connector"] = (_decoder if hears == "speech" else _qformer)(shapes)
+    return UniMoEConfig(**(fields | overrides))
+
+
+def _experts(published: Mapping, shapes: Mapping, hears: str) -> dict:
+    gates = (".mlp.gate.weight", ".deepspeed_moe.gate.wg.weight")
+    layers = sorted(int(name.split(".")[2]) for name in shapes if name.endswith(gates))
+    if not layers:
+        return {"num_experts": 0}
+    fields = {
+        "num_experts": published["num_experts"],
+        "num_experts_per_tok": published["num_experts_per_tok"],
+        "moe_layers": _placement(layers, published["num_hidden_layers"]),
+    }
+    if any("deepspeed_moe" in name for name in shapes):
+        fields["moe_options"] = {"balance": "first"}
+        fields["modality_gate"] = bool(published.get("use_fm_block"))
+    coefficients = {
+        "aux_balance_loss": "load_balancing_coef",
+        "aux_multimodal_loss": "modality_expert_coef",
+        "aux_kl_loss": "modality_kl_coef",
+    }
+    for name, own in coefficients.items():
+        if published.get(name):
+            fields[own] = published[f"{name}_coef"]
+    experts = {
+        kind: published[f"{name}_expert_indices"]
+        for kind, name in (("image", "image"), ("video", "video"), (hears, "audio"))
+        if published.get(f"{name}_expert_indices")
+    }
+    return fields | ({"modality_experts": experts} if experts else {})
+
+
+def _placement(layers: list[int], depth: int) -> str | list[int]:
+    for name, holds in PLACEMENTS.items():
+        if layers == [layer for layer in range(depth) if holds(layer, depth)]:
+            return name
+    return layers
+
+
+def _encoder(tower: str) -> str:
+    """Our name of an encoder, or else what the checkpoint calls it."""
+    last = tower.replace("\\\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    return last if last in ENCODERS else _NAMED.get(last, tower)
+
+
+def _shape(shapes: Mapping, *parts: str) -> tuple[int, ...] | None:
+    return next((s for n, s in shapes.items() if all(part in n for part in parts)), None)
+
+
+def _layers(shapes: Mapping, mark: str) -> int:
+    numbers = {n.split(mark, 1)[1].split(".")[0] for n in shapes if mark in n}
+    return len(numbers)
+
+
+def _decoder(shapes: Mapping) -> dict:
+    positions = _shape(shapes, "audio_decoder.embed_positions")
+    inner = _shape(shapes, "audio_decoder.layers.0.fc1.weight")
+    if not positions or not inner:
+        return {}
+    return {
+        "d_model": positions[1],
+        "max_target_positions": positions[0],
+        "decoder_layers": _layers(shapes, "audio_decoder.layers."),
+        "decoder_ffn_dim": inner[0],
+        "decoder_attention_heads": max(1, positions[1] // _HEAD_WIDTH),
+    }
+
+
+def _qformer(shapes: Mapping) -> dict:
+    inner = _shape(shapes, "qformer.encoder.layer.0.intermediate_query.dense.weight")
+    if not inner:
+        return {}
+    mark = "qformer.encoder.layer."
+    crossing = {n.split(mark, 1)[1].split(".")[0] for n in shapes if ".crossattention." in n}
+    layers = _layers(shapes, mark)
+    return {
+        "hidden_size": inner[1],
+        "intermediate_size": inner[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, inner[1] // _HEAD_WIDTH),
+        "cross_attention_frequency": -(-layers // max(1, len(crossing))),
+    }
