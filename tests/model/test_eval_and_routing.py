@@ -10,6 +10,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip insta
 pytest.importorskip("scipy", reason="scipy is not installed: pip install .[eval]")
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[eval]")
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[eval]")
+from matplotlib.axes import Axes
 from PIL import Image
 
 from unimoe_model import cli, processing
@@ -19,7 +20,9 @@ from unimoe_model.data.media_io import load_image
 from unimoe_model.encoders import FrozenEncoder
 from unimoe_model.evaluation.metrics import METRICS
 from unimoe_model.evaluation.metrics.choice import with_options
-from unimoe_model.evaluation.routing import recorded_routing
+from unimoe_model.evaluation.metrics.score import Score
+from unimoe_model.evaluation.routing import RoutingCounts, recorded_routing
+from unimoe_model.evaluation.samples import Sample
 from unimoe_model.generation import Answerer
 from unimoe_model.processing import UniMoEProcessor
 
@@ -269,6 +272,21 @@ def test_choices_are_asked_with_their_options(checkpoint, data, run, tmp_path, m
     assert answers_in(output)[0]["answer"] == with_options("what?", ["x", "red"])
 
 
+def test_choices_are_scored():
+    options = ("two dogs", "a cat")
+    samples = [Sample(i, i, "", {}, (right,), options) for i, right in enumerate("ABBA")]
+    score = METRICS["choice"].score(samples, ["A. two dogs", "a cat", "two dogs", "a bird"])
+    assert score == Score(0.5, [1, 1, 0, 0], {"without_choice": 1})
+
+
+def test_vqa_and_exact_are_scored_by_item():
+    samples = [Sample(i, i, "", {}, ("dog", "dog", "cat", "cat")) for i in range(3)]
+    answers = ["dog", "bird", "The cat"]
+    assert METRICS["exact"].score(samples, answers) == Score(2 / 3, [1, 0, 1])
+    # Two of four agree: 2/3 without one of the others, 1/3 without one of them.
+    assert METRICS["vqa"].score(samples, answers).per_item == pytest.approx([0.5, 0, 0.5])
+
+
 @pytest.mark.parametrize(
     ("metric", "fields", "error"),
     [
@@ -376,12 +394,40 @@ def wav(path):
     return load_wav(path, 16000)
 
 
-def test_routing_names_the_layers_that_have_experts(checkpoint, lines, data, run, tmp_path):
+def test_routing_names_the_layers_that_have_experts(
+    checkpoint, lines, data, run, tmp_path, monkeypatch
+):
+    shown = []
+    monkeypatch.setattr(Axes, "set_yticks", lambda self, at, names, **_: shown.append(names))
     fields = {"text_config": {"num_hidden_layers": 3}, "moe_layer_interval": 2}
     assert run(*route(checkpoint(**fields), data(lines[:1]), tmp_path / "out"))[0] == 0
     written = json.loads((tmp_path / "out/routing.json").read_text())
     assert written["layers"] == [0, 2]
     assert list(written["shares"]) == ["text", "image"]
+    assert shown == [["0", "2"]] * 2
+
+
+def test_choices_that_no_expert_answers_are_left_out(tiny_model, media_prompt, features):
+    """Ids past the experts stand for null experts and choices given up."""
+    model = tiny_model()
+    ids = media_prompt("image")
+    _, moe = next(model.moe_layers())
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["image_features"] = features("image")
+
+    def give_up_second_choices(module, arguments, routed):
+        return routed._replace(ids=torch.cat([routed.ids[:, :1], 4 + 0 * routed.ids[:, 1:]], 1))
+
+    hook = moe.router.register_forward_hook(give_up_second_choices)
+    counts = RoutingCounts(model)
+    counts.add(inputs)
+    hook.remove()
+    with recorded_routing(model) as chosen, torch.no_grad():
+        model.hidden_states(**inputs)
+    is_image = ids[0] == model.config.media_token_ids["image"]
+    first = torch.bincount(chosen[0][0][is_image][:, 0], minlength=4).double()
+    assert torch.equal(counts.shares()["image"][0], first / 3)
+    assert counts.tokens["image"] == 3
 
 
 def test_routing_of_a_dense_model_is_refused(checkpoint, lines, data, run, tmp_path):

@@ -71,6 +71,7 @@ def save_routing_plot(
                 axis.text(expert, layer, f"{value:.0%}", ha="center", va="center", size=7, c=shade)
         axis.set_title(f"{modality} tokens", fontsize=9)
         axis.set_xticks(range(len(experts)), experts, fontsize=7, rotation=30)
+        axis.set_xlabel("expert", fontsize=8)
         axis.set_yticks(range(rows), [str(layer) for layer in layers], fontsize=7)
     axes[0].set_ylabel("layer", fontsize=8)
     figure.colorbar(image, ax=list(axes), shrink=0.8, label="share of routed rows")
