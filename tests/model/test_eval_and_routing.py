@@ -20,9 +20,8 @@ from unimoe_model.data.media_io import load_image
 from unimoe_model.encoders import FrozenEncoder
 from unimoe_model.evaluation.metrics import METRICS
 from unimoe_model.evaluation.metrics.choice import with_options
-from unimoe_model.evaluation.metrics.score import Score
-from unimoe_model.evaluation.routing import RoutingCounts, recorded_routing
-from unimoe_model.evaluation.samples import Sample
+from unimoe_model.evaluation.routing import recorded_routing
+from unimoe_model.evaluation.scoring import MAX_NEW_TOKENS
 from unimoe_model.generation import Answerer
 from unimoe_model.processing import UniMoEProcessor
 
@@ -132,8 +131,28 @@ def answers_in(output):
     return [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
 
 
-def test_the_commands_know_all_metrics():
+def test_the_command_knows_metrics_and_defaults():
     assert tuple(METRICS) == cli.METRIC_NAMES
+    asked = ["eval", "--model", "m", "--data", "d", "--metric", "vqa"]
+    assert cli._parser().parse_args(asked).max_new_tokens == MAX_NEW_TOKENS
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "score a trained model" in shown
+    assert "which expert takes which modality" in shown
+
+
+def test_eval_without_output_writes_under_runs(checkpoint, lines, data, run, tmp_path, monkeypatch):
+    model = checkpoint()
+    data(lines[:1])
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("eval", "--model", model, "--data", "data.jsonl", "--metric", "exact")
+    assert code == 0
+    assert out.endswith("on 1 items; runs/eval/data-exact/score.json\n")
+    assert (tmp_path / "runs/eval/data-exact/answers.jsonl").exists()
 
 
 def test_eval_answers_greedily_and_scores(checkpoint, lines, data, run, tmp_path):
@@ -272,21 +291,6 @@ def test_choices_are_asked_with_their_options(checkpoint, data, run, tmp_path, m
     assert answers_in(output)[0]["answer"] == with_options("what?", ["x", "red"])
 
 
-def test_choices_are_scored():
-    options = ("two dogs", "a cat")
-    samples = [Sample(i, i, "", {}, (right,), options) for i, right in enumerate("ABBA")]
-    score = METRICS["choice"].score(samples, ["A. two dogs", "a cat", "two dogs", "a bird"])
-    assert score == Score(0.5, [1, 1, 0, 0], {"without_choice": 1})
-
-
-def test_vqa_and_exact_are_scored_by_item():
-    samples = [Sample(i, i, "", {}, ("dog", "dog", "cat", "cat")) for i in range(3)]
-    answers = ["dog", "bird", "The cat"]
-    assert METRICS["exact"].score(samples, answers) == Score(2 / 3, [1, 0, 1])
-    # Two of four agree: 2/3 without one of the others, 1/3 without one of them.
-    assert METRICS["vqa"].score(samples, answers).per_item == pytest.approx([0.5, 0, 0.5])
-
-
 @pytest.mark.parametrize(
     ("metric", "fields", "error"),
     [
@@ -405,29 +409,6 @@ def test_routing_names_the_layers_that_have_experts(
     assert written["layers"] == [0, 2]
     assert list(written["shares"]) == ["text", "image"]
     assert shown == [["0", "2"]] * 2
-
-
-def test_choices_that_no_expert_answers_are_left_out(tiny_model, media_prompt, features):
-    """Ids past the experts stand for null experts and choices given up."""
-    model = tiny_model()
-    ids = media_prompt("image")
-    _, moe = next(model.moe_layers())
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs["image_features"] = features("image")
-
-    def give_up_second_choices(module, arguments, routed):
-        return routed._replace(ids=torch.cat([routed.ids[:, :1], 4 + 0 * routed.ids[:, 1:]], 1))
-
-    hook = moe.router.register_forward_hook(give_up_second_choices)
-    counts = RoutingCounts(model)
-    counts.add(inputs)
-    hook.remove()
-    with recorded_routing(model) as chosen, torch.no_grad():
-        model.hidden_states(**inputs)
-    is_image = ids[0] == model.config.media_token_ids["image"]
-    first = torch.bincount(chosen[0][0][is_image][:, 0], minlength=4).double()
-    assert torch.equal(counts.shares()["image"][0], first / 3)
-    assert counts.tokens["image"] == 3
 
 
 def test_routing_of_a_dense_model_is_refused(checkpoint, lines, data, run, tmp_path):

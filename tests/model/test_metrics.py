@@ -4,12 +4,14 @@ import math
 
 import pytest
 
+from unimoe_model.evaluation.metrics import METRICS
 from unimoe_model.evaluation.metrics.choice import chosen_option, right_option, with_options
 from unimoe_model.evaluation.metrics.cider import caption_words, cider
 from unimoe_model.evaluation.metrics.exact import exact_match
 from unimoe_model.evaluation.metrics.score import Score
 from unimoe_model.evaluation.metrics.vqa import normalize_answer, vqa_accuracy
 from unimoe_model.evaluation.metrics.wer import normalize_speech, word_error_rate
+from unimoe_model.evaluation.samples import Sample
 
 
 @pytest.mark.parametrize(
@@ -271,3 +273,18 @@ def test_speech_is_normalised_as_whisper_does():
 
 def test_score_is_the_mean():
     assert Score.mean([1.0, 0.0, 0.5], odd=2) == Score(0.5, [1.0, 0.0, 0.5], {"odd": 2})
+
+
+def test_choices_are_scored():
+    options = ("two dogs", "a cat")
+    samples = [Sample(i, i, "", {}, (right,), options) for i, right in enumerate("ABBA")]
+    score = METRICS["choice"].score(samples, ["A. two dogs", "a cat", "two dogs", "a bird"])
+    assert score == Score(0.5, [1, 1, 0, 0], {"without_choice": 1})
+
+
+def test_vqa_and_exact_are_scored_by_item():
+    samples = [Sample(i, i, "", {}, ("dog", "dog", "cat", "cat")) for i in range(3)]
+    answers = ["dog", "bird", "The cat"]
+    assert METRICS["exact"].score(samples, answers) == Score(2 / 3, [1, 0, 1])
+    # Two of four agree: 2/3 without one of the others, 1/3 without one of them.
+    assert METRICS["vqa"].score(samples, answers).per_item == pytest.approx([0.5, 0, 0.5])
