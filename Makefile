@@ -36,7 +36,7 @@ $(STAMPS)/venv: constraints.txt
 $(STAMPS)/install: $(STAMPS)/venv pyproject.toml
 	@echo "Installing the packages that unimoe needs"
 	$(PIP) setuptools wheel ninja pybind11
-	UNIMOE_SKIP_EXT=1 UNIMOE_CUDA= $(PIP) --no-build-isolation -e '.[demo,convert,test,dev]'
+	UNIMOE_SKIP_EXT=1 UNIMOE_CUDA= $(PIP) --no-build-isolation -e '.[demo,convert,eval,test,dev]'
 	@touch $@
 
 $(STAMPS)/extension: $(STAMPS)/install $(SOURCES)

@@ -1,4 +1,4 @@
-"""The command `unimoe`: demo, train, generate, convert."""
+"""The command `unimoe`: demo, train, generate, eval, routing, convert."""
 
 import argparse
 import sys
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DEFAULT_CONFIG = Path("configs/tiny.yaml")
+# The names of evaluation.metrics.METRICS, which would load transformers for a --help.
+METRIC_NAMES = ("vqa", "exact", "choice", "wer", "cider")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +68,21 @@ def _parser() -> argparse.ArgumentParser:
         "--layout", choices=("unimoe", "published"), default="unimoe", help="of what is written"
     )
     convert.set_defaults(run=_convert)
+
+    evaluate = commands.add_parser("eval", help="score a trained model on questions of your own")
+    evaluate.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    evaluate.add_argument("--data", type=Path, required=True, help="JSON lines, see the README")
+    evaluate.add_argument("--metric", choices=METRIC_NAMES, required=True)
+    evaluate.add_argument("--output", type=Path, help="default runs/eval/DATA-METRIC")
+    evaluate.add_argument("--max-new-tokens", type=int, default=512)
+    evaluate.add_argument("--limit", type=int, help="only the first so many questions")
+    evaluate.set_defaults(run=_evaluate)
+
+    routing = commands.add_parser("routing", help="show which expert takes which modality")
+    routing.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    routing.add_argument("--data", type=Path, required=True, help="JSON lines, see the README")
+    routing.add_argument("--output", type=Path, required=True)
+    routing.set_defaults(run=_routing)
     return parser
 
 
@@ -159,6 +176,27 @@ def _overrides(assignments: Sequence[str]) -> dict:
         except json.JSONDecodeError:
             fields[name] = value
     return fields
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from unimoe_model.evaluation.metrics import METRICS
+    from unimoe_model.evaluation.scoring import evaluate_file
+
+    output = options.output or Path("runs/eval", f"{options.data.stem}-{options.metric}")
+    score = evaluate_file(
+        options.model, options.data, options.metric, output, options.max_new_tokens, options.limit
+    )
+    metric = METRICS[options.metric]
+    figure = f"{metric.title} {100 * score.value:.2f}{metric.unit}"
+    print(f"{figure} on {len(score.per_item)} items; {output / 'score.json'}")
+
+
+def _routing(options: argparse.Namespace) -> None:
+    from unimoe_model.evaluation.file_routing import route_file
+
+    counts = route_file(options.model, options.data, options.output)
+    seen = ", ".join(f"{number} {kind}" for kind, number in counts.tokens.items() if number)
+    print(f"routed {seen} tokens; {options.output / 'routing.json'} and routing.png")
 
 
 if __name__ == "__main__":

@@ -111,3 +111,11 @@ def media_prompt(tokenizer):
         return torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
 
     return build
+
+
+@pytest.fixture
+def encoders(monkeypatch):
+    """Encoders of the tiny model that need no weights."""
+    from fakes import FAKES
+
+    monkeypatch.setattr("unimoe_model.processing._BUILT", dict(FAKES))

@@ -2,7 +2,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 pytest.importorskip("scipy", reason="scipy is not installed: pip install .[demo]")
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
@@ -11,22 +10,11 @@ from PIL import Image
 
 from unimoe_model import processing
 from unimoe_model.cli import main
-from unimoe_model.encoders import FrozenEncoder
 from unimoe_model.processing import UniMoEProcessor
 
 
-class FakeVision(FrozenEncoder):
-    def __init__(self):
-        super().__init__("fake", 12)
-
-    def encode_pictures(self, pictures):
-        means = torch.stack([picture.float().mean() / 255 for picture in pictures])
-        return means[:, None, None].expand(-1, 3, 12)
-
-
 @pytest.fixture
-def checkpoint(tiny_model, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(processing, "_BUILT", {("vision", "fake-vision"): FakeVision()})
+def checkpoint(tiny_model, tokenizer, tmp_path, encoders):
     model = tiny_model()
     folder = tmp_path / "model"
     model.save_pretrained(folder)

@@ -18,7 +18,7 @@ from unimoe_model.evaluation.accuracy import (
     held_out_sample,
 )
 from unimoe_model.evaluation.report import TASK_NAMES, Results, print_results, write_report
-from unimoe_model.evaluation.routing import recorded_routing, routing_shares
+from unimoe_model.evaluation.routing import RoutingCounts, recorded_routing, routing_shares
 from unimoe_model.evaluation.showcase import WorkedExample
 from unimoe_model.evaluation.throughput import layer_throughput
 
@@ -117,6 +117,29 @@ def test_hooks_are_gone_after_recording(asked, tiny_model):
     assert {layer: len(ids) for layer, ids in chosen.items()} == {0: 1}
     model.hidden_states(input_ids=torch.tensor([[20, 30]]))
     assert len(chosen[0]) == 1
+
+
+def test_choices_that_no_expert_answers_are_left_out(tiny_model, media_prompt, features):
+    """Ids past the experts stand for null experts and choices given up."""
+    model = tiny_model()
+    ids = media_prompt("image")
+    _, moe = next(model.moe_layers())
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["image_features"] = features("image")
+
+    def give_up_second_choices(module, arguments, routed):
+        return routed._replace(ids=torch.cat([routed.ids[:, :1], 4 + 0 * routed.ids[:, 1:]], 1))
+
+    hook = moe.router.register_forward_hook(give_up_second_choices)
+    counts = RoutingCounts(model)
+    counts.add(inputs)
+    hook.remove()
+    with recorded_routing(model) as chosen, torch.no_grad():
+        model.hidden_states(**inputs)
+    is_image = ids[0] == model.config.media_token_ids["image"]
+    first = torch.bincount(chosen[0][0][is_image][:, 0], minlength=4).double()
+    assert torch.equal(counts.shares()["image"][0], first / 3)
+    assert counts.tokens["image"] == 3
 
 
 def test_throughput_times_three_layers():

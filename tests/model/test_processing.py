@@ -7,59 +7,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from unimoe_kernels.testing import relative_error
-from unimoe_model import processing
 from unimoe_model.data.audio_io import save_wav
-from unimoe_model.encoders import FrozenEncoder
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.prompt import PLACEHOLDERS, build_prompt
-
-
-class FakeVision(FrozenEncoder):
-    """Three patches of 12 features that depend on the picture alone."""
-
-    def __init__(self):
-        super().__init__("fake", 12)
-
-    def encode_pictures(self, pictures, pad_to_square=False):
-        means = torch.stack([picture.float().mean() / 255 + pad_to_square for picture in pictures])
-        return means[:, None, None] * torch.arange(1.0, 37.0).reshape(1, 3, 12)
-
-
-class FakeSpeech(FrozenEncoder):
-    """One row for each of the clip's 10 samples."""
-
-    sample_rate = 16000
-
-    def __init__(self):
-        super().__init__("fake", 16)
-
-    def encode_recording(self, samples, max_rows):
-        pieces = torch.from_numpy(samples).split(10 * max_rows)
-        rows = [piece.sum().expand(-(-len(piece) // 10), 16) for piece in pieces]
-        return [torch.nn.functional.pad(row, (0, 0, 0, max_rows - len(row))) for row in rows]
-
-
-class FakeAudio(FrozenEncoder):
-    """A row for each 10 samples, in pieces of 50."""
-
-    sample_rate = 44100
-
-    def __init__(self):
-        super().__init__("fake", 10)
-
-    def encode_recording(self, samples):
-        pieces = torch.from_numpy(samples).split(50)
-        return [piece.sum().expand(-(-len(piece) // 10), 10) for piece in pieces]
-
-
-@pytest.fixture
-def encoders(monkeypatch):
-    built = {
-        ("vision", "fake-vision"): FakeVision(),
-        ("speech", "fake-speech"): FakeSpeech(),
-        ("audio", "fake-audio"): FakeAudio(),
-    }
-    monkeypatch.setattr(processing, "_BUILT", built)
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ from torch import nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-# The decoder sees queries and no tokens: whatever its fields say, it has no vocabulary and no special
-# tokens.
+# The decoder sees queries and no tokens: whatever its fields say, it has no vocabulary.
 _NO_TOKENS = {
     "vocab_size": 1,
     "pad_token_id": 0,

@@ -44,7 +44,10 @@ def save_loss_plot(path: Path, losses: Mapping[str, Mapping[str, Sequence[float]
 
 
 def save_routing_plot(
-    path: Path, shares: Mapping[str, torch.Tensor], experts: Sequence[str]
+    path: Path,
+    shares: Mapping[str, torch.Tensor],
+    experts: Sequence[str],
+    layers: Sequence[int] | None = None,
 ) -> None:
     """Draws which expert takes which modality's tokens, layer by layer.
 
@@ -52,8 +55,13 @@ def save_routing_plot(
         path: PNG that is written.
         shares: for each modality, `[layers, E]`, rows summing to one (`routing_shares`).
         experts: name of each expert.
+        layers: number of each row's decoder layer; 0, 1, 2, ... if None.
     """
-    figure = Figure(figsize=(2.5 * len(shares) + 0.6, 3.0), layout="constrained")
+    rows = len(next(iter(shares.values())))
+    layers = range(rows) if layers is None else layers
+    figure = Figure(
+        figsize=(2.5 * len(shares) + 0.6, max(3.0, 0.25 * rows + 0.9)), layout="constrained"
+    )
     axes = figure.subplots(1, len(shares), squeeze=False)[0]
     for axis, (modality, share) in zip(axes, shares.items(), strict=True):
         image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
@@ -63,7 +71,8 @@ def save_routing_plot(
                 axis.text(expert, layer, f"{value:.0%}", ha="center", va="center", size=7, c=shade)
         axis.set_title(f"{modality} tokens", fontsize=9)
         axis.set_xticks(range(len(experts)), experts, fontsize=7, rotation=30)
-        axis.set_yticks(range(share.shape[0]), [str(i) for i in range(share.shape[0])], fontsize=7)
+        axis.set_xlabel("expert", fontsize=8)
+        axis.set_yticks(range(rows), [str(layer) for layer in layers], fontsize=7)
     axes[0].set_ylabel("layer", fontsize=8)
     figure.colorbar(image, ax=list(axes), shrink=0.8, label="share of routed rows")
     figure.savefig(path, dpi=130)

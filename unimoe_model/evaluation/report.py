@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from unimoe_model.evaluation.files import write_whole
 from unimoe_model.evaluation.plots import save_accuracy_plot, save_loss_plot, save_routing_plot
 from unimoe_model.evaluation.showcase import WorkedExample
 
@@ -79,7 +80,7 @@ def write_report(results: Results, examples: Sequence[WorkedExample], folder: Pa
     )
     save_loss_plot(folder / "loss.png", results.losses)
     save_routing_plot(folder / "routing.png", results.routing, results.experts)
-    _write_whole(folder / "report.html", _page(results, examples))
+    write_whole(folder / "report.html", _page(results, examples))
     metrics = {
         "accuracy": results.accuracy,
         "blind": results.blind,
@@ -92,7 +93,7 @@ def write_report(results: Results, examples: Sequence[WorkedExample], folder: Pa
         "examples": [asdict(example) for example in examples],
         "seed": results.seed,
     }
-    _write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
 
 
 def print_results(results: Results, examples: Sequence[WorkedExample], folder: Path) -> None:
@@ -195,9 +196,3 @@ def _example(example: WorkedExample) -> str:
         f"<b>{html.escape(example.answer) or '(nothing)'}</b>"
         f' <span class="note">({html.escape(verdict)})</span></p></div>'
     )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)

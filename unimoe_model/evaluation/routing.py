@@ -1,15 +1,13 @@
 """Which experts the tokens of each modality go to, layer by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from unimoe_model.configuration import MEDIA_KINDS
 from unimoe_model.data.collate import Collator
 from unimoe_model.data.examples import Example
-
-MODALITIES = ("text", *MEDIA_KINDS)
+from unimoe_model.modality import MODALITIES, modality_ids_of
 
 
 @contextmanager
@@ -33,7 +31,67 @@ def recorded_routing(model):
             hook.remove()
 
 
-@torch.inference_mode()
+class RoutingCounts:
+    """Adds up, batch by batch, how many tokens of each modality every expert takes.
+
+    Attributes:
+        layers: numbers of the decoder layers that hold experts.
+        tokens: tokens of each modality seen so far, padding not counted.
+
+    Args:
+        model: MoE model in eval mode.
+
+    Raises:
+        ValueError: if the model is dense.
+    """
+
+    def __init__(self, model):
+        self._model = model
+        self.layers = [index for index, _ in model.moe_layers()]
+        if not self.layers:
+            raise ValueError("model must have MoE layers; this one is dense, so nothing is routed")
+        shape = (len(self.layers), model.config.num_experts)
+        self._taken = {modality: torch.zeros(shape, dtype=torch.int64) for modality in MODALITIES}
+        self.tokens = dict.fromkeys(MODALITIES, 0)
+
+    @torch.inference_mode()
+    def add(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Runs a batch through the model and counts.
+
+        Args:
+            inputs: `input_ids` and `attention_mask` `[B, S]`, and the media's features.
+        """
+        on_device = {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
+        with recorded_routing(self._model) as chosen:
+            self._model.hidden_states(**on_device)
+        kinds = modality_ids_of(
+            inputs["input_ids"],
+            self._model.config.media_token_ids,
+            inputs["attention_mask"].bool(),
+        )
+        for index, modality in enumerate(MODALITIES):
+            mask = kinds == index
+            self.tokens[modality] += int(mask.sum())
+            taken = self._taken[modality]
+            for row, layer in enumerate(self.layers):
+                ids = chosen[layer][0][mask.flatten()].flatten().long()
+                # Ids past the experts stand for null experts and choices given up.
+                taken[row] += torch.bincount(ids[ids < taken.shape[1]], minlength=taken.shape[1])
+
+    def shares(self) -> dict[str, torch.Tensor]:
+        """Share of each modality's routed rows that every expert takes.
+
+        Returns:
+            For each modality that occurs, `[layers, E]` float64; every row sums to one (each token
+            counts once for each of its K experts, divided by K).
+        """
+        return {
+            modality: taken.double() / taken.sum(1, keepdim=True).clamp(min=1)
+            for modality, taken in self._taken.items()
+            if self.tokens[modality]
+        }
+
+
 def routing_shares(
     model, collator: Collator, examples: Sequence[Example], batch_size: int = 64
 ) -> dict[str, torch.Tensor]:
@@ -46,34 +104,10 @@ def routing_shares(
         batch_size: examples a forward pass.
 
     Returns:
-        For each modality that occurs, `[layers, E]` float64; every row sums to one (each token
-        counts once for each of its K experts, divided by K).
+        What `RoutingCounts.shares` gives.
     """
-    counts = {
-        modality: torch.zeros(len(dict(model.moe_layers())), model.config.num_experts)
-        for modality in MODALITIES
-    }
+    counts = RoutingCounts(model)
     for start in range(0, len(examples), batch_size):
         batch = collator.training(examples[start : start + batch_size])
-        inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
-        with recorded_routing(model) as chosen:
-            model.hidden_states(**inputs)
-        kinds = _modality_masks(batch, model.config.media_token_ids)
-        for row, ids in enumerate(chosen.values()):
-            for modality, mask in kinds.items():
-                taken = ids[0][mask.flatten()].flatten().long()
-                counts[modality][row] += torch.bincount(taken, minlength=model.config.num_experts)
-    return {
-        modality: (count / count.sum(1, keepdim=True)).double()
-        for modality, count in counts.items()
-        if count.sum() > 0
-    }
-
-
-def _modality_masks(
-    batch: dict[str, torch.Tensor], media_token_ids: dict[str, int]
-) -> dict[str, torch.Tensor]:
-    ids, real = batch["input_ids"], batch["attention_mask"].bool()
-    masks = {kind: ids == token for kind, token in media_token_ids.items()}
-    is_media = torch.stack(list(masks.values())).any(0)
-    return {"text": real & ~is_media, **masks}
+        counts.add({name: tensor for name, tensor in batch.items() if name != "labels"})
+    return counts.shares()

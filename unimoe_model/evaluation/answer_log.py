@@ -1,0 +1,117 @@
+"""answers.jsonl: one line an answer, written as it is given, so that a stopped run goes on."""
+
+import fcntl
+import json
+from collections.abc import Sequence
+from os import SEEK_END
+from pathlib import Path
+from typing import Any
+
+from unimoe_model.evaluation.files import write_whole
+
+_ANSWERS, _RUN = "answers.jsonl", "run.json"
+
+
+class AnswerLog:
+    """The answers of a run, those of an earlier start of it among them.
+
+    A context manager: while it is open, no other process can open the same folder's.
+
+    Attributes:
+        answers: those there are, in the order of `ids`, from its start.
+
+    Args:
+        folder: where `answers.jsonl` is, and `run.json`, which says what they are answers of.
+        run: all that decides the answers; a folder with another run's answers is refused.
+        ids: of the questions, in order. The earlier start may have gone further than these.
+    """
+
+    def __init__(self, folder: Path, run: dict[str, Any], ids: Sequence[str | int]):
+        self.answers: list[str] = []
+        self._folder = folder
+        self._run = run
+        self._ids = list(ids)
+        self._file = None
+
+    def __enter__(self) -> "AnswerLog":
+        """Opens the log.
+
+        Raises:
+            ValueError: if the folder holds another run's answers, damaged ones, or is in use.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / _ANSWERS
+        self._file = path.open("a+b")
+        try:
+            self._lock()
+            self._check_run()
+            self.answers = self._read(path)
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Closes the log, for others to open."""
+        self._file.close()
+
+    def append(self, answer: str) -> None:
+        """Writes the answer to the first question that has none, out to the file."""
+        line = {"id": self._ids[len(self.answers)], "answer": answer}
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        self.answers.append(answer)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"output ({self._folder}) is being written by another process; wait for it, or"
+                " give another one"
+            ) from error
+
+    def _check_run(self) -> None:
+        path = self._folder / _RUN
+        if not self._file.seek(0, SEEK_END):
+            write_whole(path, json.dumps(self._run, indent=2) + "\n")
+            return
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}); delete {self._folder} to start anew"
+            ) from error
+        differing = [
+            f"{key} ({found.get(key)} there, {value} now)"
+            for key, value in self._run.items()
+            if found.get(key) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"output ({self._folder}) holds answers of another run, which differs in"
+                f" {', '.join(differing)}; give another output, or delete it"
+            )
+
+    def _read(self, path: Path) -> list[str]:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        answers = []
+        for number, line in enumerate(content[:whole].splitlines()):
+            try:
+                entry = json.loads(line)
+                name, answer = entry["id"], entry["answer"]
+                if not isinstance(answer, str):
+                    raise ValueError(f"answer ({answer!r}) must be a text")
+                if number < len(self._ids) and name != self._ids[number]:
+                    raise ValueError(f"id ({name!r}) must be {self._ids[number]!r}")
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{path} line {number + 1} is damaged ({error}); delete {self._folder} to"
+                    " start anew"
+                ) from error
+            answers.append(answer)
+        # What a killed process left of a line goes: its question is asked again.
+        self._file.truncate(whole)
+        return answers

@@ -1,0 +1,69 @@
+"""`unimoe routing`: the JSON and the picture of which expert takes which modality's tokens."""
+
+import json
+from pathlib import Path
+
+from unimoe_model.evaluation.files import write_whole
+from unimoe_model.evaluation.routing import RoutingCounts
+from unimoe_model.evaluation.samples import line_named, media_arguments, read_samples
+from unimoe_model.generation import Answerer
+from unimoe_model.training.progress import BarReporter, ProgressReporter
+
+
+def route_file(
+    model: Path, data: Path, output: Path, reporter: ProgressReporter | None = None
+) -> RoutingCounts:
+    """Routes the prompts of a data file, one by one, and writes `routing.json` and `routing.png`.
+
+    Args:
+        model: checkpoint folder of an MoE model.
+        data: file that `read_samples` reads; answers and options are not looked at.
+        output: folder of what is written.
+        reporter: shows progress; a bar if None.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+        ValueError: for a bad data file, a dense model, or naming the line whose media cannot be
+            read; nothing is written then.
+    """
+    try:
+        from unimoe_model.evaluation.plots import save_routing_plot
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"routing needs the package {error.name}: pip install 'unimoe[eval]'", name=error.name
+        ) from error
+    samples = read_samples(data)
+    answerer = Answerer.from_pretrained(model)
+    counts = RoutingCounts(answerer.model)
+    reporter = reporter or BarReporter()
+    reporter.start("routing", len(samples), 0)
+    try:
+        for sample in samples:
+            with line_named(data, sample):
+                media = media_arguments(sample)
+                counts.add(answerer.processor.ask(sample.question, **media))
+            reporter.advance(1)
+    finally:
+        reporter.finish()
+
+    shares = counts.shares()
+    output.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "model": str(model),
+        "data": str(data),
+        "items": len(samples),
+        "layers": counts.layers,
+        "expert_origins": answerer.model.config.expert_origins,
+        "tokens": {modality: counts.tokens[modality] for modality in shares},
+        "shares": {modality: share.tolist() for modality, share in shares.items()},
+    }
+    write_whole(output / "routing.json", json.dumps(figures, indent=1) + "\n")
+    partial = output / "routing.new.png"
+    config = answerer.model.config
+    experts = config.expert_origins or [str(expert) for expert in range(config.num_experts)]
+    save_routing_plot(partial, shares, experts, counts.layers)
+    partial.rename(output / "routing.png")
+    return counts

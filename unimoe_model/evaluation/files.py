@@ -1,0 +1,34 @@
+"""Files that are whole or not there, and names for what they hold."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file under another name and renames it: a kill leaves the old one or the new."""
+    partial = path.with_name(path.name + ".new")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
+
+
+def file_digest(path: Path) -> str:
+    """Name of a file's bytes, 16 digits of their SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def folder_digest(folder: Path) -> str:
+    """Name of the names and bytes of all files in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    named = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}" for path in files]
+    return hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
+
+
+def sizes_digest(paths: Iterable[Path]) -> str:
+    """Name of the sizes of files, and of the files in folders; their bytes are not read."""
+    sizes = []
+    for path in paths:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        sizes.append([(file.name, file.stat().st_size) for file in files])
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""`unimoe eval`: a checkpoint answers the questions of a data file, and a metric scores it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unimoe_model.evaluation.answer_log import AnswerLog
+from unimoe_model.evaluation.files import file_digest, folder_digest, sizes_digest, write_whole
+from unimoe_model.evaluation.metrics import METRICS, Metric
+from unimoe_model.evaluation.metrics.score import Score
+from unimoe_model.evaluation.samples import Sample, line_named, media_arguments, read_samples
+from unimoe_model.generation import Answerer
+from unimoe_model.training.progress import BarReporter, ProgressReporter
+
+MAX_NEW_TOKENS = 512
+"""As the published evaluation has it for short answers and captions."""
+
+
+def evaluate_file(
+    model: Path,
+    data: Path,
+    metric: str,
+    output: Path,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    limit: int | None = None,
+    reporter: ProgressReporter | None = None,
+) -> Score:
+    """Answers greedily, scores, and writes `answers.jsonl` and `score.json`.
+
+    Answers are written one by one; the same call goes on where an earlier one stopped, and
+    `limit` may be another one then.
+
+    Args:
+        model: checkpoint folder.
+        data: file that `read_samples` reads.
+        metric: one of `METRICS`.
+        output: folder of what is written.
+        max_new_tokens: longest answer, in tokens.
+        limit: only the first so many questions; None for all.
+        reporter: shows progress; a bar if None.
+
+    Returns:
+        What `score.json` holds.
+
+    Raises:
+        ModuleNotFoundError: if the metric needs a package that is not installed.
+        ValueError: for a bad argument or data file, before anything is written; if `output` holds
+            answers of another model, data file or setting; or naming the line whose media cannot
+            be read.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric ({metric!r}) must be one of {', '.join(METRICS)}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} ({value}) must be at least 1")
+    scored = METRICS[metric]
+    scored.require()
+    lines = read_samples(data, scored.check)
+    samples = lines[:limit]
+    if len(samples) < scored.fewest_items:
+        raise ValueError(
+            f"data ({data}) has {len(samples)} lines within the limit; metric {metric} needs at"
+            f" least {scored.fewest_items}"
+        )
+    if not (model / "config.json").is_file():
+        raise ValueError(f"model ({model}) must be a folder with a config.json")
+    run = {
+        "model": folder_digest(model),
+        "data": file_digest(data),
+        "media_sizes": sizes_digest(_media_files(lines)),
+        "metric": metric,
+        "max_new_tokens": max_new_tokens,
+    }
+    with AnswerLog(output, run, [sample.id for sample in samples]) as log:
+        _answer_rest(log, model, data, samples, scored, max_new_tokens, reporter or BarReporter())
+        score = scored.score(samples, log.answers[: len(samples)])
+        figures = _figures(score, samples, run) | {"model": str(model), "data": str(data)}
+        write_whole(output / "score.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    return score
+
+
+def _answer_rest(
+    log: AnswerLog,
+    model: Path,
+    data: Path,
+    samples: Sequence[Sample],
+    metric: Metric,
+    max_new_tokens: int,
+    reporter: ProgressReporter,
+) -> None:
+    done = min(len(log.answers), len(samples))
+    if done == len(samples):
+        return
+    answerer = Answerer.from_pretrained(model)
+    reporter.start("eval", len(samples), done)
+    try:
+        for sample in samples[done:]:
+            with line_named(data, sample):
+                media = media_arguments(sample)
+                answer = answerer.answer(
+                    metric.question(sample), max_new_tokens=max_new_tokens, **media
+                )
+            log.append(answer)
+            reporter.advance(1)
+    finally:
+        reporter.finish()
+
+
+def _figures(score: Score, samples: Sequence[Sample], run: dict[str, Any]) -> dict[str, Any]:
+    per_item = zip(samples, score.per_item, strict=True)
+    return {
+        "metric": run["metric"],
+        "value": score.value,
+        "items": len(samples),
+        **score.details,
+        "max_new_tokens": run["max_new_tokens"],
+        "per_item": [{"id": sample.id, "value": value} for sample, value in per_item],
+    }
+
+
+def _media_files(samples: Sequence[Sample]) -> list[Path]:
+    return [file for sample in samples for files in sample.media.values() for file in files]
