@@ -57,6 +57,34 @@ def test_cache_changes_nothing(tiny_model, prompts):
     assert len({tuple(row) for row in cached.tolist()}) == 4, "the rows must differ"
 
 
+@pytest.mark.parametrize("moe_layers", ["all", "even", "first_half", "second_half", [1, 2]])
+@pytest.mark.parametrize("batched", [True, False])
+def test_cached_generation_is_full_recomputation(tiny_model, prompts, moe_layers, batched):
+    """Rows of all media and lengths, float64: every token is the largest logit of a whole pass."""
+    text = {"num_hidden_layers": 4}
+    model = tiny_model(text_config=text, moe_layers=moe_layers).double()
+    suppressed = list(model.config.media_token_ids.values())
+    rows, singles, media = prompts
+    if batched:
+        inputs = left_padded(model, rows) | media
+        cached = new_tokens(model, inputs, max_new_tokens=12)
+    else:
+        cached = torch.cat([new_tokens(model, single, max_new_tokens=12) for single in singles])
+    smallest_gap = torch.inf
+    for row, single in enumerate(singles):
+        whole = dict(single)
+        for token in cached[row]:
+            with torch.no_grad():
+                logits = model(**whole, use_cache=False).logits[0, -1]
+            logits[suppressed] = -torch.inf
+            best, second = logits.topk(2).values
+            smallest_gap = min(smallest_gap, float(best - second))
+            assert int(logits.argmax()) == int(token)
+            whole["input_ids"] = torch.cat([whole["input_ids"], token.reshape(1, 1)], 1)
+    assert smallest_gap > 1e-5
+    assert len({tuple(tokens) for tokens in cached.tolist()}) == len(rows)
+
+
 def test_greedy_answers_are_the_largest_logits(tiny_model, prompts):
     model = tiny_model()
     _, singles, _ = prompts
