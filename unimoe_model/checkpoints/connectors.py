@@ -1,6 +1,7 @@
 """Connectors that a checkpoint lacks: drawn anew, or taken from another checkpoint."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -85,11 +86,22 @@ def initial_connectors(
     for kind, make in build.items():
         prefix = f"model.{kind}_connector."
         if not any(name.startswith(prefix) for name in planned):
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), _default_dtype(config.dtype):
                 torch.manual_seed(_SEED)
                 state = make().state_dict()
-            initial |= {prefix + name: value.to(config.dtype) for name, value in state.items()}
+            initial |= {prefix + name: value for name, value in state.items()}
     if UNUSED in expected and UNUSED not in initial:
         width = config.speech_connector["d_model"]
         initial[UNUSED] = torch.zeros(1, width, dtype=config.dtype)
     return initial
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules are built in this dtype, and take no memory in a wider one before."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
