@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from unimoe_model.auto import register_auto_classes
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.processing import UniMoEProcessor
 
@@ -31,6 +32,7 @@ class Answerer:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"checkpoint ({folder}) must be a folder with a config.json")
+        register_auto_classes()  # transformers warns of model types that it does not know
         try:
             model, found = UniMoEForConditionalGeneration.from_pretrained(
                 folder, output_loading_info=True
