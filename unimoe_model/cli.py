@@ -1,8 +1,9 @@
-"""The command `unimoe`: demo, train, generate, eval, routing, convert."""
+"""The command `unimoe`: demo, train, generate, eval, routing, convert, assemble."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 DEFAULT_CONFIG = Path("configs/tiny.yaml")
@@ -68,6 +69,19 @@ def _parser() -> argparse.ArgumentParser:
         "--layout", choices=("unimoe", "published"), default="unimoe", help="of what is written"
     )
     convert.set_defaults(run=_convert)
+
+    assemble = commands.add_parser("assemble", help="an MoE out of dense models, for stage 3")
+    assemble.add_argument("--base", type=Path, required=True, help="dense; all but the experts")
+    assemble.add_argument(
+        "--expert", action="append", required=True, metavar="NAME=DIR", help="dense, in order"
+    )
+    assemble.add_argument("--to", dest="target", type=Path, required=True, metavar="DIR")
+    assemble.add_argument("--top-k", type=int, default=2)
+    assemble.add_argument(
+        "--moe-layers", default="all", help="all, even, first_half, second_half or [0, 2, ...]"
+    )
+    assemble.add_argument("--seed", type=int, default=0, help="of the routers")
+    assemble.set_defaults(run=_assemble)
 
     evaluate = commands.add_parser("eval", help="score a trained model on questions of your own")
     evaluate.add_argument("--model", type=Path, required=True, help="checkpoint folder")
@@ -135,22 +149,16 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from tqdm.auto import tqdm
-
     from unimoe_model.checkpoints.convert import convert_from_published, convert_to_published
 
-    with tqdm(unit="B", unit_scale=True, desc="convert") as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        if options.layout == "published":
-            given = [n for n in ("base", "tokenizer", "connector", "set") if getattr(options, n)]
-            if given:
-                raise ValueError(f"layout published takes no {given[0]}")
+    if options.layout == "published":
+        given = [n for n in ("base", "tokenizer", "connector", "set") if getattr(options, n)]
+        if given:
+            raise ValueError(f"layout published takes no {given[0]}")
+        with _bytes_bar("convert") as show:
             made = convert_to_published(options.source, options.target, show)
-        else:
+    else:
+        with _bytes_bar("convert") as show:
             made = convert_from_published(
                 options.source,
                 options.target,
@@ -163,14 +171,43 @@ def _convert(options: argparse.Namespace) -> None:
     print(made.summary())
 
 
+def _assemble(options: argparse.Namespace) -> None:
+    from unimoe_model.checkpoints.assemble import assemble
+
+    experts = {name: Path(folder) for name, folder in map(_assignment, options.expert)}
+    if len(experts) != len(options.expert):
+        raise ValueError(f"expert ({options.expert}) must have a name of its own each")
+    layers = _overrides([f"moe_layers={options.moe_layers}"])["moe_layers"]
+    with _bytes_bar("assemble") as show:
+        assemble(options.base, experts, options.target, options.top_k, layers, options.seed, show)
+    print(f"{len(experts)} experts: {', '.join(experts)}")
+
+
+@contextmanager
+def _bytes_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    from tqdm.auto import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc=title) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise ValueError(f"{text!r} must be NAME=VALUE")
+    return name, value
+
+
 def _overrides(assignments: Sequence[str]) -> dict:
     import json
 
     fields = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"set ({assignment!r}) must be FIELD=VALUE")
+    for name, value in map(_assignment, assignments):
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:

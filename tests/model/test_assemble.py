@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from unimoe_kernels.testing import relative_error
+from unimoe_model.checkpoints.assemble import assemble
+from unimoe_model.cli import main
+from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.training.assemble import (
     FFN_LORA,
     add_lora,
@@ -177,3 +181,70 @@ def test_only_lora_gets_gradients_when_only_it_is_trained(tiny_model, inputs):
 def test_rank_must_be_positive(tiny_model):
     with pytest.raises(ValueError, match=r"rank \(0\) must be at least 1"):
         add_lora(tiny_model(), 0, 1)
+
+
+@pytest.fixture
+def dense_folders(tiny_model, tokenizer, tmp_path):
+    """Folders of a base and of two dense models with other FFNs."""
+    folders = {}
+    for number, name in enumerate(("base", "vision", "hearing")):
+        model = tiny_model(num_experts=0)
+        state = changed(ffn_state(model), number) if number else ffn_state(model)
+        for key, value in state.items():
+            layer, _, rest = key.partition(".")
+            mlp = model.model.language_model.layers[int(layer)].mlp
+            mlp.get_parameter(rest).data.copy_(value)
+        folders[name] = tmp_path / name
+        model.save_pretrained(folders[name])
+        UniMoEProcessor.from_config(model.config, tokenizer).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("moe_layers", ["all", "second_half"])
+def test_folders_are_assembled_as_models_are(dense_folders, tmp_path, inputs, moe_layers):
+    load = UniMoEForConditionalGeneration.from_pretrained
+    config = assemble(
+        dense_folders["base"], dense_folders, tmp_path / "moe", 2, moe_layers, shard_bytes=9000
+    )
+    assert config.expert_origins == ["base", "vision", "hearing"]
+    found = load(tmp_path / "moe")
+    assert found.config.expert_origins == config.expert_origins
+    models = {name: load(folder) for name, folder in dense_folders.items()}
+    expected = assemble_moe(
+        models["base"], {n: ffn_state(m) for n, m in models.items()}, 2, moe_layers=moe_layers
+    )
+    expected.load_state_dict(
+        {k: v for k, v in found.state_dict().items() if "router" in k}, strict=False
+    )
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    routers = [moe.router.weight for _, moe in found.moe_layers()]
+    assert all(0.1 < router.std() < 0.3 for router in routers)
+    assert UniMoEProcessor.from_pretrained(tmp_path / "moe").num_soft_tokens["speech"] == 4
+
+
+def test_folders_that_cannot_be_assembled(dense_folders, tmp_path, tiny_model):
+    base, target = dense_folders["base"], tmp_path / "moe"
+    with pytest.raises(ValueError, match="must not be there yet"):
+        assemble(base, dense_folders, base)
+    tiny_model().save_pretrained(tmp_path / "sparse")
+    with pytest.raises(ValueError, match=r"sparse\) must hold a dense unimoe model"):
+        assemble(base, dense_folders | {"sparse": tmp_path / "sparse"}, target)
+    text = {"intermediate_size": 40}
+    tiny_model(num_experts=0, text_config=text).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(ValueError, match=r"shape \[40, 32\]"):
+        assemble(base, dense_folders | {"narrow": tmp_path / "narrow"}, target)
+    with pytest.raises(ValueError, match=r"num_experts_per_tok \(4\) .* num_experts \(3\)"):
+        assemble(base, dense_folders, target, top_k=4)
+    assert not target.exists()
+
+
+def test_assemble_command(dense_folders, tmp_path, capsys):
+    experts = [f"--expert={name}={folder}" for name, folder in dense_folders.items()]
+    command = ["assemble", "--base", str(dense_folders["base"]), *experts]
+    command += ["--to", str(tmp_path / "moe"), "--moe-layers", "[1]"]
+    assert main(command) == 0
+    assert "3 experts: base, vision, hearing" in capsys.readouterr().out
+    assert UniMoEConfig.from_pretrained(tmp_path / "moe").moe_layers == [1]
+    assert main([*command, "--expert", "base"]) == 1
+    assert "'base' must be NAME=VALUE" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def convert_from_published(
             folder,
             layout,
             lambda name: initial[name] if name in initial else plan.targets[name].read(files),
-            _counter(layout, on_bytes),
+            counter(layout, on_bytes),
             shard_bytes,
         )
         if plan.aside:
@@ -178,7 +178,7 @@ def convert_to_published(
             folder,
             layout,
             lambda n: plan.targets[n].read(files) if n in plan.targets else aside.read(n),
-            _counter(layout, on_bytes),
+            counter(layout, on_bytes),
             shard_bytes,
         )
         write_json(folder / "config.json", made.published_config)
@@ -285,7 +285,8 @@ def _refuse_existing(target: Path) -> None:
         raise ValueError(f"folder ({target}) must not be there yet")
 
 
-def _counter(layout: Layout, on_bytes: Progress) -> Callable[[int], None]:
+def counter(layout: Layout, on_bytes: Progress) -> Callable[[int], None]:
+    """Adds up what `write_shards` says, and tells it with the total."""
     total, done = sum(num_bytes(*described) for described in layout.values()), 0
 
     def count(written: int) -> None:

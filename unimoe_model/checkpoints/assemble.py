@@ -1,0 +1,140 @@
+"""An MoE checkpoint out of a dense one and the FFNs of others: what `unimoe assemble` runs."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from unimoe_model.checkpoints.convert import Progress, counter, parameter_shapes
+from unimoe_model.checkpoints.files import TensorFiles, shards
+from unimoe_model.checkpoints.names import LLM
+from unimoe_model.checkpoints.plan import Matrix, Recipe, Stack
+from unimoe_model.checkpoints.writing import SHARD_BYTES, whole_folder, write_shards
+from unimoe_model.configuration import UniMoEConfig
+
+_STACK = re.compile(rf"({re.escape(LLM)}layers\.\d+\.mlp\.)experts\.(gate_up_proj|down_proj)")
+_ROUTER = re.compile(rf"{re.escape(LLM)}layers\.\d+\.mlp\.router\.weight")
+_WEIGHTS = re.compile(r"(model.*\.safetensors(\.index\.json)?|pytorch_model.*|config\.json)")
+
+
+def assemble(
+    base: Path,
+    experts: Mapping[str, Path],
+    target: Path,
+    top_k: int = 2,
+    moe_layers: str | list[int] = "all",
+    seed: int = 0,
+    on_bytes: Progress = lambda done, total: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> UniMoEConfig:
+    """Writes the model that the third stage starts from.
+
+    Attention, embeddings and connectors are those of the base, each expert is the FFN of one
+    checkpoint, and routers are drawn from normal(0, initializer_range). In memory is one stack of
+    experts at a time.
+
+    Args:
+        base: folder of a dense model.
+        experts: folders of dense models whose FFNs become experts, by the names that
+            `expert_origins` keeps; base may be among them.
+        target: a folder that is not there yet.
+        top_k: experts a token is routed to.
+        moe_layers: which layers hold experts, as in `UniMoEConfig`.
+        seed: of the routers.
+        on_bytes: is told the bytes written so far and their total.
+        shard_bytes: most bytes of a file of weights.
+
+    Returns:
+        The configuration of the model.
+
+    Raises:
+        ValueError: if a model is not dense, a tensor is missing or of another shape or dtype, or
+            the target is there already.
+    """
+    if target.exists():
+        raise ValueError(f"folder ({target}) must not be there yet")
+    dense = _dense_config(base)
+    for folder in experts.values():
+        _dense_config(folder)
+    fields = dense.to_dict() | {
+        "num_experts": len(experts),
+        "num_experts_per_tok": top_k,
+        "moe_layers": moe_layers,
+        "expert_origins": list(experts),
+    }
+    config = UniMoEConfig.from_dict(fields)
+    files = TensorFiles(shards(base))
+    for number, folder in enumerate(experts.values()):
+        files.add(shards(folder), lambda name, number=number: f"{number}:{name}")
+    expected = parameter_shapes(config)
+    recipes = {n: _recipe(n, len(experts)) for n in expected if not _ROUTER.fullmatch(n)}
+    layout = {}
+    for name, recipe in recipes.items():
+        absent = [part for part in recipe.names if part not in files.shapes]
+        if absent:
+            raise ValueError(f"{_described(absent[0], base, experts)} is missing")
+        dtypes = {files.dtype(part) for part in recipe.names}
+        if recipe.shape(files.shapes) != expected[name] or len(dtypes) > 1:
+            raise ValueError(
+                f"{_described(recipe.names[0], base, experts)} gives {name} the shape"
+                f" {list(recipe.shape(files.shapes))} in {sorted(map(str, dtypes))}, expected"
+                f" {list(expected[name])} in one dtype"
+            )
+        layout[name] = (expected[name], dtypes.pop())
+    dtype = layout[f"{LLM}embed_tokens.weight"][1]
+    generator = torch.Generator().manual_seed(seed)
+    spread = config.text_config.initializer_range
+    routers = {
+        name: (spread * torch.randn(shape, generator=generator)).to(dtype)
+        for name, shape in expected.items()
+        if _ROUTER.fullmatch(name)
+    }
+    layout |= {name: (expected[name], dtype) for name in routers}
+    with whole_folder(target) as folder:
+        write_shards(
+            folder,
+            layout,
+            lambda name: routers[name] if name in routers else recipes[name].read(files),
+            counter(layout, on_bytes),
+            shard_bytes,
+        )
+        config.save_pretrained(folder)
+        for path in base.iterdir():
+            if path.is_file() and not _WEIGHTS.fullmatch(path.name):
+                shutil.copyfile(path, folder / path.name)
+    return config
+
+
+def _recipe(name: str, num_experts: int) -> Recipe:
+    stack = _STACK.fullmatch(name)
+    if not stack:
+        return Matrix(name)
+    mlp, kind = stack.groups()
+    matrices = ("down",) if kind == "down_proj" else ("gate", "up")
+    return Stack(
+        [
+            [Matrix(f"{number}:{mlp}{matrix}_proj.weight") for matrix in matrices]
+            for number in range(num_experts)
+        ]
+    )
+
+
+def _dense_config(folder: Path) -> UniMoEConfig:
+    path = folder / "config.json"
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"file {path} must be the configuration of a model: {error!r}") from error
+    config = UniMoEConfig.from_pretrained(folder)
+    if model_type != UniMoEConfig.model_type or config.num_experts:
+        raise ValueError(f"folder ({folder}) must hold a dense {UniMoEConfig.model_type} model")
+    return config
+
+
+def _described(name: str, base: Path, experts: Mapping[str, Path]) -> str:
+    number, colon, rest = name.partition(":")
+    folder = list(experts.values())[int(number)] if colon else base
+    return f"{rest if colon else name} of {folder}"
