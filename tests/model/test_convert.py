@@ -417,6 +417,7 @@ def misshapen(state, name, shape):
     ("change", "named"),
     [
         (lambda s: without(s, GATE), f"{GATE} is missing"),
+        (lambda s: without(s, "model.embed_tokens.weight"), "model.embed_tokens.weight is missing"),
         (lambda s: without(s, "model.norm.weight"), "nothing for model.language_model.norm.weight"),
         (
             lambda s: without(s, "model.mm_projector.2.bias"),
@@ -471,6 +472,30 @@ def test_cut_files_are_named(tmp_path, tokenizer_folder, pickled):
     with pytest.raises(ValueError, match=rf"{path.name} is missing"):
         convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["hidden_size", "vocab_size", "num_experts", "num_experts_per_tok", "query_tokens_size"],
+)
+def test_fields_that_the_configuration_lacks(tmp_path, tokenizer_folder, field):
+    state, config = published("every layer, speech")
+    del config[field]
+    source = write(tmp_path / "source", state, config)
+    with pytest.raises(ValueError, match=f"config.json must have {field}"):
+        convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"a": 1}', '{"a": {"dtype": "F99"}}'])
+def test_headers_that_are_none(tmp_path, tokenizer_folder, content):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    header = content.encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"....")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model.safetensors is (cut short|damaged)"):
+        convert_from_published(folder, tmp_path / "ours", tokenizer=tokenizer_folder)
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, tokenizer_folder, monkeypatch):

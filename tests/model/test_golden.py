@@ -38,8 +38,15 @@ from unimoe_model.encoders.fbank import beats_fbank
 from unimoe_model.encoders.whisper_windows import WhisperWindowEncoder
 from unimoe_model.modality import MODALITIES, PADDING, modality_expert_loss, modality_kl_loss
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.prompt import VICUNA_SYSTEM, conversation_text
-from unimoe_model.tokenization import IGNORED, tokenize_conversation, tokenize_text, truncated
+from unimoe_model.tokenization import (
+    IGNORED,
+    load_llama_tokenizer,
+    tokenize_conversation,
+    tokenize_text,
+    truncated,
+)
 
 OUTPUT, GRADIENT, LOGITS = 1e-5, 1e-4, 1e-4
 
@@ -341,6 +348,23 @@ def test_prompts_of_inference(published_text):
         assert tokenize_text(text, tokenizer, PUBLISHED_IDS).ids == sample["ids"], text
     for ids, expected in texts["decode"].items():
         assert tokenizer.decode(json.loads(ids), skip_special_tokens=True) == expected
+
+
+def test_prompts_of_a_saved_processor(tmp_path):
+    """The tokenizer of a converted checkpoint, saved and loaded, gives the published ids."""
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    case = Case("prompt_labels")
+    texts = json.loads((case.folder / "prompts.json").read_text(encoding="utf-8"))
+    tokenizer = load_llama_tokenizer(case.folder)
+    soft = dict.fromkeys(MEDIA_KINDS, 1)
+    UniMoEProcessor(tokenizer, num_soft_tokens=soft).save_pretrained(tmp_path)
+    loaded = UniMoEProcessor.from_pretrained(tmp_path).tokenizer
+    own = {kind: loaded.convert_tokens_to_ids(f"<{kind}>") for kind in MEDIA_KINDS}
+    assert sorted(own.values()) == list(range(case.config["spm"]["vocab"], len(loaded)))
+    published = {own[kind]: PUBLISHED_IDS[kind] for kind in own}
+    for name, sample in texts["legacy_false"]["inference"].items():
+        ids = tokenize_text(sample["prompt"], loaded, own).ids
+        assert [published.get(token, token) for token in ids] == sample["input_ids"], name
 
 
 @pytest.mark.parametrize("name", ["truncated_text_only", "truncated_with_media"])

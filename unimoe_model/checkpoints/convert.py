@@ -32,6 +32,7 @@ from unimoe_model.prompt import VICUNA_SYSTEM
 
 ASIDE = "published_aside.safetensors"
 TOKENIZER = "tokenizer.model"
+EMBEDDING = "model.embed_tokens.weight"
 Progress = Callable[[int, int], None]
 
 
@@ -100,7 +101,9 @@ def convert_from_published(
     if connector is not None:
         files.join(other_files)
         plan.targets |= elsewhere
-    config.dtype = files.dtype("model.embed_tokens.weight")
+    if EMBEDDING not in files.shapes:
+        raise ValueError(f"{EMBEDDING} is missing from the checkpoint")
+    config.dtype = files.dtype(EMBEDDING)
     expected = parameter_shapes(config)
     initial = initial_connectors(config, plan.targets, expected)
     layout = _checked_layout(plan, files, initial, expected)
@@ -237,14 +240,18 @@ def _fields_of_other(folder: Path, files: TensorFiles, hears: str) -> dict:
 
 
 def _lora_scale(published: Mapping) -> float | None:
-    return published["lora_alpha"] / published["lora_r"] if published.get("lora_r") else None
+    if not published.get("lora_r"):
+        return None
+    if not published.get("lora_alpha"):
+        raise ValueError("config.json must have lora_alpha where it has lora_r")
+    return published["lora_alpha"] / published["lora_r"]
 
 
 def _read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"file {path} must be the configuration of a model: {error}") from error
 
 

@@ -116,23 +116,22 @@ def _safetensors_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dt
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else None
-    except (struct.error, UnicodeDecodeError, json.JSONDecodeError):
-        header = None
-    if not isinstance(header, dict):
-        raise ValueError(f"file {path} is cut short or damaged: it has no whole header")
-    header.pop("__metadata__", None)
-    cut = [n for n, entry in header.items() if 8 + length + entry["data_offsets"][1] > size]
-    if cut:
-        raise ValueError(
-            f"file {path} is cut short: {cut[0]} and {len(cut) - 1} more are not whole"
-        )
+            header = json.loads(file.read(length)) if length < size else {}
+        header.pop("__metadata__", None)
+        ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
+        found = {n: (tuple(e["shape"]), _DTYPES[e["dtype"]]) for n, e in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"file {path} is cut short or damaged: it has no whole header") from error
+    cut = [name for name, end in ends.items() if end > size]
+    if cut or length >= size:
+        which = f"{cut[0]} is not whole ({len(cut)} are not)" if cut else "it has no whole header"
+        raise ValueError(f"file {path} is cut short: {which}")
     try:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
         raise ValueError(f"file {path} is damaged: {error}") from error
-    return {name: (tuple(e["shape"]), _DTYPES[e["dtype"]]) for name, e in header.items()}
+    return found
 
 
 def shards(folder: Path, stems: Iterable[str] = ("model", "pytorch_model")) -> list[Path]:

@@ -44,9 +44,8 @@ def config_from_published(
     Raises:
         ValueError: if a field of the LLM is missing, or the fields do not go together.
     """
-    missing = [name for name in ("hidden_size", "num_hidden_layers") if name not in published]
-    if missing:
-        raise ValueError(f"config.json must have {missing[0]}, of a LLaMA")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        _field(published, name)
     text = {name: published[name] for name in _TEXT if published.get(name) is not None}
     fields = {"text_config": LlamaConfig(**text), **_experts(published, shapes, hears)}
     vision = published.get("mm_vision_tower")
@@ -59,8 +58,8 @@ def config_from_published(
         fields["vision_num_tokens"] = positions[0] - 1
     if published.get("mm_audio_tower"):
         fields[f"{hears}_encoder"] = _encoder(published["mm_audio_tower"])
-        fields[f"{hears}_feature_size"] = published["mm_audio_hidden_size"]
-        fields[f"{hears}_num_queries"] = published["query_tokens_size"]
+        fields[f"{hears}_feature_size"] = _field(published, "mm_audio_hidden_size")
+        fields[f"{hears}_num_queries"] = _field(published, "query_tokens_size")
         fields[f"{hears}_connector"] = (_decoder if hears == "speech" else _qformer)(shapes)
     return UniMoEConfig(**(fields | overrides))
 
@@ -71,8 +70,8 @@ def _experts(published: Mapping, shapes: Mapping, hears: str) -> dict:
     if not layers:
         return {"num_experts": 0}
     fields = {
-        "num_experts": published["num_experts"],
-        "num_experts_per_tok": published["num_experts_per_tok"],
+        "num_experts": _field(published, "num_experts"),
+        "num_experts_per_tok": _field(published, "num_experts_per_tok"),
         "moe_layers": _placement(layers, published["num_hidden_layers"]),
     }
     if any("deepspeed_moe" in name for name in shapes):
@@ -85,13 +84,19 @@ def _experts(published: Mapping, shapes: Mapping, hears: str) -> dict:
     }
     for name, own in coefficients.items():
         if published.get(name):
-            fields[own] = published[f"{name}_coef"]
+            fields[own] = _field(published, f"{name}_coef")
     experts = {
         kind: published[f"{name}_expert_indices"]
         for kind, name in (("image", "image"), ("video", "video"), (hears, "audio"))
         if published.get(f"{name}_expert_indices")
     }
     return fields | ({"modality_experts": experts} if experts else {})
+
+
+def _field(published: Mapping, name: str):
+    if published.get(name) is None:
+        raise ValueError(f"config.json must have {name}")
+    return published[name]
 
 
 def _placement(layers: list[int], depth: int) -> str | list[int]:
