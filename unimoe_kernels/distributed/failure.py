@@ -9,10 +9,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-BEAT_SECONDS = 0.5
-# A rank is silent when its beat stands still for this long: several beats, so that a busy machine
-# that runs its thread late is not taken for a dead one.
-SILENCE_SECONDS = 3.0
+# A rank is silent when it misses this many beats: several, so that a busy machine that runs its
+# thread late is not taken for a dead one.
+MISSED_BEATS = 6
 
 _heartbeat: Heartbeat | None = None
 
@@ -38,14 +37,15 @@ class Heartbeat:
         store: the store that all ranks share.
         rank: of this process.
         world_size: number of ranks.
+        seconds: between two beats.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, world_size: int, seconds: float) -> None:
         # Clones: a call that waits for a key would block the others on the same connection.
         self._store, self._beating = store.clone(), store.clone()
         for own in (self._store, self._beating):
-            own.set_timeout(timedelta(seconds=SILENCE_SECONDS))
-        self._rank, self._world_size = rank, world_size
+            own.set_timeout(timedelta(seconds=max(1.0, MISSED_BEATS * seconds)))
+        self._rank, self._world_size, self._seconds = rank, world_size, seconds
         self._stopped = threading.Event()
         self._beat(0)
         self._thread = threading.Thread(target=self._run, daemon=True, name="unimoe-heartbeat")
@@ -61,7 +61,7 @@ class Heartbeat:
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         try:
             before = [self._read(rank) for rank in others]
-            self._stopped.wait(SILENCE_SECONDS)
+            self._stopped.wait(MISSED_BEATS * self._seconds)
             after = [self._read(rank) for rank in others]
         except (RuntimeError, dist.DistError):
             return (0,) if self._rank else ()
@@ -90,7 +90,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         beat = 1
-        while not self._stopped.wait(BEAT_SECONDS):
+        while not self._stopped.wait(self._seconds):
             try:
                 self._beat(beat)
             except (RuntimeError, dist.DistError):
@@ -109,11 +109,11 @@ class Heartbeat:
         return f"unimoe/{kind}/{rank}"
 
 
-def start_heartbeat(store: dist.Store, rank: int, world_size: int) -> None:
+def start_heartbeat(store: dist.Store, rank: int, world_size: int, seconds: float) -> None:
     """Starts the heartbeat of this process."""
     global _heartbeat
     stop_heartbeat()
-    _heartbeat = Heartbeat(store, rank, world_size)
+    _heartbeat = Heartbeat(store, rank, world_size, seconds)
 
 
 def stop_heartbeat() -> None:

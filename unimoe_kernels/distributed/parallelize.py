@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from unimoe_kernels.distributed.start import MESH_DIMS
 from unimoe_kernels.layers import GroupedExperts, MoE
 
 DATA_MODES = ("replicate", "shard")
+
+# What `unparallelize_moe` has to end, by model.
+_gradient_sums: WeakKeyDictionary[nn.Module, list[GradientSum]] = WeakKeyDictionary()
 
 
 def parallelize_moe(
@@ -79,6 +83,41 @@ def parallelize_moe(
         _shard(model, [moe.experts for _, moe in layers], mesh, everyone)
     else:
         _replicate(model, mesh, everyone)
+    return model
+
+
+@torch.no_grad()
+def unparallelize_moe(model: nn.Module) -> nn.Module:
+    """Puts all experts together again on every rank, as before `parallelize_moe`.
+
+    Every rank calls it and has room for all experts. Gradients are dropped.
+
+    Args:
+        model: one that was parallelized with `data="replicate"`; changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If it was not.
+        CollectiveError: If a rank dies or does not come in time.
+    """
+    if model not in _gradient_sums:
+        raise ValueError(
+            f"model ({type(model).__name__}) must be one of parallelize_moe with data='replicate'"
+        )
+    for gradient_sum in _gradient_sums.pop(model):
+        gradient_sum.remove()
+    model.zero_grad(set_to_none=True)
+    for path, moe in model.named_modules():
+        if not isinstance(moe, MoE):
+            continue
+        for part in moe.experts.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                with collective(f"gathering {name} of {path}"):
+                    whole = nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
+                part.register_parameter(name, whole)
+        moe.experts.dispatcher = moe.router.sum_over_ranks = None
     return model
 
 
@@ -164,10 +203,11 @@ def _replicate(model: nn.Module, mesh: DeviceMesh, everyone: dist.ProcessGroup) 
     trained = [p for p in model.parameters() if p.requires_grad]
     experts = [p for p in trained if isinstance(p, DTensor)]
     others = [p for p in trained if not isinstance(p, DTensor)]
+    sums = _gradient_sums[model] = []
     if mesh.size() > 1:
-        GradientSum(others, everyone, "sum of gradients")
+        sums.append(GradientSum(others, everyone, "sum of gradients"))
     if mesh.size(0) > 1:
-        GradientSum(experts, mesh.get_group("dp"), "sum of gradients of experts")
+        sums.append(GradientSum(experts, mesh.get_group("dp"), "sum of gradients of experts"))
 
 
 def _shard(

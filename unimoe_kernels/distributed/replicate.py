@@ -40,8 +40,15 @@ class GradientSum:
         # Gradients of the backward that is running, and what was there before it, by place.
         self._fresh: dict[int, Tensor] = {}
         self._before: dict[int, Tensor] = {}
-        for place, parameter in enumerate(self._parameters):
+        self._hooks = [
             parameter.register_hook(lambda grad, place=place: self._collect(place, grad))
+            for place, parameter in enumerate(self._parameters)
+        ]
+
+    def remove(self) -> None:
+        """Ends it: gradients stay on their rank from now on."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _collect(self, place: int, grad: Tensor) -> None:
         if not self._fresh:

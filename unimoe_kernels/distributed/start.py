@@ -22,6 +22,7 @@ def start_parallel(
     *,
     device: torch.device | str = "cpu",
     timeout: float = 600.0,
+    heartbeat: float = 0.5,
     fingerprint: str = "",
     init_method: str | None = None,
     rank: int | None = None,
@@ -42,6 +43,8 @@ def start_parallel(
         device: where the model will be; `"cuda"` takes NCCL (and gloo for tensors on the CPU),
             `"cpu"` gloo.
         timeout: seconds after which a collective that some rank does not join is given up.
+        heartbeat: seconds between the signs of life that a rank gives through the store. When a
+            collective fails, ranks that miss six of them are named as the cause.
         fingerprint: what else must be equal on all ranks, such as a digest of the settings.
         init_method: as in `torch.distributed.init_process_group`; by default the environment of
             `torchrun`.
@@ -60,8 +63,9 @@ def start_parallel(
     for name, size in (("data", data), ("expert", expert)):
         if size < 1:
             raise ValueError(f"{name} ({size}) must be at least 1")
-    if not timeout > 0:
-        raise ValueError(f"timeout ({timeout}) must be above 0")
+    for name, seconds in (("timeout", timeout), ("heartbeat", heartbeat)):
+        if not seconds > 0:
+            raise ValueError(f"{name} ({seconds}) must be above 0")
     if dist.is_initialized():
         raise RuntimeError("process groups exist already; make a mesh with init_device_mesh")
     rank, world_size = _own_place(init_method, rank, world_size)
@@ -91,7 +95,7 @@ def start_parallel(
         world_size=world_size,
         timeout=limit,
     )
-    start_heartbeat(store, rank, world_size)
+    start_heartbeat(store, rank, world_size, heartbeat)
     ranks = torch.arange(world_size).view(data, expert)
     groups = [_own_group(lines, rank, limit) for lines in (ranks.t(), ranks)]
     return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=MESH_DIMS)
