@@ -46,6 +46,7 @@ class Heartbeat:
         for own in (self._store, self._beating):
             own.set_timeout(timedelta(seconds=max(1.0, MISSED_BEATS * seconds)))
         self._rank, self._world_size, self._seconds = rank, world_size, seconds
+        self.place = f"rank {rank} of {world_size}"
         self._stopped = threading.Event()
         self._beat(0)
         self._thread = threading.Thread(target=self._run, daemon=True, name="unimoe-heartbeat")
@@ -196,6 +197,6 @@ def _ranks(ranks: tuple[int, ...]) -> str:
 
 
 def _own_rank() -> str:
-    if not dist.is_initialized():
-        return "this rank"
-    return f"rank {dist.get_rank()} of {dist.get_world_size()}"
+    if dist.is_initialized():
+        return f"rank {dist.get_rank()} of {dist.get_world_size()}"
+    return "this rank" if _heartbeat is None else _heartbeat.place

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from unimoe_kernels.distributed.failure import start_heartbeat, stop_heartbeat
+from unimoe_kernels.distributed.failure import (
+    CollectiveError,
+    collective,
+    start_heartbeat,
+    stop_heartbeat,
+)
 
 MESH_DIMS = ("dp", "ep")
+LINGER_SECONDS = 3.0
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -74,30 +83,26 @@ def start_parallel(
             f"data ({data}) times expert ({expert}) must be the number of processes ({world_size})"
         )
     device, limit = torch.device(device), timedelta(seconds=timeout)
-    arguments = {} if init_method is None else {"rank": rank, "world_size": world_size}
-    try:
-        store, rank, world_size = next(
-            dist.rendezvous(init_method or "env://", timeout=limit, **arguments)
-        )
-    except (RuntimeError, dist.DistError) as error:
-        raise RuntimeError(
-            f"rank {rank} of {world_size}: the store of the run cannot be reached within"
-            f" {timeout:g} s: {error}"
-        ) from error
-    store.set_timeout(limit)
+    where = f"rank {rank} of {world_size}: start"
+    with _told(f"{where}: the store of the run, which rank 0 keeps, cannot be reached"):
+        store = _store(init_method, rank, world_size, limit)
     sizes = f"data {data}, expert {expert}, processes {world_size}"
     _call_roll(store, rank, world_size, {"sizes": sizes, "settings": fingerprint}, timeout)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("groups", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=limit,
-    )
     start_heartbeat(store, rank, world_size, heartbeat)
-    ranks = torch.arange(world_size).view(data, expert)
-    groups = [_own_group(lines, rank, limit) for lines in (ranks.t(), ranks)]
+    try:
+        with collective("start, connecting"):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore("groups", store),
+                rank=rank,
+                world_size=world_size,
+                timeout=limit,
+            )
+            ranks = torch.arange(world_size).view(data, expert)
+            groups = [_own_group(lines, rank, limit) for lines in (ranks.t(), ranks)]
+    except CollectiveError:
+        stop_heartbeat()
+        raise
     return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=MESH_DIMS)
 
 
@@ -127,27 +132,75 @@ def _own_place(
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        raise RuntimeError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _store(init_method: str | None, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The store of all ranks.
+
+    Unlike `torch.distributed.rendezvous` this waits for nobody: the roll call does, and says for
+    whom.
+    """
+    attempt, kept_by_agent = "0", False
+    if init_method is None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torchrun keeps the store itself, and counts its restarts.
+        kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    elif init_method.startswith("tcp://"):
+        host, _, port = init_method.removeprefix("tcp://").rpartition(":")
+    else:
+        arguments = {"rank": rank, "world_size": world_size, "timeout": timeout}
+        return next(dist.rendezvous(init_method, **arguments))[0]
+    store = dist.TCPStore(
+        host,
+        int(port),
+        is_master=rank == 0 and not kept_by_agent,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return dist.PrefixStore(f"unimoe/attempt{attempt}", store)
+
+
 def _call_roll(
     store: dist.Store, rank: int, world_size: int, facts: dict[str, str], timeout: float
 ) -> None:
     keys = [f"unimoe/roll/{other}" for other in range(world_size)]
-    where = f"rank {rank} of {world_size}"
+    where, deadline = f"rank {rank} of {world_size}: start", time.monotonic() + timeout
     store.set(keys[rank], json.dumps(facts))
-    try:
-        store.wait(keys, timedelta(seconds=timeout))
-    except (RuntimeError, dist.DistError) as error:
-        missing = [other for other, key in enumerate(keys) if not _is_there(store, key)]
-        raise RuntimeError(
-            f"{where}: start: ranks {missing} have not come within {timeout:g} s"
-        ) from error
     for other, key in enumerate(keys):
-        found = json.loads(store.get(key))
+        try:
+            store.wait([key], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+            found = json.loads(store.get(key))
+        except (RuntimeError, dist.DistError) as error:
+            missing = [other for other, key in enumerate(keys) if not _is_there(store, key)]
+            _linger(store, rank, world_size)
+            raise RuntimeError(
+                f"{where}: ranks {missing} have not come within {timeout:g} s"
+            ) from error
         for what, own in facts.items():
             if found[what] != own:
+                _linger(store, rank, world_size)
                 raise RuntimeError(
-                    f"{where}: start: rank {other} has other {what} ({found[what]}) than this rank"
-                    f" ({own})"
+                    f"{where}: rank {other} has other {what} ({found[what]}) than this rank ({own})"
                 )
+
+
+def _linger(store: dist.Store, rank: int, world_size: int) -> None:
+    """Rank 0 may keep the store: it stays a while, so that the others can read why they stop."""
+    read = [f"unimoe/roll/read/{other}" for other in range(world_size)]
+    try:
+        store.set(read[rank], "")
+        if rank == 0:
+            store.wait(read, timedelta(seconds=LINGER_SECONDS))
+    except (RuntimeError, dist.DistError):
+        return
 
 
 def _is_there(store: dist.Store, key: str) -> bool:
