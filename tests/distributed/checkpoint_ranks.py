@@ -45,7 +45,7 @@ def built(mesh, data, seed=None):
             for parameter in model.parameters():
                 parameter.normal_(generator=torch.Generator().manual_seed(seed))
     parallelize_moe(model, mesh, data=data)
-    return model, torch.optim.AdamW(parameter_groups(model), lr=1e-2)
+    return model, torch.optim.AdamW(parameter_groups(model.parameters()), lr=1e-2)
 
 
 def trained(mesh, rank, data):

@@ -76,7 +76,7 @@ def work(folder, rank, world, mode, repetition, init_method):
         world_size=world,
     )
     model = parallelize_moe(SmallModel(), mesh)
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-2)
+    optimizer = torch.optim.AdamW(parameter_groups(model.parameters()), lr=1e-2)
     with attributed("step 0 of the test"):
         step(model, optimizer, mesh, rank, 0)
     save_sharded(folder / "checkpoint", model, [optimizer], {"step": 1})

@@ -64,7 +64,7 @@ def fresh(seed=0, steps=0):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-2)
+    optimizer = torch.optim.AdamW(parameter_groups(model.parameters()), lr=1e-2)
     for step in range(steps):
         inputs = joined(2, step, "natural")
         optimizer.zero_grad()

@@ -56,7 +56,7 @@ def errors(rank, world, mesh, routing, expected, **options):
             for parameter in model.parameters():
                 parameter.add_(1)
     parallelize_moe(model, mesh, **options)
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(parameter_groups(model.parameters()), lr=LEARNING_RATE)
     tokens = [len(batch(r, 0, routing)[0]) for r in range(world)]
     own = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
     worst = dict.fromkeys(("logits", "grads", "norms", "losses", "weights"), 0.0)

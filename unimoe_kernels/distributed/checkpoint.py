@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _EXTRA = "extra.json"
 
 def save_sharded(
     folder: str | Path,
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Tensor],
     optimizers: Sequence[Optimizer] = (),
     extra: dict[str, Any] | None = None,
 ) -> None:
@@ -36,7 +36,8 @@ def save_sharded(
     Args:
         folder: where the checkpoint is; folders of that name with `.new` and `.old` at the end
             are used on the way.
-        model: parameters and buffers of its state dict; plain tensors must be equal on all ranks.
+        model: parameters and buffers of its state dict; or some of them, by name. Plain tensors
+            must be equal on all ranks.
         optimizers: their states, kept by the name of the parameter. Hyperparameters are not kept.
         extra: what else to keep, as JSON; that of rank 0 counts.
 
@@ -65,7 +66,9 @@ def save_sharded(
 
 
 def load_sharded(
-    folder: str | Path, model: nn.Module, optimizers: Sequence[Optimizer] = ()
+    folder: str | Path,
+    model: nn.Module | Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer] = (),
 ) -> dict[str, Any] | None:
     """Reads a checkpoint of `save_sharded`, whatever number of ranks wrote it.
 
@@ -74,7 +77,7 @@ def load_sharded(
 
     Args:
         folder: where it is.
-        model: its parameters and buffers are overwritten.
+        model: its parameters and buffers, or those given by name, are overwritten.
         optimizers: as many as were saved, over parameters of the same names; their states are
             replaced.
 
@@ -165,12 +168,19 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _model_state(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+def _model_state(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = model.state_dict() if isinstance(model, nn.Module) else model
+    return {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
 
 
-def _optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+def _parameters(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(model.named_parameters() if isinstance(model, nn.Module) else model)
+
+
+def _optimizer_state(
+    model: nn.Module | Mapping[str, Tensor], optimizers: Sequence[Optimizer]
+) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in _parameters(model).items()}
     state = {}
     for number, optimizer in enumerate(optimizers):
         for parameter, values in optimizer.state.items():
@@ -209,10 +219,13 @@ def _check_entries(
 
 
 def _empty_optimizer_state(
-    folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], entries: dict[str, Any]
+    folder: Path,
+    model: nn.Module | Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer],
+    entries: dict[str, Any],
 ) -> dict[str, tuple[Optimizer, nn.Parameter, str, Tensor]]:
     """Room for every state that was saved, split as its parameter is now."""
-    parameters, fresh = dict(model.named_parameters()), {}
+    parameters, fresh = _parameters(model), {}
     held = [{p for group in o.param_groups for p in group["params"]} for o in optimizers]
     for entry_key, entry in entries.items():
         kind, *rest = entry_key.split(".", 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,8 @@ def start_heartbeat(store: dist.Store, rank: int, world_size: int, seconds: floa
     """Starts the heartbeat of this process."""
     global _heartbeat
     stop_heartbeat()
+    # A thread that Python cuts off inside a call of the store takes the whole process with it.
+    atexit.register(stop_heartbeat)
     _heartbeat = Heartbeat(store, rank, world_size, seconds)
 
 
@@ -121,9 +124,10 @@ def stop_heartbeat() -> None:
     """Ends it, and says so to ranks that still wait for this one."""
     global _heartbeat
     if _heartbeat is not None:
-        _heartbeat.report("it had finished")
+        _heartbeat.report("it had ended")
         _heartbeat.stop()
         _heartbeat = None
+        atexit.unregister(stop_heartbeat)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,8 +45,7 @@ def parallelize_moe(
     are. Then all gradients equal those of one process. So does the choice of experts, unless the
     router has a `capacity_factor`, which counts each rank's tokens by themselves.
 
-    Afterwards: gradients are clipped by `clip_grad_norm`; AdamW gets `parameter_groups(model)`,
-    because torch's fused and foreach steps do not take plain tensors and DTensors in one group.
+    Afterwards: gradients are clipped by `clip_grad_norm`, and optimisers get `parameter_groups`.
     LoRA is added before, and so is the choice of which parameters require gradients made.
 
     Args:
@@ -121,10 +120,16 @@ def unparallelize_moe(model: nn.Module) -> nn.Module:
     return model
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
-    """Parameters that require gradients, for an optimiser: a group for each mesh they lie on."""
+def parameter_groups(
+    parameters: Iterable[nn.Parameter],
+) -> list[dict[str, list[nn.Parameter]]]:
+    """Groups for an optimiser: plain tensors, and DTensors of each mesh.
+
+    Torch's fused and foreach steps do not take both in one group. Parameters that require no
+    gradients are left out; those of a model that is not parallel come as one group.
+    """
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             groups.setdefault(mesh, []).append(parameter)
