@@ -11,6 +11,7 @@ from launcher import write
 from unimoe_kernels import MoE, _checks
 from unimoe_kernels.distributed import (
     ExpertDispatcher,
+    Transfer,
     all_to_all,
     count_traffic,
     finish_parallel,
@@ -254,6 +255,43 @@ def bounded_buffers(r):
     return [relative_error(y, expected), *report]
 
 
+def order(r):
+    """What a call of two chunks does one after the other, forwards and backwards."""
+    log = []
+    moe, x = layer(r)
+    parallelize_moe(moe, r.mesh, num_chunks=2)
+    send, wait, answer = Transfer.send, Transfer.wait, moe.experts._answer
+    kinds = {}
+
+    def logged(transfer, what, backward):
+        kind = transfer.operation.split()[0]
+        seen = kinds.setdefault(kind, [])
+        if transfer not in seen:
+            seen.append(transfer)
+        log.append(f"{what} {kind} {seen.index(transfer)}{' back' if backward else ''}")
+
+    def logged_send(transfer, rows, backward):
+        logged(transfer, "start", backward)
+        return send(transfer, rows, backward)
+
+    def logged_wait(transfer, backward):
+        logged(transfer, "wait", backward)
+        return wait(transfer, backward)
+
+    def logged_answer(rows, ids, scores):
+        log.append("matmul")
+        out = answer(rows, ids, scores)
+        out.register_hook(lambda grad: log.append("matmul back"))
+        return out
+
+    Transfer.send, Transfer.wait, moe.experts._answer = logged_send, logged_wait, logged_answer
+    try:
+        moe(x.requires_grad_()).square().sum().backward()
+    finally:
+        Transfer.send, Transfer.wait = send, wait
+    return log
+
+
 def another_call(r):
     """Rank 0 runs a layer of another name, then without gradients: all ranks are told."""
     texts = []
@@ -288,6 +326,7 @@ SCENARIOS = (
     recomputation,
     frozen_on_one_rank,
     bounded_buffers,
+    order,
     another_call,
     twice,
 )

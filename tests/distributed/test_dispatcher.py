@@ -42,6 +42,33 @@ def test_buffers_stay_bounded_when_all_tokens_choose_the_same_experts(ops):
         assert buffer_bytes == 8 * D * buffer_rows
 
 
+def test_transfers_run_during_matmuls(ops):
+    """A chunk is multiplied while the next comes and the answers to the last one leave."""
+    for log in ops["order"]:
+        assert log == [
+            "start dispatch 0",
+            "start dispatch 1",
+            "wait dispatch 0",
+            "matmul",
+            "start combine 0",
+            "wait dispatch 1",
+            "matmul",
+            "start combine 1",
+            "wait combine 0",
+            "wait combine 1",
+            "start combine 1 back",
+            "start combine 0 back",
+            "wait combine 1 back",
+            "matmul back",
+            "start dispatch 1 back",
+            "wait combine 0 back",
+            "matmul back",
+            "start dispatch 0 back",
+            "wait dispatch 1 back",
+            "wait dispatch 0 back",
+        ]
+
+
 @pytest.mark.parametrize(("place", "what"), list(enumerate(["layer", "gradients", "call"])))
 def test_ranks_in_different_calls_all_raise(ops, place, what):
     for rank, text in enumerate(ops["another_call"][0]):
