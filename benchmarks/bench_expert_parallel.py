@@ -1,7 +1,7 @@
 """A layer whose experts lie in 2 and 4 processes (gloo), beside the same layer in one.
 
-`python -m benchmarks.bench_expert_parallel` prints what the rows cannot hold: the time spent
-waiting for transfers, and the bytes moved beside those of the formula in docs/expert_parallelism.md.
+`python -m benchmarks.bench_expert_parallel` prints what rows cannot hold: the time spent waiting
+for transfers, and the bytes moved beside those of the formula in docs/expert_parallelism.md.
 """
 
 import argparse

@@ -73,6 +73,7 @@ def settings():
         pretrain=stage(muon=0.01, text=1),
         align=stage(image=1, speech=1, audio=1, video=1),
         experts={"image": stage(image=1, speech=1), "audio": stage(audio=1)},
+        router_strength=3.0,
         tune=stage(steps=6, image=1, audio=1, text=1),
         expert_lora_rank=3,
         expert_lora_alpha=6,

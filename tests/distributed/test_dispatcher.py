@@ -47,24 +47,24 @@ def test_transfers_run_during_matmuls(ops):
     for log in ops["order"]:
         assert log == [
             "start dispatch 0",
-            "start dispatch 1",
             "wait dispatch 0",
+            "start dispatch 1",
             "matmul",
             "start combine 0",
             "wait dispatch 1",
             "matmul",
-            "start combine 1",
             "wait combine 0",
+            "start combine 1",
             "wait combine 1",
             "start combine 1 back",
-            "start combine 0 back",
             "wait combine 1 back",
+            "start combine 0 back",
             "matmul back",
             "start dispatch 1 back",
             "wait combine 0 back",
             "matmul back",
-            "start dispatch 0 back",
             "wait dispatch 1 back",
+            "start dispatch 0 back",
             "wait dispatch 0 back",
         ]
 

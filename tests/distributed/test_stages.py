@@ -33,6 +33,9 @@ def check(run, alone):
         assert actual.keys() == expected.keys()
         for name, tensor in expected.items():
             assert actual[name].shape == tensor.shape
+            # Elsewhere AdamW makes steps of rounding where gradients vanish.
+            if ".router." in name:
+                assert relative_error(actual[name], tensor) < 1e-2, name
         assert not (run / stage / "checkpoint").exists()
 
 

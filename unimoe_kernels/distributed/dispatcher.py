@@ -188,18 +188,19 @@ class ExpertDispatcher:
             transfer, received = started.pop(0)
             return transfer.finish(received)
 
+        # One transfer a direction at a time: two would share the link, and the first come late.
         dispatch(0)
         for chunk, ids_R1 in enumerate(local_ids):
+            rows_RD = finish(dispatches)
             if chunk + 1 < len(local_ids):
                 dispatch(chunk + 1)
-            rows_RD = finish(dispatches)
             ones_R1 = torch.ones(ids_R1.shape, dtype=score_dtype, device=rows_RD.device)
             out_RD = answer(rows_RD, ids_R1, ones_R1)
+            if chunk:
+                outputs.append(finish(combines))
             operation = f"combine of {self.name}"
             transfer = Transfer(came_CR[chunk], sent_CR[chunk], self.group, operation)
             combines.append((transfer, transfer.start(out_RD)))
-            if chunk:
-                outputs.append(finish(combines))
         outputs.append(finish(combines))
         return outputs
 

@@ -141,7 +141,8 @@ class Trainer:
             self._expert_stage(f"experts/{kind}", model, own, batches, stage)
             experts[kind] = ffn_state(model)
             connectors |= {name: p.detach().clone() for name, p in own.items()}
-            means.append(mean_ffn_inputs(model, map(batches, range(ROUTER_START_BATCHES))))
+            whole = self._batches(stage, 2 + number, collator, shared=False)
+            means.append(mean_ffn_inputs(model, map(whole, range(ROUTER_START_BATCHES))))
         self._history = [
             *history,
             [asdict(s) for s in self._settings.experts.values()],
@@ -272,11 +273,13 @@ class Trainer:
         )
 
     def _batches(
-        self, stage: StageSettings, number: int, collator: Collator
+        self, stage: StageSettings, number: int, collator: Collator, shared: bool = True
     ) -> Callable[[int], dict[str, torch.Tensor]]:
+        """Batches by step: this process's share of them, or the whole."""
         mixture = Mixture(self._tasks, stage.tasks, seed=(self._settings.seed, number))
         size = stage.optimizer.batch_size
-        return lambda step: collator.training(self._ranks.share(mixture.batch(step, size)))
+        share = self._ranks.share if shared else list
+        return lambda step: collator.training(share(mixture.batch(step, size)))
 
     def _digest(self, task: str) -> str:
         if task not in self._digests:
