@@ -206,6 +206,22 @@ def lora(r):
     return beside_one_process(r, moe, x)
 
 
+def merged_lora(r):
+    """LoRA of experts on several ranks is merged there; none is added there."""
+    moe, x = layer(r)
+    refused = []
+    torch.manual_seed(1)
+    moe.experts.add_lora(3)
+    with torch.no_grad():
+        for adapter in moe.experts.expert_lora.values():
+            adapter.lora_B.normal_()
+        expected = moe(x)
+        parallelize_moe(moe, r.mesh)
+        moe.experts.merge_lora()
+        refused.append(message(lambda: moe.experts.add_lora(3)))
+        return [relative_error(moe(x), expected), *refused]
+
+
 def autocast(r):
     """Rows travel in the dtype that experts work in."""
     moe, x = layer(r, dtype=torch.float32)
@@ -322,6 +338,7 @@ SCENARIOS = (
     disagreeing_splits,
     sentinels,
     lora,
+    merged_lora,
     autocast,
     recomputation,
     frozen_on_one_rank,

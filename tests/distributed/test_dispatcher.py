@@ -17,6 +17,14 @@ def test_lora_of_the_experts(ops):
     assert all(error < 1e-12 for error in ops["lora"])
 
 
+def test_lora_is_merged_but_not_added_on_several_ranks(ops):
+    for error, refused in ops["merged_lora"]:
+        assert error < 1e-12
+        assert refused == (
+            "RuntimeError: LoRA must be added before the experts are split between ranks"
+        )
+
+
 def test_autocast_sends_sixteen_bits(ops):
     assert all(error < 1e-2 and difference == 0 for error, difference in ops["autocast"])
 

@@ -178,7 +178,8 @@ class GroupedExperts(nn.Module):
 
         Raises:
             ValueError: if rank is below 1.
-            RuntimeError: if the experts have LoRA already.
+            RuntimeError: if the experts have LoRA already, or lie on several ranks: LoRA comes
+                first.
 
         Reference:
             LoRA, arXiv 2106.09685.
@@ -188,6 +189,8 @@ class GroupedExperts(nn.Module):
             raise RuntimeError(
                 f"the experts already have LoRA of rank {self.lora_rank}; call merge_lora() first"
             )
+        if self.dispatcher is not None:
+            raise RuntimeError("LoRA must be added before the experts are split between ranks")
         if freeze_base:
             for base in self.parameters():
                 base.requires_grad_(False)
