@@ -24,8 +24,8 @@ def bench_expert_parallel(record, ranks_case, device, dtype):
     problem = Problem(ranks_case, torch.device("cpu"), dtype)
     groups: list[RankGroup] = []
 
-    def processes(world: int, chunks: int) -> Candidate:
-        group = RankGroup(ranks_case, dtype, world, chunks)
+    def processes(world: int, chunks: int, peer: str = "") -> Candidate:
+        group = RankGroup(ranks_case, dtype, world, chunks, peer)
         groups.append(group)
         atexit.register(group.close)
         return Candidate(run=group.run, check=group.check, in_process=False)
@@ -43,6 +43,7 @@ def bench_expert_parallel(record, ranks_case, device, dtype):
                 "ours": lambda: processes(2, CHUNKS),
                 "ours-no-overlap": lambda: processes(2, 1),
                 "ours-4-processes": lambda: processes(4, CHUNKS),
+                "deepspeed": lambda: processes(2, 1, "deepspeed"),
             },
             problem.work,
         )
@@ -72,6 +73,7 @@ def formula_bytes(case: Case, world: int, dtype: torch.dtype) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", choices=SETS, default="ranks")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--trace", type=Path, help="writes a trace of 2 processes with overlap")
     options = parser.parse_args()
@@ -79,7 +81,7 @@ def main() -> None:
     for case in SETS[options.shapes].ranks:
         groups = {
             (world, chunks): RankGroup(case, torch.float32, world, chunks)
-            for world in (1, 2, 4)
+            for world in options.processes
             for chunks in (1, CHUNKS)
         }
         for group in groups.values():

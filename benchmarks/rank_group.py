@@ -3,6 +3,8 @@
 `python -m benchmarks.rank_group '<json>'` is one of them.
 """
 
+import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from unimoe_kernels import LoopedMoE, SwiGLUFFN
 from unimoe_kernels.distributed import (
     Transfer,
     count_traffic,
@@ -23,8 +27,9 @@ from unimoe_kernels.distributed import (
 )
 from unimoe_kernels.testing import relative_error
 
+from .candidates import UnavailableError
 from .problem import TOLERANCE, Problem
-from .shapes import Case
+from .shapes import LAYERS, Case
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,9 +44,19 @@ class RankGroup:
         dtype: of weights and inputs.
         world: number of processes.
         chunks: pieces of a dispatch, 1 for no overlap.
+        peer: `"deepspeed"` runs DeepSpeed's layer on the same numbers instead of ours.
+
+    Raises:
+        UnavailableError: if the peer cannot run.
     """
 
-    def __init__(self, case: Case, dtype: torch.dtype, world: int, chunks: int) -> None:
+    def __init__(
+        self, case: Case, dtype: torch.dtype, world: int, chunks: int, peer: str = ""
+    ) -> None:
+        if peer and importlib.util.find_spec(peer) is None:
+            raise UnavailableError(f"{peer} is not installed")
+        if peer and LAYERS[case.layer].K != 2:
+            raise UnavailableError(f"{peer} weighs choices as we do for two experts a token only")
         self._folder = tempfile.TemporaryDirectory()
         threads = max(1, torch.get_num_threads() // world)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -51,6 +66,7 @@ class RankGroup:
             "dtype": str(dtype).removeprefix("torch."),
             "world": world,
             "chunks": chunks,
+            "peer": peer,
             "threads": threads,
         }
         self._ranks = [
@@ -124,7 +140,10 @@ class _Rank:
         mesh = start_parallel(
             1, world, init_method=facts["store"], rank=rank, world_size=world, timeout=120
         )
-        self._moe = parallelize_moe(self._problem.moe, mesh, num_chunks=facts["chunks"])
+        if facts["peer"]:
+            self._moe = deepspeed_layer(self._problem, rank, world)
+        else:
+            self._moe = parallelize_moe(self._problem.moe, mesh, num_chunks=facts["chunks"])
 
     def _whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._problem.x[0], self._problem.grad[0]
@@ -176,6 +195,46 @@ class _Rank:
             self.run()
         if dist.get_rank() == 0:
             profile.export_chrome_trace(path)
+
+
+def deepspeed_layer(problem: Problem, rank: int, world: int) -> nn.Module:
+    """DeepSpeed's layer with this process's experts of the problem; nothing is dropped."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world)}
+    # It writes to the stream that carries the answers.
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed
+        from deepspeed.moe.layer import MoE as DeepSpeedMoE
+
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        D, F, E, K = problem.layer
+        layer = DeepSpeedMoE(
+            D,
+            SwiGLUFFN(D, F, dtype=problem.x.dtype),
+            num_experts=E,
+            ep_size=world,
+            k=K,
+            drop_tokens=False,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
+        )
+        layer.set_deepspeed_parallelism()
+    looped = LoopedMoE.from_moe(problem.moe)
+    with torch.no_grad():
+        layer.deepspeed_moe.gate.wg.weight.copy_(looped.gate.weight)
+        for place, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):
+            expert.load_state_dict(looped.experts[rank * (E // world) + place].state_dict())
+    return _FirstOutput(layer)
+
+
+class _FirstOutput(nn.Module):
+    """Leaves out the auxiliary loss and the counts."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[0]
 
 
 def main() -> None:

@@ -189,10 +189,13 @@ SETS = {
     # Of processes that share the experts of a layer: one machine's, so gloo moves the rows.
     "ranks": ShapeSet(
         layer=(),
-        ranks=tuple(
-            Case("small-qwen3", 2048, mode, routing)
-            for mode in MODES
-            for routing in ("natural", "same")
+        ranks=(
+            *(
+                Case("small-unimoe", 2048, mode, routing)
+                for mode in MODES
+                for routing in ("natural", "same")
+            ),
+            Case("small-qwen3", 2048, "training"),
         ),
     ),
 }
