@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from launcher import write
+from torch.distributed.device_mesh import DeviceMesh
 
 from unimoe_kernels import MoE, _checks
 from unimoe_kernels.distributed import (
@@ -29,6 +30,11 @@ class Rank:
     def __init__(self, rank, world, mesh):
         self.rank, self.world, self.mesh = rank, world, mesh
         self.group = mesh.get_group("ep")
+        groups = [self.group, dist.new_group([rank], use_local_synchronization=True)]
+        ranks = torch.arange(world).view(world, 1)
+        self.data_mesh = DeviceMesh.from_group(
+            groups, "cpu", mesh=ranks, mesh_dim_names=("dp", "ep")
+        )
 
     def splits(self, empty=False):
         rows = {
@@ -233,6 +239,37 @@ def autocast(r):
     return [relative_error(y, expected), moved.sent - moved_rows(r, routed.ids) * D * 2]
 
 
+def compiled_layer(r):
+    """The dispatch is left out of the graph; what is around it is compiled."""
+    moe, x = layer(r, load_balancing_coef=0.1, aux_loss="inject")
+    parallelize_moe(moe, r.mesh)
+    x.requires_grad_()
+    expected = moe(x)
+    expected.square().sum().backward()
+    grad, x.grad = x.grad, None
+    y = torch.compile(moe, backend="aot_eager")(x)
+    y.square().sum().backward()
+    return max(relative_error(y, expected), relative_error(x.grad, grad))
+
+
+def accumulation(r):
+    """Gradients of two backwards add up, each summed over ranks once."""
+    mesh = r.data_mesh
+    model = torch.nn.Linear(3, 2, dtype=torch.float64)
+    parallelize_moe(model, mesh)
+    numbers = [1.0 + 10 * step + r.rank for step in range(2)]
+    for number in numbers:
+        model(torch.full((1, 3), number, dtype=torch.float64)).sum().backward()
+    expected = sum(gathered(sum(numbers), r))
+    return relative_error(model.weight.grad, torch.full((2, 3), expected))
+
+
+def meta_buffers(r):
+    moe, _ = layer(r)
+    moe.register_buffer("scratch", torch.zeros(2, device="meta"), persistent=False)
+    return message(lambda: parallelize_moe(moe, r.mesh))
+
+
 def recomputation(r):
     moe, x = layer(r)
     again = torch.utils.checkpoint.checkpoint
@@ -340,6 +377,9 @@ SCENARIOS = (
     lora,
     merged_lora,
     autocast,
+    compiled_layer,
+    accumulation,
+    meta_buffers,
     recomputation,
     frozen_on_one_rank,
     bounded_buffers,

@@ -29,6 +29,19 @@ def test_autocast_sends_sixteen_bits(ops):
     assert all(error < 1e-2 and difference == 0 for error, difference in ops["autocast"])
 
 
+def test_compiled_layer(ops):
+    assert all(error < 1e-12 for error in ops["compiled_layer"])
+
+
+def test_gradients_of_several_backwards_add_up(ops):
+    assert all(error < 1e-12 for error in ops["accumulation"])
+
+
+def test_a_buffer_that_nothing_fills_is_refused(ops):
+    text = "ValueError: buffer .scratch is on the meta device, and no checkpoint fills it"
+    assert set(ops["meta_buffers"]) == {text}
+
+
 def test_activation_checkpointing(ops):
     assert all(error < 1e-12 for error in ops["recomputation"])
 

@@ -36,8 +36,11 @@ def parallelize_moe(
 
     The experts of every `MoE` are split over `ep`: their weights become DTensors, sharded in
     dimension 0, and rows travel to them (`ExpertDispatcher`). Routers, shared experts and all else
-    are data parallel over all ranks; experts are so over `dp`. Before, all ranks must hold the same
-    weights: those of the first rank are sent to the others.
+    are data parallel over all ranks; experts are so over `dp`. The weights of the first rank are
+    sent to the others.
+
+    A model that is too large for one rank is built `with torch.device("meta")`. Then each rank gets
+    room for its parts alone, which hold nothing until `load_weights` or `load_sharded` fills them.
 
     Gradients are summed, not averaged: every rank divides its loss by the number of supervised
     tokens of all ranks (`count_over_ranks`), so that the ranks' losses add up to the loss of one
@@ -63,7 +66,8 @@ def parallelize_moe(
 
     Raises:
         ValueError: If the mesh has other dimensions, data is unknown, E is not a multiple of `ep`,
-            or experts are parallel already. Nothing is changed then.
+            experts are parallel already, or a buffer that no checkpoint holds is on the meta
+            device. Nothing is changed then.
     """
     if mesh.mesh_dim_names != MESH_DIMS:
         raise ValueError(f"mesh (dimensions {mesh.mesh_dim_names}) must have {MESH_DIMS}")
@@ -72,12 +76,14 @@ def parallelize_moe(
     layers = [(name, part) for name, part in model.named_modules() if isinstance(part, MoE)]
     dispatchers = [_dispatcher(name, moe, mesh, num_chunks, max_rows) for name, moe in layers]
     everyone = _everyone(mesh)
+    _check_buffers(model)
     _broadcast(model, everyone)
     for (name, moe), dispatcher in zip(layers, dispatchers, strict=True):
         _split_experts(moe.experts, mesh)
         moe.experts.dispatcher = dispatcher
         if moe.load_balancing_coef > 0 or moe.router_z_coef > 0:
             moe.router.sum_over_ranks = _Sum(everyone, f"auxiliary losses of {name}")
+    _materialise(model, mesh.device_type)
     if data == "shard":
         _shard(model, [moe.experts for _, moe in layers], mesh, everyone)
     else:
@@ -182,9 +188,47 @@ def _everyone(mesh: DeviceMesh) -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
+def _check_buffers(model: nn.Module) -> None:
+    for path, part in model.named_modules():
+        for name in sorted(part._non_persistent_buffers_set):
+            buffer = getattr(part, name)
+            if buffer is not None and buffer.is_meta:
+                raise ValueError(
+                    f"buffer {path}.{name} is on the meta device, and no checkpoint fills it"
+                )
+
+
+@torch.no_grad()
+def _materialise(model: nn.Module, device_type: str) -> None:
+    """Gives memory to what is on the meta device; of experts, to the part that is held here."""
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    fresh: dict[nn.Parameter, nn.Parameter] = {}
+    for part in model.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
+            if parameter not in fresh:
+                room = torch.empty_like(_local_part(parameter), device=device)
+                if isinstance(parameter, DTensor):
+                    room = DTensor.from_local(room, parameter.device_mesh, parameter.placements)
+                fresh[parameter] = nn.Parameter(room, parameter.requires_grad)
+            part.register_parameter(name, fresh[parameter])
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(part, name, torch.empty_like(buffer, device=device))
+
+
+def _local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def _broadcast(model: nn.Module, group: dist.ProcessGroup) -> None:
     for name, tensor in _tensors(model):
+        if tensor.is_meta:
+            continue
         with collective(f"start, weights of {name}"):
             dist.broadcast(tensor.detach(), src=0, group=group)
 

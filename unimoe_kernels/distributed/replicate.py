@@ -53,10 +53,12 @@ class GradientSum:
     def _collect(self, place: int, grad: Tensor) -> None:
         if not self._fresh:
             torch.autograd.Variable._execution_engine.queue_callback(self._sum)
-        parameter = self._parameters[place]
+        if place in self._fresh:
+            self._fresh[place] = self._fresh[place] + grad
+            return
         self._fresh[place] = grad
-        if parameter.grad is not None:
-            self._before[place] = parameter.grad.clone()
+        if self._parameters[place].grad is not None:
+            self._before[place] = self._parameters[place].grad.clone()
 
     @torch.no_grad()
     def _sum(self) -> None:

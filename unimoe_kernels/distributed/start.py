@@ -112,7 +112,8 @@ def finish_parallel() -> None:
     Not for a rank that has failed: it must exit, so that the others notice.
     """
     if dist.is_initialized():
-        dist.barrier()
+        with collective("end of the run"):
+            dist.barrier()
         stop_heartbeat()
         dist.destroy_process_group()
 
