@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -13,6 +13,8 @@ import torch.distributed as dist
 # A rank is silent when it misses this many beats: several, so that a busy machine that runs its
 # thread late is not taken for a dead one.
 MISSED_BEATS = 6
+# For so many beats rank 0, which may keep the store, stays after it has told why it stops.
+READING_BEATS = 3
 
 _heartbeat: Heartbeat | None = None
 
@@ -47,6 +49,7 @@ class Heartbeat:
         for own in (self._store, self._beating):
             own.set_timeout(timedelta(seconds=max(1.0, MISSED_BEATS * seconds)))
         self._rank, self._world_size, self._seconds = rank, world_size, seconds
+        self._reports: dict[int, str] = {}
         self.place = f"rank {rank} of {world_size}"
         self._stopped = threading.Event()
         self._beat(0)
@@ -70,31 +73,45 @@ class Heartbeat:
         silent = zip(others, before, after, strict=True)
         return tuple(rank for rank, old, new in silent if old == new)
 
-    def report(self, text: str) -> None:
-        """Tells the other ranks why this one stops; the first report of a rank counts."""
-        try:
-            if not self._store.check([self._key("failed", self._rank)]):
-                self._store.set(self._key("failed", self._rank), text)
-        except (RuntimeError, dist.DistError):
-            return
+    def report(self, text: str, linger: bool) -> None:
+        """Tells the other ranks why this one stops; the first report of a rank counts.
+
+        Args:
+            text: why.
+            linger: whether rank 0, which may keep the store, stays until the others can have read.
+        """
+        key = self._key("failed", self._rank)
+        with suppress(RuntimeError, dist.DistError):
+            if self._store.check([key]):
+                return
+            self._store.set(key, text)
+            self._store.set(self._key("failed", "any"), "")
+            if linger and self._rank == 0:
+                self._stopped.wait(READING_BEATS * self._seconds)
 
     def reports(self) -> dict[int, str]:
         """What other ranks reported, by rank."""
-        found = {}
-        try:
-            for rank in range(self._world_size):
-                key = self._key("failed", rank)
-                if rank != self._rank and self._store.check([key]):
-                    found[rank] = self._store.get(key).decode()
-        except (RuntimeError, dist.DistError):
-            return found
-        return found
+        with suppress(RuntimeError, dist.DistError):
+            self._reports |= self._read_reports(self._store)
+        return self._reports
+
+    def _read_reports(self, store: dist.Store) -> dict[int, str]:
+        if not store.check([self._key("failed", "any")]):
+            return {}
+        keys = {
+            rank: self._key("failed", rank)
+            for rank in range(self._world_size)
+            if rank != self._rank
+        }
+        return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
 
     def _run(self) -> None:
         beat = 1
         while not self._stopped.wait(self._seconds):
             try:
                 self._beat(beat)
+                # Read now what cannot be read any more when its rank took the store with it.
+                self._reports |= self._read_reports(self._beating)
             except (RuntimeError, dist.DistError):
                 return
             beat += 1
@@ -107,7 +124,7 @@ class Heartbeat:
         return self._store.get(key) if self._store.check([key]) else b""
 
     @staticmethod
-    def _key(kind: str, rank: int) -> str:
+    def _key(kind: str, rank: int | str) -> str:
         return f"unimoe/{kind}/{rank}"
 
 
@@ -124,7 +141,7 @@ def stop_heartbeat() -> None:
     """Ends it, and says so to ranks that still wait for this one."""
     global _heartbeat
     if _heartbeat is not None:
-        _heartbeat.report("it had ended")
+        _heartbeat.report("it had ended", linger=False)
         _heartbeat.stop()
         _heartbeat = None
         atexit.unregister(stop_heartbeat)
@@ -192,7 +209,7 @@ def _diagnosis(error: BaseException) -> tuple[str, tuple[int, ...]]:
 
 def _reported(error: BaseException) -> BaseException:
     if _heartbeat is not None:
-        _heartbeat.report(" ".join(f"{type(error).__name__}: {error}".split()))
+        _heartbeat.report(" ".join(f"{type(error).__name__}: {error}".split()), linger=True)
     return error
 
 
