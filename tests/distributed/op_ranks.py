@@ -264,6 +264,19 @@ def accumulation(r):
     return relative_error(model.weight.grad, torch.full((2, 3), expected))
 
 
+def another_model(r):
+    """The last rank trains less; nothing is changed on any rank."""
+    moe, _ = layer(r)
+    moe.router.requires_grad_(r.rank < r.world - 1)
+    text = message(lambda: parallelize_moe(moe, r.mesh))
+    return [text, moe.experts.dispatcher is None]
+
+
+def uneven_shards(r):
+    moe = MoE(5, 7, E, K)
+    return message(lambda: parallelize_moe(moe, r.data_mesh, data="shard"))
+
+
 def meta_buffers(r):
     moe, _ = layer(r)
     moe.register_buffer("scratch", torch.zeros(2, device="meta"), persistent=False)
@@ -379,6 +392,8 @@ SCENARIOS = (
     autocast,
     compiled_layer,
     accumulation,
+    another_model,
+    uneven_shards,
     meta_buffers,
     recomputation,
     frozen_on_one_rank,

@@ -37,6 +37,18 @@ def test_gradients_of_several_backwards_add_up(ops):
     assert all(error < 1e-12 for error in ops["accumulation"])
 
 
+def test_ranks_with_different_models_are_all_told(ops):
+    last = len(ops["another_model"]) - 1
+    for rank, (text, untouched) in enumerate(ops["another_model"]):
+        assert f"start: rank {last if rank < last else 0} has another model" in text
+        assert untouched
+
+
+def test_experts_that_cannot_be_sharded_are_refused(ops):
+    for text in ops["uneven_shards"]:
+        assert text.startswith("ValueError: an expert parameter of shape (8, ")
+
+
 def test_a_buffer_that_nothing_fills_is_refused(ops):
     text = "ValueError: buffer .scratch is on the meta device, and no checkpoint fills it"
     assert set(ops["meta_buffers"]) == {text}

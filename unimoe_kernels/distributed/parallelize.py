@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from unimoe_kernels.distributed.dispatcher import ExpertDispatcher
-from unimoe_kernels.distributed.failure import collective
+from unimoe_kernels.distributed.failure import CollectiveError, collective
 from unimoe_kernels.distributed.replicate import GradientSum
 from unimoe_kernels.distributed.start import MESH_DIMS
 from unimoe_kernels.layers import GroupedExperts, MoE
@@ -66,8 +67,10 @@ def parallelize_moe(
 
     Raises:
         ValueError: If the mesh has other dimensions, data is unknown, E is not a multiple of `ep`,
-            experts are parallel already, or a buffer that no checkpoint holds is on the meta
-            device. Nothing is changed then.
+            experts are parallel already, a buffer that no checkpoint holds is on the meta device,
+            or FSDP2 cannot split an expert evenly. Nothing is changed then.
+        CollectiveError: If a rank has another model, by names, shapes, dtypes and which parameters
+            require gradients. Nothing is changed then.
     """
     if mesh.mesh_dim_names != MESH_DIMS:
         raise ValueError(f"mesh (dimensions {mesh.mesh_dim_names}) must have {MESH_DIMS}")
@@ -77,6 +80,11 @@ def parallelize_moe(
     dispatchers = [_dispatcher(name, moe, mesh, num_chunks, max_rows) for name, moe in layers]
     everyone = _everyone(mesh)
     _check_buffers(model)
+    if data == "shard":
+        for _, moe in layers:
+            for parameter in moe.experts.parameters():
+                _placement(parameter, mesh.size(0))
+    _check_same(model, mesh, everyone)
     _broadcast(model, everyone)
     for (name, moe), dispatcher in zip(layers, dispatchers, strict=True):
         _split_experts(moe.experts, mesh)
@@ -186,6 +194,23 @@ def _everyone(mesh: DeviceMesh) -> dist.ProcessGroup:
             f"mesh (of {mesh.size()} ranks) must hold all {dist.get_world_size()} processes"
         )
     return dist.group.WORLD
+
+
+def _check_same(model: nn.Module, mesh: DeviceMesh, group: dist.ProcessGroup) -> None:
+    facts = [
+        (name, tuple(t.shape), str(t.dtype), t.is_meta, t.requires_grad)
+        for name, t in _tensors(model)
+    ]
+    own = torch.tensor([zlib.crc32(repr(facts).encode()), len(facts)], device=mesh.device_type)
+    found = own.new_empty(group.size(), own.numel())
+    with collective("start, comparing models"):
+        dist.all_gather(list(found.unbind()), own, group=group)
+    others = (found != own).any(dim=1).nonzero().flatten().tolist()
+    if others:
+        raise CollectiveError(
+            "start",
+            f"rank {others[0]} has another model, or other parameters of it require gradients",
+        )
 
 
 def _check_buffers(model: nn.Module) -> None:
