@@ -23,16 +23,18 @@ def generate_in_parallel(
     Args:
         model: after `parallelize_moe`, in eval mode.
         inputs: what `generate` takes, `input_ids` `[B, S]` among them; None for no prompts.
-        **options: options of `generate`; they may differ between ranks, except those that change
-            how often the model is called for a token (beams and assistants do not matter, caches
-            do).
+        **options: options of `generate`; they may differ between ranks.
 
     Returns:
         What `generate` returns, or None without prompts.
 
     Raises:
+        ValueError: if the cache is switched off: transformers keeps a rank that is done in step by
+            its cache.
         CollectiveError: if a rank dies or does not come in time.
     """
+    if options.get("use_cache", model.generation_config.use_cache) is False:
+        raise ValueError("use_cache (False) must be True when ranks generate together")
     with attributed("generation"):
         if inputs is not None:
             return model.generate(**inputs, **options, synced_gpus=True)

@@ -86,7 +86,7 @@ def cases(alone, rank):
     return {
         "different lengths": common | {"max_new_tokens": 12 - 5 * rank % 10, "eos_token_id": PAD},
         "early stop": common | {"max_new_tokens": 12, "eos_token_id": early},
-        "no cache": common | {"max_new_tokens": 4 + rank, "use_cache": False},
+        "beams": common | {"max_new_tokens": 4 + 2 * rank, "num_beams": 2, "eos_token_id": PAD},
         "sampled": common
         | {"max_new_tokens": 6, "do_sample": True, "top_k": 5, "eos_token_id": PAD},
     }
@@ -119,6 +119,10 @@ def main(folder, rank, world):
         results["no prompts"] = torch.equal(actual, alone.generate(**prompts(rank), **options))
     else:
         results["no prompts"] = actual is None
+    try:
+        generate_in_parallel(shared, prompts(rank), use_cache=False)
+    except ValueError as error:
+        results["no cache"] = str(error)
     everyone = [None] * world
     torch.distributed.all_gather_object(everyone, results)
     finish_parallel()

@@ -9,7 +9,7 @@ def results(request, tmp_path_factory):
     return found("generate_ranks.py", request.param, tmp_path_factory.mktemp("generate"))
 
 
-@pytest.mark.parametrize("case", ["different lengths", "early stop", "no cache", "sampled"])
+@pytest.mark.parametrize("case", ["different lengths", "early stop", "beams", "sampled"])
 def test_same_tokens_as_one_process(results, case):
     """Prompts of 5, 9 and 14 tokens, one with a picture; each rank sends rows to the other."""
     for equal, _, sent in results[case]:
@@ -25,3 +25,9 @@ def test_ranks_stop_at_different_times(results):
 
 def test_a_rank_without_prompts_takes_part(results):
     assert all(results["no prompts"])
+
+
+def test_generation_without_cache_is_refused(results):
+    assert set(results["no cache"]) == {
+        "use_cache (False) must be True when ranks generate together"
+    }
