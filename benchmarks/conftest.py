@@ -22,6 +22,7 @@ SETS_OF = {
     "movement_case": "movement",
     "sort_case": "movement",
     "lora_case": "lora",
+    "ranks_case": "ranks",
 }
 
 

@@ -54,6 +54,7 @@ class ShapeSet(NamedTuple):
         operator: cases of operators that compute.
         movement: cases of operators that choose, sort and copy. More tokens, as they are quick.
         lora: cases of LoRA on the experts of a layer.
+        ranks: cases of a layer whose experts lie in several processes.
         model: name in `MODEL_CASES`, or "" for none.
     """
 
@@ -61,6 +62,7 @@ class ShapeSet(NamedTuple):
     operator: tuple[Case, ...] = ()
     movement: tuple[Case, ...] = ()
     lora: tuple[Case, ...] = ()
+    ranks: tuple[Case, ...] = ()
     model: str = ""
 
 
@@ -177,12 +179,25 @@ SETS = {
         operator=(Case("small-qwen3", 16), Case("small-qwen3", 16, "training")),
         movement=(Case("small-qwen3", 16), Case("small-qwen3", 16, "training")),
         lora=(Case("small-qwen3", 16, "training"),),
+        ranks=(Case("small-qwen3", 18, "training"),),
         model="smoke",
     ),
     "small": _small(),
     "cpu-goals": _cpu_goals(),
     "goals": _goals(),
     "full": _full(),
+    # Of processes that share the experts of a layer: one machine's, so gloo moves the rows.
+    "ranks": ShapeSet(
+        layer=(),
+        ranks=(
+            *(
+                Case("small-unimoe", 2048, mode, routing)
+                for mode in MODES
+                for routing in ("natural", "same")
+            ),
+            Case("small-qwen3", 2048, "training"),
+        ),
+    ),
 }
 
 
@@ -229,6 +244,7 @@ def every_case(name: str) -> tuple[Case, ...]:
         *chosen.operator,
         *chosen.movement,
         *chosen.lora,
+        *chosen.ranks,
         *MODEL_CASES[chosen.model],
     )
     return tuple(dict.fromkeys(cases))

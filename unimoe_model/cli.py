@@ -114,20 +114,25 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    import torch
-
+    from unimoe_kernels.distributed import attributed
     from unimoe_model.training.arm import train_arm
-    from unimoe_model.training.progress import BarReporter
+    from unimoe_model.training.progress import BarReporter, SilentReporter
+    from unimoe_model.training.start import own_device, start_ranks
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = train_arm(
-        _settings(options),
-        options.arm,
-        options.output / options.arm,
-        options.features or options.output / "features",
-        BarReporter(),
-        device,
-    )
+    settings, device = _settings(options), own_device()
+    mesh = start_ranks(settings, device)
+    with attributed(f"training of {options.output}"):
+        result = train_arm(
+            settings,
+            options.arm,
+            options.output / options.arm,
+            options.features or options.output / "features",
+            BarReporter() if mesh is None or mesh.get_rank() == 0 else SilentReporter(),
+            device,
+            mesh,
+        )
+    if mesh is not None and result is None:
+        return
     for task, value in result["accuracy"].items():
         print(f"{task:<18}{100 * value:6.1f} %")
 

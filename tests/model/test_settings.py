@@ -135,3 +135,45 @@ def test_precision_given_is_kept_and_auto_decided(load):
     assert load(raw_settings()).resolved_precision(cpu) == "fp32"
     assert load(raw_settings(), precision="bf16").resolved_precision(cpu) == "bf16"
     assert load(raw_settings(), precision="auto").resolved_precision(cpu) in ("bf16", "fp32")
+
+
+@pytest.fixture
+def tiny_yaml_with(tmp_path):
+    """Reads the demo's settings with another line at their end."""
+
+    def read(line):
+        text = CONFIGS[0].with_name("tiny.yaml").read_text(encoding="utf-8")
+        (tmp_path / "with.yaml").write_text(f"{text}\n{line}\n", encoding="utf-8")
+        return load_settings(tmp_path / "with.yaml")
+
+    return read
+
+
+def test_parallel_sizes_are_read(tiny_yaml_with):
+    settings = tiny_yaml_with("parallel: {data: 2, expert: 4}")
+    assert (settings.parallel.data, settings.parallel.expert) == (2, 4)
+    assert tiny_yaml_with("").parallel is None
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("parallel: {data: 0}", r"parallel: data \(0\) must be at least 1"),
+        ("parallel: {expert: two}", r"parallel\.expert \('two'\) must be of type int"),
+        ("parallel: {experts: 2}", r"parallel has unknown keys \['experts'\]"),
+        ("parallel: {timeout: 0}", r"timeout \(0\) must be above 0"),
+        (
+            "parallel: {expert: 3}",
+            r"parallel\.expert \(3\) must divide the number of experts \(4\)",
+        ),
+        ("parallel: 2", r"parallel.* \(2\) must be a mapping"),
+    ],
+)
+def test_wrong_parallel_sizes_are_refused(tiny_yaml_with, text, error):
+    with pytest.raises(ValueError, match=error):
+        tiny_yaml_with(text)
+
+
+def test_how_many_processes_decides_no_result(tiny_yaml_with):
+    parallel = tiny_yaml_with("parallel: {data: 2, expert: 4}")
+    assert parallel.result_facts() == tiny_yaml_with("").result_facts()

@@ -72,12 +72,12 @@ def is_stdlib(item):
     return item.top in sys.stdlib_module_names
 
 
-def public_names():
-    tree = ast.parse((ROOT / "unimoe_kernels" / "__init__.py").read_text())
+def public_names(package="unimoe_kernels"):
+    tree = ast.parse((ROOT / package / "__init__.py").read_text())
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return set(ast.literal_eval(node.value))
-    raise AssertionError("unimoe_kernels/__init__.py has no literal __all__")
+    raise AssertionError(f"{package}/__init__.py has no literal __all__")
 
 
 def test_imports_of_finds_every_form():
@@ -142,6 +142,22 @@ def test_layers_import_public_ops():
     assert not violations("unimoe_kernels/layers/*.py", allowed)
 
 
+def test_distributed_imports_layers_and_ops():
+    def allowed(path, item):
+        if is_stdlib(item) or item.top == "torch":
+            return True
+        if item.module == "safetensors" or item.module == "safetensors.torch":
+            return item.lazy
+        parts = ("unimoe_kernels.ops", "unimoe_kernels.layers")
+        return (
+            item.module in parts
+            or item.module.startswith("unimoe_kernels.distributed")
+            or (item.module == "unimoe_kernels" and item.names == ("_checks",))
+        )
+
+    assert not violations("unimoe_kernels/distributed/*.py", allowed)
+
+
 def test_kernel_package_imports_nothing_but_torch_when_loaded():
     """Triton, transformers, peft and the rest come in lazily, or in a kernel.py."""
 
@@ -164,12 +180,15 @@ def test_kernel_modules_are_loaded_lazily_everywhere():
 
 
 def test_model_imports_public_names_of_the_kernel_package():
-    public = public_names()
+    public = {
+        package.replace("/", "."): public_names(package)
+        for package in ("unimoe_kernels", "unimoe_kernels/distributed")
+    }
 
     def allowed(path, item):
         if item.top != "unimoe_kernels":
             return True
-        return item.module == "unimoe_kernels" and set(item.names) <= public and bool(item.names)
+        return set(item.names) <= public.get(item.module, set()) and bool(item.names)
 
     assert not violations("unimoe_model/**/*.py", allowed)
 

@@ -60,3 +60,9 @@ def autocasts(*tensors: torch.Tensor) -> bool:
         and torch.is_autocast_enabled(device_type)
         and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
     )
+
+
+def local_part(weight: torch.Tensor | None) -> torch.Tensor | None:
+    """The part of a DTensor that this rank holds; any other tensor, or None, as it is."""
+    # The class itself comes with half a second of imports, which plain tensors need not pay for.
+    return weight.to_local() if hasattr(weight, "to_local") else weight

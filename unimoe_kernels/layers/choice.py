@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unimoe_kernels.ops import expert_sort
+
+# Keeps a probability finite when all sigmoids of a token underflow, as `topk_router` does.
+_TINY = 1e-20
 
 
 def sparsemixer_scores(logits: Tensor, ids: Tensor, eps: float) -> Tensor:
@@ -118,3 +122,47 @@ def load_balancing_loss(logits: Tensor, ids: Tensor, token_mask: Tensor | None) 
     probability_TE = logits.softmax(1).masked_fill(left_out_T1, 0)
     mean_E = probability_TE.sum(0) / token_mask.sum().clamp(min=1)
     return num_experts * (rows_E / rows_E.sum().clamp(min=1) * mean_E).sum()
+
+
+def shares_of_losses(
+    logits: Tensor,
+    ids: Tensor,
+    token_mask: Tensor | None,
+    sigmoid: bool,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """This rank's shares of the load-balancing loss and the z-loss of the tokens of all ranks.
+
+    The load-balancing loss is linear in the probabilities once the counts are known, so that only
+    counts travel: `E * sum_e f_e * S_e / T` with f_e and T of all ranks and S_e the sum of this
+    rank's probabilities.
+
+    Args:
+        logits: `[T, E]`, floating point, of this rank's tokens.
+        ids: `[T, K]`, integer, the choices that count; ids of E or more do not.
+        token_mask: `[T]`, bool; tokens with False do not count. None means all True.
+        sigmoid: whether probabilities are sigmoids divided by their sum, instead of a softmax.
+        sum_over_ranks: adds up integers `[E + 1]` over all ranks.
+
+    Returns:
+        Two `()`, dtype of logits. All ranks' shares add up to the losses of `topk_router`.
+
+    Reference:
+        Switch Transformers, arXiv 2101.03961, equation 4; ST-MoE, arXiv 2202.08906, equation 5.
+    """
+    num_experts = logits.shape[1]
+    if token_mask is None:
+        token_mask = torch.ones_like(logits[:, 0], dtype=torch.bool)
+    left_out_T1 = ~token_mask.unsqueeze(1)
+    rows_E = expert_sort(ids.masked_fill(left_out_T1, num_experts), num_experts).tokens_per_expert
+    counts = sum_over_ranks(torch.cat([rows_E.long(), token_mask.sum().unsqueeze(0)]))
+    rows_E, tokens = counts[:-1].to(logits.dtype), counts[-1].clamp(min=1)
+    if sigmoid:
+        probability_TE = logits.sigmoid()
+        probability_TE = probability_TE / (probability_TE.sum(1, keepdim=True) + _TINY)
+    else:
+        probability_TE = logits.softmax(1)
+    sum_E = probability_TE.masked_fill(left_out_T1, 0).sum(0)
+    balancing = num_experts * (rows_E / rows_E.sum().clamp(min=1) * sum_E).sum() / tokens
+    z_T = logits.logsumexp(1).square().masked_fill(~token_mask, 0)
+    return balancing, z_T.sum() / tokens

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimoe_kernels.layers._inputs import check_positive
+from unimoe_kernels.layers._inputs import check_positive, local_part
 from unimoe_kernels.ops import grouped_lora
 
 HALVES = ("gate_proj", "up_proj")
@@ -84,7 +84,7 @@ class ExpertLoRA(nn.Module):
             expert_offsets: `[E + 1]`, int32, as `expert_sort` gives it.
         """
         rows = F.dropout(rows, self.dropout, self.training)
-        lora_A, lora_B = self.lora_A.to(rows.dtype), self.lora_B.to(rows.dtype)
+        lora_A, lora_B = (local_part(w).to(rows.dtype) for w in (self.lora_A, self.lora_B))
         return grouped_lora(rows, lora_A, lora_B, expert_offsets, self.scale)
 
     @torch.no_grad()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from unimoe_kernels.layers._inputs import autocasts, check_hidden, check_positive
+from unimoe_kernels.layers._inputs import autocasts, check_hidden, check_positive, local_part
 from unimoe_kernels.layers.expert_lora import (
     HALVES,
     ExpertLoRA,
@@ -29,6 +31,9 @@ class GroupedExperts(nn.Module):
         down_bias: `[E, D]`, or None without bias.
         expert_lora: an `ExpertLoRA` a target, by name, or None without LoRA.
         expert_lora_merged: whether the weights hold the LoRA already, which then is left out.
+        dispatcher: None, or what takes rows to experts of other ranks and back
+            (`unimoe_kernels.distributed`). Then the weights are DTensors, of which each rank holds
+            the part of its experts, and ids mean the experts of all ranks.
 
     Args:
         num_experts: E, at least 1.
@@ -74,6 +79,7 @@ class GroupedExperts(nn.Module):
         self.activation = activation
         self.initializer_range = initializer_range
         self.expert_lora_merged = False
+        self.dispatcher: Callable[..., torch.Tensor] | None = None
         self.register_module("expert_lora", None)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -129,7 +135,16 @@ class GroupedExperts(nn.Module):
                 f"scores (shape {tuple(scores.shape)}) must have the shape of ids "
                 f"{tuple(ids.shape)}"
             )
-        x, gate_up_proj, down_proj, gate_up_bias, down_bias = self._operands(x)
+        if self.dispatcher is None:
+            return self._answer(x, ids, scores)
+        return self.dispatcher(self._answer, self._cast(x), ids, scores)
+
+    def _answer(self, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`forward` by the experts held here, whose ids start at 0."""
+        names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+        x, gate_up_proj, down_proj, gate_up_bias, down_bias = map(
+            self._cast, (x, *(local_part(getattr(self, name)) for name in names))
+        )
         lora = None if self.expert_lora_merged else self.expert_lora
         if lora is None:
             return moe_mlp(
@@ -142,7 +157,7 @@ class GroupedExperts(nn.Module):
                 gate_up_bias=gate_up_bias,
                 down_bias=down_bias,
             )
-        sort = expert_sort(ids, self.num_experts)
+        sort = expert_sort(ids, gate_up_proj.shape[0])
         offsets_E1 = sort.expert_offsets
         rows_ND = permute(x, sort, ids.shape[1])
         gate_up_N2F = grouped_mm(rows_ND, gate_up_proj, offsets_E1, gate_up_bias)
@@ -173,7 +188,8 @@ class GroupedExperts(nn.Module):
 
         Raises:
             ValueError: if rank is below 1.
-            RuntimeError: if the experts have LoRA already.
+            RuntimeError: if the experts have LoRA already, or lie on several ranks: LoRA comes
+                first.
 
         Reference:
             LoRA, arXiv 2106.09685.
@@ -183,6 +199,8 @@ class GroupedExperts(nn.Module):
             raise RuntimeError(
                 f"the experts already have LoRA of rank {self.lora_rank}; call merge_lora() first"
             )
+        if self.dispatcher is not None:
+            raise RuntimeError("LoRA must be added before the experts are split between ranks")
         if freeze_base:
             for base in self.parameters():
                 base.requires_grad_(False)
@@ -212,14 +230,11 @@ class GroupedExperts(nn.Module):
         add_deltas(self, 1.0)
         self.expert_lora = None
 
-    def _operands(self, x: torch.Tensor) -> list[torch.Tensor | None]:
-        """X and all weights and biases, in the dtype of torch.autocast where that is on."""
-        names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
-        tensors = [x, *(getattr(self, name) for name in names)]
-        if not autocasts(x, self.gate_up_proj):
-            return tensors
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    def _cast(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """X, a weight or a bias in the dtype of torch.autocast where that is on."""
+        if tensor is None or not autocasts(tensor, self.gate_up_proj):
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses."""

@@ -1,5 +1,7 @@
 """The learned router: one bias-free projection, the top-k operator, and limits on its choice."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +16,7 @@ from unimoe_kernels.layers._inputs import (
 from unimoe_kernels.layers.choice import (
     expert_capacity,
     load_balancing_loss,
+    shares_of_losses,
     sparsemixer_scores,
     within_capacity,
     within_top_p,
@@ -46,6 +49,10 @@ class TopKRouter(nn.Module):
         weight: `[E + Z + S, D]` parameter, normal with standard deviation `initializer_range`.
         correction_bias: `[E + Z]` float32 buffer of zeros, or None. It takes part in the choice of
             experts and never in their scores; `update_correction_bias` balances load by it.
+        sum_over_ranks: None, or a function that adds up a tensor of counts over all ranks that
+            share a batch (`unimoe_kernels.distributed`). Where gradients are recorded, both losses
+            are then this rank's share of the losses of all tokens: the shares add up to them, and
+            so do their gradients.
 
     Args:
         hidden_size: D.
@@ -158,6 +165,7 @@ class TopKRouter(nn.Module):
         )
         bias = torch.zeros(self.num_choices, device=device) if correction_bias else None
         self.register_buffer("correction_bias", bias)
+        self.sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
         # The operator itself refuses options that do not go together, here on no tokens.
         with torch.device("meta"):
             self._choose(torch.empty(0, self.num_choices), None)
@@ -277,6 +285,14 @@ class TopKRouter(nn.Module):
             scores_TK = self._renormalise(scores_TK, self.scale)
             if self.balance == "all":
                 balancing = load_balancing_loss(wide_TE, ids_TK, mask_T)
+        if self.sum_over_ranks is not None and torch.is_grad_enabled():
+            balancing, z_loss = shares_of_losses(
+                logits_TE.to(scores_TK.dtype),
+                ids_TK[:, :1] if self.balance == "first" else ids_TK,
+                mask_T,
+                self.mode.startswith("sigmoid"),
+                self.sum_over_ranks,
+            )
         if self.capacity_factor is not None:
             capacity = expert_capacity(
                 ids_TK.numel(), self.num_experts, self.capacity_factor, self.min_capacity

@@ -4,12 +4,13 @@ import json
 import os
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils.logging import disable_progress_bar
 
+from unimoe_kernels.distributed import finish_parallel
 from unimoe_model.data.collate import Collator
 from unimoe_model.data.examples import EVALUATED_TASKS, Example
 from unimoe_model.data.feature_cache import FeatureCache
@@ -23,6 +24,7 @@ from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.prompt import build_prompt
 from unimoe_model.training.checkpoint import fingerprint
 from unimoe_model.training.progress import ProgressReporter, QueueReporter
+from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.settings import RunSettings
 from unimoe_model.training.stages import CACHED_KINDS, Trainer, query_state_bank
 
@@ -66,7 +68,8 @@ def train_arm(
     cache_folder: Path,
     reporter: ProgressReporter,
     device: torch.device,
-) -> dict:
+    mesh: DeviceMesh | None = None,
+) -> dict | None:
     """Trains one arm through all stages, evaluates it and saves model and processor.
 
     Args:
@@ -76,16 +79,25 @@ def train_arm(
         cache_folder: where the encoders' features are kept.
         reporter: is told of the progress.
         device: where to train.
+        mesh: of the processes that train together, which all call this; None is this one alone.
+            The first of them evaluates and writes, after the process groups have ended.
 
     Returns:
         What `evaluation.json` holds: `accuracy` and `answers` by task, `routing` shares (MoE), and
-        `seconds`.
+        `seconds`. None in processes other than the first.
     """
-    run = fingerprint([arm, asdict(settings), settings.resolved_precision(device)])
+    ranks = Ranks(mesh)
+    run = fingerprint([arm, settings.result_facts(), settings.resolved_precision(device)])
     if (result := _finished(folder, run)) is not None:
-        return result
+        finish_parallel()
+        return result if ranks.is_first else None
     builder = build_tasks(settings, cache_folder, device)
+    # The first process fills the cache of features that the others read.
+    if not ranks.is_first:
+        ranks.wait("features")
     tasks = builder.media_examples("train") | builder.text_examples()
+    if ranks.is_first:
+        ranks.wait("features")
     tokenizer = train_tokenizer(
         (
             f"{build_prompt(e.question, [ref.kind for ref in e.media])} {e.answer}"
@@ -95,9 +107,21 @@ def train_arm(
         settings.model.vocab_size,
     )
     trainer = Trainer(
-        settings, arm, folder, tasks, builder.bank, tokenizer, load_decoder(), reporter, device
+        settings,
+        arm,
+        folder,
+        tasks,
+        builder.bank,
+        tokenizer,
+        load_decoder(),
+        reporter,
+        device,
+        mesh,
     )
     model = trainer.run()
+    finish_parallel()
+    if not ranks.is_first:
+        return None
     model.save_pretrained(folder / "model")
     UniMoEProcessor.from_config(model.config, tokenizer).save_pretrained(folder / "model")
     result = {"run": run, **_evaluate(settings, model, tokenizer, builder, reporter)}

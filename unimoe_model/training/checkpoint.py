@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from unimoe_kernels.distributed import load_sharded, save_sharded
+
 _WEIGHTS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.pt", "state.json"
 
 
@@ -44,6 +46,7 @@ def save_checkpoint(
     progress: Progress,
     parameters: dict[str, torch.nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
+    alone: bool = True,
 ) -> None:
     """Replaces the checkpoint in `folder`; a kill at any moment leaves the old one or the new.
 
@@ -53,7 +56,12 @@ def save_checkpoint(
         progress: how far it has come.
         parameters: the parameters being trained, by name.
         optimizers: the optimisers that hold their state.
+        alone: whether one process trains. Several write a sharded checkpoint (`save_sharded`), all
+            of them together.
     """
+    if not alone:
+        save_sharded(folder, parameters, optimizers, {"run": run, **vars(progress)})
+        return
     fresh = folder.with_name(folder.name + ".new")
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -75,8 +83,12 @@ def load_checkpoint(
     run: str,
     parameters: dict[str, torch.nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
+    alone: bool = True,
 ) -> Progress | None:
     """Continues from the checkpoint in `folder`.
+
+    One that several processes wrote is continued by any number of them, also by one; one that one
+    process wrote only by one.
 
     Returns:
         Its progress, or None if there is no checkpoint; then nothing is changed.
@@ -85,8 +97,10 @@ def load_checkpoint(
         ValueError: if the checkpoint is of another configuration or cannot be read.
     """
     old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():
+    if alone and not folder.exists() and old.exists():
         os.rename(old, folder)
+    if not alone or (folder / ".metadata").exists():
+        return _load_sharded(folder, run, parameters, optimizers)
     if not folder.exists():
         return None
     try:
@@ -110,6 +124,29 @@ def load_checkpoint(
     for optimizer, optimizer_state in zip(optimizers, optimizer_states, strict=True):
         optimizer.load_state_dict(optimizer_state)
     return progress
+
+
+def _load_sharded(
+    folder: Path,
+    run: str,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> Progress | None:
+    try:
+        state = load_sharded(folder, parameters, optimizers)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; give another output folder, or delete it to start this stage anew, or go on"
+            " with the number of processes that wrote it"
+        ) from error
+    if state is None:
+        return None
+    if (found := state.pop("run", None)) != run:
+        raise ValueError(
+            f"checkpoint {folder} is of another configuration ({found}, this run is {run});"
+            " give another output folder, or delete it to start this stage anew"
+        )
+    return Progress(**state)
 
 
 def completed_run(folder: Path, run: str) -> bool:

@@ -54,6 +54,19 @@ class BarReporter:
         self._bar.close()
 
 
+class SilentReporter:
+    """Shows nothing: for processes beside the one that has the terminal."""
+
+    def start(self, stage: str, total: int, done: int) -> None:
+        """Does nothing."""
+
+    def advance(self, steps: int, **figures: str) -> None:
+        """Does nothing."""
+
+    def finish(self) -> None:
+        """Does nothing."""
+
+
 class QueueReporter:
     """Sends every call as a message, for `replay` in the process that has the terminal."""
 

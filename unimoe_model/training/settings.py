@@ -1,6 +1,6 @@
 """Settings of a whole run, read from YAML and checked before anything is built."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -56,6 +56,28 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class ParallelSettings:
+    """Processes that train one model together; they decide how fast, not what, is computed.
+
+    Attributes:
+        data: groups of processes that hold all experts together.
+        expert: processes that share the experts of a group.
+        timeout: seconds after which processes give up waiting for one that does not come.
+    """
+
+    data: int = 1
+    expert: int = 1
+    timeout: float = 600.0
+
+    def __post_init__(self):
+        for name in ("data", "expert"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout ({self.timeout}) must be above 0")
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """Everything that decides what a run computes.
 
@@ -74,6 +96,7 @@ class RunSettings:
         lora_rank: of stage 3, on attention and experts.
         lora_alpha: of stage 3.
         evaluation: most held-out items of each task; a task that is not named takes all.
+        parallel: number of processes that torchrun starts; None is one process without it.
     """
 
     seed: int
@@ -89,6 +112,7 @@ class RunSettings:
     lora_alpha: int
     router_strength: float = 0.0
     evaluation: dict[str, int] = field(default_factory=dict)
+    parallel: ParallelSettings | None = None
 
     def __post_init__(self):
         unknown = sorted(self.experts.keys() - set(MEDIA_KINDS))
@@ -110,6 +134,17 @@ class RunSettings:
             raise ValueError(f"evaluation ({unknown}) must be among {EVALUATED_TASKS}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"precision ({self.precision!r}) must be 'auto', 'bf16' or 'fp32'")
+        if self.parallel is not None and len(self.experts) % self.parallel.expert:
+            raise ValueError(
+                f"parallel.expert ({self.parallel.expert}) must divide the number of experts"
+                f" ({len(self.experts)})"
+            )
+
+    def result_facts(self) -> dict[str, Any]:
+        """All fields that decide the result, as plain values; `parallel` does not."""
+        facts = asdict(self)
+        del facts["parallel"]
+        return facts
 
     def resolved_precision(self, device: torch.device) -> str:
         """`"bf16"` or `"fp32"`, with `"auto"` decided for `device`."""
@@ -146,6 +181,8 @@ def load_settings(path: str | Path, **overrides: Any) -> RunSettings:
         }
     if "model" in raw:
         raw["model"] = _build(ModelSettings, raw["model"], f"{path}: model")
+    if raw.get("parallel") is not None:
+        raw["parallel"] = _build(ParallelSettings, raw["parallel"], f"{path}: parallel")
     return _build(RunSettings, raw, str(path))
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerFast
 
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
@@ -30,6 +31,7 @@ from unimoe_model.training.assemble import (
 )
 from unimoe_model.training.checkpoint import completed_run, fingerprint
 from unimoe_model.training.progress import ProgressReporter
+from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.router_start import mean_ffn_inputs, router_weights
 from unimoe_model.training.settings import RunSettings, StageSettings
 from unimoe_model.training.trainer import finish_stage, train_stage
@@ -55,6 +57,8 @@ class Trainer:
         speech_decoder: pretrained Whisper decoder weights that the speech connector starts from.
         reporter: is told of the progress.
         device: where to train.
+        mesh: of the processes that train together (`start_ranks`), each of which makes its own
+            Trainer with the same arguments; None is this process alone.
 
     Raises:
         ValueError: if arm is unknown, or a stage of the settings needs a task without examples.
@@ -71,6 +75,7 @@ class Trainer:
         speech_decoder: nn.Module,
         reporter: ProgressReporter,
         device: torch.device,
+        mesh: DeviceMesh | None = None,
     ):
         if arm not in ARMS:
             raise ValueError(f"arm ({arm!r}) must be one of {ARMS}")
@@ -83,6 +88,7 @@ class Trainer:
         self._speech_decoder = speech_decoder
         self._reporter = reporter
         self._device = device
+        self._ranks = Ranks(mesh)
         self._precision = settings.resolved_precision(device)
         stages = (settings.pretrain, settings.align, *settings.experts.values(), settings.tune)
         for stage in stages:
@@ -135,7 +141,8 @@ class Trainer:
             self._expert_stage(f"experts/{kind}", model, own, batches, stage)
             experts[kind] = ffn_state(model)
             connectors |= {name: p.detach().clone() for name, p in own.items()}
-            means.append(mean_ffn_inputs(model, map(batches, range(ROUTER_START_BATCHES))))
+            whole = self._batches(stage, 2 + number, collator, shared=False)
+            means.append(mean_ffn_inputs(model, map(whole, range(ROUTER_START_BATCHES))))
         self._history = [
             *history,
             [asdict(s) for s in self._settings.experts.values()],
@@ -266,11 +273,13 @@ class Trainer:
         )
 
     def _batches(
-        self, stage: StageSettings, number: int, collator: Collator
+        self, stage: StageSettings, number: int, collator: Collator, shared: bool = True
     ) -> Callable[[int], dict[str, torch.Tensor]]:
+        """Batches by step: this process's share of them, or the whole."""
         mixture = Mixture(self._tasks, stage.tasks, seed=(self._settings.seed, number))
         size = stage.optimizer.batch_size
-        return lambda step: collator.training(mixture.batch(step, size))
+        share = self._ranks.share if shared else list
+        return lambda step: collator.training(share(mixture.batch(step, size)))
 
     def _digest(self, task: str) -> str:
         if task not in self._digests:
@@ -303,11 +312,15 @@ class Trainer:
             name,
             self._reporter,
             self._precision,
+            ranks=self._ranks,
         )
-        weights = {key: p.detach().cpu().contiguous() for key, p in parameters.items()}
-        save_file(weights, folder / (TRAINED + ".new"))
-        (folder / (TRAINED + ".new")).rename(folder / TRAINED)
-        finish_stage(folder, run, stage.optimizer, progress)
+        if self._ranks.is_first:
+            found = dict(model.named_parameters())
+            weights = {name: found[name].detach().cpu().contiguous() for name in parameters}
+            save_file(weights, folder / (TRAINED + ".new"))
+            (folder / (TRAINED + ".new")).rename(folder / TRAINED)
+            finish_stage(folder, run, stage.optimizer, progress)
+        self._ranks.wait(f"end of {name}")
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from unimoe_kernels.distributed import parameter_groups
 from unimoe_model.data.collate import IGNORED
 from unimoe_model.training.checkpoint import (
     Progress,
@@ -20,6 +21,7 @@ from unimoe_model.training.checkpoint import (
     save_checkpoint,
 )
 from unimoe_model.training.progress import ProgressReporter
+from unimoe_model.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def build_optimizers(
     if others:
         optimizers.append(
             torch.optim.AdamW(
-                others,
+                parameter_groups(others),
                 lr=settings.learning_rate,
                 betas=(0.9, 0.95),
                 weight_decay=settings.weight_decay,
@@ -114,17 +116,27 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def answer_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def answer_loss(
+    model: nn.Module, batch: dict[str, torch.Tensor], count: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean cross-entropy of the answer tokens; the head runs on their positions alone.
 
     The prompt is most of a batch, so this skips most of the largest matmul and its softmax.
+
+    Args:
+        model: has `hidden_states(**inputs)` and `lm_head`.
+        batch: inputs and labels.
+        count: what the sum is divided by instead of the number of answer tokens in the batch: that
+            of all processes.
     """
     labels = batch["labels"][:, 1:]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     hidden = model.hidden_states(**inputs)[:, :-1]
     wanted = labels != IGNORED
     logits = model.lm_head(hidden[wanted])
-    return nn.functional.cross_entropy(logits.float(), labels[wanted])
+    if count is None:
+        return nn.functional.cross_entropy(logits.float(), labels[wanted])
+    return nn.functional.cross_entropy(logits.float(), labels[wanted], reduction="sum") / count
 
 
 def train_stage(
@@ -138,13 +150,15 @@ def train_stage(
     reporter: ProgressReporter,
     precision: str = "fp32",
     checkpoint_seconds: float = 20.0,
+    ranks: Ranks | None = None,
 ) -> Progress:
     """Trains `parameters` and nothing else, from a checkpoint if there is one.
 
     Args:
         model: model with `hidden_states(**inputs)` and `lm_head`; changed in place.
         parameters: what is trained, by name; all else is frozen for the stage.
-        batch_of: inputs and labels of a step, the same whenever it is asked.
+        batch_of: inputs and labels of a step, the same whenever it is asked; of this process's
+            share.
         settings: length and optimiser.
         folder: where the checkpoint is kept while the stage runs.
         run: fingerprint of everything that decides the result.
@@ -152,6 +166,7 @@ def train_stage(
         reporter: is told of the progress.
         precision: `"bf16"` (autocast) or `"fp32"`.
         checkpoint_seconds: time between checkpoints.
+        ranks: the processes that train the model together; None is this one alone.
 
     Returns:
         Losses, tokens and seconds of the whole stage. The checkpoint stays until
@@ -163,9 +178,12 @@ def train_stage(
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
+    ranks = ranks or Ranks()
+    parameters = ranks.divide(model, parameters)
     optimizers = build_optimizers(parameters, settings)
     checkpoint = folder / "checkpoint"
-    progress = load_checkpoint(checkpoint, run, parameters, optimizers) or Progress(losses=[])
+    kept = (checkpoint, run, parameters, optimizers)
+    progress = load_checkpoint(*kept, ranks.is_alone) or Progress(losses=[])
     reporter.start(stage, settings.steps, progress.step)
     device = next(iter(parameters.values())).device
     model.train()
@@ -178,28 +196,34 @@ def train_stage(
         # Dropout of a step is the same, however often the stage was interrupted before it.
         torch.manual_seed(zlib.crc32(f"{run}/{step}".encode()))
         batch = {k: v.to(device) for k, v in batch_of(step).items()}
+        count = ranks.count((batch["labels"][:, 1:] != IGNORED).sum())
         with autocast(device, precision):
-            loss = answer_loss(model, batch)
+            loss = answer_loss(model, batch, count)
         model.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-        value = loss.item()
+        ranks.clip(parameters.values(), settings.max_grad_norm)
+        # All processes save when the clock of the first one says so.
+        due = ranks.is_first and time.monotonic() - saved > checkpoint_seconds
+        value, tokens, due = ranks.sums(
+            f"loss of {stage}, step {step}", loss.item(), int(batch["attention_mask"].sum()), due
+        )
         if not math.isfinite(value):
             raise ValueError(f"loss of {stage}, step {step} ({value}) must be finite")
         for optimizer in optimizers:
             optimizer.step()
         progress.step = step + 1
         progress.losses.append(value)
-        progress.tokens += int(batch["attention_mask"].sum())
+        progress.tokens += int(tokens)
         now = time.monotonic()
         progress.seconds = resumed_at + now - started
         reporter.advance(
             1, loss=f"{value:.3f}", tokens_per_s=f"{progress.tokens / progress.seconds:.0f}"
         )
-        if now - saved > checkpoint_seconds and progress.step < settings.steps:
-            save_checkpoint(checkpoint, run, progress, parameters, optimizers)
+        if due and progress.step < settings.steps:
+            save_checkpoint(checkpoint, run, progress, parameters, optimizers, ranks.is_alone)
             saved = time.monotonic()
     reporter.finish()
+    ranks.unite(model, parameters)
     model.eval()
     return progress
 

@@ -1,0 +1,210 @@
+"""`all_to_all`: rows to other ranks and back, at once or while something else is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from unimoe_kernels import _checks
+from unimoe_kernels.distributed.failure import CollectiveError, collective
+from unimoe_kernels.distributed.traffic import note_transfer
+
+
+def all_to_all(
+    rows: Tensor,
+    input_splits: Sequence[int],
+    output_splits: Sequence[int],
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """Sends each rank of a group its part of the rows, and returns what came from each.
+
+    Example: two ranks with `rows = [[1], [2], [3]]` and `[[4]]`, input splits `[1, 2]` and
+    `[0, 1]`, output splits `[1, 0]` and `[2, 1]`, return `[[1]]` and `[[2], [3], [4]]`.
+
+    Args:
+        rows: `[R, ...]`, any dtype, rows for rank 0 of the group first.
+        input_splits: rows for each rank; they add up to R.
+        output_splits: rows from each rank. What rank a expects of b must be what b sends to a;
+            with `UNIMOE_CHECKS=1` all splits are compared first.
+        group: the ranks; every one of them must call.
+
+    Returns:
+        `[sum(output_splits), ...]`, rows from rank 0 first, dtype and device of `rows`.
+
+    Raises:
+        ValueError: If the splits do not fit the rows or the group.
+        CollectiveError: If a rank dies or does not come in time, or, with `UNIMOE_CHECKS=1`, the
+            splits of two ranks disagree.
+
+    Note:
+        Differentiable: the gradient goes the way back. Deterministic. Works under
+        `torch.compile`, where splits are constants. A backend runs it as
+        `torch.distributed.all_to_all_single`: gloo for tensors on the CPU, NCCL on CUDA.
+    """
+    input_splits, output_splits = list(input_splits), list(output_splits)
+    _check(rows, input_splits, output_splits, group)
+    if _checks.reads_values(rows):
+        _compare_splits(rows, input_splits, output_splits, group)
+    return torch.ops.unimoe.all_to_all(
+        rows.contiguous(), input_splits, output_splits, group.group_name
+    )
+
+
+class Transfer:
+    """An all-to-all that is on its way, and its way back in the backward.
+
+    `start` returns a tensor that holds nothing yet; `finish` waits and returns it filled. What lies
+    between the two calls overlaps the transfer, in the backward likewise: there the backward of
+    `finish` starts and the one of `start` waits, and autograd runs them in reverse order.
+
+    Args:
+        input_splits: as in `all_to_all`.
+        output_splits: likewise.
+        group: likewise.
+        operation: names the transfer in errors.
+    """
+
+    def __init__(
+        self,
+        input_splits: list[int],
+        output_splits: list[int],
+        group: dist.ProcessGroup,
+        operation: str,
+    ) -> None:
+        self.splits = (input_splits, output_splits)
+        self.group = group
+        self.operation = operation
+        self._work: dist.Work | None = None
+        self._arriving: Tensor | None = None
+
+    def start(self, rows: Tensor) -> Tensor:
+        """Starts the transfer of rows `[R, ...]`; the result may be given to `finish` only."""
+        return _Start.apply(rows, self)
+
+    def finish(self, received: Tensor) -> Tensor:
+        """Waits for it."""
+        return _Finish.apply(received, self)
+
+    def send(self, rows: Tensor, backward: bool) -> Tensor:
+        """Starts one direction without gradients."""
+        input_splits, output_splits = self.splits[::-1] if backward else self.splits
+        rows = rows.contiguous()
+        received = rows.new_empty((sum(output_splits), *rows.shape[1:]))
+        with collective(self._name(backward)):
+            self._work = dist.all_to_all_single(
+                received, rows, output_splits, input_splits, group=self.group, async_op=True
+            )
+        self._arriving = received
+        note_transfer(rows, input_splits, output_splits, dist.get_rank(self.group))
+        return received
+
+    def wait(self, backward: bool) -> Tensor:
+        """Waits for what `send` started, and returns it."""
+        work, received = self._work, self._arriving
+        self._work = self._arriving = None
+        with collective(self._name(backward)):
+            work.wait()
+        return received
+
+    def _name(self, backward: bool) -> str:
+        return f"{self.operation}, backward" if backward else self.operation
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.send(rows, backward=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.transfer.wait(backward=True), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, received: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.wait(backward=False)
+        return received.view_as(received)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.transfer.send(grad, backward=True)
+        # Only to be of the shape that autograd expects: the gradient comes out of `_Start`.
+        return grad, None
+
+
+def _check(
+    rows: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
+) -> None:
+    if not isinstance(rows, Tensor) or rows.dim() < 1:
+        raise ValueError(f"rows ({rows!r}) must be a tensor of shape [R, ...]")
+    for name, splits in (("input_splits", input_splits), ("output_splits", output_splits)):
+        if len(splits) != group.size():
+            raise ValueError(
+                f"{name} ({splits}) must have one number for each of the {group.size()} ranks"
+            )
+        if any(size < 0 for size in splits):
+            raise ValueError(f"{name} ({splits}) must not be negative")
+    if sum(input_splits) != rows.shape[0]:
+        raise ValueError(f"input_splits ({input_splits}) must add up to R = {rows.shape[0]}")
+
+
+def _compare_splits(
+    rows: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
+) -> None:
+    """Every rank sees the splits of all, so that all of them raise and none waits."""
+    own = torch.tensor([input_splits, output_splits], device=rows.device)
+    found = own.new_empty(group.size(), *own.shape)
+    with collective("all_to_all of splits"):
+        dist.all_gather(list(found.unbind()), own, group=group)
+    sent, expected = found[:, 0].cpu(), found[:, 1].cpu().t()
+    for source, target in (sent != expected).nonzero().tolist():
+        ranks = [dist.get_global_rank(group, rank) for rank in (source, target)]
+        raise CollectiveError(
+            "all_to_all",
+            f"rank {ranks[0]} sends {sent[source, target]} rows to rank {ranks[1]}, which expects"
+            f" {expected[source, target]} in its output_splits",
+        )
+
+
+def _all_to_all(rows, input_splits, output_splits, group):
+    transfer = Transfer(
+        list(input_splits), list(output_splits), _resolve_process_group(group), "all_to_all"
+    )
+    transfer.send(rows, backward=False)
+    return transfer.wait(backward=False)
+
+
+def _fake(rows, input_splits, output_splits, group):
+    return rows.new_empty((sum(output_splits), *rows.shape[1:]))
+
+
+def _setup_context(ctx, inputs, output):
+    _, ctx.input_splits, ctx.output_splits, ctx.group = inputs
+
+
+def _backward(ctx, grad):
+    rows = torch.ops.unimoe.all_to_all(
+        grad.contiguous(), ctx.output_splits, ctx.input_splits, ctx.group
+    )
+    return rows, None, None, None
+
+
+_library = torch.library.Library("unimoe", "FRAGMENT")
+_library.define(
+    "all_to_all(Tensor rows, SymInt[] input_splits, SymInt[] output_splits, str group) -> Tensor"
+)
+_library.impl("all_to_all", _all_to_all, "CompositeExplicitAutograd")
+torch.library.register_fake("unimoe::all_to_all", _fake, lib=_library)
+torch.library.register_autograd(
+    "unimoe::all_to_all", _backward, setup_context=_setup_context, lib=_library
+)

@@ -1,0 +1,265 @@
+"""Sharded checkpoints of a training run that load at any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.optim import Optimizer
+
+from unimoe_kernels.distributed.failure import collective
+
+_EXTRA = "extra.json"
+
+
+def save_sharded(
+    folder: str | Path,
+    model: nn.Module | Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer] = (),
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Replaces the checkpoint in a folder; a kill at any moment leaves the old one or the new.
+
+    Every rank writes the parts it holds, in the format of `torch.distributed.checkpoint`. All ranks
+    call it, and hosts share the file system. It also works in one process without process groups.
+
+    Args:
+        folder: where the checkpoint is; folders of that name with `.new` and `.old` at the end
+            are used on the way.
+        model: parameters and buffers of its state dict; or some of them, by name. Plain tensors
+            must be equal on all ranks.
+        optimizers: their states, kept by the name of the parameter. Hyperparameters are not kept.
+        extra: what else to keep, as JSON; that of rank 0 counts.
+
+    Raises:
+        ValueError: If an optimiser holds a parameter that is not in the model.
+        CollectiveError: If a rank dies or does not come in time; then nothing is replaced.
+    """
+    folder = Path(folder)
+    state = _model_state(model) | _optimizer_state(model, optimizers)
+    fresh, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+    if _is_first():
+        _recover(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        (fresh / _EXTRA).write_text(json.dumps(extra or {}), encoding="utf-8")
+    with collective(f"save of {folder}"):
+        _barrier()
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(fresh), no_dist=not _distributed())
+    if _is_first():
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(fresh, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    with collective(f"save of {folder}, end"):
+        _barrier()
+
+
+def load_sharded(
+    folder: str | Path,
+    model: nn.Module | Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer] = (),
+) -> dict[str, Any] | None:
+    """Reads a checkpoint of `save_sharded`, whatever number of ranks wrote it.
+
+    Bit for bit: every rank reads the parts it holds. Parameters that were or are not split are read
+    likewise. The index file is a pickle; nothing in it but what describes tensors is unpickled.
+
+    Args:
+        folder: where it is.
+        model: its parameters and buffers, or those given by name, are overwritten.
+        optimizers: as many as were saved, over parameters of the same names; their states are
+            replaced.
+
+    Returns:
+        What was saved as `extra`, or None if there is no checkpoint; then nothing is changed.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read, or is of other parameters or optimisers. Then
+            nothing is changed.
+        CollectiveError: If a rank dies or does not come in time.
+    """
+    folder = Path(folder)
+    if _is_first():
+        _recover(folder)
+    with collective(f"load of {folder}"):
+        _barrier()
+    if not folder.exists():
+        return None
+    try:
+        reader = _Reader(folder)
+        entries = reader.read_metadata().state_dict_metadata
+        extra = json.loads((folder / _EXTRA).read_text(encoding="utf-8"))
+    except Exception as error:
+        raise ValueError(f"checkpoint {folder} cannot be read: {error}") from error
+    state = _model_state(model)
+    _check_entries(folder, state, entries, len(optimizers))
+    fresh = _empty_optimizer_state(folder, model, optimizers, entries)
+    targets = state | {key: tensor for key, (_, _, _, tensor) in fresh.items()}
+    with collective(f"load of {folder}"):
+        dcp.load(targets, storage_reader=reader, no_dist=not _distributed())
+        _barrier()
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    for optimizer, parameter, key, tensor in fresh.values():
+        optimizer.state[parameter][key] = tensor
+    return extra
+
+
+def discard_sharded(folder: str | Path) -> None:
+    """Removes a checkpoint; all ranks call it."""
+    folder = Path(folder)
+    if _is_first():
+        for end in ("", ".old", ".new"):
+            shutil.rmtree(folder.with_name(folder.name + end), ignore_errors=True)
+    with collective(f"removal of {folder}"):
+        _barrier()
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the index without running what a pickle may ask for."""
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _Unpickler(file).load()
+        for key, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise pickle.UnpicklingError(f"{key} is no tensor")
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    _ALLOWED = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("pathlib", "PosixPath"),
+            *(
+                ("torch.distributed.checkpoint.metadata", name)
+                for name in (
+                    "ChunkStorageMetadata",
+                    "Metadata",
+                    "MetadataIndex",
+                    "StorageMeta",
+                    "TensorProperties",
+                    "TensorStorageMetadata",
+                    "_MEM_FORMAT_ENCODING",
+                )
+            ),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        return super().find_class(module, name)
+
+
+def _model_state(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = model.state_dict() if isinstance(model, nn.Module) else model
+    return {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
+
+
+def _parameters(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(model.named_parameters() if isinstance(model, nn.Module) else model)
+
+
+def _optimizer_state(
+    model: nn.Module | Mapping[str, Tensor], optimizers: Sequence[Optimizer]
+) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in _parameters(model).items()}
+    state = {}
+    for number, optimizer in enumerate(optimizers):
+        for parameter, values in optimizer.state.items():
+            if parameter not in names:
+                raise ValueError(
+                    f"optimizers[{number}] holds a parameter of shape {tuple(parameter.shape)} that"
+                    " is not in the model"
+                )
+            for key, value in values.items():
+                state[f"optimizer.{number}.{key}.{names[parameter]}"] = torch.as_tensor(value)
+    return state
+
+
+def _check_entries(
+    folder: Path, state: dict[str, Tensor], entries: dict[str, Any], num_optimizers: int
+) -> None:
+    saved = {key: entry for key, entry in entries.items() if key.startswith("model.")}
+    missing, unexpected = sorted(state.keys() - saved.keys()), sorted(saved.keys() - state.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"checkpoint {folder} is of another model: it lacks {missing[:3]} and has"
+            f" {unexpected[:3]} besides"
+        )
+    for key, tensor in state.items():
+        if saved[key].size != tensor.shape:
+            raise ValueError(
+                f"checkpoint {folder} has {key.removeprefix('model.')} of shape"
+                f" {tuple(saved[key].size)}, the model of shape {tuple(tensor.shape)}"
+            )
+    numbers = {int(key.split(".")[1]) for key in entries if key.startswith("optimizer.")}
+    if num_optimizers and numbers and max(numbers) >= num_optimizers:
+        raise ValueError(
+            f"optimizers ({num_optimizers}) must be as many as checkpoint {folder} has"
+            f" ({max(numbers) + 1})"
+        )
+
+
+def _empty_optimizer_state(
+    folder: Path,
+    model: nn.Module | Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer],
+    entries: dict[str, Any],
+) -> dict[str, tuple[Optimizer, nn.Parameter, str, Tensor]]:
+    """Room for every state that was saved, split as its parameter is now."""
+    parameters, fresh = _parameters(model), {}
+    held = [{p for group in o.param_groups for p in group["params"]} for o in optimizers]
+    for entry_key, entry in entries.items():
+        kind, *rest = entry_key.split(".", 3)
+        if kind != "optimizer" or not optimizers:
+            continue
+        number, key, name = int(rest[0]), rest[1], rest[2]
+        parameter = parameters.get(name)
+        if parameter is None or parameter not in held[number]:
+            raise ValueError(f"optimizers[{number}] must hold {name}, as in checkpoint {folder}")
+        dtype = entry.properties.dtype
+        if entry.size == parameter.shape:
+            room = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        else:
+            room = torch.zeros(entry.size, dtype=dtype)
+        fresh[entry_key] = (optimizers[number], parameter, key, room)
+    return fresh
+
+
+def _recover(folder: Path) -> None:
+    """Takes the old checkpoint back if a kill came between the two renames."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _distributed() -> bool:
+    return dist.is_initialized()
+
+
+def _is_first() -> bool:
+    return not _distributed() or dist.get_rank() == 0
+
+
+def _barrier() -> None:
+    if _distributed():
+        dist.barrier()

@@ -1,0 +1,235 @@
+"""Dispatch of routed rows to the ranks that hold their experts, and combine of the answers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unimoe_kernels.distributed.all_to_all import Transfer
+from unimoe_kernels.distributed.failure import CollectiveError, collective
+from unimoe_kernels.distributed.traffic import note_counts
+from unimoe_kernels.ops import expert_sort, permute, unpermute
+
+Answer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# What the ranks of a group must have in common when they meet in a dispatch.
+_AGREED = ("layer", "call", "hidden_size", "dtype", "gradients", "num_chunks", "max_rows")
+
+
+class DispatchReport(NamedTuple):
+    """What the last dispatch of a layer took.
+
+    Attributes:
+        rows: routed rows that this rank's experts answered.
+        chunks: pieces that the rows came in.
+        buffer_rows: rows of the largest receive buffer.
+        buffer_bytes: its bytes; at most two such buffers are filled at a time.
+    """
+
+    rows: int
+    chunks: int
+    buffer_rows: int
+    buffer_bytes: int
+
+
+class ExpertDispatcher:
+    """Lets experts that lie on the ranks of a group answer the rows of all of them.
+
+    Rank r of the group holds experts `r * E / ranks` to `(r + 1) * E / ranks - 1`. Rows are sorted
+    by expert and sent with `all_to_all`; they come back in the same order and are weighted and
+    summed where they came from. Nothing is dropped: a rank takes as many rows as are routed to it.
+
+    Before the first transfer of a call the ranks exchange, in one collective and one read by the
+    host, their rows per expert and a header that says which call of which layer this is. Ranks that
+    do not meet in the same call all raise.
+
+    In chunks, chunk c + 1 and the answers to chunk c - 1 travel while chunk c is multiplied, in the
+    backward likewise. A chunk holds an equal share of the rows that each rank sends to each expert.
+
+    Args:
+        group: the ranks.
+        num_experts: E, of all ranks together.
+        name: of the layer, for errors.
+        num_chunks: pieces of a call, at least 1; the more, the smaller the matmuls.
+        max_rows: takes more chunks where a rank would otherwise receive more rows at a time (a
+            chunk may have up to E more, from rounding). None for no limit. It bounds the receive
+            buffers; what training keeps for the backward grows with all rows answered here.
+
+    Attributes:
+        report: `DispatchReport` of the last call, None before it.
+
+    Raises:
+        ValueError: If num_experts is not a multiple of the number of ranks, or a number is below 1.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        num_experts: int,
+        name: str = "experts",
+        num_chunks: int = 1,
+        max_rows: int | None = None,
+    ) -> None:
+        ranks = group.size()
+        if num_experts % ranks:
+            raise ValueError(
+                f"num_experts ({num_experts}) of {name} must be a multiple of the {ranks} ranks of"
+                " the expert dimension"
+            )
+        for what, value in (("num_chunks", num_chunks), ("max_rows", max_rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"{what} ({value}) must be at least 1")
+        self.group = group
+        self.num_experts = num_experts
+        self.name = name
+        self.num_chunks = num_chunks
+        self.max_rows = max_rows
+        self.report: DispatchReport | None = None
+        self._calls = 0
+
+    @torch.compiler.disable
+    def __call__(self, answer: Answer, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+        """Routes tokens to the experts of all ranks.
+
+        Args:
+            answer: computes `[R, D]` from rows `[R, D]`, ids `[R, 1]` among the experts held here
+                and scores `[R, 1]` of ones.
+            x: `[T, D]`; T may differ between ranks and be 0.
+            ids: `[T, K]`, int32 or int64, among all experts; E or more is skipped.
+            scores: `[T, K]`.
+
+        Returns:
+            `[T, D]`, dtype of what answer returns.
+
+        Raises:
+            CollectiveError: If a rank dies, does not come in time, or is in another call.
+        """
+        top_k = ids.shape[1]
+        sort = expert_sort(ids, self.num_experts)
+        counts_RE, needs_gradient = self._agree(x, sort.tokens_per_expert)
+        if needs_gradient and not x.requires_grad:
+            # Another rank's backward comes through here, so this rank's has to as well.
+            x = x.detach().requires_grad_()
+        counts_CRE = _split_evenly(counts_RE, self._chunks(counts_RE))
+        if len(counts_CRE) > 1:
+            sort = expert_sort(_chunk_ids(ids, sort, len(counts_CRE)), counts_CRE[:, 0].numel())
+        rows_ND = permute(x, sort, top_k)
+        outputs = self._exchange(answer, rows_ND, scores.dtype, counts_CRE)
+        left_out = rows_ND.shape[0] - sum(output.shape[0] for output in outputs)
+        if left_out:
+            outputs.append(outputs[0].new_zeros(left_out, rows_ND.shape[1]))
+        out_ND = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return unpermute(out_ND, sort, top_k, scores)
+
+    def _agree(self, x: Tensor, tokens_per_expert: Tensor) -> tuple[Tensor, bool]:
+        """Rows per expert of every rank, `[ranks, E]`, and whether x needs gradients anywhere."""
+        self._calls += 1
+        header = [
+            zlib.crc32(self.name.encode()),
+            self._calls,
+            x.shape[1],
+            _DTYPES.index(x.dtype),
+            int(torch.is_grad_enabled()),
+            self.num_chunks,
+            self.max_rows or 0,
+        ]
+        header = torch.tensor([*header, int(x.requires_grad)], device=x.device)
+        own = torch.cat([header, tokens_per_expert.long()])
+        found = own.new_empty(self.group.size(), own.numel())
+        operation = f"dispatch of {self.name}, counts"
+        with collective(operation):
+            dist.all_gather(list(found.unbind()), own, group=self.group)
+        note_counts(own.nbytes * (self.group.size() - 1))
+        found = found.cpu()
+        own_row = found[self.group.rank()]
+        for place, what in enumerate(_AGREED):
+            others = (found[:, place] != own_row[place]).nonzero().flatten().tolist()
+            if others:
+                rank = dist.get_global_rank(self.group, others[0])
+                raise CollectiveError(
+                    operation,
+                    f"rank {rank} has {what} {found[others[0], place]}, this rank"
+                    f" {own_row[place]}: they are not in the same call",
+                )
+        needs_gradient = torch.is_grad_enabled() and bool(found[:, len(_AGREED)].any())
+        return found[:, len(_AGREED) + 1 :], needs_gradient
+
+    def _chunks(self, counts_RE: Tensor) -> int:
+        if self.max_rows is None:
+            return self.num_chunks
+        rows_R = counts_RE.view(len(counts_RE), self.group.size(), -1).sum((0, 2))
+        return max(self.num_chunks, -(-int(rows_R.max()) // self.max_rows))
+
+    def _exchange(
+        self, answer: Answer, rows_ND: Tensor, score_dtype: torch.dtype, counts_CRE: Tensor
+    ) -> list[Tensor]:
+        """Sends chunk after chunk, lets them be answered, and returns the answers in order."""
+        ranks, own = self.group.size(), self.group.rank()
+        # [C, source, target, expert of the target]
+        counts = counts_CRE.view(len(counts_CRE), ranks, ranks, -1)
+        sent_CR, came_CR = counts[:, own].sum(2).tolist(), counts[:, :, own].sum(2).tolist()
+        local_ids = [_local_ids(chunk[:, own], rows_ND.device) for chunk in counts]
+        self._note(rows_ND, came_CR)
+        chunks = rows_ND[: sum(map(sum, sent_CR))].split([sum(sent) for sent in sent_CR])
+        dispatches, combines, outputs = [], [], []
+
+        def dispatch(chunk: int) -> None:
+            operation = f"dispatch of {self.name}"
+            transfer = Transfer(sent_CR[chunk], came_CR[chunk], self.group, operation)
+            dispatches.append((transfer, transfer.start(chunks[chunk])))
+
+        def finish(started: list[tuple[Transfer, Tensor]]) -> Tensor:
+            transfer, received = started.pop(0)
+            return transfer.finish(received)
+
+        # One transfer a direction at a time: two would share the link, and the first come late.
+        dispatch(0)
+        for chunk, ids_R1 in enumerate(local_ids):
+            rows_RD = finish(dispatches)
+            if chunk + 1 < len(local_ids):
+                dispatch(chunk + 1)
+            ones_R1 = torch.ones(ids_R1.shape, dtype=score_dtype, device=rows_RD.device)
+            out_RD = answer(rows_RD, ids_R1, ones_R1)
+            if chunk:
+                outputs.append(finish(combines))
+            operation = f"combine of {self.name}"
+            transfer = Transfer(came_CR[chunk], sent_CR[chunk], self.group, operation)
+            combines.append((transfer, transfer.start(out_RD)))
+        outputs.append(finish(combines))
+        return outputs
+
+    def _note(self, rows_ND: Tensor, came_CR: list[list[int]]) -> None:
+        rows_C = [sum(came) for came in came_CR]
+        row_bytes = rows_ND.shape[1] * rows_ND.element_size()
+        largest = max(rows_C)
+        self.report = DispatchReport(sum(rows_C), len(rows_C), largest, largest * row_bytes)
+
+
+def _split_evenly(counts_RE: Tensor, num_chunks: int) -> Tensor:
+    """`[C, ranks, E]`: row p of n goes to chunk `p * C // n`."""
+    ends = [(counts_RE * chunk + num_chunks - 1) // num_chunks for chunk in range(num_chunks + 1)]
+    return torch.stack(ends).diff(dim=0)
+
+
+def _chunk_ids(ids: Tensor, sort, num_chunks: int) -> Tensor:
+    """`[N]`: expert e of chunk c becomes `c * E + e`, and who is skipped `C * E`."""
+    num_experts = sort.tokens_per_expert.numel()
+    ids_N = ids.reshape(-1).long()
+    expert_N = ids_N.clamp(max=num_experts - 1)
+    place_N = (sort.inverse_order - sort.expert_offsets[expert_N]).long()
+    chunk_N = place_N * num_chunks // sort.tokens_per_expert[expert_N].clamp(min=1)
+    virtual_N = chunk_N * num_experts + expert_N
+    return virtual_N.masked_fill(ids_N >= num_experts, num_chunks * num_experts)
+
+
+def _local_ids(counts_RL: Tensor, device: torch.device) -> Tensor:
+    """`[R, 1]` int32: the expert of each row, for rows that lie by source and then by expert."""
+    ranks, experts = counts_RL.shape
+    ids = torch.arange(experts, dtype=torch.int32).repeat(ranks)
+    return ids.repeat_interleave(counts_RL.flatten()).unsqueeze(1).to(device)

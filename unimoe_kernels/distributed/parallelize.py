@@ -1,0 +1,327 @@
+"""Puts the experts of a model on several ranks, and everything else on all of them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from unimoe_kernels.distributed.dispatcher import ExpertDispatcher
+from unimoe_kernels.distributed.failure import CollectiveError, collective
+from unimoe_kernels.distributed.replicate import GradientSum
+from unimoe_kernels.distributed.start import MESH_DIMS
+from unimoe_kernels.layers import GroupedExperts, MoE
+
+DATA_MODES = ("replicate", "shard")
+
+# What `unparallelize_moe` has to end, by model.
+_gradient_sums: WeakKeyDictionary[nn.Module, list[GradientSum]] = WeakKeyDictionary()
+
+
+def parallelize_moe(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    data: str = "replicate",
+    num_chunks: int = 1,
+    max_rows: int | None = None,
+) -> nn.Module:
+    """Makes a model one of `dp x ep` ranks, each of which has samples of its own.
+
+    The experts of every `MoE` are split over `ep`: their weights become DTensors, sharded in
+    dimension 0, and rows travel to them (`ExpertDispatcher`). Routers, shared experts and all else
+    are data parallel over all ranks; experts are so over `dp`. The weights of the first rank are
+    sent to the others.
+
+    A model that is too large for one rank is built `with torch.device("meta")`. Then each rank gets
+    room for its parts alone, which hold nothing until `load_weights` or `load_sharded` fills them.
+
+    Gradients are summed, not averaged: every rank divides its loss by the number of supervised
+    tokens of all ranks (`count_over_ranks`), so that the ranks' losses add up to the loss of one
+    process. Auxiliary losses are shares already (`TopKRouter.sum_over_ranks`) and are added as they
+    are. Then all gradients equal those of one process. So does the choice of experts, unless the
+    router has a `capacity_factor`, which counts each rank's tokens by themselves.
+
+    Afterwards: gradients are clipped by `clip_grad_norm`, and optimisers get `parameter_groups`.
+    LoRA is added before, and so is the choice of which parameters require gradients made.
+
+    Args:
+        model: changed in place; may hold no `MoE`, then it is data parallel alone.
+        mesh: of `start_parallel`, or any with dimensions `("dp", "ep")`.
+        data: `"replicate"` holds all parameters except experts whole on every rank and sums
+            gradients after the backward. `"shard"` shards everything with FSDP2: experts over
+            `dp`, all else over all ranks, layer by layer (members of a `ModuleList` that holds an
+            `MoE` somewhere are the units). Every rank must then use the same layers.
+        num_chunks: see `ExpertDispatcher`.
+        max_rows: likewise.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the mesh has other dimensions, data is unknown, E is not a multiple of `ep`,
+            experts are parallel already, a buffer that no checkpoint holds is on the meta device,
+            or FSDP2 cannot split an expert evenly. Nothing is changed then.
+        CollectiveError: If a rank has another model, by names, shapes, dtypes and which parameters
+            require gradients. Nothing is changed then.
+    """
+    if mesh.mesh_dim_names != MESH_DIMS:
+        raise ValueError(f"mesh (dimensions {mesh.mesh_dim_names}) must have {MESH_DIMS}")
+    if data not in DATA_MODES:
+        raise ValueError(f"data ({data!r}) must be one of {DATA_MODES}")
+    layers = [(name, part) for name, part in model.named_modules() if isinstance(part, MoE)]
+    dispatchers = [_dispatcher(name, moe, mesh, num_chunks, max_rows) for name, moe in layers]
+    everyone = _everyone(mesh)
+    _check_buffers(model)
+    if data == "shard":
+        for _, moe in layers:
+            for parameter in moe.experts.parameters():
+                _placement(parameter, mesh.size(0))
+    _check_same(model, mesh, everyone)
+    _broadcast(model, everyone)
+    for (name, moe), dispatcher in zip(layers, dispatchers, strict=True):
+        _split_experts(moe.experts, mesh)
+        moe.experts.dispatcher = dispatcher
+        if moe.load_balancing_coef > 0 or moe.router_z_coef > 0:
+            moe.router.sum_over_ranks = _Sum(everyone, f"auxiliary losses of {name}")
+    _materialise(model, mesh.device_type)
+    if data == "shard":
+        _shard(model, [moe.experts for _, moe in layers], mesh, everyone)
+    else:
+        _replicate(model, mesh, everyone)
+    return model
+
+
+@torch.no_grad()
+def unparallelize_moe(model: nn.Module) -> nn.Module:
+    """Puts all experts together again on every rank, as before `parallelize_moe`.
+
+    Every rank calls it and has room for all experts. Gradients are dropped.
+
+    Args:
+        model: one that was parallelized with `data="replicate"`; changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If it was not.
+        CollectiveError: If a rank dies or does not come in time.
+    """
+    if model not in _gradient_sums:
+        raise ValueError(
+            f"model ({type(model).__name__}) must be one of parallelize_moe with data='replicate'"
+        )
+    for gradient_sum in _gradient_sums.pop(model):
+        gradient_sum.remove()
+    model.zero_grad(set_to_none=True)
+    for path, moe in model.named_modules():
+        if not isinstance(moe, MoE):
+            continue
+        for part in moe.experts.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                with collective(f"gathering {name} of {path}"):
+                    whole = nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
+                part.register_parameter(name, whole)
+        moe.experts.dispatcher = moe.router.sum_over_ranks = None
+    return model
+
+
+def parameter_groups(
+    parameters: Iterable[nn.Parameter],
+) -> list[dict[str, list[nn.Parameter]]]:
+    """Groups for an optimiser: plain tensors, and DTensors of each mesh.
+
+    Torch's fused and foreach steps do not take both in one group. Parameters that require no
+    gradients are left out; those of a model that is not parallel come as one group.
+    """
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter)
+    return [{"params": parameters} for parameters in groups.values()]
+
+
+def count_over_ranks(count: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Adds up a number over all ranks: what a rank's loss is divided by.
+
+    Args:
+        count: `()`, integer, such as the number of supervised tokens here.
+        mesh: with dimensions `("dp", "ep")`; every rank must call.
+
+    Returns:
+        `()`, the sum, at least 1.
+    """
+    return _Sum(_everyone(mesh), "count of supervised tokens")(count).clamp(min=1)
+
+
+class _Sum:
+    """Adds up integers over a group."""
+
+    def __init__(self, group: dist.ProcessGroup, operation: str) -> None:
+        self._group = group
+        self._operation = operation
+
+    @torch.compiler.disable
+    def __call__(self, counts: Tensor) -> Tensor:
+        counts = counts.detach().clone()
+        with collective(self._operation):
+            dist.all_reduce(counts, group=self._group)
+        return counts
+
+
+def _dispatcher(
+    name: str, moe: MoE, mesh: DeviceMesh, num_chunks: int, max_rows: int | None
+) -> ExpertDispatcher:
+    name = f"{name}.experts" if name else "experts"
+    if moe.experts.dispatcher is not None:
+        raise ValueError(f"{name} must not be parallel already")
+    group, num_experts = mesh.get_group("ep"), moe.experts.num_experts
+    return ExpertDispatcher(group, num_experts, name, num_chunks, max_rows)
+
+
+def _everyone(mesh: DeviceMesh) -> dist.ProcessGroup:
+    if mesh.size() != dist.get_world_size():
+        raise ValueError(
+            f"mesh (of {mesh.size()} ranks) must hold all {dist.get_world_size()} processes"
+        )
+    return dist.group.WORLD
+
+
+def _check_same(model: nn.Module, mesh: DeviceMesh, group: dist.ProcessGroup) -> None:
+    facts = [
+        (name, tuple(t.shape), str(t.dtype), t.is_meta, t.requires_grad)
+        for name, t in _tensors(model)
+    ]
+    own = torch.tensor([zlib.crc32(repr(facts).encode()), len(facts)], device=mesh.device_type)
+    found = own.new_empty(group.size(), own.numel())
+    with collective("start, comparing models"):
+        dist.all_gather(list(found.unbind()), own, group=group)
+    others = (found != own).any(dim=1).nonzero().flatten().tolist()
+    if others:
+        raise CollectiveError(
+            "start",
+            f"rank {others[0]} has another model, or other parameters of it require gradients",
+        )
+
+
+def _check_buffers(model: nn.Module) -> None:
+    for path, part in model.named_modules():
+        for name in sorted(part._non_persistent_buffers_set):
+            buffer = getattr(part, name)
+            if buffer is not None and buffer.is_meta:
+                raise ValueError(
+                    f"buffer {path}.{name} is on the meta device, and no checkpoint fills it"
+                )
+
+
+@torch.no_grad()
+def _materialise(model: nn.Module, device_type: str) -> None:
+    """Gives memory to what is on the meta device; of experts, to the part that is held here."""
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    fresh: dict[nn.Parameter, nn.Parameter] = {}
+    for part in model.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
+            if parameter not in fresh:
+                room = torch.empty_like(_local_part(parameter), device=device)
+                if isinstance(parameter, DTensor):
+                    room = DTensor.from_local(room, parameter.device_mesh, parameter.placements)
+                fresh[parameter] = nn.Parameter(room, parameter.requires_grad)
+            part.register_parameter(name, fresh[parameter])
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(part, name, torch.empty_like(buffer, device=device))
+
+
+def _local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _broadcast(model: nn.Module, group: dist.ProcessGroup) -> None:
+    for name, tensor in _tensors(model):
+        if tensor.is_meta:
+            continue
+        with collective(f"start, weights of {name}"):
+            dist.broadcast(tensor.detach(), src=0, group=group)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _split_experts(experts: GroupedExperts, mesh: DeviceMesh) -> None:
+    for part in experts.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            split = distribute_tensor(
+                parameter.detach(), mesh["ep"], [Shard(0)], src_data_rank=None
+            )
+            split = nn.Parameter(split, requires_grad=parameter.requires_grad)
+            part.register_parameter(name, split)
+
+
+def _replicate(model: nn.Module, mesh: DeviceMesh, everyone: dist.ProcessGroup) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    experts = [p for p in trained if isinstance(p, DTensor)]
+    others = [p for p in trained if not isinstance(p, DTensor)]
+    sums = _gradient_sums[model] = []
+    if mesh.size() > 1:
+        sums.append(GradientSum(others, everyone, "sum of gradients"))
+    if mesh.size(0) > 1:
+        sums.append(GradientSum(experts, mesh.get_group("dp"), "sum of gradients of experts"))
+
+
+def _shard(
+    model: nn.Module,
+    experts: list[GroupedExperts],
+    mesh: DeviceMesh,
+    everyone: dist.ProcessGroup,
+) -> None:
+    whole_mesh = DeviceMesh.from_group(everyone, mesh.device_type, mesh_dim_names=("world",))
+    ranks = mesh.size(0)
+    for part in experts:
+        fully_shard(
+            part,
+            mesh=mesh["dp"],
+            shard_placement_fn=lambda parameter: _placement(parameter, ranks),
+        )
+    for unit in [*_units(model), model]:
+        if not isinstance(unit, FSDPModule):
+            fully_shard(unit, mesh=whole_mesh)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            # By default FSDP2 asks for averages, which gloo takes for sums.
+            part.set_force_sum_reduction_for_comms(True)
+    if hasattr(model, "set_reduce_scatter_unused_params"):
+        model.set_reduce_scatter_unused_params(True)
+
+
+def _placement(parameter: Tensor, ranks: int) -> Shard:
+    """A dimension of an expert's own matrix that the ranks share evenly; dimension 0 is taken."""
+    for dim in range(1, parameter.dim()):
+        if parameter.shape[dim] % ranks == 0:
+            return Shard(dim)
+    raise ValueError(
+        f"an expert parameter of shape {tuple(parameter.shape)} must have a dimension after the"
+        f" first that is a multiple of the {ranks} ranks of dp, to be sharded"
+    )
+
+
+def _units(model: nn.Module) -> Iterator[nn.Module]:
+    for part in model.modules():
+        if isinstance(part, nn.ModuleList) and any(isinstance(m, MoE) for m in part.modules()):
+            yield from part

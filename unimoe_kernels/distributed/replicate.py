@@ -1,0 +1,119 @@
+"""Data parallelism of whole parameters: after every backward, gradients are summed over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from unimoe_kernels.distributed.failure import collective
+
+# Gradients travel in buffers of about this size: large enough for the bandwidth of a link, small
+# beside a model.
+BUCKET_BYTES = 64 * 2**20
+
+
+class GradientSum:
+    """Sums the gradients of parameters over a group at the end of each backward.
+
+    A parameter that got no gradient anywhere keeps None. One that got none here, but some on
+    another rank, gets theirs. So ranks may use different parts of a model, as batches with and
+    without pictures do; what they must have in common is how often they run a backward, and that
+    each of their backwards reaches one of the parameters. Several backwards before an optimiser
+    step add up.
+
+    Args:
+        parameters: by name; the same on all ranks, all of which require gradients.
+        group: the ranks that share them.
+        operation: names the sum in errors.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, operation: str
+    ) -> None:
+        self._parameters = list(parameters)
+        self._group = group
+        self._operation = operation
+        # Gradients of the backward that is running, and what was there before it, by place.
+        self._fresh: dict[int, Tensor] = {}
+        self._before: dict[int, Tensor] = {}
+        self._hooks = [
+            parameter.register_hook(lambda grad, place=place: self._collect(place, grad))
+            for place, parameter in enumerate(self._parameters)
+        ]
+
+    def remove(self) -> None:
+        """Ends it: gradients stay on their rank from now on."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _collect(self, place: int, grad: Tensor) -> None:
+        if not self._fresh:
+            torch.autograd.Variable._execution_engine.queue_callback(self._sum)
+        if place in self._fresh:
+            self._fresh[place] = self._fresh[place] + grad
+            return
+        self._fresh[place] = grad
+        if self._parameters[place].grad is not None:
+            self._before[place] = self._parameters[place].grad.clone()
+
+    @torch.no_grad()
+    def _sum(self) -> None:
+        fresh, before = self._fresh, self._before
+        self._fresh, self._before = {}, {}
+        pending = []
+        for places in self._buckets():
+            flat = self._flatten(places, fresh)
+            with collective(self._operation):
+                work = dist.all_reduce(flat, group=self._group, async_op=True)
+            pending.append((places, flat, work))
+        for places, flat, work in pending:
+            with collective(self._operation):
+                work.wait()
+            self._store(places, flat, before)
+
+    def _buckets(self) -> list[list[int]]:
+        """Places of parameters of one dtype, together about `BUCKET_BYTES`, in a fixed order."""
+        buckets: list[list[int]] = []
+        size, dtype = 0, None
+        for place, parameter in enumerate(self._parameters):
+            nbytes = _local(parameter).nbytes
+            if not buckets or parameter.dtype != dtype or size + nbytes > BUCKET_BYTES:
+                buckets.append([])
+                size, dtype = 0, parameter.dtype
+            buckets[-1].append(place)
+            size += nbytes
+        return buckets
+
+    def _flatten(self, places: list[int], fresh: dict[int, Tensor]) -> Tensor:
+        """All gradients, zeros where there is none, and how many ranks have each (0 or 1 here)."""
+        first = _local(self._parameters[places[0]])
+        parts = [
+            _local(fresh[place]).reshape(-1)
+            if place in fresh
+            else first.new_zeros(_local(self._parameters[place]).numel())
+            for place in places
+        ]
+        have = first.new_tensor([float(place in fresh) for place in places])
+        return torch.cat([*parts, have])
+
+    def _store(self, places: list[int], flat: Tensor, before: dict[int, Tensor]) -> None:
+        sizes = [_local(self._parameters[place]).numel() for place in places]
+        *sums, have = flat.split([*sizes, len(places)])
+        for place, total, count in zip(places, sums, have.tolist(), strict=True):
+            if count == 0:
+                continue
+            parameter = self._parameters[place]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            grad = _local(parameter.grad)
+            grad.copy_(total.view_as(grad))
+            if place in before:
+                grad.add_(_local(before[place]))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,221 @@
+"""Start and end of a run of several processes, and its mesh of data x expert ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from unimoe_kernels.distributed.failure import (
+    CollectiveError,
+    collective,
+    start_heartbeat,
+    stop_heartbeat,
+)
+
+MESH_DIMS = ("dp", "ep")
+LINGER_SECONDS = 3.0
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start_parallel(
+    data: int,
+    expert: int,
+    *,
+    device: torch.device | str = "cpu",
+    timeout: float = 600.0,
+    heartbeat: float = 0.5,
+    fingerprint: str = "",
+    init_method: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> DeviceMesh:
+    """Starts the process groups of a run, all or none: every rank calls it once, at first.
+
+    Ranks call the roll through the store before they connect. A rank that is missing after
+    `timeout`, or that was started with other sizes or another `fingerprint`, is named by the
+    others.
+
+    Ranks that lie next to each other share an `ep` group: on hosts of `expert` devices, tokens
+    stay within a host and only gradients cross hosts.
+
+    Args:
+        data: size of the dimension `dp`.
+        expert: size of the dimension `ep`; `data * expert` must be the number of processes.
+        device: where the model will be; `"cuda"` takes NCCL (and gloo for tensors on the CPU),
+            `"cpu"` gloo.
+        timeout: seconds after which a collective that some rank does not join is given up.
+        heartbeat: seconds between the signs of life that a rank gives through the store. When a
+            collective fails, ranks that miss six of them are named as the cause.
+        fingerprint: what else must be equal on all ranks, such as a digest of the settings.
+        init_method: as in `torch.distributed.init_process_group`; by default the environment of
+            `torchrun`.
+        rank: of this process, with init_method.
+        world_size: number of processes, with init_method.
+
+    Returns:
+        A mesh with dimensions `("dp", "ep")`.
+
+    Raises:
+        ValueError: if a size is below 1, their product is not the number of processes, or the
+            environment of torchrun is missing.
+        RuntimeError: if a rank does not come in time or was started otherwise, or process groups
+            exist already.
+    """
+    for name, size in (("data", data), ("expert", expert)):
+        if size < 1:
+            raise ValueError(f"{name} ({size}) must be at least 1")
+    for name, seconds in (("timeout", timeout), ("heartbeat", heartbeat)):
+        if not seconds > 0:
+            raise ValueError(f"{name} ({seconds}) must be above 0")
+    if dist.is_initialized():
+        raise RuntimeError("process groups exist already; make a mesh with init_device_mesh")
+    rank, world_size = _own_place(init_method, rank, world_size)
+    if data * expert != world_size:
+        raise ValueError(
+            f"data ({data}) times expert ({expert}) must be the number of processes ({world_size})"
+        )
+    device, limit = torch.device(device), timedelta(seconds=timeout)
+    where = f"rank {rank} of {world_size}: start"
+    with _told(f"{where}: the store of the run, which rank 0 keeps, cannot be reached"):
+        store = _store(init_method, rank, world_size, limit)
+    sizes = f"data {data}, expert {expert}, processes {world_size}"
+    _call_roll(store, rank, world_size, {"sizes": sizes, "settings": fingerprint}, timeout)
+    start_heartbeat(store, rank, world_size, heartbeat)
+    try:
+        with collective("start, connecting"):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore("groups", store),
+                rank=rank,
+                world_size=world_size,
+                timeout=limit,
+            )
+            ranks = torch.arange(world_size).view(data, expert)
+            groups = [_own_group(lines, rank, limit) for lines in (ranks.t(), ranks)]
+    except CollectiveError:
+        stop_heartbeat()
+        raise
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=MESH_DIMS)
+
+
+def finish_parallel() -> None:
+    """Ends the process groups after all ranks have come here.
+
+    Not for a rank that has failed: it must exit, so that the others notice.
+    """
+    if dist.is_initialized():
+        with collective("end of the run"):
+            dist.barrier()
+        stop_heartbeat()
+        dist.destroy_process_group()
+
+
+def _own_place(
+    init_method: str | None, rank: int | None, world_size: int | None
+) -> tuple[int, int]:
+    if init_method is not None:
+        if rank is None or world_size is None:
+            raise ValueError(f"init_method ({init_method!r}) needs rank and world_size")
+        return rank, world_size
+    missing = [name for name in _ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"environment variables {missing} are not set: start the processes with torchrun"
+        )
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        raise RuntimeError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _store(init_method: str | None, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The store of all ranks.
+
+    Unlike `torch.distributed.rendezvous` this waits for nobody: the roll call does, and says for
+    whom.
+    """
+    attempt, kept_by_agent = "0", False
+    if init_method is None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torchrun keeps the store itself, and counts its restarts.
+        kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    elif init_method.startswith("tcp://"):
+        host, _, port = init_method.removeprefix("tcp://").rpartition(":")
+    else:
+        arguments = {"rank": rank, "world_size": world_size, "timeout": timeout}
+        return next(dist.rendezvous(init_method, **arguments))[0]
+    store = dist.TCPStore(
+        host,
+        int(port),
+        is_master=rank == 0 and not kept_by_agent,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return dist.PrefixStore(f"unimoe/attempt{attempt}", store)
+
+
+def _call_roll(
+    store: dist.Store, rank: int, world_size: int, facts: dict[str, str], timeout: float
+) -> None:
+    keys = [f"unimoe/roll/{other}" for other in range(world_size)]
+    where, deadline = f"rank {rank} of {world_size}: start", time.monotonic() + timeout
+    store.set(keys[rank], json.dumps(facts))
+    for other, key in enumerate(keys):
+        try:
+            store.wait([key], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+            found = json.loads(store.get(key))
+        except (RuntimeError, dist.DistError) as error:
+            missing = [other for other, key in enumerate(keys) if not _is_there(store, key)]
+            _linger(store, rank, world_size)
+            raise RuntimeError(
+                f"{where}: ranks {missing} have not come within {timeout:g} s"
+            ) from error
+        for what, own in facts.items():
+            if found[what] != own:
+                _linger(store, rank, world_size)
+                raise RuntimeError(
+                    f"{where}: rank {other} has other {what} ({found[what]}) than this rank ({own})"
+                )
+
+
+def _linger(store: dist.Store, rank: int, world_size: int) -> None:
+    """Rank 0 may keep the store: it stays a while, so that the others can read why they stop."""
+    read = [f"unimoe/roll/read/{other}" for other in range(world_size)]
+    try:
+        store.set(read[rank], "")
+        if rank == 0:
+            store.wait(read, timedelta(seconds=LINGER_SECONDS))
+    except (RuntimeError, dist.DistError):
+        return
+
+
+def _is_there(store: dist.Store, key: str) -> bool:
+    try:
+        return store.check([key])
+    except (RuntimeError, dist.DistError):
+        return False
+
+
+def _own_group(lines: torch.Tensor, rank: int, timeout: timedelta) -> dist.ProcessGroup:
+    """Makes a group of each row of ranks, on all ranks in the same order, and returns ours."""
+    own = None
+    for line in lines.tolist():
+        group = dist.new_group(line, timeout=timeout)
+        if rank in line:
+            own = group
+    return own

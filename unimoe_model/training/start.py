@@ -1,0 +1,58 @@
+"""Starts the processes of a run as its settings and torchrun say."""
+
+import os
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from unimoe_kernels.distributed import start_parallel
+from unimoe_model.training.checkpoint import fingerprint
+from unimoe_model.training.settings import RunSettings
+
+
+def own_device() -> torch.device:
+    """The GPU that torchrun's local rank has, the first one without torchrun, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_ranks(settings: RunSettings, device: torch.device) -> DeviceMesh | None:
+    """The mesh of a run that torchrun started; None for one process alone.
+
+    Raises:
+        ValueError: if the settings ask for several processes and torchrun was not used, or the
+            other way round, or their numbers differ.
+        RuntimeError: if a process does not come in time, or has other settings.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel = settings.parallel
+    if parallel is None:
+        if processes > 1:
+            raise ValueError(
+                f"config must say how {processes} processes share the work, for example"
+                f" parallel: {{data: 1, expert: {processes}}}"
+            )
+        return None
+    wanted = parallel.data * parallel.expert
+    if "RANK" not in os.environ:
+        if wanted == 1:
+            return None
+        raise ValueError(
+            f"parallel (data {parallel.data}, expert {parallel.expert}) needs {wanted} processes:"
+            f" start with torchrun --nproc-per-node {wanted} -m unimoe_model.cli train ..."
+        )
+    if wanted != processes:
+        raise ValueError(
+            f"parallel (data {parallel.data}, expert {parallel.expert}) must be as many processes"
+            f" as torchrun started ({processes})"
+        )
+    return start_parallel(
+        parallel.data,
+        parallel.expert,
+        device=device,
+        timeout=parallel.timeout,
+        fingerprint=fingerprint([settings.result_facts(), settings.resolved_precision(device)]),
+    )
