@@ -10,10 +10,30 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = ("expert_sort.count", "expert_sort.place", "permute", "unpermute", "unpermute.backward")
+KERNELS = {
+    "count",
+    "grouped_mm",
+    "grouped_mm_wgrad",
+    "grouped_sum",
+    "permute",
+    "place",
+    "unpermute",
+    "unpermute_backward",
+}
+MATMULS = {"grouped_mm", "grouped_mm_wgrad"}
+# Bytes that a block may have, by compute capability.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        80,
+        90,
+        pytest.param(100, marks=pytest.mark.slow),
+        pytest.param(120, marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_compile(arch, tmp_path, capsys):
     # Under TRITON_INTERPRET the decorator yields interpreted functions, hence the process.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -29,14 +49,27 @@ def test_kernels_compile(arch, tmp_path, capsys):
     )
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {row["kernel"].partition("[")[0] for row in rows} == set(KERNELS)
+    assert {row["kernel"] for row in rows} == KERNELS
     with capsys.disabled():
         for row in rows:
+            tile = "x".join(map(str, row["tile"]))
             print(
-                f"\n  sm_{arch} {row['kernel']}: {row['registers']} registers, "
-                f"{row['spilled']} B spilled, {row['shared']} B shared",
+                f"\n  sm_{arch} {row['kernel']}[{row['case']}] {tile}: "
+                f"{row['registers']} registers, "
+                f"{row['spilled']} B spilled, {row['shared']} B shared, "
+                f"{' '.join(row['instructions']) or 'no matmul'}",
                 end="",
             )
-    assert all(row["spilled"] == 0 for row in rows)
-    # The least any of these GPUs has for one block, and the most a thread may use.
-    assert all(row["shared"] <= 99 * 1024 and row["registers"] <= 255 for row in rows)
+    for row in rows:
+        # Outside of loops the compiler may put a few registers aside, to run more blocks at a time.
+        assert row["spills_in_loops"] == 0, row
+        assert row["spilled"] <= 32, row
+        assert row["registers"] <= 255, row
+        assert row["shared"] <= SHARED[arch], row
+        if row["kernel"] in MATMULS and row["case"] not in ("fp32", "fp64"):
+            # On Hopper the fast matrix units take 64 rows or more; fewer go to the older ones.
+            fast = row["tile"][0] >= 64 and arch in (90, 100)
+            unit = {90: "wgmma", 100: "tcgen05"}[arch] if fast else "mma"
+            assert unit in row["instructions"], row
+            if row["case"] != "odd":
+                assert "cp_async" in row["instructions"], row

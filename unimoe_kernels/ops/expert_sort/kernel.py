@@ -23,7 +23,7 @@ def _load_buckets(ids_ptr, row, num_rows, num_experts):
     return tl.where((bucket < 0) | (bucket > num_experts), num_experts, bucket)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def count_kernel(
     ids_ptr, counts_ptr, num_rows, num_experts, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):
@@ -40,7 +40,7 @@ def count_kernel(
         tl.store(counts_ptr + address, count, mask=candidate <= num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def place_kernel(
     ids_ptr,
     ends_ptr,

@@ -1,0 +1,73 @@
+"""Calls of every Triton launcher on tensors without data, at the shapes of published models."""
+
+from typing import NamedTuple
+
+import torch
+
+from unimoe_kernels.ops.expert_sort import kernel as expert_sort
+from unimoe_kernels.ops.grouped_mm import kernel as grouped_mm
+from unimoe_kernels.ops.permute import kernel as permute
+from unimoe_kernels.ops.unpermute import kernel as unpermute
+
+
+class Shape(NamedTuple):
+    name: str
+    tokens: int
+    width: int
+    expert_width: int
+    experts: int
+    top_k: int
+    dtype: torch.dtype
+
+
+SHAPES = [
+    Shape("mixtral", 4096, 4096, 14336, 8, 2, torch.bfloat16),
+    Shape("qwen3", 4096, 2048, 768, 128, 8, torch.bfloat16),
+    Shape("qwen3-decode", 16, 2048, 768, 128, 8, torch.bfloat16),
+    Shape("fp32", 4096, 1024, 2816, 4, 2, torch.float32),
+    Shape("fp64", 64, 256, 512, 4, 2, torch.float64),
+    # No width divides a tile.
+    Shape("odd", 500, 200, 300, 4, 2, torch.float16),
+]
+
+
+def cases():
+    """Yields (name, function that launches kernels)."""
+    for shape in SHAPES:
+        if shape.name in ("mixtral", "fp64"):
+            yield shape.name, lambda shape=shape: sort_and_copy(shape)
+        yield shape.name, lambda shape=shape: multiply(shape)
+
+
+def empty(*size, dtype):
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def ints(size):
+    return empty(size, dtype=torch.int32)
+
+
+def sort_and_copy(shape):
+    rows = shape.tokens * shape.top_k
+    ids, offsets = ints(rows), ints(shape.experts + 1)
+    score = torch.float64 if shape.dtype == torch.float64 else torch.float32
+    scores = empty(shape.tokens, shape.top_k, dtype=score)
+    x = empty(shape.tokens, shape.width, dtype=shape.dtype)
+    expert_sort.expert_sort(ids, shape.experts)
+    sorted_rows = permute.permute(x, ids, offsets, shape.top_k)
+    unpermute.unpermute(sorted_rows, ids, offsets, scores, shape.top_k)
+    unpermute.unpermute(sorted_rows, ids, offsets, None, shape.top_k)
+    unpermute.unpermute_backward(x, sorted_rows, ids, offsets, scores, shape.top_k)
+
+
+def multiply(shape):
+    rows, dtype = shape.tokens * shape.top_k, shape.dtype
+    offsets, order = ints(shape.experts + 1), ints(rows)
+    x = empty(rows, shape.width, dtype=dtype)
+    weight = empty(shape.experts, shape.expert_width, shape.width, dtype=dtype)
+    bias = empty(shape.experts, shape.expert_width, dtype=dtype)
+    y = grouped_mm.grouped_mm(x, weight, offsets, bias)
+    grouped_mm.grouped_mm(y, weight.transpose(1, 2), offsets, None)
+    grouped_mm.grouped_mm_wgrad(y, x, offsets, True)
+    tokens = empty(shape.tokens, shape.width, dtype=dtype)
+    grouped_mm.grouped_mm(tokens, weight, offsets, None, order, shape.top_k, tail=False)
