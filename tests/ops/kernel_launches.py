@@ -7,6 +7,8 @@ import torch
 from unimoe_kernels.ops.expert_sort import kernel as expert_sort
 from unimoe_kernels.ops.grouped_mm import kernel as grouped_mm
 from unimoe_kernels.ops.permute import kernel as permute
+from unimoe_kernels.ops.swiglu import kernel as swiglu
+from unimoe_kernels.ops.swiglu.op import ACTIVATIONS
 from unimoe_kernels.ops.unpermute import kernel as unpermute
 
 
@@ -33,6 +35,8 @@ SHAPES = [
 
 def cases():
     """Yields (name, function that launches kernels)."""
+    for name in ACTIVATIONS:
+        yield name, lambda name=name: activate(SHAPES[0], name)
     for shape in SHAPES:
         if shape.name in ("mixtral", "fp64"):
             yield shape.name, lambda shape=shape: sort_and_copy(shape)
@@ -58,6 +62,11 @@ def sort_and_copy(shape):
     unpermute.unpermute(sorted_rows, ids, offsets, scores, shape.top_k)
     unpermute.unpermute(sorted_rows, ids, offsets, None, shape.top_k)
     unpermute.unpermute_backward(x, sorted_rows, ids, offsets, scores, shape.top_k)
+
+
+def activate(shape, name):
+    x = empty(shape.tokens, 2 * shape.expert_width, dtype=shape.dtype)
+    swiglu.swiglu_backward(swiglu.swiglu(x, name, 7.0, 1.702), x, name, 7.0, 1.702)
 
 
 def multiply(shape):

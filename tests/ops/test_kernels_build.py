@@ -17,6 +17,8 @@ KERNELS = {
     "grouped_sum",
     "permute",
     "place",
+    "swiglu",
+    "swiglu_backward",
     "unpermute",
     "unpermute_backward",
 }
