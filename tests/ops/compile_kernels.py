@@ -85,12 +85,12 @@ def source_of(kernel, arguments):
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
 
 
-def main(archs):
+def main(archs, everything):
     """Compiles for the archs given, such as 80 90; the same kernel twice only once."""
     for arch in archs:
         launch.STAND_IN = DEVICES[arch]
         done = set()
-        for case, run in kernel_launches.cases():
+        for case, run in kernel_launches.cases(everything):
             for kernel, arguments, options in record_launches(run):
                 source = source_of(kernel, arguments)
                 key = (source.hash(), tuple(sorted(options.items())))
@@ -141,5 +141,21 @@ def spills_in_loops(code):
     return sum(any(first <= at <= last for first, last in inner) for at in spills)
 
 
+def print_variants(counts):
+    """Prints for each number of tokens which variants of the kernels it would compile."""
+    launch.STAND_IN = DEVICES[90]
+    for count in counts:
+        shape = kernel_launches.SHAPES[0]._replace(tokens=count)
+        variants = {
+            f"{kernel.__name__} {source_of(kernel, arguments).hash()} {sorted(options.items())}"
+            for run in (kernel_launches.sort_and_copy, kernel_launches.layer)
+            for kernel, arguments, options in record_launches(lambda run=run, s=shape: run(s))
+        }
+        print(json.dumps({"tokens": count, "variants": sorted(variants)}))
+
+
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]])
+    if sys.argv[1] == "--tokens":
+        print_variants([int(count) for count in sys.argv[2:]])
+        sys.exit()
+    main([int(arch) for arch in sys.argv[1:] if arch.isdigit()], "--all" in sys.argv)

@@ -6,6 +6,7 @@ import torch
 
 from unimoe_kernels.ops.expert_sort import kernel as expert_sort
 from unimoe_kernels.ops.grouped_mm import kernel as grouped_mm
+from unimoe_kernels.ops.moe_mlp import fused
 from unimoe_kernels.ops.permute import kernel as permute
 from unimoe_kernels.ops.swiglu import kernel as swiglu
 from unimoe_kernels.ops.swiglu.op import ACTIVATIONS
@@ -24,23 +25,25 @@ class Shape(NamedTuple):
 
 SHAPES = [
     Shape("mixtral", 4096, 4096, 14336, 8, 2, torch.bfloat16),
-    Shape("qwen3", 4096, 2048, 768, 128, 8, torch.bfloat16),
     Shape("qwen3-decode", 16, 2048, 768, 128, 8, torch.bfloat16),
-    Shape("fp32", 4096, 1024, 2816, 4, 2, torch.float32),
-    Shape("fp64", 64, 256, 512, 4, 2, torch.float64),
     # No width divides a tile.
     Shape("odd", 500, 200, 300, 4, 2, torch.float16),
+    Shape("fp32", 4096, 1024, 2816, 4, 2, torch.float32),
+    Shape("qwen3", 4096, 2048, 768, 128, 8, torch.bfloat16),
+    Shape("fp64", 64, 256, 512, 4, 2, torch.float64),
 ]
 
 
-def cases():
-    """Yields (name, function that launches kernels)."""
-    for name in ACTIVATIONS:
-        yield name, lambda name=name: activate(SHAPES[0], name)
-    for shape in SHAPES:
-        if shape.name in ("mixtral", "fp64"):
+def cases(everything):
+    """Yields (name, function that launches kernels): of each kind one, or everything."""
+    first = SHAPES[0]
+    for name in ACTIVATIONS if everything else ACTIVATIONS[:1]:
+        yield name, lambda name=name: activate(first, name)
+    for shape in SHAPES if everything else SHAPES[:4]:
+        if everything or shape is first:
             yield shape.name, lambda shape=shape: sort_and_copy(shape)
-        yield shape.name, lambda shape=shape: multiply(shape)
+            yield shape.name, lambda shape=shape: multiply(shape)
+        yield shape.name, lambda shape=shape: layer(shape)
 
 
 def empty(*size, dtype):
@@ -80,3 +83,24 @@ def multiply(shape):
     grouped_mm.grouped_mm_wgrad(y, x, offsets, True)
     tokens = empty(shape.tokens, shape.width, dtype=dtype)
     grouped_mm.grouped_mm(tokens, weight, offsets, None, order, shape.top_k, tail=False)
+
+
+def layer(shape):
+    """Inference, then training of everything and of the input alone, with biases where F is odd."""
+    dtype, score = shape.dtype, torch.float64 if shape.dtype == torch.float64 else torch.float32
+    x = empty(shape.tokens, shape.width, dtype=dtype)
+    gate_up = empty(shape.experts, 2 * shape.expert_width, shape.width, dtype=dtype)
+    down = empty(shape.experts, shape.width, shape.expert_width, dtype=dtype)
+    scores = empty(shape.tokens, shape.top_k, dtype=score)
+    ids = empty(shape.tokens, shape.top_k, dtype=torch.int32)
+    biased = shape.name == "odd"
+    gate_up_bias = empty(*gate_up.shape[:2], dtype=dtype) if biased else None
+    down_bias = empty(*down.shape[:2], dtype=dtype) if biased else None
+    activation = ("swiglu_clamped" if biased else "silu", 7.0, 1.702)
+    inputs = (x, gate_up, down, ids, scores, gate_up_bias, down_bias, *activation)
+    fused.forward(*inputs, False)
+    if shape.name.endswith("decode"):
+        return
+    _, *saved = fused.forward(*inputs, True)
+    for needs in ([True] * 4 + [biased] * 2, [True, False, False, True, False, False]):
+        fused.backward(x, x, gate_up, down, scores, *saved, down_bias, *activation, needs)

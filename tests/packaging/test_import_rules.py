@@ -5,6 +5,7 @@ only themselves and the public functions of others, and a model on public names 
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,10 @@ def violations(pattern, allowed):
     ]
 
 
+def needs_triton(path):
+    return path.name in ("kernel.py", "fused.py") or path.parent.name == "_triton"
+
+
 def is_stdlib(item):
     return item.top in sys.stdlib_module_names
 
@@ -109,6 +114,14 @@ def test_kernels_import_triton_torch_and_what_kernels_share(pattern):
     assert not violations(f"unimoe_kernels/{pattern}", allowed)
 
 
+def test_fused_operators_import_kernels():
+    def allowed(path, item):
+        kernels = item.module.startswith("unimoe_kernels.ops.") and item.names == ("kernel",)
+        return is_stdlib(item) or item.top == "torch" or kernels
+
+    assert not violations("unimoe_kernels/ops/*/fused.py", allowed)
+
+
 def test_ops_import_their_own_parts_and_public_functions():
     """A kernel module needs triton, so op.py loads it inside the function that launches it."""
     shared = {"unimoe_kernels", "unimoe_kernels._backends", "unimoe_kernels._checks"}
@@ -118,9 +131,9 @@ def test_ops_import_their_own_parts_and_public_functions():
         if is_stdlib(item) or item.top == "torch":
             return True
         if item.module == own:
-            return set(item.names) <= {"reference", "composition", "kernel", "packed"} and (
-                item.lazy or "kernel" not in item.names
-            )
+            parts = {"reference", "composition", "kernel", "fused", "packed"}
+            eager = item.lazy or not {"kernel", "fused"} & set(item.names)
+            return set(item.names) <= parts and eager
         if item.module == "unimoe_kernels":
             return set(item.targets()) <= shared
         is_other_op = item.module.startswith("unimoe_kernels.ops.") and item.module.endswith(".op")
@@ -148,7 +161,7 @@ def test_kernel_package_imports_nothing_but_torch_when_loaded():
     """Triton, transformers, peft and the rest come in lazily, or in a kernel.py."""
 
     def allowed(path, item):
-        if item.lazy or path.name == "kernel.py" or path.parent.name == "_triton":
+        if item.lazy or needs_triton(path):
             return item.top != "unimoe_model"
         return is_stdlib(item) or item.top in ("torch", "unimoe_kernels")
 
@@ -157,11 +170,11 @@ def test_kernel_package_imports_nothing_but_torch_when_loaded():
 
 def test_kernel_modules_are_loaded_lazily_everywhere():
     def allowed(path, item):
-        if item.lazy or path.name == "kernel.py" or path.parent.name == "_triton":
+        if item.lazy or needs_triton(path):
             return True
         return not any(
             target.startswith("unimoe_kernels._triton")
-            or (target.startswith("unimoe_kernels.ops.") and target.endswith(".kernel"))
+            or re.fullmatch(r"unimoe_kernels\.ops\..*\.(kernel|fused)", target)
             for target in item.targets()
         )
 

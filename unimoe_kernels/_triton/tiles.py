@@ -124,7 +124,7 @@ def analytic(problem: Problem, device: Device) -> Tile:
     block_m, block_n, block_k, num_warps = shape
     if device.capability < 90:
         block_n = min(block_n, 128)  # mma.sync keeps operands in registers, wgmma does not
-    if problem.kind == "gated" and block_n > 64:
+    if problem.kind == "gated":
         block_n //= 2  # of each half
     if problem.kind == "gated_backward":
         block_n = min(block_n, 128)  # beside the sums lie gate and up

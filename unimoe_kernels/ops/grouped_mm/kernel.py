@@ -13,19 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from unimoe_kernels._triton.launch import accumulator, device_of, matmul_constants
+from unimoe_kernels._triton.loads import load_rows, load_weight, source_rows
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import Problem, choose, num_programs, rows_bucket
 
 BIAS_BLOCK_ROWS = 16
 BIAS_BLOCK_COLUMNS = 64
-
-
-@triton.jit
-def source_rows(rows, row_order_ptr, TOP_K: tl.constexpr):
-    """Returns where the rows are read: at the token of each, or in place."""
-    if TOP_K > 0:
-        rows = tl.load(row_order_ptr + rows) // TOP_K
-    return rows.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -80,17 +73,9 @@ def grouped_mm_kernel(
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         # Nothing is read for rows of no expert.
         for k in range(0, tl.where(expert < num_experts, inner, 0), BLOCK_K):
-            if EVEN_K:
-                x = tl.load(x_ptrs)
-                if EVEN_N:
-                    weight = tl.load(weight_ptrs)
-                else:
-                    weight = tl.load(weight_ptrs, mask=inside[None, :], other=0)
-            else:
-                known = step < inner - k
-                x = tl.load(x_ptrs, mask=known[None, :], other=0)
-                mask = known[:, None] & inside[None, :]
-                weight = tl.load(weight_ptrs, mask=mask, other=0)
+            known = step < inner - k
+            x = load_rows(x_ptrs, known, EVEN_K)
+            weight = load_weight(weight_ptrs, known, inside, EVEN_K, EVEN_N)
             if UPCAST:
                 x, weight = x.to(ACC), weight.to(ACC)
             total = tl.dot(x, weight, total, input_precision=PRECISION, out_dtype=ACC)
