@@ -10,6 +10,8 @@ from unimoe_kernels.ops.moe_mlp import fused
 from unimoe_kernels.ops.permute import kernel as permute
 from unimoe_kernels.ops.swiglu import kernel as swiglu
 from unimoe_kernels.ops.swiglu.op import ACTIVATIONS
+from unimoe_kernels.ops.topk_router import kernel as topk_router
+from unimoe_kernels.ops.topk_router.op import MODES
 from unimoe_kernels.ops.unpermute import kernel as unpermute
 
 
@@ -39,6 +41,11 @@ def cases(everything):
     first = SHAPES[0]
     for name in ACTIVATIONS if everything else ACTIVATIONS[:1]:
         yield name, lambda name=name: activate(first, name)
+    for mode in MODES if everything else ("topk_softmax", "sigmoid_renorm"):
+        yield mode, lambda mode=mode: route(mode, 128, 8, torch.bfloat16)
+    if everything:
+        yield "wide", lambda: route("sigmoid_renorm", 256, 8, torch.float64)
+        yield "large", lambda: route("softmax_topk", 4000, 16, torch.float32)
     for shape in SHAPES if everything else SHAPES[:4]:
         if everything or shape is first:
             yield shape.name, lambda shape=shape: sort_and_copy(shape)
@@ -47,11 +54,26 @@ def cases(everything):
 
 
 def empty(*size, dtype):
+    size = size[0] if size == ((),) else size
     return torch.empty(size, dtype=dtype, device="meta")
 
 
 def ints(size):
     return empty(size, dtype=torch.int32)
+
+
+def route(mode, num_experts, top_k, dtype):
+    """Without bias and groups, then with both where the mode takes them."""
+    tokens, wide = 4096, dtype == torch.float64
+    logits = empty(tokens, num_experts, dtype=dtype)
+    scores = empty(tokens, top_k, dtype=torch.float64 if wide else torch.float32)
+    scalar = empty((), dtype=scores.dtype)
+    ids, mask = empty(tokens, top_k, dtype=torch.int32), empty(tokens, dtype=torch.bool)
+    bias = empty(num_experts, dtype=torch.float32)
+    topk_router.topk_router(logits, None, None, top_k, mode, 1, 1, 1.0, "all")
+    if mode != "topk_softmax":
+        topk_router.topk_router(logits, bias, mask, top_k, mode, 8, 4, 2.5, "first")
+    topk_router.topk_router_backward(scores, scalar, scalar, logits, ids, mask, mode, 2.5, "first")
 
 
 def sort_and_copy(shape):

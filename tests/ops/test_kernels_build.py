@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 KERNELS = {
     "count",
+    "count_choices",
     "gated",
     "gated_backward",
     "grouped_mm",
@@ -19,9 +20,12 @@ KERNELS = {
     "grouped_sum",
     "permute",
     "place",
+    "reduce",
     "score_grad",
     "swiglu",
     "swiglu_backward",
+    "topk_router",
+    "topk_router_backward",
     "unpermute",
     "unpermute_backward",
 }
