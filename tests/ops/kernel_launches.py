@@ -11,6 +11,7 @@ from unimoe_kernels.ops.permute import kernel as permute
 from unimoe_kernels.ops.swiglu import kernel as swiglu
 from unimoe_kernels.ops.swiglu.op import ACTIVATIONS
 from unimoe_kernels.ops.topk_router import kernel as topk_router
+from unimoe_kernels.ops.topk_router import kernel_backward as topk_router_backward
 from unimoe_kernels.ops.topk_router.op import MODES
 from unimoe_kernels.ops.unpermute import kernel as unpermute
 
@@ -51,6 +52,8 @@ def cases(everything):
             yield shape.name, lambda shape=shape: sort_and_copy(shape)
             yield shape.name, lambda shape=shape: multiply(shape)
         yield shape.name, lambda shape=shape: layer(shape)
+    if everything:
+        yield "tf32", with_tf32
 
 
 def empty(*size, dtype):
@@ -73,7 +76,9 @@ def route(mode, num_experts, top_k, dtype):
     topk_router.topk_router(logits, None, None, top_k, mode, 1, 1, 1.0, "all")
     if mode != "topk_softmax":
         topk_router.topk_router(logits, bias, mask, top_k, mode, 8, 4, 2.5, "first")
-    topk_router.topk_router_backward(scores, scalar, scalar, logits, ids, mask, mode, 2.5, "first")
+    topk_router_backward.topk_router_backward(
+        scores, scalar, scalar, logits, ids, mask, mode, 2.5, "first"
+    )
 
 
 def sort_and_copy(shape):
@@ -83,10 +88,20 @@ def sort_and_copy(shape):
     scores = empty(shape.tokens, shape.top_k, dtype=score)
     x = empty(shape.tokens, shape.width, dtype=shape.dtype)
     expert_sort.expert_sort(ids, shape.experts)
+    expert_sort.expert_sort(ints(expert_sort.SMALL_ROWS), shape.experts)
     sorted_rows = permute.permute(x, ids, offsets, shape.top_k)
     unpermute.unpermute(sorted_rows, ids, offsets, scores, shape.top_k)
     unpermute.unpermute(sorted_rows, ids, offsets, None, shape.top_k)
     unpermute.unpermute_backward(x, sorted_rows, ids, offsets, scores, shape.top_k)
+
+
+def with_tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        layer(SHAPES[3])
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def activate(shape, name):

@@ -22,6 +22,7 @@ KERNELS = {
     "place",
     "reduce",
     "score_grad",
+    "sort_small",
     "swiglu",
     "swiglu_backward",
     "topk_router",

@@ -23,17 +23,18 @@ KINDS = ("rows", "gated", "gated_backward", "weights")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def problem(kind="rows", inner=2048, width=768, rows=256, dtype=torch.bfloat16):
+def problem(kind="rows", inner=2048, width=768, rows=256, dtype=torch.bfloat16, tf32=False):
     height = 1024 if kind == "weights" else 0
-    return Problem(kind, 0 if height else inner, width, height, 128, 8, dtype, rows)
+    return Problem(kind, 0 if height else inner, width, height, 128, 8, dtype, rows, tf32)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"sm_{device.capability}")
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_fit_the_device(device, kind):
     sizes = (1, 8, 24, 100, 128, 768, 14336)
-    for width, inner, rows, dtype in itertools.product(sizes, sizes, (1, 32, 64, 4096), DTYPES):
-        case = problem(kind, inner, width, rows, dtype)
+    types = [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]
+    for width, inner, rows, of in itertools.product(sizes, sizes, (1, 32, 64, 4096), types):
+        case = problem(kind, inner, width, rows, *of)
         tile = tiles.choose(case, device)
         for size in tile[:3]:
             assert size >= 16, (case, tile)

@@ -71,3 +71,15 @@ def activate_backward(
     else:
         activated, slope = gate_and_slope(gate, ACTIVATION, ALPHA)
         return grad * up * slope, grad * activated
+
+
+def gate_constants(gate: tuple[str, float, float]) -> dict[str, object]:
+    """Returns the constants of a kernel for an activation with its limit and alpha."""
+    activation, limit, alpha = gate
+    clamped = activation == "swiglu_clamped"
+    # The others compile once, whatever these are.
+    return {
+        "ACTIVATION": activation,
+        "LIMIT": limit if clamped else 0.0,
+        "ALPHA": alpha if clamped else 0.0,
+    }

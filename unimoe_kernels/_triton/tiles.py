@@ -60,6 +60,7 @@ class Problem(NamedTuple):
         top_k: Rows of a token where rows are gathered from tokens, else 1.
         dtype: Of the operands.
         rows: Mean number of rows of an expert, a power of 2.
+        tf32: Whether float32 goes through the matrix units.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Problem(NamedTuple):
     top_k: int
     dtype: torch.dtype
     rows: int
+    tf32: bool = False
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:
@@ -107,7 +109,7 @@ def analytic(problem: Problem, device: Device) -> Tile:
     them. Few rows are bound by reading weights: tiles are as low as the tensor cores allow (16)
     and long along the sum, so that much is in flight.
     """
-    if problem.dtype.itemsize > 2:
+    if problem.dtype.itemsize > 2 and not problem.tf32:
         return _analytic_wide(problem, device)
     if any(size % 16 for size in (problem.inner, problem.width, problem.height)):
         # Numbers are read one by one, so that addresses take the registers.
@@ -122,12 +124,14 @@ def analytic(problem: Problem, device: Device) -> Tile:
     else:
         shape = (128, 256, 64, 8)
     block_m, block_n, block_k, num_warps = shape
+    block_k = block_k * 2 // problem.dtype.itemsize
     if device.capability < 90:
         block_n = min(block_n, 128)  # mma.sync keeps operands in registers, wgmma does not
     if problem.kind == "gated":
         block_n //= 2  # of each half
     if problem.kind == "gated_backward":
-        block_n = min(block_n, 128)  # beside the sums lie gate and up
+        # Beside the sums lie gate and up, and of float32 the operands are larger.
+        block_n = min(block_n, 64 if problem.tf32 else 128)
     return _fit(problem, device, Tile(block_m, block_n, block_k, GROUP_M, num_warps, MAX_STAGES))
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unimoe_kernels._triton.launch import accumulator, device_of, matmul_constants
+from unimoe_kernels._triton.launch import accumulator, device_of, matmul_constants, precision
 from unimoe_kernels._triton.loads import load_rows, load_weight, source_rows
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import Problem, choose, num_programs, rows_bucket
@@ -210,7 +210,8 @@ def grouped_mm(
         return y
     device = device_of(x)
     rows = rows_bucket(num_rows, num_experts)
-    problem = Problem("rows", inner, width, 0, num_experts, max(1, top_k), x.dtype, rows)
+    tf32 = precision(x.dtype) == "tf32"
+    problem = Problem("rows", inner, width, 0, num_experts, max(1, top_k), x.dtype, rows, tf32)
     tile = choose(problem, device)
     num_tiles = (num_rows // tile.block_m + num_experts + 1) * triton.cdiv(width, tile.block_n)
     with torch.cuda.device_of(x):
@@ -268,9 +269,8 @@ def grouped_mm_wgrad(
         if grad_weight.numel():
             device = device_of(x)
             rows = rows_bucket(num_rows, num_experts)
-            problem = Problem(
-                "weights", 0, width, height, num_experts, max(1, grad_top_k, x_top_k), x.dtype, rows
-            )
+            top_k, tf32 = max(1, grad_top_k, x_top_k), precision(x.dtype) == "tf32"
+            problem = Problem("weights", 0, width, height, num_experts, top_k, x.dtype, rows, tf32)
             tile = choose(problem, device)
             num_tiles = triton.cdiv(height, tile.block_m) * triton.cdiv(width, tile.block_n)
             grid = (num_programs(problem, tile, num_tiles * num_experts, device),)

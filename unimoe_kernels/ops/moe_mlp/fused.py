@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unimoe_kernels.ops.expert_sort import kernel as expert_sort
 from unimoe_kernels.ops.grouped_mm import kernel as grouped_mm
-from unimoe_kernels.ops.moe_mlp import kernel
+from unimoe_kernels.ops.moe_mlp import kernel, kernel_backward
 from unimoe_kernels.ops.unpermute import kernel as unpermute
 
 
@@ -66,7 +66,7 @@ def backward(
     grad_x, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = (
         x.new_empty(0) for _ in range(5)
     )
-    grad_scores, grad_h_NG, weighted_NF = kernel.gated_backward(
+    grad_scores, grad_h_NG, weighted_NF = kernel_backward.gated_backward(
         grad_TD,
         down_proj,
         down_bias,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unimoe_kernels._triton.activation import activate, activate_backward
+from unimoe_kernels._triton.activation import activate, activate_backward, gate_constants
 from unimoe_kernels._triton.launch import accumulator
 
 MAX_BLOCK_F = 1024
@@ -95,7 +95,6 @@ def _launch(
 ) -> None:
     if num_rows == 0 or width == 0:
         return
-    clamped = activation == "swiglu_clamped"
     block_f = min(triton.next_power_of_2(width), MAX_BLOCK_F)
     block_n = BLOCK_ELEMENTS // block_f
     with torch.cuda.device_of(tensors[0]):
@@ -103,10 +102,7 @@ def _launch(
             *tensors,
             num_rows,
             width,
-            ACTIVATION=activation,
-            # The others compile once, whatever these are.
-            LIMIT=limit if clamped else 0.0,
-            ALPHA=alpha if clamped else 0.0,
+            **gate_constants((activation, limit, alpha)),
             ACC=accumulator(tensors[0].dtype),
             BLOCK_N=block_n,
             BLOCK_F=block_f,

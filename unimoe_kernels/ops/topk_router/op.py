@@ -200,9 +200,9 @@ def _backward_fake(
 
 
 def _backward_triton(*args):
-    from unimoe_kernels.ops.topk_router import kernel
+    from unimoe_kernels.ops.topk_router import kernel_backward
 
-    return kernel.topk_router_backward(*args)
+    return kernel_backward.topk_router_backward(*args)
 
 
 _backends.declare(
