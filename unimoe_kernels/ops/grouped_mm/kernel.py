@@ -209,6 +209,7 @@ def grouped_mm(
     if y.numel() == 0:
         return y
     device = device_of(x)
+    expert_offsets = expert_offsets.contiguous()
     rows = rows_bucket(num_rows, num_experts)
     tf32 = precision(x.dtype) == "tf32"
     problem = Problem("rows", inner, width, 0, num_experts, max(1, top_k), x.dtype, rows, tf32)
@@ -263,6 +264,7 @@ def grouped_mm_wgrad(
     """
     num_experts, height, width = expert_offsets.shape[0] - 1, grad.shape[1], x.shape[1]
     num_rows = (grad if row_order is None else row_order).shape[0]
+    expert_offsets = expert_offsets.contiguous()
     grad_weight = x.new_empty(num_experts, height, width)
     grad_bias = x.new_empty(num_experts if has_bias else 0, height)
     with torch.cuda.device_of(x):
