@@ -113,7 +113,8 @@ def analytic(problem: Problem, device: Device) -> Tile:
         return _analytic_wide(problem, device)
     if any(size % 16 for size in (problem.inner, problem.width, problem.height)):
         # Numbers are read one by one, so that addresses take the registers.
-        shape = (64 if problem.rows > 32 or problem.kind == "weights" else 16, 64, 32, 4)
+        block_m = 64 if problem.rows > 32 or problem.kind == "weights" else 16
+        shape = (block_m, 32 if problem.kind == "gated_backward" else 64, 32, 4)
     elif problem.kind == "weights":
         tall, broad = problem.height > 64, problem.width > 128
         shape = (128 if tall else 64, 256 if tall and broad else 128, 64, 8 if tall else 4)
@@ -125,13 +126,14 @@ def analytic(problem: Problem, device: Device) -> Tile:
         shape = (128, 256, 64, 8)
     block_m, block_n, block_k, num_warps = shape
     block_k = block_k * 2 // problem.dtype.itemsize
-    if device.capability < 90:
-        block_n = min(block_n, 128)  # mma.sync keeps operands in registers, wgmma does not
+    if problem.tf32 or not 90 <= device.capability < 120:
+        # Outside of sm_90 and sm_100 the matrix units take operands from registers; numbers of
+        # four bytes take more of them everywhere.
+        block_n = min(block_n, 128)
     if problem.kind == "gated":
         block_n //= 2  # of each half
     if problem.kind == "gated_backward":
-        # Beside the sums lie gate and up, and of float32 the operands are larger.
-        block_n = min(block_n, 64 if problem.tf32 else 128)
+        block_n = min(block_n, 64 if problem.tf32 else 128)  # beside the sums lie gate and up
     return _fit(problem, device, Tile(block_m, block_n, block_k, GROUP_M, num_warps, MAX_STAGES))
 
 
