@@ -17,7 +17,7 @@ from unimoe_kernels._triton.loads import load_rows, load_weight, source_rows
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import Problem, choose, num_programs, rows_bucket
 
-SCORE_BLOCK = 64  # rows whose score gradients one program sums
+SCORE_BLOCK = 32  # rows whose score gradients one program sums
 SCORE_BLOCK_D = 64
 
 
