@@ -101,7 +101,10 @@ gpu-test: gpu-build ## every test that needs a GPU; failed ones first
 
 gpu-sanitize: gpu-build ## GPU tests of the operators under compute-sanitizer
 	@if command -v compute-sanitizer >/dev/null; then \
-		compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -m gpu tests/ops -q $(ARGS); \
+		for tool in memcheck racecheck; do \
+			compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest \
+				-m gpu tests/ops --ignore tests/ops/test_gpu.py -q $(ARGS) || exit 1; \
+		done; \
 	else \
 		echo "compute-sanitizer is not on PATH (CUDA's toolkit has it): nothing was checked"; \
 	fi

@@ -38,6 +38,7 @@ _overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}
 # op -> device type -> backends that run there, the automatic choice first
 _available: dict[str, dict[str, tuple[str, ...]]] = {}
 _parts: dict[str, tuple[str, ...]] = {}
+_fused: dict[str, bool] = {}
 _public: list[str] = []
 _forced: str | None = None
 
@@ -60,6 +61,7 @@ def declare(
     triton: Callable | None = None,
     native: Callable | None = None,
     parts: tuple[str, ...] = (),
+    fused: bool = False,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     public: bool = True,
@@ -76,6 +78,7 @@ def declare(
             `reference`.
         parts: Operators that this one is composed of. It counts as having a backend when one of
             them has it.
+        fused: Whether `triton` is more than its parts one after the other.
         setup_context: As in `torch.library.register_autograd`.
         backward: As there, with the name of the overload put first.
         public: Whether the operator is listed by `report`.
@@ -98,6 +101,7 @@ def declare(
             )
         _overloads[op][overload] = getattr(getattr(torch.ops.unimoe, op), overload)
     _parts[op] = parts
+    _fused[op] = fused
     if public:
         _public.append(op)
 
@@ -122,14 +126,16 @@ def find_kernels() -> None:
 
 def _order(op: str, device: str) -> tuple[str, ...]:
     native = "cuda" if device == "cuda" else "cpp"
-    has_native = any(_is_compiled(part, device) for part in (op, *_parts[op]))
-    has_triton = _triton_runs_on(device) and any(
-        "triton" in _overloads[part] for part in _parts[op] or (op,)
-    )
-    if device == "cuda":
-        order = (native if has_native else None, "triton" if has_triton else None, "reference")
+    native = native if any(_is_compiled(part, device) for part in (op, *_parts[op])) else None
+    triton = "triton" if _triton_runs_on(device) and "triton" in _overloads[op] else None
+    if device != "cuda":
+        order = (native, "reference", triton)
+    elif _is_compiled(op, device):
+        order = (native, triton, "reference")
     else:
-        order = (native if has_native else None, "reference", "triton" if has_triton else None)
+        # Matmuls have Triton kernels and no CUDA ones: with CUDA parts alone they would run in
+        # plain torch.
+        order = (triton, native, "reference")
     return tuple(backend for backend in order if backend is not None)
 
 
@@ -249,7 +255,8 @@ def _explain(op: str, device: str, order: tuple[str, ...]) -> tuple[str, str]:
     if _forced in order:
         return _forced, "asked for by use_backend or UNIMOE_BACKEND"
     backend = order[0]
-    if _parts[op] and not (backend in ("cpp", "cuda") and _is_compiled(op, device)):
+    own = _fused[op] if backend == "triton" else _is_compiled(op, device)
+    if _parts[op] and not own:
         having = [part for part in _parts[op] if backend in _available[part][device]]
         if backend == "reference":
             return backend, "none of its parts has a kernel here"

@@ -3,29 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <string>
 #include <vector>
 
-#include "check.h"
 #include "kernels.h"
+#include "router.h"
 
 namespace unimoe {
-
-// Keeps renormalised sigmoid scores finite when all of them underflow, as DeepSeek-V3 does.
-constexpr double kTiny = 1e-20;
-
-enum class Mode { kTopkSoftmax, kSoftmaxTopk, kSoftmaxTopkRenorm, kSigmoid, kSigmoidRenorm };
-
-inline Mode mode_of(const std::string& mode) {
-  if (mode == "topk_softmax") return Mode::kTopkSoftmax;
-  if (mode == "softmax_topk") return Mode::kSoftmaxTopk;
-  if (mode == "softmax_topk_renorm") return Mode::kSoftmaxTopkRenorm;
-  if (mode == "sigmoid") return Mode::kSigmoid;
-  UNIMOE_CHECK(mode == "sigmoid_renorm", "mode (", mode, ") is unknown");
-  return Mode::kSigmoidRenorm;
-}
-
-inline bool is_sigmoid(Mode mode) { return mode == Mode::kSigmoid || mode == Mode::kSigmoidRenorm; }
 
 // out = e^(x - shift); returns the sum.
 inline double exponentials(const Kernels&, int64_t count, const double* x, double shift,

@@ -11,23 +11,10 @@ constexpr int64_t kTokensPerBlock = 64;
 // Fewer logits than this to a thread cost more to hand out than to route.
 constexpr int64_t kLogitsPerTask = 8192;
 
-int64_t counted_choices(const std::string& balance, int64_t top_k) {
-  UNIMOE_CHECK(balance == "all" || balance == "first", "balance (", balance, ") is unknown");
-  return balance == "all" ? top_k : 1;
-}
-
 int64_t blocks_of(int64_t tokens) { return (tokens + kTokensPerBlock - 1) / kTokensPerBlock; }
 
 int64_t blocks_per_task(int64_t experts) {
   return std::max<int64_t>(1, kLogitsPerTask / (kTokensPerBlock * std::max<int64_t>(1, experts)));
-}
-
-void check_mask(const std::optional<Tensor>& token_mask, int64_t tokens) {
-  if (!token_mask.has_value()) return;
-  UNIMOE_CHECK(token_mask->dim() == 1 && token_mask->size(0) == tokens, "token_mask (shape ",
-               shape_of(*token_mask), ") must be [", tokens, "]");
-  UNIMOE_CHECK(token_mask->scalar_type() == ScalarType::Bool, "token_mask must be bool");
-  UNIMOE_CHECK(token_mask->is_contiguous(), "token_mask must be contiguous");
 }
 
 // Which tokens count in the losses.
@@ -65,21 +52,8 @@ using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Routed topk_router(Tensor logits, std::optional<Tensor> correction_bias,
                    std::optional<Tensor> token_mask, int64_t top_k, std::string mode,
                    int64_t num_groups, int64_t top_groups, double scale, std::string balance) {
-  check_matrix(logits, "logits");
-  check_floating(logits, "logits");
+  check_router(logits, correction_bias, top_k, num_groups, top_groups);
   const int64_t tokens = logits.size(0), experts = logits.size(1);
-  UNIMOE_CHECK(num_groups >= 1 && experts % num_groups == 0, "num_groups (", num_groups,
-               ") must divide num_experts (", experts, ")");
-  UNIMOE_CHECK(top_groups >= 1 && top_groups <= num_groups, "top_groups (", top_groups,
-               ") must be between 1 and num_groups (", num_groups, ")");
-  UNIMOE_CHECK(top_k >= 1 && top_k <= experts / num_groups * top_groups, "top_k (", top_k,
-               ") must be between 1 and the experts of top_groups groups");
-  if (correction_bias.has_value()) {
-    UNIMOE_CHECK(correction_bias->dim() == 1 && correction_bias->size(0) == experts,
-                 "correction_bias (shape ", shape_of(*correction_bias), ") must be [", experts,
-                 "]");
-    UNIMOE_CHECK(correction_bias->is_contiguous(), "correction_bias must be contiguous");
-  }
   const Routing routing{mode_of(mode), experts, top_k, num_groups, top_groups, scale};
   const int64_t choices = counted_choices(balance, top_k);
   const Mask counts_in_losses(token_mask, tokens);
@@ -208,22 +182,8 @@ std::vector<int64_t> count_choices(const int32_t* ids, int64_t tokens, int64_t t
 Tensor topk_router_backward(Tensor grad_scores, Tensor grad_balancing, Tensor grad_z, Tensor logits,
                             Tensor ids, std::optional<Tensor> token_mask, std::string mode,
                             double scale, std::string balance) {
-  check_matrix(logits, "logits");
-  check_floating(logits, "logits");
-  check_matrix(ids, "ids");
-  check_matrix(grad_scores, "grad_scores");
+  check_router_backward(grad_scores, grad_balancing, grad_z, logits, ids);
   const int64_t tokens = logits.size(0), experts = logits.size(1), top_k = ids.size(1);
-  UNIMOE_CHECK(ids.scalar_type() == ScalarType::Int && ids.size(0) == tokens, "ids (shape ",
-               shape_of(ids), ") must be int32 of ", tokens, " rows");
-  UNIMOE_CHECK(grad_scores.size(0) == tokens && grad_scores.size(1) == top_k, "grad_scores (shape ",
-               shape_of(grad_scores), ") must be ", shape_of(ids));
-  const bool is_double = logits.scalar_type() == ScalarType::Double;
-  for (const Tensor* grad : {&grad_scores, &grad_balancing, &grad_z}) {
-    UNIMOE_CHECK(grad->scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
-                 "gradients must be ", is_double ? "float64" : "float32", " beside these logits");
-  }
-  UNIMOE_CHECK(grad_balancing.numel() == 1 && grad_z.numel() == 1,
-               "gradients of the losses must be scalars");
   const int32_t* id = const_data<int32_t>(ids);
   for (int64_t n = 0; n < tokens * top_k; ++n) {
     UNIMOE_CHECK(id[n] >= 0 && id[n] < experts, "ids (", id[n], ") must be in [0, ", experts, ")");

@@ -12,8 +12,6 @@ constexpr int kIdsPerChunk = 512;
 constexpr int kMaxChunks = 256;
 constexpr int kWarpsPerBlock = 4;
 constexpr int kScanThreads = 1024;
-// Static limit of shared memory that every architecture grants without an opt-in.
-constexpr int kSharedBytes = 48 * 1024;
 
 // Sentinels, and any id that is not an expert's, go to the last bucket.
 __device__ int bucket_of(int id, int num_experts) {

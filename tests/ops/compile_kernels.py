@@ -1,7 +1,9 @@
-"""Compiles every Triton kernel for every supported GPU without one; prints JSON lines.
+"""Compiles every Triton kernel as its launcher launches it, for GPUs that need not be there.
 
-Run by `test_kernels_build.py` in a process without TRITON_INTERPRET, under which `triton.jit`
-yields interpreted functions.
+The launchers run on tensors without data, for a GPU of the given kind: what they launch is
+recorded and compiled ahead of time, with the tiles, constants and specialisations of a real call.
+Prints one JSON line a kernel. Run by `test_kernels_build.py` in a process without TRITON_INTERPRET,
+under which `triton.jit` yields interpreted functions.
 """
 
 import json
@@ -10,78 +12,150 @@ import subprocess
 import sys
 import tempfile
 
+import kernel_launches
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from unimoe_kernels.ops.expert_sort import kernel as expert_sort
-from unimoe_kernels.ops.permute import kernel as permute
-from unimoe_kernels.ops.unpermute import kernel as unpermute
+from unimoe_kernels._triton import launch
 
-POINTERS = {"bf16": "*bf16", "fp64": "*fp64"}
-
-
-def sources():
-    """Yields (name, kernel, signature of the plain arguments, constants)."""
-    sort = {"BLOCK": expert_sort.BLOCK, "CHUNK": expert_sort.CHUNK}
-    sizes = {"num_rows": "i32", "num_experts": "i32"}
-    ids = {"ids_ptr": "*i32", "counts_ptr": "*i32"}
-    yield "expert_sort.count", expert_sort.count_kernel, ids | sizes, sort
-    places = dict.fromkeys(("ends_ptr", "row_order_ptr", "inverse_order_ptr"), "*i32")
-    yield "expert_sort.place", expert_sort.place_kernel, ids | places | sizes, sort
-    for name, pointer in POINTERS.items():
-        orders = {"inverse_order_ptr": "*i32", "num_routed_ptr": "*i32"}
-        accumulator = triton.language.float64 if name == "fp64" else triton.language.float32
-        score = "*fp64" if name == "fp64" else "*fp32"
-        block_d = unpermute.MAX_BLOCK_D
-        yield (
-            f"permute[{name}]",
-            permute.permute_kernel,
-            {"x_ptr": pointer, "out_ptr": pointer, "row_order_ptr": "*i32"}
-            | {"num_routed_ptr": "*i32", "num_rows": "i32", "width": "i32"},
-            {"TOP_K": 2, "BLOCK_N": permute.BLOCK_ELEMENTS // block_d, "BLOCK_D": block_d},
-        )
-        constants = {"TOP_K": 2, "BLOCK_D": block_d, "ACC_DTYPE": accumulator}
-        yield (
-            f"unpermute[{name}]",
-            unpermute.unpermute_kernel,
-            {"rows_ptr": pointer, "out_ptr": pointer, "scores_ptr": score, "width": "i32"} | orders,
-            constants | {"HAS_SCORES": True},
-        )
-        grads = {"grad_rows_ptr": pointer, "grad_scores_ptr": score, "scores_ptr": score}
-        yield (
-            f"unpermute.backward[{name}]",
-            unpermute.unpermute_backward_kernel,
-            {"grad_ptr": pointer, "rows_ptr": pointer, "width": "i32"} | grads | orders,
-            constants,
-        )
+# Processors and the bytes of shared memory that one block may have.
+DEVICES = {
+    80: launch.Device(80, 108, 163 * 1024),
+    90: launch.Device(90, 132, 227 * 1024),
+    100: launch.Device(100, 148, 227 * 1024),
+    120: launch.Device(120, 170, 99 * 1024),
+}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+INSTRUCTIONS = {
+    "wgmma": r"wgmma\.mma_async",
+    "mma": r"mma\.sync",
+    "tcgen05": r"tcgen05\.mma",
+    "cp_async": r"cp\.async\.c[ag]",
+    "tma": r"cp\.async\.bulk\.tensor",
+}
 
 
-def main(archs):
-    """Compiles for the archs given, such as 80 90."""
-    for name, kernel, arguments, constants in sources():
-        types = arguments | dict.fromkeys(constants, "constexpr")
-        signature = {argument: types[argument] for argument in kernel.arg_names}
-        for arch in archs:
-            source = ASTSource(kernel, signature, constexprs=constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
-            print(json.dumps({"kernel": name, "arch": arch, **resources(compiled)}), flush=True)
+def record_launches(run):
+    """Runs a function and lists what it launches: kernel, arguments by name, options."""
+    launches = []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        names = [parameter.name for parameter in kernel.params]
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
+        launches.append((kernel, dict(zip(names, args, strict=False)) | kwargs, options))
+
+    original, JITFunction.run = JITFunction.run, record
+    try:
+        run()
+    finally:
+        JITFunction.run = original
+    return launches
+
+
+def source_of(kernel, arguments):
+    """What Triton compiles for these arguments, specialised as in a call."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        specialised = not parameter.do_not_specialize
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if parameter.is_constexpr or value is None or (is_int and value == 1 and specialised):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            aligned = True
+        else:
+            assert is_int, f"{parameter.name} ({value!r}) must be a tensor or an integer"
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            aligned = value % 16 == 0
+        if aligned and specialised:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def main(archs, everything):
+    """Compiles for the archs given, such as 80 90; the same kernel twice only once."""
+    for arch in archs:
+        launch.STAND_IN = DEVICES[arch]
+        done = set()
+        for case, run in kernel_launches.cases(everything):
+            for kernel, arguments, options in record_launches(run):
+                source = source_of(kernel, arguments)
+                key = (source.hash(), tuple(sorted(options.items())))
+                if key in done:
+                    continue
+                done.add(key)
+                compiled = triton.compile(
+                    source, target=GPUTarget("cuda", arch, 32), options=options
+                )
+                name = kernel.__name__.removesuffix("_kernel")
+                row = {"kernel": name, "case": case, "arch": arch, **options}
+                tile = [arguments[a] for a in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if a in arguments]
+                print(json.dumps(row | {"tile": tile} | resources(compiled)), flush=True)
 
 
 def resources(compiled):
-    """Returns registers a thread and bytes of spilled and of shared memory of a cubin."""
+    """Returns registers a thread, bytes of spilled and of shared memory, and instructions used."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        listing = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
-    usage = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", listing))
+        tool = [triton.knobs.nvidia.cuobjdump.path]
+        usage = subprocess.check_output([*tool, "--dump-resource-usage", file.name], text=True)
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+        spilled = int(usage["STACK"]) + int(usage["LOCAL"])
+        code = subprocess.check_output([*tool, "-sass", file.name], text=True) if spilled else ""
+    ptx = compiled.asm["ptx"]
     return {
         "registers": int(usage["REG"]),
-        "spilled": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "spilled": spilled,
+        "spills_in_loops": spills_in_loops(code),
         "shared": compiled.metadata.shared,
+        "instructions": [name for name, text in INSTRUCTIONS.items() if re.search(text, ptx)],
     }
 
 
+def spills_in_loops(code):
+    """Counts accesses to spilled registers inside of innermost loops of disassembled code."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)
+    # A loop is a jump back; an innermost one has no other inside.
+    jumps = [(int(a, 16), re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", text)) for a, text in lines]
+    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    inner = [
+        (first, last)
+        for first, last in loops
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
+    ]
+    spills = [int(a, 16) for a, text in lines if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(any(first <= at <= last for first, last in inner) for at in spills)
+
+
+def print_variants(counts):
+    """Prints for each number of tokens which variants of the kernels it would compile."""
+    launch.STAND_IN = DEVICES[90]
+    for count in counts:
+        shape = kernel_launches.SHAPES[0]._replace(tokens=count)
+        variants = {
+            f"{kernel.__name__} {source_of(kernel, arguments).hash()} {sorted(options.items())}"
+            for run in (kernel_launches.sort_and_copy, kernel_launches.layer)
+            for kernel, arguments, options in record_launches(lambda run=run, s=shape: run(s))
+        }
+        print(json.dumps({"tokens": count, "variants": sorted(variants)}))
+
+
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]])
+    if sys.argv[1] == "--tokens":
+        print_variants([int(count) for count in sys.argv[2:]])
+        sys.exit()
+    main([int(arch) for arch in sys.argv[1:] if arch.isdigit()], "--all" in sys.argv)

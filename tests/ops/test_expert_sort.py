@@ -40,7 +40,9 @@ def test_expert_sort_example(backend):
 
 
 @pytest.mark.parametrize("kind", ROUTINGS)
-@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts"), [(50, 2, 4), (300, 4, 37)])
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts"), [(50, 2, 4), (150, 3, 37), (300, 4, 37)]
+)
 def test_expert_sort_matches_definition(backend, kind, num_tokens, top_k, num_experts):
     ids, _ = sample_routing(kind, num_tokens, top_k, num_experts, device=backend.device)
     check(ids, num_experts)

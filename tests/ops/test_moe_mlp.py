@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from unimoe_kernels import available_backends, moe_mlp, swiglu, use_backend
 from unimoe_kernels.ops.swiglu.op import ACTIVATIONS
@@ -225,6 +226,18 @@ def test_moe_mlp_is_deterministic(backend):
     grad = torch.randn(9, 24, device=backend.device)
     first, second = run(moe_mlp, arguments, grad), run(moe_mlp, arguments, grad)
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+def test_moe_mlp_backward_runs_twice_and_under_checkpointing(backend):
+    arguments = with_grad(sample(biased=True, device=backend.device))
+    grad = torch.randn(9, 24, device=backend.device)
+    y, *expected = run(moe_mlp, arguments, grad)
+    again = checkpoint(lambda: moe_mlp(**arguments), use_reentrant=False)
+    assert again.equal(y)
+    inputs = [arguments[name] for name in NAMES]
+    for retain in (True, False):
+        grads = torch.autograd.grad(again, inputs, grad, retain_graph=retain)
+        assert all(a.equal(b) for a, b in zip(grads, expected, strict=True))
 
 
 @pytest.mark.parametrize(

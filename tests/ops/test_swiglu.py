@@ -123,6 +123,14 @@ def test_swiglu_edge(backend, activation):
     assert swiglu(torch.zeros(2, 4, device=backend.device), activation).any().item() is False
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_swiglu_keeps_nan(backend, activation):
+    if (backend.name, activation) == ("cpp", "relu"):
+        pytest.xfail("the C++ maximum of NaN and 0 is 0")
+    gate_up = torch.tensor([[math.nan, 1.0, 1.0, math.nan]], device=backend.device)
+    assert swiglu(gate_up, activation).isnan().all()
+
+
 def test_swiglu_rejects_bad_arguments():
     gate_up = torch.randn(3, 6)
     with pytest.raises(ValueError, match=r"gate_up \(shape \(6,\)\) must have shape \[N, 2F\]"):

@@ -155,7 +155,7 @@ def test_topk_router_gradcheck(backend, mode, balance):
         )
         return tuple(getattr(out, name) for name in FLOAT_OUTPUTS)
 
-    assert torch.autograd.gradcheck(run, logits)
+    assert torch.autograd.gradcheck(run, logits, fast_mode=backend.interpreted)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -213,6 +213,42 @@ def test_topk_router_ties_go_to_the_lower_id(backend):
     logits[:, 100:] = 1
     for mode in MODES:
         assert topk_router(logits, 4, mode=mode).ids.tolist() == [[100, 101, 102, 103]] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("groups", [(1, 1), (3, 2)])
+def test_topk_router_orders_every_float(backend, dtype, groups):
+    # A NaN is larger than everything, as in torch's sort, and -0 equals 0.
+    values = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-40])
+    logits = values[torch.randint(0, 9, (40, 6))].to(backend.device, dtype)
+    options = {"num_groups": groups[0], "top_groups": groups[1]}
+    actual = topk_router(logits, 3, **options)
+    with use_backend("reference"):
+        expected = topk_router(logits, 3, **options)
+    assert torch.equal(actual.ids, expected.ids)
+    assert torch.equal(actual.tokens_per_expert, expected.tokens_per_expert)
+
+
+@pytest.mark.parametrize("num_experts", [1, 100, 384])
+def test_topk_router_many_tokens_and_experts(backend, num_experts):
+    num_tokens, top_k = (150, min(8, num_experts))
+    logits = torch.randn(num_tokens, num_experts, device=backend.device, requires_grad=True)
+    mask = torch.arange(num_tokens, device=backend.device) % 5 > 0
+
+    def run(logits):
+        out = topk_router(logits, top_k, mode="sigmoid_renorm", token_mask=mask, scale=2.5)
+        loss = out.scores.square().sum() + out.load_balancing_loss + out.router_z_loss
+        return out, *torch.autograd.grad(loss, logits)
+
+    out, grad = run(logits)
+    with use_backend("reference"):
+        expected, expected_grad = run(logits.detach().double().requires_grad_())
+    assert torch.equal(out.ids, expected.ids)
+    assert torch.equal(out.tokens_per_expert, expected.tokens_per_expert)
+    for name in FLOAT_OUTPUTS:
+        assert_close_to_float64(getattr(out, name), getattr(expected, name), name=name)
+    if num_experts > 1:
+        assert_close_to_float64(grad, expected_grad)
 
 
 def test_topk_router_masked_tokens_change_no_loss(backend):

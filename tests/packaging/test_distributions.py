@@ -65,7 +65,10 @@ def test_sdist_holds_everything_that_a_build_needs(sdist_files, tracked):
         path
         for path in tracked
         if path.startswith(("csrc/", "requirements/"))
-        or (path.startswith(("unimoe_kernels/", "unimoe_model/")) and path.endswith(".py"))
+        or (
+            path.startswith(("unimoe_kernels/", "unimoe_model/"))
+            and path.endswith((".py", ".json"))
+        )
     }
     needed |= {"setup.py", "pyproject.toml", "LICENSE", "README.md", "constraints.txt"}
     assert len([path for path in needed if path.startswith("csrc/")]) >= 8
@@ -88,7 +91,7 @@ def test_wheel_holds_the_two_packages_only(wheel, tracked):
     modules = {
         path
         for path in tracked
-        if path.startswith(("unimoe_kernels/", "unimoe_model/")) and path.endswith(".py")
+        if path.startswith(("unimoe_kernels/", "unimoe_model/")) and path.endswith((".py", ".json"))
     }
     assert not modules - files
 

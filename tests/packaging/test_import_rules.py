@@ -5,6 +5,7 @@ only themselves and the public functions of others, and a model on public names 
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,12 @@ def violations(pattern, allowed):
     ]
 
 
+def needs_triton(path):
+    """Whether it is a module of Triton kernels, or of what launches several of them."""
+    is_kernel = path.name.startswith("kernel") or path.name == "fused.py"
+    return is_kernel or path.parent.name == "_triton"
+
+
 def is_stdlib(item):
     return item.top in sys.stdlib_module_names
 
@@ -100,11 +107,23 @@ def test_references_import_torch_only():
     assert not violations("unimoe_kernels/ops/*/reference.py", allowed)
 
 
-def test_kernels_import_triton_and_torch_only():
+@pytest.mark.parametrize("pattern", ["ops/*/kernel*.py", "_triton/*.py"])
+def test_kernels_import_triton_torch_and_what_kernels_share(pattern):
     def allowed(path, item):
-        return is_stdlib(item) or item.top in ("torch", "triton")
+        shared = item.module.startswith("unimoe_kernels._triton.")
+        return is_stdlib(item) or item.top in ("torch", "triton") or shared
 
-    assert not violations("unimoe_kernels/ops/*/kernel.py", allowed)
+    assert not violations(f"unimoe_kernels/{pattern}", allowed)
+
+
+def test_fused_operators_import_kernels():
+    def allowed(path, item):
+        kernels = item.module.startswith("unimoe_kernels.ops.") and all(
+            name.startswith("kernel") for name in item.names
+        )
+        return is_stdlib(item) or item.top == "torch" or kernels
+
+    assert not violations("unimoe_kernels/ops/*/fused.py", allowed)
 
 
 def test_ops_import_their_own_parts_and_public_functions():
@@ -116,9 +135,8 @@ def test_ops_import_their_own_parts_and_public_functions():
         if is_stdlib(item) or item.top == "torch":
             return True
         if item.module == own:
-            return set(item.names) <= {"reference", "composition", "kernel", "packed"} and (
-                item.lazy or "kernel" not in item.names
-            )
+            lazy = {"kernel", "kernel_backward", "fused"} if item.lazy else set()
+            return set(item.names) <= {"reference", "composition", "packed"} | lazy
         if item.module == "unimoe_kernels":
             return set(item.targets()) <= shared
         is_other_op = item.module.startswith("unimoe_kernels.ops.") and item.module.endswith(".op")
@@ -162,7 +180,7 @@ def test_kernel_package_imports_nothing_but_torch_when_loaded():
     """Triton, transformers, peft and the rest come in lazily, or in a kernel.py."""
 
     def allowed(path, item):
-        if item.lazy or path.name == "kernel.py":
+        if item.lazy or needs_triton(path):
             return item.top != "unimoe_model"
         return is_stdlib(item) or item.top in ("torch", "unimoe_kernels")
 
@@ -171,8 +189,11 @@ def test_kernel_package_imports_nothing_but_torch_when_loaded():
 
 def test_kernel_modules_are_loaded_lazily_everywhere():
     def allowed(path, item):
-        return item.lazy or not any(
-            target.startswith("unimoe_kernels.ops.") and target.endswith(".kernel")
+        if item.lazy or needs_triton(path):
+            return True
+        return not any(
+            target.startswith("unimoe_kernels._triton")
+            or re.fullmatch(r"unimoe_kernels\.ops\..*\.(kernel\w*|fused)", target)
             for target in item.targets()
         )
 

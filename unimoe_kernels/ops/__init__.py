@@ -1,8 +1,9 @@
 """Operators, one folder each.
 
 `op.py` holds the public function, schema, fake and gradient formula; `reference.py` the
-specification in plain torch; `kernel.py` the Triton kernels. An operator that is composed of
-others has `composition.py` instead of the last two. `moe_mlp/packed.py` keeps weights packed.
+specification in plain torch; `kernel.py` and `kernel_backward.py` the Triton kernels. An operator
+that is composed of others has `composition.py` instead of a reference; `moe_mlp/fused.py` is what
+Triton runs in its place, `moe_mlp/packed.py` keeps weights packed.
 """
 
 from unimoe_kernels import _backends

@@ -65,6 +65,12 @@ def _fake(x, weight, expert_offsets, bias):
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 
+def _triton(x, weight, expert_offsets, bias):
+    from unimoe_kernels.ops.grouped_mm import kernel
+
+    return kernel.grouped_mm(x, weight, expert_offsets, bias)
+
+
 def _setup_context(ctx, inputs, output):
     x, weight, expert_offsets, _ = inputs
     ctx.save_for_backward(
@@ -103,11 +109,18 @@ def _wgrad_fake(grad, x, expert_offsets, has_bias):
     )
 
 
+def _wgrad_triton(grad, x, expert_offsets, has_bias):
+    from unimoe_kernels.ops.grouped_mm import kernel
+
+    return kernel.grouped_mm_wgrad(grad, x, expert_offsets, has_bias)
+
+
 _backends.declare(
     "grouped_mm_wgrad",
     "(Tensor grad, Tensor x, Tensor expert_offsets, bool has_bias) "
     "-> (Tensor grad_weight, Tensor grad_bias)",
     reference=reference.grouped_mm_wgrad,
+    triton=_wgrad_triton,
     fake=_wgrad_fake,
     public=False,
 )
@@ -115,6 +128,7 @@ _backends.declare(
     "grouped_mm",
     "(Tensor x, Tensor weight, Tensor expert_offsets, Tensor? bias) -> Tensor",
     reference=reference.grouped_mm,
+    triton=_triton,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -181,6 +181,18 @@ def _backward_fake(
     )
 
 
+def _triton(*args):
+    from unimoe_kernels.ops.moe_mlp import fused
+
+    return fused.forward(*args)
+
+
+def _backward_triton(*args):
+    from unimoe_kernels.ops.moe_mlp import fused
+
+    return fused.backward(*args)
+
+
 _backends.declare(
     "moe_mlp_backward",
     "(Tensor grad, Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor scores, "
@@ -190,8 +202,9 @@ _backends.declare(
     "Tensor grad_gate_up_bias, Tensor grad_down_bias)",
     reference=partial(composition.backward, "reference"),
     native=partial(composition.backward, "default"),
-    triton=partial(composition.backward, "triton"),
+    triton=_backward_triton,
     parts=composition.PARTS,
+    fused=True,
     fake=_backward_fake,
     public=False,
 )
@@ -203,8 +216,9 @@ _backends.declare(
     "Tensor inverse_order, Tensor expert_offsets)",
     reference=partial(composition.forward, "reference"),
     native=partial(composition.forward, "default"),
-    triton=partial(composition.forward, "triton"),
+    triton=_triton,
     parts=composition.PARTS,
+    fused=True,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

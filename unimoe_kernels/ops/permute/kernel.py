@@ -11,7 +11,7 @@ MAX_BLOCK_D = 1024
 BLOCK_ELEMENTS = 2048  # of a program: 8 elements a thread with 8 warps, not tuned on a GPU
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def permute_kernel(
     x_ptr,
     out_ptr,

@@ -52,6 +52,12 @@ def _fake(gate_up, activation, limit, alpha):
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
 
+def _triton(gate_up, activation, limit, alpha):
+    from unimoe_kernels.ops.swiglu import kernel
+
+    return kernel.swiglu(gate_up, activation, limit, alpha)
+
+
 def _setup_context(ctx, inputs, output):
     gate_up, ctx.activation, ctx.limit, ctx.alpha = inputs
     ctx.save_for_backward(gate_up)
@@ -68,10 +74,17 @@ def _backward_fake(grad, gate_up, activation, limit, alpha):
     return gate_up.new_empty(gate_up.shape)
 
 
+def _backward_triton(grad, gate_up, activation, limit, alpha):
+    from unimoe_kernels.ops.swiglu import kernel
+
+    return kernel.swiglu_backward(grad, gate_up, activation, limit, alpha)
+
+
 _backends.declare(
     "swiglu_backward",
     "(Tensor grad, Tensor gate_up, str activation, float limit, float alpha) -> Tensor",
     reference=reference.swiglu_backward,
+    triton=_backward_triton,
     fake=_backward_fake,
     public=False,
 )
@@ -79,6 +92,7 @@ _backends.declare(
     "swiglu",
     "(Tensor gate_up, str activation, float limit, float alpha) -> Tensor",
     reference=reference.swiglu,
+    triton=_triton,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -167,6 +167,12 @@ def _fake(
     )
 
 
+def _triton(*args):
+    from unimoe_kernels.ops.topk_router import kernel
+
+    return kernel.topk_router(*args)
+
+
 def _setup_context(ctx, inputs, output):
     logits, _, token_mask, _, ctx.mode, _, _, ctx.scale, ctx.balance = inputs
     _, ids, tokens_per_expert, _, _ = output
@@ -193,11 +199,18 @@ def _backward_fake(
     return logits.new_empty(logits.shape)
 
 
+def _backward_triton(*args):
+    from unimoe_kernels.ops.topk_router import kernel_backward
+
+    return kernel_backward.topk_router_backward(*args)
+
+
 _backends.declare(
     "topk_router_backward",
     "(Tensor grad_scores, Tensor grad_balancing, Tensor grad_z, Tensor logits, Tensor ids, "
     "Tensor? token_mask, str mode, float scale, str balance) -> Tensor",
     reference=reference.topk_router_backward,
+    triton=_backward_triton,
     fake=_backward_fake,
     public=False,
 )
@@ -207,6 +220,7 @@ _backends.declare(
     "int num_groups, int top_groups, float scale, str balance) -> (Tensor scores, Tensor ids, "
     "Tensor tokens_per_expert, Tensor load_balancing_loss, Tensor router_z_loss)",
     reference=reference.topk_router,
+    triton=_triton,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

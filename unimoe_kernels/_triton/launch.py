@@ -1,0 +1,63 @@
+"""What launchers decide on the host: data types, precision, and how many programs run."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Device(NamedTuple):
+    """What the choice of tiles depends on."""
+
+    capability: int  # such as 90
+    processors: int
+    shared_bytes: int  # that one program may use
+
+
+# What tensors that are not on a GPU count as: the interpreter. It has few processors, so that a
+# program has several tiles as on a GPU. Tests put a GPU here, to compile for it without one.
+STAND_IN = Device(0, 2, 0)
+
+
+def interpreted() -> bool:
+    """Returns whether kernels run in Triton's interpreter."""
+    return triton.knobs.runtime.interpret
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    capability = 10 * properties.major + properties.minor
+    shared = properties.shared_memory_per_block_optin
+    return Device(capability, properties.multi_processor_count, shared)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """Returns the GPU that a tensor is on, else what stands in for one."""
+    return _device(tensor.device.index) if tensor.is_cuda else STAND_IN
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """Returns the type that sums are kept in: float64 for float64, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Returns how float32 is multiplied: as TF32 only where torch's own matmuls may do so."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def matmul_constants(dtype: torch.dtype) -> dict[str, object]:
+    """Returns the constants of a kernel that multiplies tiles of a dtype."""
+    return {
+        "ACC": accumulator(dtype),
+        "PRECISION": precision(dtype),
+        # The interpreter multiplies the bits of bfloat16, not the numbers.
+        "UPCAST": interpreted(),
+    }

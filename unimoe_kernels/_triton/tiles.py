@@ -1,0 +1,180 @@
+"""The shape of tiles: measured ones from `tiles.json`, an analytic choice for everything else.
+
+The number of tokens enters only by the mean number of rows of an expert, rounded to a power of 2:
+a kernel is compiled for a few of these buckets and never for a token count.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from unimoe_kernels._triton.launch import Device
+
+TABLE = Path(__file__).with_name("tiles.json")
+MAX_ROWS = 4096  # from here on more rows change nothing
+# Of a program's shared memory, what reductions and barriers take beside the operands of matmuls.
+RESERVED_BYTES = 4096
+MAX_STAGES = 4
+GROUP_M = 8
+INTERPRETED = (16, 32, 32, 2, 4, 1)
+
+
+class Tile(NamedTuple):
+    """Shape of a tile and how a program computes it."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+    def constants(self) -> dict[str, int]:
+        """Returns the arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+class Problem(NamedTuple):
+    """A matmul as the choice of its tile sees it.
+
+    Attributes:
+        kind: `"rows"` (rows times weights), `"gated"` (the same with gate and up beside each
+            other), `"gated_backward"`, or `"weights"` (the gradient of weights).
+        inner: Length of the sums; 0 for `"weights"`, whose sums run over rows.
+        width: Columns of the result; with `"gated"` those of one half.
+        height: Rows of the result of one expert for `"weights"`, else 0.
+        experts: Number of experts.
+        top_k: Rows of a token where rows are gathered from tokens, else 1.
+        dtype: Of the operands.
+        rows: Mean number of rows of an expert, a power of 2.
+        tf32: Whether float32 goes through the matrix units.
+    """
+
+    kind: str
+    inner: int
+    width: int
+    height: int
+    experts: int
+    top_k: int
+    dtype: torch.dtype
+    rows: int
+    tf32: bool = False
+
+
+def rows_bucket(num_rows: int, num_experts: int) -> int:
+    """Returns the mean number of rows of an expert, rounded up to a power of 2."""
+    mean = triton.cdiv(num_rows, max(1, num_experts))
+    return min(MAX_ROWS, triton.next_power_of_2(max(1, mean)))
+
+
+@functools.cache
+def choose(problem: Problem, device: Device) -> Tile:
+    """Returns the tile of a problem on a device: the measured one, else the analytic one."""
+    if device.capability == 0:
+        return Tile(*INTERPRETED)
+    return _measured().get((device.capability, *problem)) or analytic(problem, device)
+
+
+@functools.cache
+def _measured() -> dict[tuple, Tile]:
+    """Reads `tiles.json`: for each problem on a device the tile that was fastest there."""
+    entries = json.loads(TABLE.read_text(encoding="utf-8"))["entries"]
+    return {
+        (
+            entry["capability"],
+            *Problem(**{**entry["problem"], "dtype": getattr(torch, entry["problem"]["dtype"])}),
+        ): Tile(**entry["tile"])
+        for entry in entries
+    }
+
+
+def analytic(problem: Problem, device: Device) -> Tile:
+    """Chooses by arithmetic: the largest tile that rows, registers and shared memory allow.
+
+    A matmul of 16-bit numbers on an H100 needs some 300 operations for each byte that comes from
+    memory, so tiles are as large as the registers hold (128 by 256 in 8 warps) where the rows fill
+    them. Few rows are bound by reading weights: tiles are as low as the tensor cores allow (16)
+    and long along the sum, so that much is in flight.
+    """
+    if problem.dtype.itemsize > 2 and not problem.tf32:
+        return _analytic_wide(problem, device)
+    if any(size % 16 for size in (problem.inner, problem.width, problem.height)):
+        # Numbers are read one by one, so that addresses take the registers.
+        block_m = 64 if problem.rows > 32 or problem.kind == "weights" else 16
+        shape = (block_m, 32 if problem.kind == "gated_backward" else 64, 32, 4)
+    elif problem.kind == "weights":
+        tall, broad = problem.height > 64, problem.width > 128
+        shape = (128 if tall else 64, 256 if tall and broad else 128, 64, 8 if tall else 4)
+    elif problem.rows <= 32:
+        shape = (16 if problem.rows <= 16 else 32, 64, 128, 4)
+    elif problem.rows <= 64:
+        shape = (64, 128, 64, 4)
+    else:
+        shape = (128, 256, 64, 8)
+    block_m, block_n, block_k, num_warps = shape
+    block_k = block_k * 2 // problem.dtype.itemsize
+    if problem.tf32 or not 90 <= device.capability < 120:
+        # Outside of sm_90 and sm_100 the matrix units take operands from registers; numbers of
+        # four bytes take more of them everywhere.
+        block_n = min(block_n, 128)
+    if problem.kind == "gated":
+        block_n //= 2  # of each half
+    if problem.kind == "gated_backward":
+        block_n = min(block_n, 64 if problem.tf32 else 128)  # beside the sums lie gate and up
+    return _fit(problem, device, Tile(block_m, block_n, block_k, GROUP_M, num_warps, MAX_STAGES))
+
+
+def _analytic_wide(problem: Problem, device: Device) -> Tile:
+    # float32 without TF32 and float64 run on the ordinary units: registers bound the tile.
+    low = problem.kind != "weights" and problem.rows <= 32
+    side = 64 if problem.dtype == torch.float32 else 32
+    block_n = side // 2 if problem.kind == "gated" else side
+    tile = Tile(16 if low else side, block_n, 16, GROUP_M, 4, 3)
+    return _fit(problem, device, tile)
+
+
+def _fit(problem: Problem, device: Device, tile: Tile) -> Tile:
+    """Narrows a tile to the matmul, then takes as many stages as shared memory holds."""
+    block_n = min(tile.block_n, max(16, triton.next_power_of_2(problem.width)))
+    block_k = tile.block_k
+    if problem.kind != "weights":
+        block_k = min(block_k, max(16, triton.next_power_of_2(problem.inner)))
+    tile = tile._replace(block_n=block_n, block_k=block_k)
+    while True:
+        buffers = (device.shared_bytes - RESERVED_BYTES) // stage_bytes(problem, tile)
+        if buffers >= 2 or tile.block_k <= 16:
+            buffers = max(1, min(tile.num_stages, buffers))
+            break
+        tile = tile._replace(block_k=tile.block_k // 2)
+    # Where each step first reads which rows to gather, half of the stages are spent on that.
+    gathers = problem.kind == "weights" and problem.top_k > 1
+    return tile._replace(num_stages=2 * buffers - 1 if gathers else buffers)
+
+
+def stage_bytes(problem: Problem, tile: Tile) -> int:
+    """Returns the shared memory of the operands of one step along the sum."""
+    columns = tile.block_n * (2 if problem.kind == "gated" else 1)
+    return (tile.block_m + columns) * tile.block_k * problem.dtype.itemsize
+
+
+def num_programs(problem: Problem, tile: Tile, num_tiles: int, device: Device) -> int:
+    """Returns the size of a persistent grid: as many programs as run at the same time."""
+    if device.capability == 0:
+        return min(num_tiles, device.processors)
+    # Eight warps fill the registers of a processor; of smaller programs several share one.
+    used = tile.num_stages * stage_bytes(problem, tile)
+    at_once = 1 if tile.num_warps >= 8 else max(1, min(4, device.shared_bytes // used))
+    return min(num_tiles, device.processors * at_once)

@@ -1,0 +1,167 @@
+"""Triton kernel of the first matmul of the fused `moe_mlp`.
+
+It gathers tokens while it reads them, and activates its sums before they leave the registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from unimoe_kernels._triton.activation import activate, gate_constants
+from unimoe_kernels._triton.launch import device_of, matmul_constants, precision
+from unimoe_kernels._triton.loads import load_rows, load_weight, source_rows
+from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
+from unimoe_kernels._triton.tiles import Problem, choose, num_programs, rows_bucket
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gated_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    hidden_ptr,
+    out_ptr,
+    offsets_ptr,
+    row_order_ptr,
+    num_rows,
+    num_experts,
+    inner,
+    width,
+    stride_weight_e,
+    stride_weight_n,
+    stride_weight_k,
+    to_up,
+    TOP_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEP_HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Writes `act(W1 x + b1)` of the gathered rows, and with `KEEP_HIDDEN` what is activated.
+
+    What is kept is zero for rows of no expert: a saved tensor has nothing in it by chance.
+    """
+    ends, tiles = count_row_tiles(offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M, KEEP_HIDDEN)
+    num_row_tiles = tl.max(ends, axis=0)
+    num_column_tiles = tl.cdiv(width, BLOCK_N)
+    step = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
+        row_tile, column_tile = locate_tile(tile, num_row_tiles, num_column_tiles, GROUP_M)
+        expert, first_row, end_row = locate_rows(
+            row_tile, ends, tiles, offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M
+        )
+        owned = expert < num_experts
+        expert = expert.to(tl.int64)
+        row = first_row + tl.arange(0, BLOCK_M)
+        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = column < width
+        source = source_rows(tl.minimum(row, end_row - 1), row_order_ptr, TOP_K)
+        x_ptrs = x_ptr + source[:, None] * inner + step[None, :]
+        gate_ptrs = weight_ptr + expert * stride_weight_e
+        gate_ptrs += column.to(tl.int64)[None, :] * stride_weight_n
+        gate_ptrs += step.to(tl.int64)[:, None] * stride_weight_k
+        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        for k in range(0, tl.where(owned, inner, 0), BLOCK_K):
+            known = step < inner - k
+            x = load_rows(x_ptrs, known, EVEN_K)
+            gate_weight = load_weight(gate_ptrs, known, inside, EVEN_K, EVEN_N)
+            up_weight = load_weight(gate_ptrs + to_up, known, inside, EVEN_K, EVEN_N)
+            if UPCAST:
+                x, gate_weight, up_weight = x.to(ACC), gate_weight.to(ACC), up_weight.to(ACC)
+            gate = tl.dot(x, gate_weight, gate, input_precision=PRECISION, out_dtype=ACC)
+            up = tl.dot(x, up_weight, up, input_precision=PRECISION, out_dtype=ACC)
+            x_ptrs += BLOCK_K
+            gate_ptrs += BLOCK_K * stride_weight_k
+        if HAS_BIAS:
+            bias_ptrs = bias_ptr + expert * (2 * width) + column
+            wanted = column < tl.where(owned, width, 0)
+            gate += tl.load(bias_ptrs, mask=wanted, other=0).to(ACC)[None, :]
+            up += tl.load(bias_ptrs + width, mask=wanted, other=0).to(ACC)[None, :]
+        mask = (row < end_row)[:, None] & inside[None, :]
+        activated_mask = (row < tl.where(owned, end_row, 0))[:, None] & inside[None, :]
+        row = row.to(tl.int64)[:, None]
+        dtype = out_ptr.dtype.element_ty
+        if KEEP_HIDDEN:
+            hidden_ptrs = hidden_ptr + row * (2 * width) + column[None, :]
+            tl.store(hidden_ptrs, gate.to(dtype), mask=mask)
+            tl.store(hidden_ptrs + width, up.to(dtype), mask=mask)
+        out = activate(gate, up, ACTIVATION, LIMIT, ALPHA)
+        out_ptrs = out_ptr + row * width + column[None, :]
+        tl.store(out_ptrs, out.to(dtype), mask=activated_mask)
+
+
+def gated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    row_order: Tensor,
+    top_k: int,
+    gate: tuple[str, float, float],
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the activations `[N, F]` of tokens in expert order, and the pre-activations.
+
+    Args:
+        x: `[T, D]`, contiguous.
+        weight: `[E, 2F, D]`, any strides.
+        bias: `[E, 2F]` or None.
+        offsets: `[E + 1]`.
+        row_order: `[N]`.
+        top_k: K.
+        gate: Activation, limit and alpha.
+        keep_hidden: Whether pre-activations `[N, 2F]` are written, or `[0, 2F]` is returned.
+    """
+    num_experts, double_width, inner = weight.shape
+    num_rows, width = row_order.shape[0], double_width // 2
+    out = x.new_empty(num_rows, width)
+    hidden = x.new_empty(num_rows if keep_hidden else 0, double_width)
+    if out.numel() == 0:
+        return out, hidden
+    device = device_of(x)
+    rows = rows_bucket(num_rows, num_experts)
+    tf32 = precision(x.dtype) == "tf32"
+    problem = Problem("gated", inner, width, 0, num_experts, top_k, x.dtype, rows, tf32)
+    tile = choose(problem, device)
+    num_tiles = (num_rows // tile.block_m + num_experts + 1) * triton.cdiv(width, tile.block_n)
+    with torch.cuda.device_of(x):
+        gated_kernel[(num_programs(problem, tile, num_tiles, device),)](
+            x,
+            weight,
+            None if bias is None else bias.contiguous(),
+            hidden,
+            out,
+            offsets,
+            row_order,
+            num_rows,
+            num_experts,
+            inner,
+            width,
+            *weight.stride(),
+            width * weight.stride(1),
+            TOP_K=top_k,
+            HAS_BIAS=bias is not None,
+            KEEP_HIDDEN=keep_hidden,
+            **gate_constants(gate),
+            EVEN_N=width % tile.block_n == 0,
+            EVEN_K=inner % tile.block_k == 0,
+            EXPERTS=triton.next_power_of_2(num_experts + 1),
+            **tile.constants(),
+            **matmul_constants(x.dtype),
+        )
+    return out, hidden
