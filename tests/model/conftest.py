@@ -119,3 +119,31 @@ def encoders(monkeypatch):
     from fakes import FAKES
 
     monkeypatch.setattr("unimoe_model.processing._BUILT", dict(FAKES))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A byte-fallback LLaMA tokenizer of as many tokens as published_checkpoints have."""
+    from published_checkpoints import VOCAB
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaTokenizer
+
+    special = ["<unk>", "<s>", "</s>"]
+    vocabulary = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijk"]
+    vocabulary += [f"filler{i}" for i in range(VOCAB - len(vocabulary))]
+    model = models.BPE(
+        {token: i for i, token in enumerate(vocabulary)}, [], byte_fallback=True, fuse_unk=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    LlamaTokenizer(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        vocab=model and {token: i for i, token in enumerate(vocabulary)},
+        merges=[],
+    ).save_pretrained(folder)
+    return folder

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
+from published_checkpoints import EXPERTS, VOCAB, published_config
 from safetensors.torch import save_file
-from test_convert import EXPERTS, VOCAB, published_config, tokenizer_folder  # noqa: F401
 
 WIDTH, INNER, LAYERS, FILES = 1024, 2816, 26, 4
 CONVERT = """
@@ -49,7 +49,7 @@ def layers():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pickled", [False, True])
-def test_memory_stays_below_two_files_and_a_gigabyte(tmp_path, tokenizer_folder, pickled):  # noqa: F811
+def test_memory_stays_below_two_files_and_a_gigabyte(tmp_path, tokenizer_folder, pickled):
     source = tmp_path / "source"
     source.mkdir()
     stem, suffix = ("pytorch_model", ".bin") if pickled else ("model", ".safetensors")

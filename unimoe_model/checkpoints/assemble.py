@@ -1,6 +1,5 @@
 """An MoE checkpoint out of a dense one and the FFNs of others: what `unimoe assemble` runs."""
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -9,10 +8,15 @@ from pathlib import Path
 import torch
 
 from unimoe_model.checkpoints.convert import Progress, counter, parameter_shapes
-from unimoe_model.checkpoints.files import TensorFiles, shards
+from unimoe_model.checkpoints.files import TensorFiles, read_config, shards
 from unimoe_model.checkpoints.names import LLM
 from unimoe_model.checkpoints.plan import Matrix, Recipe, Stack
-from unimoe_model.checkpoints.writing import SHARD_BYTES, whole_folder, write_shards
+from unimoe_model.checkpoints.writing import (
+    SHARD_BYTES,
+    refuse_existing,
+    whole_folder,
+    write_shards,
+)
 from unimoe_model.configuration import UniMoEConfig
 
 _STACK = re.compile(rf"({re.escape(LLM)}layers\.\d+\.mlp\.)experts\.(gate_up_proj|down_proj)")
@@ -54,8 +58,7 @@ def assemble(
         ValueError: if a model is not dense, a tensor is missing or of another shape or dtype, or
             the target is there already.
     """
-    if target.exists():
-        raise ValueError(f"folder ({target}) must not be there yet")
+    refuse_existing(target)
     dense = _dense_config(base)
     for folder in experts.values():
         _dense_config(folder)
@@ -123,11 +126,7 @@ def _recipe(name: str, num_experts: int) -> Recipe:
 
 
 def _dense_config(folder: Path) -> UniMoEConfig:
-    path = folder / "config.json"
-    try:
-        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"file {path} must be the configuration of a model: {error!r}") from error
+    model_type = read_config(folder).get("model_type")
     config = UniMoEConfig.from_pretrained(folder)
     if model_type != UniMoEConfig.model_type or config.num_experts:
         raise ValueError(f"folder ({folder}) must hold a dense {UniMoEConfig.model_type} model")

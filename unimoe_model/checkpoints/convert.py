@@ -1,6 +1,5 @@
 """Published checkpoints to ours and back, streamed: what `unimoe convert` runs."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,13 +15,20 @@ from unimoe_model.checkpoints.connectors import (
     other_half,
     what_it_hears,
 )
-from unimoe_model.checkpoints.files import TensorFiles, num_bytes, shards, write_tensors
+from unimoe_model.checkpoints.files import (
+    TensorFiles,
+    num_bytes,
+    read_config,
+    shards,
+    write_tensors,
+)
 from unimoe_model.checkpoints.plan import Plan, Stack, plan_from_published, plan_to_published
 from unimoe_model.checkpoints.published_config import config_from_published
 from unimoe_model.checkpoints.record import Conversion
 from unimoe_model.checkpoints.writing import (
     SHARD_BYTES,
     Layout,
+    refuse_existing,
     whole_folder,
     write_json,
     write_shards,
@@ -69,17 +75,17 @@ def convert_from_published(
         ValueError: if a file is missing or damaged, a tensor is missing, one too many or of another
             shape, or the target is there already.
     """
-    _refuse_existing(target)
+    refuse_existing(target)
     is_adapter = (source / ADAPTER_CONFIG).is_file()
     if is_adapter != (base is not None):
         what = "an adapter, which needs its base" if is_adapter else "no adapter, and needs no base"
         raise ValueError(f"folder ({source}) holds {what}; base is {base}")
     places = [place for place in (tokenizer, source, base) if place]
     files = TensorFiles(shards(base or source))
-    published = _read_config(base or source)
+    published = read_config(base or source)
     loras = {}
     if is_adapter:
-        published |= _read_config(source) if (source / "config.json").is_file() else {}
+        published |= read_config(source) if (source / "config.json").is_file() else {}
         loras = add_adapter(files, source)
     hears = what_it_hears(files.shapes)
     fields = dict(overrides or {})
@@ -158,7 +164,7 @@ def convert_to_published(
         ValueError: if the source was not converted, a file is missing or damaged, or the target is
             there already.
     """
-    _refuse_existing(target)
+    refuse_existing(target)
     made = Conversion.load(source)
     if made is None:
         raise ValueError(f"folder ({source}) must be one that was converted: it has no record")
@@ -234,7 +240,7 @@ def _fields_of_other(folder: Path, files: TensorFiles, hears: str) -> dict:
     """Fields of the configuration about the connector of the other half."""
     other = {"speech": "audio", "audio": "speech"}[hears]
     shapes = {name.partition(":")[2]: shape for name, shape in files.shapes.items()}
-    config = config_from_published(_read_config(folder), shapes, other)
+    config = config_from_published(read_config(folder), shapes, other)
     names = ("encoder", "feature_size", "num_queries", "connector")
     return {f"{other}_{name}": getattr(config, f"{other}_{name}") for name in names}
 
@@ -245,14 +251,6 @@ def _lora_scale(published: Mapping) -> float | None:
     if not published.get("lora_alpha"):
         raise ValueError("config.json must have lora_alpha where it has lora_r")
     return published["lora_alpha"] / published["lora_r"]
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"file {path} must be the configuration of a model: {error}") from error
 
 
 def _processor(config: UniMoEConfig, published: Mapping, places: list[Path]):
@@ -285,11 +283,6 @@ def _copy_tokenizer(places: list[Path], folder: Path) -> None:
         if (place / TOKENIZER).is_file():
             shutil.copyfile(place / TOKENIZER, folder / TOKENIZER)
             return
-
-
-def _refuse_existing(target: Path) -> None:
-    if target.exists():
-        raise ValueError(f"folder ({target}) must not be there yet")
 
 
 def counter(layout: Layout, on_bytes: Progress) -> Callable[[int], None]:

@@ -155,6 +155,19 @@ def shards(folder: Path, stems: Iterable[str] = ("model", "pytorch_model")) -> l
     raise ValueError(f"folder ({folder}) must hold weights: one of {names}, or an index")
 
 
+def read_config(folder: Path) -> dict:
+    """Contents of a folder's `config.json`.
+
+    Raises:
+        ValueError: if it is missing or no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"file {path} must be the configuration of a model: {error}") from error
+
+
 def write_tensors(
     path: Path,
     layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],

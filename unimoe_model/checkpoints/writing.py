@@ -17,6 +17,12 @@ SHARD_BYTES = 5_000_000_000
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
+def refuse_existing(target: Path) -> None:
+    """Raises ValueError if there is something at `target` already."""
+    if target.exists():
+        raise ValueError(f"folder ({target}) must not be there yet")
+
+
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the name `target` if all goes well.
@@ -24,8 +30,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         ValueError: if there is something at `target` already.
     """
-    if target.exists():
-        raise ValueError(f"folder ({target}) must not be there yet")
+    refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
