@@ -90,18 +90,28 @@ def main() -> None:
         rounds = [
             {key: group.profile() for key, group in groups.items()} for _ in range(options.rounds)
         ]
+        seconds = {
+            key: torch.tensor([max(rank["seconds"] for rank in each[key]) for each in rounds])
+            for key in groups
+        }
         for (world, chunks), group in groups.items():
             runs = [each[world, chunks] for each in rounds]
-            seconds = torch.tensor([max(rank["seconds"] for rank in run) for run in runs])
             shares = [rank["waited"] / rank["seconds"] for run in runs for rank in run]
             sent = {sum(rank["sent"] for rank in run) for run in runs}
             print(
-                f"{case}, {world}, {chunks}: {1e3 * seconds.median():.2f} ms,"
+                f"{case}, {world}, {chunks}: {1e3 * seconds[world, chunks].median():.2f} ms,"
                 f" {100 * torch.tensor(shares).median():.0f} %, {sorted(sent)}"
                 f" ({formula_bytes(case, world, torch.float32)})"
             )
             if options.trace is not None and (world, chunks) == (2, CHUNKS):
                 group.trace(options.trace.resolve())
+        for world in options.processes:
+            ratios = seconds[world, CHUNKS] / seconds[world, 1]
+            low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+            print(
+                f"{case}, {world}: {CHUNKS} chunks take {middle:.3f} of the time of one, round by"
+                f" round (quartiles {low:.3f} to {high:.3f})"
+            )
         for group in groups.values():
             group.close()
 

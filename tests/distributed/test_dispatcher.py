@@ -71,7 +71,7 @@ def test_buffers_stay_bounded_when_all_tokens_choose_the_same_experts(ops):
         # Experts 0 to K - 1 answer everything; rank r holds `held` experts from r * held on.
         assert rows == tokens * max(0, min(K, (rank + 1) * held) - rank * held)
         assert chunks == -(-tokens * min(K, held) // 10)
-        assert buffer_rows <= 10 + E
+        assert buffer_rows <= 10 + ranks
         assert buffer_bytes == 8 * D * buffer_rows
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
 from unimoe_kernels.distributed.failure import collective
+from unimoe_kernels.distributed.world import is_distributed, is_first, meet
 
 _EXTRA = "extra.json"
 
@@ -48,21 +48,20 @@ def save_sharded(
     folder = Path(folder)
     state = _model_state(model) | _optimizer_state(model, optimizers)
     fresh, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
-    if _is_first():
+    if is_first():
         _recover(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         (fresh / _EXTRA).write_text(json.dumps(extra or {}), encoding="utf-8")
+    meet(f"save of {folder}")
     with collective(f"save of {folder}"):
-        _barrier()
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(fresh), no_dist=not _distributed())
-    if _is_first():
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(fresh), no_dist=not is_distributed())
+    if is_first():
         if folder.exists():
             os.rename(folder, old)
         os.rename(fresh, folder)
         shutil.rmtree(old, ignore_errors=True)
-    with collective(f"save of {folder}, end"):
-        _barrier()
+    meet(f"save of {folder}, end")
 
 
 def load_sharded(
@@ -90,10 +89,9 @@ def load_sharded(
         CollectiveError: If a rank dies or does not come in time.
     """
     folder = Path(folder)
-    if _is_first():
+    if is_first():
         _recover(folder)
-    with collective(f"load of {folder}"):
-        _barrier()
+    meet(f"load of {folder}")
     if not folder.exists():
         return None
     try:
@@ -107,8 +105,8 @@ def load_sharded(
     fresh = _empty_optimizer_state(folder, model, optimizers, entries)
     targets = state | {key: tensor for key, (_, _, _, tensor) in fresh.items()}
     with collective(f"load of {folder}"):
-        dcp.load(targets, storage_reader=reader, no_dist=not _distributed())
-        _barrier()
+        dcp.load(targets, storage_reader=reader, no_dist=not is_distributed())
+    meet(f"load of {folder}")
     for optimizer in optimizers:
         optimizer.state.clear()
     for optimizer, parameter, key, tensor in fresh.values():
@@ -119,11 +117,10 @@ def load_sharded(
 def discard_sharded(folder: str | Path) -> None:
     """Removes a checkpoint; all ranks call it."""
     folder = Path(folder)
-    if _is_first():
+    if is_first():
         for end in ("", ".old", ".new"):
             shutil.rmtree(folder.with_name(folder.name + end), ignore_errors=True)
-    with collective(f"removal of {folder}"):
-        _barrier()
+    meet(f"removal of {folder}")
 
 
 class _Reader(dcp.FileSystemReader):
@@ -250,16 +247,3 @@ def _recover(folder: Path) -> None:
     if old.exists() and not folder.exists():
         os.rename(old, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _distributed() -> bool:
-    return dist.is_initialized()
-
-
-def _is_first() -> bool:
-    return not _distributed() or dist.get_rank() == 0
-
-
-def _barrier() -> None:
-    if _distributed():
-        dist.barrier()

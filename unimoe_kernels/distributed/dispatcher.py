@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unimoe_kernels.distributed.all_to_all import Transfer
+from unimoe_kernels.distributed.chunks import cut_evenly, order_by_chunk
 from unimoe_kernels.distributed.failure import CollectiveError, collective
 from unimoe_kernels.distributed.traffic import note_counts
 from unimoe_kernels.ops import expert_sort, permute, unpermute
@@ -50,7 +51,8 @@ class ExpertDispatcher:
     do not meet in the same call all raise.
 
     In chunks, chunk c + 1 and the answers to chunk c - 1 travel while chunk c is multiplied, in the
-    backward likewise. A chunk holds an equal share of the rows that each rank sends to each expert.
+    backward likewise. A chunk holds an equal share of the rows that each rank receives, expert
+    after expert, so that matmuls stay as high as they were and most weights are read once.
 
     Args:
         group: the ranks.
@@ -58,8 +60,8 @@ class ExpertDispatcher:
         name: of the layer, for errors.
         num_chunks: pieces of a call, at least 1; the more, the smaller the matmuls.
         max_rows: takes more chunks where a rank would otherwise receive more rows at a time (a
-            chunk may have up to E more, from rounding). None for no limit. It bounds the receive
-            buffers; what training keeps for the backward grows with all rows answered here.
+            chunk may have one more for each rank, from rounding). None for no limit. It bounds the
+            receive buffers; what training keeps for the backward grows with all rows answered here.
 
     Attributes:
         report: `DispatchReport` of the last call, None before it.
@@ -116,9 +118,9 @@ class ExpertDispatcher:
         if needs_gradient and not x.requires_grad:
             # Another rank's backward comes through here, so this rank's has to as well.
             x = x.detach().requires_grad_()
-        counts_CRE = _split_evenly(counts_RE, self._chunks(counts_RE))
+        counts_CRE = cut_evenly(counts_RE, self._chunks(counts_RE))
         if len(counts_CRE) > 1:
-            sort = expert_sort(_chunk_ids(ids, sort, len(counts_CRE)), counts_CRE[:, 0].numel())
+            sort = order_by_chunk(sort, counts_CRE[:, self.group.rank()])
         rows_ND = permute(x, sort, top_k)
         outputs = self._exchange(answer, rows_ND, scores.dtype, counts_CRE)
         left_out = rows_ND.shape[0] - sum(output.shape[0] for output in outputs)
@@ -209,23 +211,6 @@ class ExpertDispatcher:
         row_bytes = rows_ND.shape[1] * rows_ND.element_size()
         largest = max(rows_C)
         self.report = DispatchReport(sum(rows_C), len(rows_C), largest, largest * row_bytes)
-
-
-def _split_evenly(counts_RE: Tensor, num_chunks: int) -> Tensor:
-    """`[C, ranks, E]`: row p of n goes to chunk `p * C // n`."""
-    ends = [(counts_RE * chunk + num_chunks - 1) // num_chunks for chunk in range(num_chunks + 1)]
-    return torch.stack(ends).diff(dim=0)
-
-
-def _chunk_ids(ids: Tensor, sort, num_chunks: int) -> Tensor:
-    """`[N]`: expert e of chunk c becomes `c * E + e`, and who is skipped `C * E`."""
-    num_experts = sort.tokens_per_expert.numel()
-    ids_N = ids.reshape(-1).long()
-    expert_N = ids_N.clamp(max=num_experts - 1)
-    place_N = (sort.inverse_order - sort.expert_offsets[expert_N]).long()
-    chunk_N = place_N * num_chunks // sort.tokens_per_expert[expert_N].clamp(min=1)
-    virtual_N = chunk_N * num_experts + expert_N
-    return virtual_N.masked_fill(ids_N >= num_experts, num_chunks * num_experts)
 
 
 def _local_ids(counts_RL: Tensor, device: torch.device) -> Tensor:

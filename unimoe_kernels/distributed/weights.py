@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from unimoe_kernels.distributed.checkpoint import _barrier, _is_first
 from unimoe_kernels.distributed.failure import collective
+from unimoe_kernels.distributed.world import is_first, meet
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(tensor, DTensor):
             with collective(f"gathering {name}"):
                 tensor = tensor.full_tensor()
-        if _is_first():
+        if is_first():
             found[name] = tensor.detach().cpu().contiguous()
     return found
 
@@ -42,7 +42,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
     path = Path(path)
     weights = whole_state_dict(model)
-    if _is_first():
+    if is_first():
         places = {}
         for name, tensor in model.state_dict().items():
             places.setdefault(_place(name, tensor), name)
@@ -50,8 +50,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         partial = path.with_name(path.name + ".new")
         save_file(kept, partial, metadata={"format": "pt"})
         os.replace(partial, path)
-    with collective(f"save of {path}"):
-        _barrier()
+    meet(f"save of {path}")
 
 
 @torch.no_grad()

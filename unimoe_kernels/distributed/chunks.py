@@ -1,0 +1,63 @@
+"""How the rows of a dispatch are cut into chunks, and the order that they are sent in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unimoe_kernels.ops import ExpertSort
+
+
+def cut_evenly(counts_RE: Tensor, num_chunks: int) -> Tensor:
+    """Cuts what each rank receives into chunks of as many rows, up to rounding.
+
+    The rows that a rank receives are cut where they lie by expert: an expert is in one chunk, or in
+    two where a cut goes through it. Of such an expert each sender cuts off the same share.
+
+    Example: two ranks with an expert each, `[[4, 2], [2, 0]]`, give `[[2, 1], [1, 0]]` twice.
+
+    Args:
+        counts_RE: `[ranks, E]`, int64 on the CPU, rows of each rank for each expert; rank r holds
+            experts `r * E / ranks` to `(r + 1) * E / ranks - 1`.
+        num_chunks: C, at least 1.
+
+    Returns:
+        `[C, ranks, E]`, int64. Of n rows, a rank receives at most `ceil(n / C) + ranks - 1` in one
+        chunk.
+    """
+    ranks = len(counts_RE)
+    count_PL = counts_RE.sum(0).view(ranks, -1)
+    end_PL = count_PL.cumsum(1)
+    # [C + 1, P, 1]: where the cuts lie among the rows that a rank receives
+    cut_CP1 = end_PL[:, -1:] * torch.arange(num_chunks + 1).view(-1, 1, 1) // num_chunks
+    before_CPL = (cut_CP1 - (end_PL - count_PL)).clamp(min=0).minimum(count_PL)
+    before_C1E, count_E = before_CPL.flatten(1).unsqueeze(1), count_PL.flatten().clamp(min=1)
+    return ((counts_RE * before_C1E + count_E - 1) // count_E).diff(dim=0)
+
+
+def order_by_chunk(sort: ExpertSort, counts_CE: Tensor) -> ExpertSort:
+    """Sorts rows by chunk, within a chunk by expert, and otherwise as they were.
+
+    Args:
+        sort: of all rows by expert.
+        counts_CE: `[C, E]`, int64 on the CPU, rows of each expert in each chunk; in sum those of
+            `sort`.
+
+    Returns:
+        `sort` with another order; rows that no expert takes stay at the end.
+    """
+    device, num_rows = sort.row_order.device, sort.row_order.numel()
+    count_E = counts_CE.sum(0)
+    starts_CE = count_E.cumsum(0) - count_E + counts_CE.cumsum(0) - counts_CE
+    # What no expert takes is a piece of its own.
+    taken = int(count_E.sum())
+    lengths = torch.cat([counts_CE.flatten(), counts_CE.new_tensor([num_rows - taken])])
+    starts = torch.cat([starts_CE.flatten(), starts_CE.new_tensor([taken])])
+    moved = starts - (lengths.cumsum(0) - lengths)
+    moved_N = moved.to(device).repeat_interleave(lengths.to(device), output_size=num_rows)
+    position_N = torch.arange(num_rows, device=device) + moved_N
+    place_N = torch.empty_like(sort.inverse_order)
+    place_N[position_N] = torch.arange(num_rows, dtype=place_N.dtype, device=device)
+    return sort._replace(
+        row_order=sort.row_order[position_N], inverse_order=place_N[sort.inverse_order.long()]
+    )
