@@ -138,19 +138,27 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from unimoe_kernels.distributed import attributed, finish_parallel
     from unimoe_model.generation import Answerer
+    from unimoe_model.training.start import share_experts
 
-    answerer = Answerer.from_pretrained(options.model)
-    answer = answerer.answer(
-        options.question,
-        max_new_tokens=options.max_new_tokens,
-        frame_seed=options.frame_seed,
-        images=options.image,
-        videos=options.video,
-        speech=options.speech,
-        audio=options.audio,
-    )
-    print(answer)
+    mesh = share_experts()
+    with attributed("generation"):
+        answerer = Answerer.from_pretrained(options.model, mesh)
+        if mesh is None or mesh.get_rank() == 0:
+            answer = answerer.answer(
+                options.question,
+                max_new_tokens=options.max_new_tokens,
+                frame_seed=options.frame_seed,
+                images=options.image,
+                videos=options.video,
+                speech=options.speech,
+                audio=options.audio,
+            )
+            print(answer)
+        else:
+            answerer.take_part()
+        finish_parallel()
 
 
 def _convert(options: argparse.Namespace) -> None:

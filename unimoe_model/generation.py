@@ -1,12 +1,15 @@
 """Answers to questions about media, from a checkpoint folder: what `unimoe generate` runs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import DeviceMesh
 
 from unimoe_model.auto import register_auto_classes
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.parallel_generation import generate_in_parallel, load_in_parallel
 from unimoe_model.processing import UniMoEProcessor
 
 
@@ -16,15 +19,26 @@ class Answerer:
     Args:
         model: in eval mode.
         processor: made for the model.
+        is_parallel: whether other ranks share the experts; they call `take_part` meanwhile.
     """
 
-    def __init__(self, model: UniMoEForConditionalGeneration, processor: UniMoEProcessor):
+    def __init__(
+        self,
+        model: UniMoEForConditionalGeneration,
+        processor: UniMoEProcessor,
+        is_parallel: bool = False,
+    ):
         self.model = model
         self.processor = processor
+        self._is_parallel = is_parallel
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Answerer":
+    def from_pretrained(cls, folder: str | Path, mesh: DeviceMesh | None = None) -> "Answerer":
         """Loads model and processor.
+
+        Args:
+            folder: as training, `convert` and `assemble` leave it.
+            mesh: of the ranks that share the experts, all of which call; None for one process.
 
         Raises:
             ValueError: if the folder is no checkpoint, or its files are cut short or do not fit.
@@ -33,18 +47,24 @@ class Answerer:
         if not (folder / "config.json").is_file():
             raise ValueError(f"checkpoint ({folder}) must be a folder with a config.json")
         register_auto_classes()  # transformers warns of model types that it does not know
+        if mesh is not None:
+            model = load_in_parallel(folder, mesh)
+            return cls(model, _load_processor(folder), is_parallel=True)
         try:
             model, found = UniMoEForConditionalGeneration.from_pretrained(
                 folder, output_loading_info=True
             )
-            processor = UniMoEProcessor.from_pretrained(folder)
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise ValueError(f"checkpoint ({folder}) cannot be read: {error}") from error
         unfit = {k: sorted(found[k]) for k in ("missing_keys", "unexpected_keys") if found[k]}
         if unfit:
             raise ValueError(f"checkpoint ({folder}) must hold the weights of its config: {unfit}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.eval().to(device), processor)
+        return cls(model.eval().to(device), _load_processor(folder))
+
+    def take_part(self) -> None:
+        """Answers rows of a rank that calls `answer`."""
+        generate_in_parallel(self.model, None)
 
     @torch.inference_mode()
     def answer(
@@ -81,11 +101,23 @@ class Answerer:
                 f" ({most})"
             )
         tokenizer = self.processor.tokenizer
-        produced = self.model.generate(
-            **inputs,
+        produced = self._generate(
+            inputs,
             do_sample=False,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
         return self.processor.decode_answers(produced, inputs["input_ids"].shape[1])[0]
+
+    def _generate(self, inputs: Mapping[str, torch.Tensor], **options) -> torch.Tensor:
+        if self._is_parallel:
+            return generate_in_parallel(self.model, inputs, **options)
+        return self.model.generate(**inputs, **options)
+
+
+def _load_processor(folder: Path) -> UniMoEProcessor:
+    try:
+        return UniMoEProcessor.from_pretrained(folder)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"checkpoint ({folder}) cannot be read: {error}") from error

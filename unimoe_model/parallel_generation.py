@@ -1,11 +1,61 @@
 """Generation by several ranks that share the experts of a model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from unimoe_kernels.distributed import attributed
+from unimoe_kernels.distributed import attributed, load_weights, parallelize_moe
+from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+
+
+def load_in_parallel(folder: str | Path, mesh: DeviceMesh) -> UniMoEForConditionalGeneration:
+    """Loads a checkpoint folder whose experts are split over the ranks; each reads its own alone.
+
+    Args:
+        folder: as `save_pretrained` writes it.
+        mesh: of `start_parallel`; every rank calls.
+
+    Returns:
+        The model in eval mode, without gradients, on the device of this rank.
+
+    Raises:
+        ValueError: if the folder cannot be read, its weights are not those of its configuration, or
+            the number of experts is not a multiple of the ranks of `ep`.
+        CollectiveError: if a rank dies or does not come in time.
+    """
+    try:
+        config = UniMoEConfig.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"checkpoint ({folder}) cannot be read: {error}") from error
+    with _parameters_on_meta():
+        model = UniMoEForConditionalGeneration._from_config(config, dtype=config.dtype)
+        model.tie_weights()
+    model.eval().requires_grad_(False)
+    parallelize_moe(model, mesh)
+    load_weights(model, folder)
+    return model.to(mesh.device_type)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Builds parameters without memory, and buffers, which no checkpoint holds, as they are."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from unimoe_kernels.distributed import (
 )
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
-from unimoe_model.parallel_generation import generate_in_parallel
+from unimoe_model.parallel_generation import generate_in_parallel, load_in_parallel
 
 PAD, IMAGE = 0, 60
 
@@ -96,6 +96,24 @@ def seeded(rank):
     torch.manual_seed(50 + rank)
 
 
+def loaded(alone, folder, rank, mesh):
+    """Of one file and of several: whether tokens are the same, and the experts that lie here."""
+    options = {"do_sample": False, "pad_token_id": PAD, "max_new_tokens": 9, "eos_token_id": PAD}
+    expected = alone.generate(**prompts(rank), **options)
+    found = []
+    for name, size in (("whole", "1GB"), ("parts", "20KB")):
+        if rank == 0:
+            alone.save_pretrained(folder / name, max_shard_size=size)
+        torch.distributed.barrier()
+        model = load_in_parallel(folder / name, mesh)
+        actual = generate_in_parallel(model, prompts(rank), **options)
+        (_, moe), *_ = model.moe_layers()
+        held = len(moe.experts.down_proj.to_local())
+        files = len(list((folder / name).glob("*.safetensors")))
+        found.append([torch.equal(actual, expected), held, files])
+    return found
+
+
 def main(folder, rank, world):
     torch.set_num_threads(1)
     alone = tiny_model()
@@ -123,6 +141,7 @@ def main(folder, rank, world):
         generate_in_parallel(shared, prompts(rank), use_cache=False)
     except ValueError as error:
         results["no cache"] = str(error)
+    results["loaded"] = loaded(alone, folder, rank, mesh)
     everyone = [None] * world
     torch.distributed.all_gather_object(everyone, results)
     finish_parallel()

@@ -161,6 +161,15 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_weights(model, tmp_path / "w.safetensors")
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {"a": "../w.safetensors"}}'])
+def test_an_index_of_other_files_is_refused(tmp_path, content):
+    model, _ = fresh()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"weights \(.*index\.json\) must "):
+        load_weights(model, tmp_path / "c")
+
+
 def test_tied_weights_are_written_once(tmp_path):
     model = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
     model[1].weight = model[0].weight

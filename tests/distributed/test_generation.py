@@ -31,3 +31,12 @@ def test_generation_without_cache_is_refused(results):
     assert set(results["no cache"]) == {
         "use_cache (False) must be True when ranks generate together"
     }
+
+
+def test_a_rank_loads_its_own_experts(results):
+    """From a folder with one file, and from one with an index of several."""
+    ranks = len(results["loaded"])
+    for whole, parts in results["loaded"]:
+        assert whole == [True, 4 // ranks, 1]
+        assert parts[:2] == [True, 4 // ranks]
+        assert parts[2] > 1

@@ -1,6 +1,9 @@
 """Folders of model and processor, by their own classes and by transformers' Auto classes."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -94,6 +97,33 @@ def test_answerer_answers_from_a_folder(saved):
     answer = answerer.answer("what shape is it?", max_new_tokens=4)
     assert answer == asked.answer("what shape is it?", max_new_tokens=4)
     assert answer
+
+
+def torchrun(*arguments):
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("-m", "unimoe_model.cli", "generate", *map(str, arguments)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def test_processes_that_share_the_experts_answer_like_one(saved):
+    question = "what shape is it?"
+    ended = torchrun("--model", saved.folder, question)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == Answerer(saved.model, saved.processor).answer(question).split()
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_experts_all_end_on_an_error(saved):
+    ended = torchrun("--model", saved.folder, "--image", saved.folder / "none.png", "what?")
+    assert ended.returncode != 0
+    assert "none.png" in ended.stderr
 
 
 def cut_weights(folder):

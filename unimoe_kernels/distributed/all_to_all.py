@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from unimoe_kernels import _checks
 from unimoe_kernels.distributed.failure import CollectiveError, collective
 from unimoe_kernels.distributed.traffic import note_transfer
+
+Room = Callable[[Tensor], Tensor]
 
 
 def all_to_all(
@@ -67,6 +69,9 @@ class Transfer:
         output_splits: likewise.
         group: likewise.
         operation: names the transfer in errors.
+        room: given the rows that are sent, where to put those that come: `[sum(output_splits),
+            ...]`, contiguous. None for a tensor of its own.
+        grad_room: likewise in the backward, `[sum(input_splits), ...]`.
     """
 
     def __init__(
@@ -75,10 +80,13 @@ class Transfer:
         output_splits: list[int],
         group: dist.ProcessGroup,
         operation: str,
+        room: Room | None = None,
+        grad_room: Room | None = None,
     ) -> None:
         self.splits = (input_splits, output_splits)
         self.group = group
         self.operation = operation
+        self._rooms = (room, grad_room)
         self._work: dist.Work | None = None
         self._arriving: Tensor | None = None
 
@@ -94,7 +102,11 @@ class Transfer:
         """Starts one direction without gradients."""
         input_splits, output_splits = self.splits[::-1] if backward else self.splits
         rows = rows.contiguous()
-        received = rows.new_empty((sum(output_splits), *rows.shape[1:]))
+        room = self._rooms[backward]
+        if room is None:
+            received = rows.new_empty((sum(output_splits), *rows.shape[1:]))
+        else:
+            received = room(rows)
         with collective(self._name(backward)):
             self._work = dist.all_to_all_single(
                 received, rows, output_splits, input_splits, group=self.group, async_op=True

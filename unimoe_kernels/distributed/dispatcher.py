@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from unimoe_kernels.distributed.all_to_all import Transfer
 from unimoe_kernels.distributed.chunks import cut_evenly, order_by_chunk
 from unimoe_kernels.distributed.failure import CollectiveError, collective
+from unimoe_kernels.distributed.pieces import Pieces
 from unimoe_kernels.distributed.traffic import note_counts
 from unimoe_kernels.ops import expert_sort, permute, unpermute
 
@@ -122,11 +124,7 @@ class ExpertDispatcher:
         if len(counts_CRE) > 1:
             sort = order_by_chunk(sort, counts_CRE[:, self.group.rank()])
         rows_ND = permute(x, sort, top_k)
-        outputs = self._exchange(answer, rows_ND, scores.dtype, counts_CRE)
-        left_out = rows_ND.shape[0] - sum(output.shape[0] for output in outputs)
-        if left_out:
-            outputs.append(outputs[0].new_zeros(left_out, rows_ND.shape[1]))
-        out_ND = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        out_ND = self._exchange(answer, rows_ND, scores.dtype, counts_CRE)
         return unpermute(out_ND, sort, top_k, scores)
 
     def _agree(self, x: Tensor, tokens_per_expert: Tensor) -> tuple[Tensor, bool]:
@@ -170,20 +168,28 @@ class ExpertDispatcher:
 
     def _exchange(
         self, answer: Answer, rows_ND: Tensor, score_dtype: torch.dtype, counts_CRE: Tensor
-    ) -> list[Tensor]:
-        """Sends chunk after chunk, lets them be answered, and returns the answers in order."""
+    ) -> Tensor:
+        """Sends chunk after chunk, lets them be answered, and returns the answers `[N, D]`."""
         ranks, own = self.group.size(), self.group.rank()
         # [C, source, target, expert of the target]
         counts = counts_CRE.view(len(counts_CRE), ranks, ranks, -1)
         sent_CR, came_CR = counts[:, own].sum(2).tolist(), counts[:, :, own].sum(2).tolist()
         local_ids = [_local_ids(chunk[:, own], rows_ND.device) for chunk in counts]
         self._note(rows_ND, came_CR)
-        chunks = rows_ND[: sum(map(sum, sent_CR))].split([sum(sent) for sent in sent_CR])
+        sizes = [sum(sent) for sent in sent_CR]
+        # Rows that no expert takes are not sent; their answers are zeros.
+        questions, answers = (Pieces(sizes, len(rows_ND) - sum(sizes)) for _ in range(2))
+        chunks = questions.cut(rows_ND)
         dispatches, combines, outputs = [], [], []
 
         def dispatch(chunk: int) -> None:
-            operation = f"dispatch of {self.name}"
-            transfer = Transfer(sent_CR[chunk], came_CR[chunk], self.group, operation)
+            transfer = Transfer(
+                sent_CR[chunk],
+                came_CR[chunk],
+                self.group,
+                f"dispatch of {self.name}",
+                grad_room=partial(questions.room, chunk),
+            )
             dispatches.append((transfer, transfer.start(chunks[chunk])))
 
         def finish(started: list[tuple[Transfer, Tensor]]) -> Tensor:
@@ -200,11 +206,16 @@ class ExpertDispatcher:
             out_RD = answer(rows_RD, ids_R1, ones_R1)
             if chunk:
                 outputs.append(finish(combines))
-            operation = f"combine of {self.name}"
-            transfer = Transfer(came_CR[chunk], sent_CR[chunk], self.group, operation)
+            transfer = Transfer(
+                came_CR[chunk],
+                sent_CR[chunk],
+                self.group,
+                f"combine of {self.name}",
+                room=partial(answers.room, chunk),
+            )
             combines.append((transfer, transfer.start(out_RD)))
         outputs.append(finish(combines))
-        return outputs
+        return answers.join(outputs)
 
     def _note(self, rows_ND: Tensor, came_CR: list[list[int]]) -> None:
         rows_C = [sum(came) for came in came_CR]

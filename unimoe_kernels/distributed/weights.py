@@ -1,9 +1,12 @@
-"""One safetensors file from and to a model whose weights lie on several ranks."""
+"""Safetensors files from and to a model whose weights lie on several ranks."""
 
 from __future__ import annotations
 
+import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,30 +58,65 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Reads one safetensors file into a model; each rank keeps its parts, one tensor at a time.
+    """Reads weights into a model; each rank reads the experts that it holds, tensor by tensor.
+
+    Args:
+        model: before or after `parallelize_moe`.
+        path: a safetensors file; or a folder with `model.safetensors`, or with the several files
+            that `model.safetensors.index.json` names, as transformers saves them.
 
     Raises:
-        ValueError: If the file cannot be read, or its names or shapes are not those of the model.
+        ValueError: If a file cannot be read, or the names or shapes are not those of the model.
             Then nothing is changed.
     """
     from safetensors import SafetensorError, safe_open
 
-    state = model.state_dict()
+    state, path = model.state_dict(), Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        with ExitStack() as opened:
+            sources: dict[str, Any] = {}
+            for file_path in _files(path):
+                file = opened.enter_context(safe_open(file_path, framework="pt"))
+                sources |= dict.fromkeys(file.keys(), file)
+            shapes = {
+                name: tuple(file.get_slice(name).get_shape()) for name, file in sources.items()
+            }
             _check(path, state, shapes)
-            for name in shapes:
-                target, whole = state[name], file.get_tensor(name)
-                if isinstance(target, DTensor):
-                    whole = whole.to(target.device)
-                    mesh, placements = target.device_mesh, target.placements
-                    whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-                    target, whole = target.to_local(), whole.to_local()
-                target.copy_(whole)
+            for name, file in sources.items():
+                _read(file, name, state[name])
     except (OSError, SafetensorError) as error:
         raise ValueError(f"weights ({path}) cannot be read: {error}") from error
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return [path / "model.safetensors"]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"weights ({index}) must be an index of safetensors files") from error
+    # An index names its neighbours; anything else it names is not read.
+    if any(Path(str(name)).name != name for name in names):
+        raise ValueError(f"weights ({index}) must name files of its own folder, not {names}")
+    return [path / name for name in sorted(names)]
+
+
+def _read(file: Any, name: str, target: Tensor) -> None:
+    """Copies a tensor, or the part of it that lies here, from an open file."""
+    if not isinstance(target, DTensor):
+        target.copy_(file.get_tensor(name))
+        return
+    local, mesh, placements = target.to_local(), target.device_mesh, target.placements
+    ranks, rows = mesh.size(), target.shape[0]
+    if mesh.ndim == 1 and placements[0].is_shard(0) and rows % ranks == 0:
+        first = mesh.get_local_rank() * (rows // ranks)
+        local.copy_(file.get_slice(name)[first : first + rows // ranks])
+        return
+    whole = file.get_tensor(name).to(target.device)
+    local.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local())
 
 
 def _check(path: str | Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

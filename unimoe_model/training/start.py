@@ -56,3 +56,13 @@ def start_ranks(settings: RunSettings, device: torch.device) -> DeviceMesh | Non
         timeout=parallel.timeout,
         fingerprint=fingerprint([settings.result_facts(), settings.resolved_precision(device)]),
     )
+
+
+def share_experts() -> DeviceMesh | None:
+    """A mesh that splits experts over all processes of torchrun; None for one process alone.
+
+    Raises:
+        RuntimeError: if a process does not come in time.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return start_parallel(1, processes, device=own_device()) if processes > 1 else None
