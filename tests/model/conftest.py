@@ -11,6 +11,7 @@ from unimoe_model.data.tokenizer import train_tokenizer
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("published", "published_checks")
 
 VOCAB = 300
 SPEECH_DECODER = {
