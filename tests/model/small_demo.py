@@ -5,12 +5,13 @@ from collections.abc import Callable
 from unimoe_model.data import easy_vqa, general_midi, spoken, sprites, text
 from unimoe_model.training import arm
 
-STAGE = "steps: 2\n  batch_size: 4\n  learning_rate: 1.0e-3\n  tasks: "
+LEARN = "steps: 200, batch_size: 16, learning_rate: 5.0e-3"  # enough to answer with words
+STEP = "steps: 2, batch_size: 4, learning_rate: 1.0e-3"
 SETTINGS = f"""
 seed: 0
 precision: fp32
 model:
-  text: {{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2}}
+  text: {{hidden_size: 64, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}}
   vocab_size: 400
   top_k: 2
   speech_max_frames: 72
@@ -22,16 +23,14 @@ model:
     num_attention_heads: 2
     intermediate_size: 32
 pretrain:
-  {STAGE}{{text: 1, asked: 1, describe: 1, repeat: 1, sounds: 1, moving: 1, talk: 1}}
-align:
-  {STAGE}{{picture: 1, transcript: 1, instrument: 1, video: 1}}
+  {{{LEARN}, tasks: {{text: 1, asked: 1, wider: 1, repeat: 1, sounds: 1, moving: 1, talk: 1}}}}
+align: {{{STEP}, tasks: {{picture: 1, transcript: 1, instrument: 1, video: 1}}}}
 experts:
-  image: {{steps: 1, batch_size: 4, learning_rate: 1.0e-3, tasks: {{image_qa: 1}}}}
-  video: {{steps: 1, batch_size: 4, learning_rate: 1.0e-3, tasks: {{video: 1}}}}
-  speech: {{steps: 1, batch_size: 4, learning_rate: 1.0e-3, tasks: {{spoken_word: 1}}}}
-  audio: {{steps: 1, batch_size: 4, learning_rate: 1.0e-3, tasks: {{sound: 1}}}}
-tune:
-  {STAGE}{{image_qa: 1, spoken_question: 1, sound: 1, video: 1, text: 1}}
+  image: {{{STEP}, tasks: {{image_qa: 1}}}}
+  video: {{{STEP}, tasks: {{video: 1}}}}
+  speech: {{{STEP}, tasks: {{spoken_word: 1}}}}
+  audio: {{{STEP}, tasks: {{sound: 1}}}}
+tune: {{{STEP}, tasks: {{image_qa: 1, spoken_question: 1, sound: 1, video: 1, text: 1}}}}
 expert_lora_rank: 2
 expert_lora_alpha: 2
 lora_rank: 2

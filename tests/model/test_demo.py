@@ -76,9 +76,9 @@ def test_demo_from_data_to_report_and_again(small, tmp_path, capfd):
             assert (output / arm / stage / "trained.safetensors").stat().st_size > 1000
             assert results.losses[arm][stage] == losses
         evaluation = json.loads((output / arm / "evaluation.json").read_text())
-        assert {task: len(answers) for task, answers in evaluation["answers"].items()} == {
-            **settings.evaluation
-        }
+        answers = evaluation["answers"]
+        assert {task: len(own) for task, own in answers.items()} == settings.evaluation
+        assert any(any(own) for own in answers.values())
     left = [path for path in output.rglob("*") if path.suffix in (".new", ".old", ".tmp")]
     assert not left
     assert not list(output.rglob("optimizer.pt"))
