@@ -9,13 +9,16 @@ pytest.importorskip("scipy", reason="scipy is not installed: pip install .[demo]
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
 import small_demo
+import torch
 from PIL import Image
 
 from unimoe_model import demo
 from unimoe_model.assets import MissingAssetError, asset_folder
+from unimoe_model.data.examples import TASKS
 from unimoe_model.data.media_io import load_image
 from unimoe_model.evaluation.report import TASK_NAMES
 from unimoe_model.generation import Answerer
+from unimoe_model.training.arm import build_tasks
 from unimoe_model.training.settings import load_settings
 from unimoe_model.training.stages import ARMS
 
@@ -104,6 +107,9 @@ def test_demo_from_data_to_report_and_again(small, tmp_path, capfd):
     answerer = Answerer.from_pretrained(output / "final")
     pixels = load_image(output / picture["files"][0])
     assert answerer.answer(picture["question"], images=[pixels]) == picture["answer"]
+
+    builder = build_tasks(settings, output / "features", torch.device("cpu"))
+    assert {*builder.media_examples("train"), *builder.text_examples()} == set(TASKS)
 
     trained = {name: files_below(output / name) for name in (*ARMS, "features")}
     assert all(trained.values())
