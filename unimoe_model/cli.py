@@ -211,10 +211,11 @@ def _convert(options: argparse.Namespace) -> None:
 def _assemble(options: argparse.Namespace) -> None:
     from unimoe_model.checkpoints.assemble import assemble
 
-    experts = {name: Path(folder) for name, folder in map(_assignment, options.expert)}
+    named = [_assignment("expert", text) for text in options.expert]
+    experts = {name: Path(folder) for name, folder in named}
     if len(experts) != len(options.expert):
         raise ValueError(f"expert ({options.expert}) must have a name of its own each")
-    layers = _overrides([f"moe_layers={options.moe_layers}"])["moe_layers"]
+    layers = _value(options.moe_layers)
     with _bytes_bar("assemble") as show:
         assemble(options.base, experts, options.target, options.top_k, layers, options.seed, show)
     print(f"{len(experts)} experts: {', '.join(experts)}")
@@ -233,23 +234,26 @@ def _bytes_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
-def _assignment(text: str) -> tuple[str, str]:
+def _assignment(option: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
-        raise ValueError(f"{text!r} must be NAME=VALUE")
+        raise ValueError(f"{option} ({text}) must be NAME=VALUE")
     return name, value
 
 
 def _overrides(assignments: Sequence[str]) -> dict:
+    named = [_assignment("set", text) for text in assignments]
+    return {name: _value(text) for name, text in named}
+
+
+def _value(text: str):
+    """What JSON makes of a text, or else the text."""
     import json
 
-    fields = {}
-    for name, value in map(_assignment, assignments):
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return fields
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _evaluate(options: argparse.Namespace) -> None:

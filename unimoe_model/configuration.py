@@ -142,9 +142,11 @@ class UniMoEConfig(PreTrainedConfig):
 
 def check_moe_layers(layers: str | list[int], depth: int) -> None:
     """Raises ValueError unless `layers` says which of `depth` decoder layers hold experts."""
-    known = layers in PLACEMENTS if isinstance(layers, str) else None
-    if known is None:
-        known = len(set(layers)) == len(layers) and all(0 <= i < depth for i in layers)
+    if isinstance(layers, str):
+        known = layers in PLACEMENTS
+    else:
+        numbers = isinstance(layers, list | tuple) and all(isinstance(i, int) for i in layers)
+        known = numbers and len(set(layers)) == len(layers) and all(0 <= i < depth for i in layers)
     if not known:
         raise ValueError(
             f"moe_layers ({layers!r}) must be one of {tuple(PLACEMENTS)} or a list of layers"

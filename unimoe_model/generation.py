@@ -29,8 +29,8 @@ class Answerer:
         """Loads model and processor.
 
         Raises:
-            ValueError: if the folder is no checkpoint of a Uni-MoE, or its files are cut short or do
-                not fit.
+            ValueError: if the folder is no checkpoint of a Uni-MoE, or its files are cut short or
+                do not fit.
         """
         folder = Path(folder)
         _check_model_type(folder)

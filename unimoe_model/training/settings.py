@@ -2,8 +2,7 @@
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import yaml
@@ -14,6 +13,7 @@ from unimoe_model.configuration import MEDIA_KINDS, check_moe_layers
 from unimoe_model.data.examples import EVALUATED_TASKS, TASKS
 from unimoe_model.data.tokenizer import LEAST_VOCAB_SIZE
 from unimoe_model.training.trainer import OptimizerSettings
+from unimoe_model.value_types import fits_type
 
 _SIZES = (
     "hidden_size",
@@ -240,7 +240,7 @@ def _stage(raw: Any, path: str | Path, key: str) -> StageSettings:
     if not isinstance(tasks, dict) or not tasks:
         raise ValueError(f"{where}.tasks ({tasks}) must be a mapping of task to weight")
     for task, weight in tasks.items():
-        if not _fits(weight, float) or not weight > 0:
+        if not fits_type(weight, float) or not weight > 0:
             raise ValueError(f"{where}.tasks.{task} ({weight!r}) must be a positive number")
     unknown = sorted(tasks.keys() - set(TASKS))
     if unknown:
@@ -263,7 +263,7 @@ def _build(cls: type, raw: Any, path: str | Path, key: str = ""):
     if missing:
         raise ValueError(f"{where} lacks the keys {missing}")
     for name, wanted in get_type_hints(cls).items():
-        if name in raw and not _fits(raw[name], wanted):
+        if name in raw and not fits_type(raw[name], wanted):
             expected = getattr(wanted, "__name__", str(wanted))
             inner = f"{key}.{name}" if key else name
             raise ValueError(f"{path}: {inner} ({raw[name]!r}) must be of type {expected}")
@@ -271,22 +271,6 @@ def _build(cls: type, raw: Any, path: str | Path, key: str = ""):
         return cls(**raw)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a YAML value is of an annotated type; an int is a float, a bool is no number."""
-    if isinstance(wanted, UnionType):
-        return any(_fits(value, choice) for choice in get_args(wanted))
-    if get_origin(wanted) is dict:
-        values = get_args(wanted)[1]
-        return isinstance(value, dict) and all(_fits(v, values) for v in value.values())
-    if get_origin(wanted) is list:
-        return isinstance(value, list) and all(_fits(v, get_args(wanted)[0]) for v in value)
-    if wanted is Any:
-        return True
-    if isinstance(value, bool):
-        return wanted is bool
-    return isinstance(value, (int, float) if wanted is float else wanted)
 
 
 def _mapping(raw: Any, where: str) -> dict:
