@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from unimoe_model.user_errors import USER_ERRORS
+
 DEFAULT_CONFIG = Path("configs/tiny.yaml")
 # The names of evaluation.metrics.METRICS, which would load transformers for a --help.
 METRIC_NAMES = ("vqa", "exact", "choice", "wer", "cider")
@@ -17,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_folders(options)
         options.run(options)
-    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
+    except USER_ERRORS as error:
         line = " ".join(str(error).split())
         print(f"unimoe {options.command}: {line}", file=sys.stderr)
         return 1
