@@ -11,14 +11,11 @@ import torch
 from torch import nn
 
 import unimoe_kernels
-from unimoe_kernels import LoopedMoE, SwiGLUFFN
+from unimoe_kernels import LoopedMoE, SwiGLUFFN, _extension
 
 from .candidates import Candidate, Provider, UnavailableError, in_turns, own_gradients
 from .problem import Problem
 from .remote import RemoteLayer
-
-UNPACKED_ROWS = 8
-"""Rows an expert up to which packed weights are not used."""
 
 BATCHED_ROWS = 64
 """Rows above which `batched_mm` is left out: it copies an expert's weights for every row."""
@@ -79,8 +76,9 @@ def _ours_packed(problem: Problem) -> Candidate:
     """`MoE` whose weights were packed before."""
     if problem.case.mode != "forward":
         raise UnavailableError("packed weights serve inference")
-    if problem.case.tokens * problem.layer.K <= UNPACKED_ROWS * problem.layer.E:
-        raise UnavailableError(f"up to {UNPACKED_ROWS} rows an expert read the weights themselves")
+    unpacked_rows = _extension.build_info().get("unpacked_rows", 0)
+    if problem.case.tokens * problem.layer.K <= unpacked_rows * problem.layer.E:
+        raise UnavailableError(f"up to {unpacked_rows} rows an expert read the weights themselves")
     layer = own_gradients(problem.moe)
     try:
         unimoe_kernels.pack_weights(layer)

@@ -138,4 +138,4 @@ def chosen_cases(chosen, kind):
 
 def _device():
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(os.environ.get("UNIMOE_BENCH_DEVICE", default))
+    return torch.device(os.environ.get("UNIMOE_BENCH_DEVICE") or default)

@@ -66,6 +66,7 @@ py::dict build_info() {
   info["cpu_features"] = cpu_features();
   info["cpu_isas"] = cpu_isas();
   info["cpu_isa"] = unimoe::kernels().name;
+  info["unpacked_rows"] = unimoe::kFewLines;
   return info;
 }
 

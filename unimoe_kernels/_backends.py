@@ -119,9 +119,9 @@ def find_kernels() -> None:
     global _forced
     for op in _overloads:
         _available[op] = {"cpu": _order(op, "cpu"), "cuda": _order(op, "cuda")}
-    if "UNIMOE_BACKEND" in os.environ:
-        _require("UNIMOE_BACKEND", os.environ["UNIMOE_BACKEND"])
-        _forced = os.environ["UNIMOE_BACKEND"]
+    if forced := os.environ.get("UNIMOE_BACKEND"):  # empty counts as unset
+        _require("UNIMOE_BACKEND", forced)
+        _forced = forced
 
 
 def _order(op: str, device: str) -> tuple[str, ...]:
@@ -211,7 +211,7 @@ def use_backend(name: str) -> Iterator[None]:
     Operators without that backend there keep their automatic choice. The choice is fixed in the
     forward: a backward that runs after the block still uses `name`. It holds for the whole
     process, not for one thread. The environment variable `UNIMOE_BACKEND` sets the same for a
-    whole run.
+    whole run; empty counts as unset.
 
     Example: `with use_backend("reference"): y = moe(x)` runs the layer in plain torch.
 

@@ -33,8 +33,9 @@ def build_info() -> dict[str, Any]:
     Returns:
         Keys `torch`, `cuda` (None without CUDA), `cuda_archs`, `compiler`, `flags`, and found at
         run time: `cpu_features`, `cpu_isas` (instruction sets that CPU kernels may use here) and
-        `cpu_isa` (the one they use: the best, or what UNIMOE_CPU_ISA names). Empty where the
-        extension is not loaded.
+        `cpu_isa` (the one they use: the best, or what UNIMOE_CPU_ISA names); `unpacked_rows`, up to
+        which many rows of an expert its weights are not packed. Empty where the extension is not
+        loaded.
 
     Raises:
         RuntimeError: If UNIMOE_CPU_ISA names no instruction set that this CPU has.

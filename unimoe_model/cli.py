@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from unimoe_model.user_errors import USER_ERRORS
+
 DEFAULT_CONFIG = Path("configs/tiny.yaml")
 # The names of evaluation.metrics.METRICS, which would load transformers for a --help.
 METRIC_NAMES = ("vqa", "exact", "choice", "wer", "cider")
@@ -15,8 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; errors of the user are one line on stderr."""
     options = _parser().parse_args(arguments)
     try:
+        _check_folders(options)
         options.run(options)
-    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
+    except USER_ERRORS as error:
         line = " ".join(str(error).split())
         print(f"unimoe {options.command}: {line}", file=sys.stderr)
         return 1
@@ -26,21 +29,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_folders(options: argparse.Namespace) -> None:
+    """Refuses a file where a folder is to be written, before any work is done."""
+    for name, field in (("output", "output"), ("features", "features"), ("to", "target")):
+        folder = getattr(options, field, None)
+        for part in (folder, *folder.parents) if folder else ():
+            if part.exists() and not part.is_dir():
+                raise ValueError(f"{name} ({folder}) must be a folder; {part} is a file")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="unimoe", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="train a small Uni-MoE and let it answer")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"))
-    demo.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="default runs/demo")
+    demo.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, help=f"default {DEFAULT_CONFIG}"
+    )
     demo.add_argument("--seed", type=int, help="instead of the one in the config")
     demo.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="take one model through all stages")
     train.add_argument("config", type=Path, help="for example configs/tiny.yaml")
-    train.add_argument("--output", type=Path, default=Path("runs/train"))
-    train.add_argument("--arm", choices=("moe", "dense"), default="moe")
+    train.add_argument("--output", type=Path, default=Path("runs/train"), help="default runs/train")
+    train.add_argument("--arm", choices=("moe", "dense"), default="moe", help="default moe")
     train.add_argument("--seed", type=int, help="instead of the one in the config")
     train.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
     train.set_defaults(run=_train)
@@ -48,23 +62,35 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="ask a trained model a question")
     generate.add_argument("question", nargs="?", default="", help="none when speech asks")
     generate.add_argument("--model", type=Path, required=True, help="for example runs/demo/final")
-    generate.add_argument("--image", type=Path, action="append", default=[])
+    generate.add_argument(
+        "--image", type=Path, action="append", default=[], help="PNG, JPEG; each as often as needed"
+    )
     generate.add_argument(
         "--video", type=Path, action="append", default=[], help="MP4 and the like, GIF or folder"
     )
     generate.add_argument("--speech", type=Path, action="append", default=[], help="wav, flac, mp3")
     generate.add_argument("--audio", type=Path, action="append", default=[], help="wav, flac, mp3")
     generate.add_argument("--frame-seed", type=int, help="draw a video's frames at random")
-    generate.add_argument("--max-new-tokens", type=int, default=32)
+    generate.add_argument("--max-new-tokens", type=int, default=32, help="default 32")
     generate.set_defaults(run=_generate)
 
     convert = commands.add_parser("convert", help="published checkpoints to ours, and back")
-    convert.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR")
-    convert.add_argument("--to", dest="target", type=Path, required=True, metavar="DIR")
+    convert.add_argument(
+        "--from", dest="source", type=Path, required=True, metavar="DIR", help="what is read"
+    )
+    convert.add_argument(
+        "--to", dest="target", type=Path, required=True, metavar="DIR", help="what is written"
+    )
     convert.add_argument("--base", type=Path, help="the model that an adapter belongs to")
     convert.add_argument("--tokenizer", type=Path, help="folder with it, unless DIR or base has it")
     convert.add_argument("--connector", type=Path, help="published half that hears the other kind")
-    convert.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    convert.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the configuration that the source leaves open",
+    )
     convert.add_argument(
         "--layout", choices=("unimoe", "published"), default="unimoe", help="of what is written"
     )
@@ -75,27 +101,29 @@ def _parser() -> argparse.ArgumentParser:
     assemble.add_argument(
         "--expert", action="append", required=True, metavar="NAME=DIR", help="dense, in order"
     )
-    assemble.add_argument("--to", dest="target", type=Path, required=True, metavar="DIR")
-    assemble.add_argument("--top-k", type=int, default=2)
+    assemble.add_argument(
+        "--to", dest="target", type=Path, required=True, metavar="DIR", help="what is written"
+    )
+    assemble.add_argument("--top-k", type=int, default=2, help="experts a token; default 2")
     assemble.add_argument(
         "--moe-layers", default="all", help="all, even, first_half, second_half or [0, 2, ...]"
     )
-    assemble.add_argument("--seed", type=int, default=0, help="of the routers")
+    assemble.add_argument("--seed", type=int, default=0, help="of the routers; default 0")
     assemble.set_defaults(run=_assemble)
 
     evaluate = commands.add_parser("eval", help="score a trained model on questions of your own")
     evaluate.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     evaluate.add_argument("--data", type=Path, required=True, help="JSON lines, see the README")
-    evaluate.add_argument("--metric", choices=METRIC_NAMES, required=True)
+    evaluate.add_argument("--metric", choices=METRIC_NAMES, required=True, help="see the README")
     evaluate.add_argument("--output", type=Path, help="default runs/eval/DATA-METRIC")
-    evaluate.add_argument("--max-new-tokens", type=int, default=512)
+    evaluate.add_argument("--max-new-tokens", type=int, default=512, help="default 512")
     evaluate.add_argument("--limit", type=int, help="only the first so many questions")
     evaluate.set_defaults(run=_evaluate)
 
     routing = commands.add_parser("routing", help="show which expert takes which modality")
     routing.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     routing.add_argument("--data", type=Path, required=True, help="JSON lines, see the README")
-    routing.add_argument("--output", type=Path, required=True)
+    routing.add_argument("--output", type=Path, required=True, help="folder of what is written")
     routing.set_defaults(run=_routing)
     return parser
 
@@ -138,6 +166,12 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    for kind in ("image", "video", "speech", "audio"):
+        for path in getattr(options, kind):
+            if not path.exists():
+                raise ValueError(f"{kind} ({path}) must be a file; there is no such file")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens ({options.max_new_tokens}) must be at least 1")
     from unimoe_kernels.distributed import attributed, finish_parallel
     from unimoe_model.generation import Answerer
     from unimoe_model.training.start import share_experts
@@ -187,10 +221,11 @@ def _convert(options: argparse.Namespace) -> None:
 def _assemble(options: argparse.Namespace) -> None:
     from unimoe_model.checkpoints.assemble import assemble
 
-    experts = {name: Path(folder) for name, folder in map(_assignment, options.expert)}
+    named = [_assignment("expert", text) for text in options.expert]
+    experts = {name: Path(folder) for name, folder in named}
     if len(experts) != len(options.expert):
         raise ValueError(f"expert ({options.expert}) must have a name of its own each")
-    layers = _overrides([f"moe_layers={options.moe_layers}"])["moe_layers"]
+    layers = _value(options.moe_layers)
     with _bytes_bar("assemble") as show:
         assemble(options.base, experts, options.target, options.top_k, layers, options.seed, show)
     print(f"{len(experts)} experts: {', '.join(experts)}")
@@ -209,23 +244,26 @@ def _bytes_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
-def _assignment(text: str) -> tuple[str, str]:
+def _assignment(option: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
-        raise ValueError(f"{text!r} must be NAME=VALUE")
+        raise ValueError(f"{option} ({text}) must be NAME=VALUE")
     return name, value
 
 
 def _overrides(assignments: Sequence[str]) -> dict:
+    named = [_assignment("set", text) for text in assignments]
+    return {name: _value(text) for name, text in named}
+
+
+def _value(text: str):
+    """What JSON makes of a text, or else the text."""
     import json
 
-    fields = {}
-    for name, value in map(_assignment, assignments):
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return fields
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _evaluate(options: argparse.Namespace) -> None:

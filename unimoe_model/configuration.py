@@ -102,7 +102,7 @@ class UniMoEConfig(PreTrainedConfig):
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be at least 1 and at most"
                 f" num_experts ({self.num_experts}) with null ones ({choices})"
             )
-        self._check_moe_layers()
+        check_moe_layers(self.moe_layers, self.text_config.num_hidden_layers)
         self._check_modality_experts()
         if self.expert_origins is not None and len(self.expert_origins) != self.num_experts:
             raise ValueError(
@@ -111,17 +111,6 @@ class UniMoEConfig(PreTrainedConfig):
         missing = [kind for kind in MEDIA_KINDS if kind not in self.media_token_ids]
         if missing:
             raise ValueError(f"media_token_ids must have all of {MEDIA_KINDS}, missing {missing}")
-
-    def _check_moe_layers(self) -> None:
-        layers, depth = self.moe_layers, self.text_config.num_hidden_layers
-        known = layers in PLACEMENTS if isinstance(layers, str) else None
-        if known is None:
-            known = len(set(layers)) == len(layers) and all(0 <= i < depth for i in layers)
-        if not known:
-            raise ValueError(
-                f"moe_layers ({layers!r}) must be one of {tuple(PLACEMENTS)} or a list of layers"
-                f" below num_hidden_layers ({depth})"
-            )
 
     def _check_modality_experts(self) -> None:
         named = self.modality_experts or {}
@@ -149,6 +138,20 @@ class UniMoEConfig(PreTrainedConfig):
         if kind in ("image", "video"):
             return self.vision_num_tokens
         return {"speech": self.speech_num_queries, "audio": self.audio_num_queries}[kind]
+
+
+def check_moe_layers(layers: str | list[int], depth: int) -> None:
+    """Raises ValueError unless `layers` says which of `depth` decoder layers hold experts."""
+    if isinstance(layers, str):
+        known = layers in PLACEMENTS
+    else:
+        numbers = isinstance(layers, list | tuple) and all(isinstance(i, int) for i in layers)
+        known = numbers and len(set(layers)) == len(layers) and all(0 <= i < depth for i in layers)
+    if not known:
+        raise ValueError(
+            f"moe_layers ({layers!r}) must be one of {tuple(PLACEMENTS)} or a list of layers"
+            f" below num_hidden_layers ({depth})"
+        )
 
 
 PLACEMENTS = {

@@ -40,8 +40,8 @@ def run_demo(settings: RunSettings, output: Path, cache_folder: Path | None = No
         The figures of `metrics.json`.
 
     Raises:
-        ValueError: if `output` holds a run of another configuration.
-        RuntimeError: if a training process fails; its message is passed on.
+        RuntimeError: if a training process fails, as where `output` holds a run of another
+            configuration; its message is passed on.
     """
     cache_folder = cache_folder or output / "features"
     output.mkdir(parents=True, exist_ok=True)

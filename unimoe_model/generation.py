@@ -1,6 +1,8 @@
 """Answers to questions about media, from a checkpoint folder: what `unimoe generate` runs."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
 from unimoe_model.auto import register_auto_classes
+from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.parallel_generation import generate_in_parallel, load_in_parallel
 from unimoe_model.processing import UniMoEProcessor
@@ -41,26 +44,25 @@ class Answerer:
             mesh: of the ranks that share the experts, all of which call; None for one process.
 
         Raises:
-            ValueError: if the folder is no checkpoint, or its files are cut short or do not fit.
+            ValueError: if the folder is no checkpoint of a Uni-MoE, or its files are cut short or
+                do not fit.
         """
         folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"checkpoint ({folder}) must be a folder with a config.json")
+        _check_model_type(folder)
         register_auto_classes()  # transformers warns of model types that it does not know
+        with _reading(folder):
+            processor = UniMoEProcessor.from_pretrained(folder)
         if mesh is not None:
-            model = load_in_parallel(folder, mesh)
-            return cls(model, _load_processor(folder), is_parallel=True)
-        try:
+            return cls(load_in_parallel(folder, mesh), processor, is_parallel=True)
+        with _reading(folder):
             model, found = UniMoEForConditionalGeneration.from_pretrained(
                 folder, output_loading_info=True
             )
-        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-            raise ValueError(f"checkpoint ({folder}) cannot be read: {error}") from error
         unfit = {k: sorted(found[k]) for k in ("missing_keys", "unexpected_keys") if found[k]}
         if unfit:
-            raise ValueError(f"checkpoint ({folder}) must hold the weights of its config: {unfit}")
+            raise ValueError(f"model ({folder}) must hold the weights of its config: {unfit}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.eval().to(device), _load_processor(folder))
+        return cls(model.eval().to(device), processor)
 
     def take_part(self) -> None:
         """Answers rows of a rank that calls `answer`."""
@@ -88,9 +90,11 @@ class Answerer:
             The answer, stripped of white space.
 
         Raises:
-            ValueError: if there is nothing to ask, a file cannot be read, or the prompt is longer
-                than the model's context.
+            ValueError: if there is nothing to ask, max_new_tokens is less than 1, a file cannot be
+                read, or the prompt is longer than the model's context.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
         inputs = self.processor.ask(question, frame_seed=frame_seed, **media)
         inputs = inputs.to(self.model.device)
         length = inputs["input_ids"].shape[1]
@@ -116,8 +120,28 @@ class Answerer:
         return self.model.generate(**inputs, **options)
 
 
-def _load_processor(folder: Path) -> UniMoEProcessor:
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
     try:
-        return UniMoEProcessor.from_pretrained(folder)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"checkpoint ({folder}) cannot be read: {error}") from error
+        yield
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"model ({folder}) cannot be read: {error}") from error
+    # What else a config.json with wrong values gives, such as KeyError, says little by itself.
+    except Exception as error:
+        raise ValueError(f"model ({folder}) cannot be read: {error!r}") from error
+
+
+def _check_model_type(folder: Path) -> None:
+    """Refuses another model: it would be built at full size, with random weights for ours."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model ({folder}) must be a folder with a config.json")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"model ({folder}) cannot be read: {path} is no JSON object") from error
+    if found != UniMoEConfig.model_type:
+        raise ValueError(
+            f"model_type ({found!r}) in {path} must be {UniMoEConfig.model_type!r}; unimoe convert"
+            " reads published checkpoints"
+        )

@@ -31,7 +31,7 @@ def load_in_parallel(folder: str | Path, mesh: DeviceMesh) -> UniMoEForCondition
     try:
         config = UniMoEConfig.from_pretrained(folder)
     except OSError as error:
-        raise ValueError(f"checkpoint ({folder}) cannot be read: {error}") from error
+        raise ValueError(f"model ({folder}) cannot be read: {error}") from error
     with _parameters_on_meta():
         model = UniMoEForConditionalGeneration._from_config(config, dtype=config.dtype)
         model.tie_weights()

@@ -46,8 +46,8 @@ class UniMoEProcessor(ProcessorMixin):
             fills it up to a square; only CLIP knows the latter.
 
     Raises:
-        ValueError: if a placeholder is not one token of the tokenizer, a media kind has no number
-            of soft tokens, or image_aspect_ratio is unknown.
+        ValueError: if a placeholder is not one token of the tokenizer, it has no padding token, a
+            media kind has no number of soft tokens, or image_aspect_ratio is unknown.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class UniMoEProcessor(ProcessorMixin):
         self.speech_max_frames = speech_max_frames
         self.system_prompt = system_prompt
         self.image_aspect_ratio = image_aspect_ratio
+        if tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer must have a pad_token; there is none")
         unknown = tokenizer.unk_token_id
         for placeholder in PLACEHOLDERS.values():
             if tokenizer.convert_tokens_to_ids(placeholder) in (None, unknown):

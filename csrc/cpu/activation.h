@@ -56,7 +56,8 @@ Activated<S> activate(Gate kind, S x, S alpha) {
       return {S(0.5) * x * (S(1) + t), S(0.5) * (S(1) + t) + S(0.5) * x * (S(1) - t * t) * inner};
     }
     case Gate::kRelu:
-      return {x > S(0) ? x : S(0), x > S(0) ? S(1) : S(0)};
+      // NaN is not at most 0: it passes, as in torch, and so does its gradient.
+      return {x <= S(0) ? S(0) : x, x <= S(0) ? S(0) : S(1)};
     default: {
       const S factor = kind == Gate::kClamped ? alpha : S(1);
       const S open = S(1) / (S(1) + std::exp(-factor * x));
@@ -121,11 +122,13 @@ Accumulator<T> activate_row_backward(const Activation& activation, const Kernels
     }
   }
   const bool clamps = activation.gate == Gate::kClamped;
+  const bool rectifies = activation.gate == Gate::kRelu;
   const S limit = S(activation.limit);
   S grad_score = 0;
   for (int64_t i = 0; i < width; ++i) {
     const S d = static_cast<S>(grad[i]), g = static_cast<S>(gate[i]), u = static_cast<S>(up[i]);
-    const bool gate_open = !clamps || g <= limit;
+    // What is cut off has gradient 0, even where it would be multiplied by infinity.
+    const bool gate_open = clamps ? g <= limit : !(rectifies && g <= S(0));
     const bool up_open = !clamps || (u >= -limit && u <= limit);
     const Pair<S> pair = clamped(activation, g, u);
     const Activated<S> activated = activate<S>(activation.gate, pair.gate, S(activation.alpha));

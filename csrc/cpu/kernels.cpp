@@ -25,7 +25,8 @@ bool cpu_runs(const Kernels* table) {
 }
 
 const Kernels& choose() {
-  if (const char* name = std::getenv("UNIMOE_CPU_ISA")) {
+  const char* name = std::getenv("UNIMOE_CPU_ISA");
+  if (name != nullptr && *name != '\0') {
     const Kernels* named = find_kernels(name);
     UNIMOE_CHECK(named != nullptr, "UNIMOE_CPU_ISA (", name,
                  ") must be portable, avx2, avx512 or avx512_bf16, and one that this CPU has");

@@ -7,6 +7,8 @@
 namespace unimoe {
 
 constexpr int64_t kLineBytes = 64;
+// Products of up to so many lines read the right operand as it is in memory: nothing is packed.
+constexpr int64_t kFewLines = 8;
 
 // Kernels of one instruction set. The panels of `multiply` hold `rows` numbers of the left operand
 // and `columns` of the right one for every step of depth.

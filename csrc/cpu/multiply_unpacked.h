@@ -11,7 +11,6 @@
 namespace unimoe {
 
 constexpr int64_t kBlock = 64;
-constexpr int64_t kFewLines = 8;
 constexpr int64_t kFewColumns = 24;
 // Of so few lines a block may be wider, as long as there are tasks enough: a long stretch of memory
 // is read faster than many short ones.

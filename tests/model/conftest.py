@@ -1,16 +1,20 @@
 """A Uni-MoE of a few thousand weights, and random features in the shapes encoders would give."""
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from unimoe_model.cli import main
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.data.tokenizer import train_tokenizer
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("published", "published_checks")
 
 VOCAB = 300
 SPEECH_DECODER = {
@@ -119,6 +123,73 @@ def encoders(monkeypatch):
     from fakes import FAKES
 
     monkeypatch.setattr("unimoe_model.processing._BUILT", dict(FAKES))
+
+
+@pytest.fixture
+def checkpoint(tiny_model, tokenizer, tmp_path, encoders):
+    """Saves a model and gives its folder; a model that samples unless it is told not to."""
+    from unimoe_model.processing import UniMoEProcessor
+
+    def save(name="model", **fields):
+        model = tiny_model(**fields)
+        model.generation_config.do_sample = True
+        model.save_pretrained(tmp_path / name)
+        UniMoEProcessor.from_config(model.config, tokenizer).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """Media of all kinds, and the lines of a data file about them."""
+    from PIL import Image
+
+    from unimoe_model.data.audio_io import save_wav
+
+    for i, color in enumerate(("red", "blue", "white")):
+        Image.new("RGB", (20, 30), color).save(tmp_path / f"{color}.png")
+        times = np.arange(16, dtype=np.float32) / 16000
+        save_wav(tmp_path / f"{i}.wav", 0.3 * (i + 1) * np.sin(2000 * times), 16000)
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "video.gif", save_all=True, append_images=frames[1:])
+    asked = {"question": "what shape is it?", "answer": "a red circle"}
+    return [
+        {"id": "p", "image": "red.png", **asked},
+        {"id": "pp", "image": ["blue.png", "white.png"], **asked},
+        {"id": 3, "speech": "0.wav", "image": "white.png", "answer": "yes no"},
+        {"id": 4, "audio": ["1.wav", "2.wav"], **asked},
+        {"id": 5, "video": "video.gif", "question": "which word?", "answer": "yes"},
+        {"id": 6, "question": "what? yes", "answer": "no"},
+    ]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Writes the lines of a data file."""
+
+    def write(lines, name="data.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command; gives exit code, stdout and the line of the error, if there was one."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err
+        errors = [line for line in shown.err.splitlines() if line.startswith("unimoe ")]
+        assert len(errors) == (code == 1)
+        return code, shown.out, "".join(errors)
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unimoe_model.checkpoints import from_published
-from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.encoders.beats import BeatsConfig, BeatsEncoder, own_names
 from unimoe_model.encoders.clip import ClipImageEncoder
 from unimoe_model.modeling import UniMoEForConditionalGeneration
@@ -59,6 +59,19 @@ def below(tensors, prefix):
 
 def text_config(fields):
     return LlamaConfig(**{k: v for k, v in fields.items() if k in LLAMA_FIELDS})
+
+
+def language_model_config(fields, moe_layers):
+    """Configuration of a language model alone; its connectors are as small as may be."""
+    return UniMoEConfig(
+        text_config=text_config(fields),
+        num_experts=fields["num_experts"],
+        num_experts_per_tok=fields["num_experts_per_tok"],
+        moe_layers=moe_layers,
+        media_token_ids={kind: fields["vocab_size"] + i for i, kind in enumerate(MEDIA_KINDS)},
+        speech_connector={"decoder_layers": 1},
+        audio_connector={"num_hidden_layers": 1},
+    )
 
 
 def clip_encoder(config, weights):
@@ -213,6 +226,11 @@ def encoded_media(io, weights, hears, rows=None):
     if chunks:
         features[f"{hears}_features"] = torch.stack(chunks)
     return features
+
+
+def published_chunks(samples, length):
+    """The published code cuts one sample more than a window holds, and its extractor drops it."""
+    return [samples[start : start + length] for start in range(0, len(samples), length + 1)]
 
 
 def moe_layers_of(weights):

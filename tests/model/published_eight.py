@@ -2,10 +2,39 @@
 
 import torch
 
+from unimoe_kernels import TopKRouter, topk_router
 from unimoe_model.checkpoints import to_published
-from unimoe_model.modality import MODALITIES, PADDING
+from unimoe_model.modality import MODALITIES, PADDING, modality_expert_loss, modality_kl_loss
 
 NAMED = {kind: kind for kind in ("text", "image", "video", "audio")}
+
+
+def gate_of_logits(num_experts, top_k, facts):
+    """The gate as a router whose weight is the identity: it is given logits."""
+    dropping = {
+        "capacity_factor": facts.get("capacity_factor"),
+        "min_capacity": facts.get("min_capacity"),
+        "capacity_renorm": True,
+    }
+    router = TopKRouter(
+        num_experts,
+        num_experts,
+        top_k,
+        mode="softmax_topk_renorm" if top_k == 2 else "softmax_topk",
+        balance="first",
+        **(dropping if facts.get("drop_tokens") else {}),
+    )
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(num_experts))
+    return router
+
+
+def scores_by_expert(routed, num_experts):
+    """Scores `[T, E]`, 0 where an expert was not chosen or gave the token up."""
+    dropped = routed.ids >= num_experts
+    ids = routed.ids.long().masked_fill(dropped, 0)
+    scores = routed.scores.masked_fill(dropped, 0)
+    return scores.new_zeros(len(ids), num_experts).scatter_add(1, ids, scores)
 
 
 def eight_expert_names(moe):
@@ -38,6 +67,31 @@ def modality_ids_of_spans(spans, shape, named):
 def published_experts(config):
     kinds = ("image", "video", "audio")
     return {kind: config[f"{kind}_expert_indices"] for kind in kinds}
+
+
+def record_routers(model):
+    """A list that gets the logits and the choices of every router as it runs."""
+    seen = []
+    for _, moe in model.moe_layers():
+        moe.router.register_forward_hook(
+            lambda router, args, routed: seen.append((args[0] @ router.weight.T, routed))
+        )
+    return seen
+
+
+def losses_of_layer(logits, ids, config):
+    """The auxiliary losses of one router's logits, by the name of their coefficient."""
+    routed = topk_router(
+        logits.flatten(0, 1),
+        config["num_experts_per_tok"],
+        mode="softmax_topk_renorm",
+        balance="first",
+    )
+    return {
+        "aux_balance_loss": routed.load_balancing_loss,
+        "aux_multimodal_loss": modality_expert_loss(logits, ids, published_experts(config)),
+        "aux_kl_loss": modality_kl_loss(logits, ids, as_released=True),
+    }
 
 
 def gradients_with_lora(model, weights, scale):

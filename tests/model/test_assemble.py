@@ -234,8 +234,10 @@ def test_folders_that_cannot_be_assembled(dense_folders, tmp_path, tiny_model):
     tiny_model(num_experts=0, text_config=text).save_pretrained(tmp_path / "narrow")
     with pytest.raises(ValueError, match=r"shape \[40, 32\]"):
         assemble(base, dense_folders | {"narrow": tmp_path / "narrow"}, target)
-    with pytest.raises(ValueError, match=r"num_experts_per_tok \(4\) .* num_experts \(3\)"):
-        assemble(base, dense_folders, target, top_k=4)
+    for top_k in (0, 4):
+        message = rf"top_k \({top_k}\) must be at least 1 and at most the number of experts \(3\)"
+        with pytest.raises(ValueError, match=message):
+            assemble(base, dense_folders, target, top_k=top_k)
     assert not target.exists()
 
 
@@ -247,4 +249,17 @@ def test_assemble_command(dense_folders, tmp_path, capsys):
     assert "3 experts: base, vision, hearing" in capsys.readouterr().out
     assert UniMoEConfig.from_pretrained(tmp_path / "moe").moe_layers == [1]
     assert main([*command, "--expert", "base"]) == 1
-    assert "'base' must be NAME=VALUE" in capsys.readouterr().err
+    assert "expert (base) must be NAME=VALUE" in capsys.readouterr().err
+    command[-1] = "3"
+    assert main([*command[:-3], str(tmp_path / "other"), *command[-2:]]) == 1
+    assert "moe_layers (3) must be one of" in capsys.readouterr().err
+
+
+def test_tied_embeddings_are_written_once(tiny_model, tmp_path):
+    model = tiny_model(num_experts=0, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "dense")
+    experts = {"a": tmp_path / "dense", "b": tmp_path / "dense"}
+    assemble(tmp_path / "dense", experts, tmp_path / "moe")
+    found = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "moe")
+    assert found.lm_head.weight is found.get_input_embeddings().weight
+    assert torch.equal(found.lm_head.weight, model.lm_head.weight)

@@ -113,6 +113,18 @@ def test_missing_and_corrupt_pictures(refused, checkpoint, picture, tmp_path):
     assert f"video file {picture} must be" in line
 
 
+@pytest.mark.parametrize("kind", ["image", "video", "speech", "audio"])
+def test_missing_media_are_named_before_the_model_is_loaded(refused, tmp_path, kind):
+    path = tmp_path / "none"
+    line = refused("generate", "--model", tmp_path, "what?", f"--{kind}", path)
+    assert line == f"unimoe generate: {kind} ({path}) must be a file; there is no such file"
+
+
+def test_answers_of_no_length(refused, tmp_path):
+    line = refused("generate", "--model", tmp_path, "what?", "--max-new-tokens", 0)
+    assert line == "unimoe generate: max_new_tokens (0) must be at least 1"
+
+
 def test_placeholder_without_its_input(refused, checkpoint):
     line = refused("generate", "--model", checkpoint, "what is in <image> there?")
     assert "text holds 1 <image> but 0 image items were given" in line
@@ -132,7 +144,13 @@ def test_output_that_is_a_file(refused, picture, monkeypatch):
     config = "configs/tiny.yaml"
     monkeypatch.setattr("unimoe_model.cli._settings", lambda options: None)
     line = refused("demo", "--config", config, "--output", picture)
-    assert str(picture) in line
+    assert line == f"unimoe demo: output ({picture}) must be a folder; {picture} is a file"
+    below = picture / "runs"
+    asked = ("--model", picture.parent, "--data", picture, "--metric", "exact", "--output", below)
+    line = refused("eval", *asked)
+    assert line == f"unimoe eval: output ({below}) must be a folder; {picture} is a file"
+    line = refused("convert", "--from", picture.parent, "--to", picture)
+    assert line == f"unimoe convert: to ({picture}) must be a folder; {picture} is a file"
 
 
 def test_interrupted_command_says_how_to_go_on(capsys, monkeypatch):

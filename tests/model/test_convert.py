@@ -309,6 +309,30 @@ def test_fields_that_the_configuration_lacks(tmp_path, tokenizer_folder, field):
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"speach_connector": {}}, r"field speach_connector \(set to {}\) must be one of UniMoE"),
+        ({"num_experts": "abc"}, r"field num_experts \(set to 'abc'\) must be of type int"),
+        ({"text_config": 3}, r"field text_config \(set to 3\) must be of type dict"),
+    ],
+)
+def test_overrides_that_are_none(tmp_path, tokenizer_folder, override, message):
+    source = write(tmp_path / "source", *published("every layer, speech"))
+    with pytest.raises(ValueError, match=message):
+        convert_from_published(
+            source, tmp_path / "ours", tokenizer=tokenizer_folder, overrides=override
+        )
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_model_that_was_converted_already(tmp_path, tokenizer_folder):
+    state, config = published("every layer, speech")
+    source = write(tmp_path / "source", state, config | {"model_type": "unimoe"})
+    with pytest.raises(ValueError, match=r"source\) must hold a published checkpoint; it is a uni"):
+        convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "{", '{"a": 1}', '{"a": {"dtype": "F99"}}'])
 def test_headers_that_are_none(tmp_path, tokenizer_folder, content):
     folder = tmp_path / "source"

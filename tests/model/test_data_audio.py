@@ -81,7 +81,7 @@ def test_bad_recordings_are_named(tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 8000)
     soundfile.write(tmp_path / "nan.wav", np.full(9, np.nan, np.float32), 8000, subtype="FLOAT")
     for name, message in {
-        "absent.wav": "expected a readable recording",
+        "absent.wav": "expected a recording such as wav; there is no such file",
         "text.wav": "expected a readable recording",
         "nothing.wav": "expected a readable recording",
         "empty.wav": "holds no samples",
@@ -89,7 +89,7 @@ def test_bad_recordings_are_named(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"{name}: {message}"):
             load_wav(tmp_path / name, 16_000)
-    with pytest.raises(ValueError, match="expected a readable recording"):
+    with pytest.raises(ValueError, match="there is no such file"):
         load_wav(tmp_path, 16_000)
 
 

@@ -138,3 +138,15 @@ def test_unknown_encoders():
     for name in ("", "no/such/folder"):
         with pytest.raises(ValueError, match=rf"speech encoder \('{name}'\) must be one of"):
             build_encoder(name, "speech")
+
+
+def test_a_folder_of_another_model_is_refused(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"model_type \(None\) .*empty' must be whisper"):
+        build_encoder(str(tmp_path / "empty"), "speech")
+    message = r"model_type \('whisper'\) in config.json of '.*whisper' must be clip or clip_vision"
+    with pytest.raises(ValueError, match=message):
+        build_encoder(folders["speech_encoder"], "vision")
+    message = r"model_type \('clip_vision_model'\) in config.json of '.*clip' must be whisper"
+    with pytest.raises(ValueError, match=message):
+        build_encoder(folders["vision_encoder"], "speech")

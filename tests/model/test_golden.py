@@ -16,29 +16,46 @@ from published import (
     clip_encoder,
     encoded_media,
     expanded_rows,
+    language_model_config,
     moe_layers_of,
     padded_batch,
+    published_chunks,
     published_model,
-    text_config,
     whisper_config,
+)
+from published_adapter import base_of_adapter, copy_adapter, write_router_adapter
+from published_checks import (
+    GRADIENT,
+    LOGITS,
+    OUTPUT,
+    check_forward,
+    check_gradients,
+    check_norms,
+    generate_row,
+    gradients_of,
+    spliced,
 )
 from published_eight import (
     NAMED,
     as_published_padding,
     eight_expert_names,
+    gate_of_logits,
     gradients_with_lora,
+    losses_of_layer,
     modality_ids_of_spans,
     published_experts,
+    record_routers,
+    scores_by_expert,
 )
-from safetensors.torch import load_file, save_file
+from published_prompts import PUBLISHED_IDS, prompts_of, spoken, turns_of
 from transformers import LlamaTokenizer
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from unimoe_kernels import LoopedMoE, MoE, TopKRouter, topk_router, unstack_experts
+from unimoe_kernels import LoopedMoE, MoE, topk_router, unstack_experts
 from unimoe_kernels.testing import relative_error
 from unimoe_model.checkpoints import from_published, to_published
 from unimoe_model.checkpoints.convert import convert_from_published
-from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
+from unimoe_model.configuration import MEDIA_KINDS
 from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
 from unimoe_model.encoders.beats import BeatsConfig, BeatsEncoder, clip_chunks, coarsened, own_names
 from unimoe_model.encoders.clip import LAYER
@@ -55,8 +72,6 @@ from unimoe_model.tokenization import (
     tokenize_text,
     truncated,
 )
-
-OUTPUT, GRADIENT, LOGITS = 1e-5, 1e-4, 1e-4
 
 
 def test_moe_layer():
@@ -84,13 +99,8 @@ def test_moe_layer():
             found |= {f"experts.{expert}.{key}": value for key, value in state.items()}
         own = {key: p.grad for key, p in looped.named_parameters()}
         assert found.keys() == own.keys() == grads.keys()
-        for key, expected in grads.items():
-            for actual in (found[key], own[key]):
-                if actual is None or not expected.any():
-                    # An expert without tokens, or a router of one choice.
-                    assert actual is None or not actual.any(), key
-                else:
-                    assert relative_error(actual, expected) < GRADIENT, key
+        check_gradients(found, grads)
+        check_gradients(own, grads)
 
 
 @pytest.mark.parametrize(
@@ -108,28 +118,11 @@ def test_gates_of_the_eight_expert_code(name, check):
     logits = io["in.logits"]
     num_experts = case.config["num_experts"]
     top_k = 2 if name.startswith("top2") else 1
-    dropping = {
-        "capacity_factor": facts.get("capacity_factor"),
-        "min_capacity": facts.get("min_capacity"),
-        "capacity_renorm": True,
-    }
-    router = TopKRouter(
-        num_experts,
-        num_experts,
-        top_k,
-        mode="softmax_topk_renorm" if top_k == 2 else "softmax_topk",
-        balance="first",
-        **(dropping if facts.get("drop_tokens") else {}),
-    )
-    with torch.no_grad():
-        router.weight.copy_(torch.eye(num_experts))
     x = logits.clone().requires_grad_()
-    routed = router(x)
+    routed = gate_of_logits(num_experts, top_k, facts)(x)
     # Slots of an expert's buffer are theirs alone: they follow from who was dispatched.
     weights, slots = io["out.combine_weights"], io["out.dispatch_mask"].int().argmax(2)
-    kept = routed.ids < num_experts
-    ids = routed.ids.long().masked_fill(~kept, 0)
-    dense = torch.zeros_like(logits).scatter_add(1, ids, routed.scores.masked_fill(~kept, 0))
+    dense = scores_by_expert(routed, num_experts)
     assert relative_error(dense, weights.sum(2)) < OUTPUT
     assert torch.equal(dense > 0, io["out.dispatch_mask"].any(2))
     assert relative_error(routed.load_balancing_loss, io["out.l_aux"]) < OUTPUT
@@ -158,15 +151,7 @@ def test_language_model(name):
     case = Case(name)
     fields = dict(case.config)
     moe_layers = case.checks.get("moe_layers", list(range(fields["num_hidden_layers"])))
-    config = UniMoEConfig(
-        text_config=text_config(fields),
-        num_experts=fields["num_experts"],
-        num_experts_per_tok=fields["num_experts_per_tok"],
-        moe_layers=moe_layers,
-        media_token_ids={kind: fields["vocab_size"] + i for i, kind in enumerate(MEDIA_KINDS)},
-        speech_connector={"decoder_layers": 1},
-        audio_connector={"num_hidden_layers": 1},
-    )
+    config = language_model_config(fields, moe_layers)
     assert [i for i in range(fields["num_hidden_layers"]) if config.is_moe_layer(i)] == moe_layers
     model = UniMoEForConditionalGeneration(config).eval()
     published = case.tensors("weights")
@@ -189,13 +174,10 @@ def test_language_model(name):
     assert relative_error(out.logits[mask], io["logits"][mask]) < OUTPUT
     assert relative_error(out.loss, io["loss"]) < OUTPUT
     out.loss.backward()
-    own = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    own = to_published(own)
+    own = to_published(gradients_of(model))
     assert own.keys() == back.keys()
-    for key, norm in case.checks["grad_norms"].items():
-        assert abs(own[key].norm().item() / norm - 1) < GRADIENT, key
-    for key, expected in grads.items():
-        assert relative_error(own[key], expected) < GRADIENT, key
+    check_norms(own, case.checks["grad_norms"])
+    check_gradients(own, grads)
 
 
 def test_beats_and_the_audio_connector():
@@ -298,25 +280,13 @@ def test_whisper_and_the_speech_connector():
         assert relative_error(torch.cat(own), io[f"out.audio_file{file}"]) < OUTPUT
 
 
-def turns_of(conversation):
-    """Pairs of question and answer; the published code drops an answer that comes first."""
-    values = [turn["value"] for turn in conversation]
-    if conversation[0]["from"] == "gpt":
-        values = values[1:]
-    return list(zip(values[::2], values[1::2], strict=True))
-
-
 @pytest.fixture(params=["legacy_false", "legacy_true"])
 def published_text(request):
     """What the published code says of texts, our tokenizer, and the ids of placeholders."""
     pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     case = Case("prompt_labels")
-    text = json.loads((case.folder / "prompts.json").read_text(encoding="utf-8"))
     tokenizer = LlamaTokenizer.from_pretrained(case.folder, legacy=request.param == "legacy_true")
-    return case, text[request.param], tokenizer
-
-
-PUBLISHED_IDS = {"image": -200, "speech": -999, "audio": -300, "video": -400}
+    return case, prompts_of(case)[request.param], tokenizer
 
 
 def test_prompts_and_labels(published_text):
@@ -330,10 +300,9 @@ def test_prompts_and_labels(published_text):
         if name in given_up:
             # The published code loses count here and learns nothing of the sample.
             assert set(sample["labels"]) == {IGNORED}, name
-            learned = [answer.strip() + "</s>" for _, answer in turns if answer]
             supervised = [label for label in own.labels if label != IGNORED]
             said = tokenizer.decode(supervised, skip_special_tokens=False)
-            assert said.replace(" ", "") == "".join(learned).replace(" ", ""), name
+            assert said.replace(" ", "") == spoken(answer for _, answer in turns), name
         else:
             # A placeholder in an answer stays a label there, and fails in the loss.
             expected = [label if label >= 0 else IGNORED for label in sample["labels"]]
@@ -362,7 +331,7 @@ def test_prompts_of_a_saved_processor(tmp_path):
     """The tokenizer of a converted checkpoint, saved and loaded, gives the published ids."""
     pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     case = Case("prompt_labels")
-    texts = json.loads((case.folder / "prompts.json").read_text(encoding="utf-8"))
+    texts = prompts_of(case)
     tokenizer = load_llama_tokenizer(case.folder)
     soft = dict.fromkeys(MEDIA_KINDS, 1)
     UniMoEProcessor(tokenizer, num_soft_tokens=soft).save_pretrained(tmp_path)
@@ -416,11 +385,6 @@ def test_audio_features():
         assert padded == expected[f"sample1.chunk{number}.first_padded"].tolist()
 
 
-def published_chunks(samples, length):
-    """The published code cuts one sample more than a window holds, and its extractor drops it."""
-    return [samples[start : start + length] for start in range(0, len(samples), length + 1)]
-
-
 def test_speech_features():
     case, waves = Case("speech_features"), Case("audio_features")
     expected = case.tensors("features")
@@ -472,20 +436,6 @@ def test_splice(hears):
         assert torch.equal(embeddings[real], io["out.inputs_embeds"][real]), name
 
 
-def spliced(model, io, rows, hears, width):
-    """Our batch of some rows of a case, and its embeddings with the soft tokens of the case."""
-    media = {}
-    for kind in ("image", "video"):
-        chosen = [row for row in rows if io[f"in.{kind}_mask"][row]]
-        if chosen:
-            media[kind] = io[f"mid.{kind}_tokens_all_rows"][chosen]
-    chunks = [io["mid.audio_chunk_tokens"][r][io["in.features_mask"][r] > 0] for r in rows]
-    media[hears] = torch.cat(chunks)
-    expanded = expanded_rows(io, model.config, hears)
-    own = padded_batch([expanded[row] for row in rows], width)
-    return own, model.model.splice(own["input_ids"], media)
-
-
 @pytest.mark.parametrize("hears", ["speech", "audio"])
 def test_end_to_end(hears):
     case = Case(f"end_to_end_{hears}")
@@ -496,52 +446,11 @@ def test_end_to_end(hears):
     # 12 greedy tokens with the cache, which the published code could not use, for each row alone.
     generated = case.tensors("generate")
     for facts in case.checks["generation"]:
-        row = facts["index"]
-        prompt = {
-            "in.input_ids": generated[f"{row}.in.input_ids"],
-            "in.features_mask": io["in.features_mask"][row : row + 1],
-        }
-        batch = padded_batch(expanded_rows(prompt, model.config, hears))
-        del batch["labels"]
-        length = len(facts["new_ids"])
-        out = model.generate(
-            **batch,
-            **encoded_media(io, weights, hears, [row]),
-            max_new_tokens=length,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        new = out.sequences[0, batch["input_ids"].shape[1] :]
-        assert new.tolist() == facts["new_ids"], row
+        row, length = facts["index"], len(facts["new_ids"])
+        new, logits = generate_row(model, io, generated, row, weights, hears, length)
+        assert new == facts["new_ids"], row
         assert generated[f"{row}.out.sequences"][0, -length:].tolist() == facts["new_ids"]
-        logits = torch.cat(out.logits)
         assert relative_error(logits, generated[f"{row}.out.last_logits_per_step"]) < LOGITS, row
-
-
-def check_forward(case, model, io, weights, hears, loss, logits):
-    rows = expanded_rows(io, model.config, hears)
-    mask = io["out.spliced_attention_mask"]
-    batch = padded_batch(rows, mask.shape[1])
-    assert torch.equal(batch["attention_mask"].bool(), mask)
-    out = model(**batch, **encoded_media(io, weights, hears))
-    positions = io["logit_positions"]
-    real = mask[:, positions]
-    assert real.any()
-    assert relative_error(out.logits[:, positions][real], logits[real]) < LOGITS
-    assert relative_error(out.loss, loss) < OUTPUT
-    if "grad_norms" in case.checks:
-        model.zero_grad()
-        out.loss.backward()
-        own = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-        named = to_published(own, hears)
-        compared = 0
-        for key, norm in case.checks["grad_norms"].items():
-            # The bias of an attention's keys changes nothing: what is left is rounding.
-            if key in named and norm > 1e-6:
-                assert abs(named[key].norm().item() / norm - 1) < GRADIENT, key
-                compared += 1
-        assert compared > 20
 
 
 def test_layer_of_the_eight_expert_code():
@@ -571,15 +480,12 @@ def test_layer_of_the_eight_expert_code():
     logits = io["in.hidden_states"].flatten(0, 1) @ moe.router.weight.T
     assert relative_error(logits, io["out.router_logits"]) < OUTPUT
     ((y * io["in.grad_output"]).sum() + 0.5 * routed.load_balancing_loss).backward()
-    assert relative_error(x.grad, io["grad.in.hidden_states"]) < GRADIENT
     found = {name: p.grad[index] for name, (p, index) in eight_expert_names(moe).items()}
-    for name, norm in case.checks["grad_norms"].items():
-        assert abs(found[name].norm().item() / norm - 1) < GRADIENT, name
+    check_norms(found, case.checks["grad_norms"])
     stored = case.below("io", "grad.")
-    assert len(stored) > 1
-    for name, expected in stored.items():
-        if name in found:
-            assert relative_error(found[name], expected) < GRADIENT, name
+    assert relative_error(x.grad, stored.pop("in.hidden_states")) < GRADIENT
+    assert stored
+    check_gradients(found, stored)
 
 
 def test_losses_of_the_eight_expert_code():
@@ -633,11 +539,7 @@ def test_model_of_the_eight_expert_code():
     batch = padded_batch(rows, io["out.logits"].shape[1])
     mask = batch["attention_mask"].bool()
     features = encoded_media(io, weights, "speech")
-    seen = []
-    for _, moe in model.moe_layers():
-        moe.router.register_forward_hook(
-            lambda router, args, routed: seen.append((args[0] @ router.weight.T, routed))
-        )
+    seen = record_routers(model)
     embeddings = as_published_padding(model, io, batch, features)
     out = model(
         inputs_embeds=embeddings, attention_mask=batch["attention_mask"], labels=batch["labels"]
@@ -648,29 +550,15 @@ def test_model_of_the_eight_expert_code():
     # Published losses count padding as text.
     spans = {kind: case.checks["spans"][kind] for kind in NAMED}
     ids = modality_ids_of_spans(spans, mask.shape, NAMED)
-    total = out.loss
-    balance_only = out.loss
+    total = balance_only = out.loss
     for number, (logits, _) in enumerate(seen):
         gates = io[f"out.gate_logits.layer{number}"].view_as(logits)
         assert relative_error(logits[mask], gates[mask]) < LOGITS
-        routed = topk_router(
-            logits.flatten(0, 1),
-            fields["num_experts_per_tok"],
-            mode="softmax_topk_renorm",
-            balance="first",
-        )
-        l_aux = io[f"out.l_aux.layer{number}"]
-        assert relative_error(routed.load_balancing_loss, l_aux) < OUTPUT
-        balance = fields["aux_balance_loss_coef"] * routed.load_balancing_loss
-        distance = modality_expert_loss(logits, ids, published_experts(fields))
-        closeness = modality_kl_loss(logits, ids, as_released=True)
-        balance_only = balance_only + balance
-        total = (
-            total
-            + balance
-            + fields["aux_multimodal_loss_coef"] * distance
-            + fields["aux_kl_loss_coef"] * closeness
-        )
+        losses = losses_of_layer(logits, ids, fields)
+        assert relative_error(losses["aux_balance_loss"], io[f"out.l_aux.layer{number}"]) < OUTPUT
+        weighted = {name: fields[f"{name}_coef"] * loss for name, loss in losses.items()}
+        balance_only = balance_only + weighted["aux_balance_loss"]
+        total = total + sum(weighted.values())
     assert relative_error(balance_only, io["out.loss_balance_only"]) < OUTPUT
     assert relative_error(total, io["out.loss_all_aux"]) < OUTPUT
     total.backward()
@@ -678,9 +566,8 @@ def test_model_of_the_eight_expert_code():
     found = gradients_with_lora(model, weights, scale)
     assert case.checks["grad_norms"].keys() <= found.keys() | set(weights)
     assert len(case.checks["grad_norms"].keys() & found.keys()) > 100
-    for name, norm in case.checks["grad_norms"].items():
-        if name in found and norm > 1e-6:
-            assert abs(found[name].norm().item() / norm - 1) < GRADIENT, name
+    norms = case.checks["grad_norms"].items()
+    check_norms(found, {name: norm for name, norm in norms if name in found and norm > 1e-6})
 
     # Ours leave it out: a wider batch changes none of them.
     seen.clear()
@@ -692,34 +579,12 @@ def test_model_of_the_eight_expert_code():
         assert relative_error(wide.load_balancing_loss, narrow.load_balancing_loss) < OUTPUT
 
 
-@pytest.fixture
-def base_folder(tmp_path):
-    """The base of the adapter as a folder, and what must be known besides to convert it."""
-    case = Case("end_to_end_speech")
-    tokenizer = Case("prompt_labels").folder
-    folder = tmp_path / "base"
-    folder.mkdir()
-    save_file(case.tensors("weights"), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(case.config))
-    whisper = Case("speech_connector").config["whisper"]
-    known = {
-        "speech_connector": whisper,
-        "audio_connector": {"num_hidden_layers": 1},
-        "media_token_ids": None,
-    }
-    return folder, tokenizer, known
-
-
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_adapter_is_merged(base_folder, tmp_path, suffix):
+def test_adapter_is_merged(tmp_path, suffix):
     pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     case, whole = Case("lora_merge"), Case("end_to_end_speech")
-    base, tokenizer, known = base_folder
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    for path in (case.folder / "adapter").iterdir():
-        if path.suffix in (".json", f".{suffix}"):
-            (adapter / path.name).write_bytes(path.read_bytes())
+    base, tokenizer, known = base_of_adapter(tmp_path / "base")
+    adapter = copy_adapter(case, tmp_path / "adapter", suffix)
     convert_from_published(adapter, tmp_path / "ours", base, tokenizer, overrides=known)
     model = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
     merged = to_published({k: v for k, v in model.state_dict().items() if "language" in k})
@@ -736,32 +601,17 @@ def test_adapter_is_merged(base_folder, tmp_path, suffix):
     loss, logits = merged_io["out.loss_merged"], merged_io["out.logits_merged_at_positions"]
     weights = whole.tensors("weights")
     check_forward(case, model, io, weights, "speech", loss, logits)
+    expected = case.checks["generate_row0_new_ids"]
     generated = whole.tensors("generate")
-    prompt = {
-        "in.input_ids": generated["0.in.input_ids"],
-        "in.features_mask": io["in.features_mask"][:1],
-    }
-    batch = padded_batch(expanded_rows(prompt, model.config, "speech"))
-    del batch["labels"]
-    new = case.checks["generate_row0_new_ids"]
-    features = encoded_media(io, weights, "speech", [0])
-    out = model.generate(**batch, **features, max_new_tokens=len(new), do_sample=False)
-    assert out[0, batch["input_ids"].shape[1] :].tolist() == new
+    new, _ = generate_row(model, io, generated, 0, weights, "speech", len(expected))
+    assert new == expected
 
 
-def test_router_lora_is_not_lost(base_folder, tmp_path):
+def test_router_lora_is_not_lost(tmp_path):
     pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     case = Case("lora_merge")
-    variant = case.tensors("gate_lora_variant")
-    base, tokenizer, known = base_folder
-    state = load_file(base / "model.safetensors") | below(variant, "base.")
-    save_file(state, base / "model.safetensors")
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    config = (case.folder / "adapter" / "adapter_config.json").read_text()
-    (adapter / "adapter_config.json").write_text(config)
-    save_file(below(variant, "adapter."), adapter / "adapter_model.safetensors")
-    save_file(below(variant, "gates_file."), adapter / "mlp_gates.safetensors")
+    base, tokenizer, known = base_of_adapter(tmp_path / "base")
+    adapter, variant = write_router_adapter(case, tmp_path / "adapter", base)
     convert_from_published(adapter, tmp_path / "ours", base, tokenizer, overrides=known)
     model = UniMoEForConditionalGeneration.from_pretrained(tmp_path / "ours")
     whole = below(variant, "loaded_without_gates_file.")

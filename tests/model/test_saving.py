@@ -144,6 +144,14 @@ def drop_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
+def no_object(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def drop_special_tokens(folder):
+    (folder / "tokenizer_config.json").unlink()
+
+
 def drop_one_weight(folder):
     path = folder / "model.safetensors"
     weights = load_file(path)
@@ -170,6 +178,10 @@ def change_config(**fields):
         (change_config(num_experts=0), r"layers\.0\.mlp\.router\.weight"),
         (change_config(num_experts=8), "cannot be read"),
         (change_config(num_experts_per_tok=9), r"num_experts_per_tok \(9\)"),
+        (change_config(num_experts="four"), "cannot be read: TypeError"),
+        (change_config(model_type="llama"), r"model_type \('llama'\) in .* must be 'unimoe'"),
+        (no_object, "config.json is no JSON object"),
+        (drop_special_tokens, "tokenizer must have a pad_token; there is none"),
     ],
 )
 def test_damaged_or_foreign_checkpoints_are_refused(saved, damage, message):

@@ -18,13 +18,13 @@ def raw_settings():
         "seed": 0,
         "precision": "fp32",
         "model": {
-            "text": {"hidden_size": 32},
+            "text": {"hidden_size": 32, "num_attention_heads": 2},
             "vocab_size": 300,
             "top_k": 2,
             "speech_max_frames": 6,
             "speech_num_queries": 4,
             "audio_num_queries": 2,
-            "audio_connector": {"hidden_size": 16},
+            "audio_connector": {"hidden_size": 16, "num_attention_heads": 2},
         },
         "pretrain": stage(text=1),
         "align": stage(picture=1),
@@ -107,14 +107,58 @@ def test_settings_are_what_the_file_says(load):
         ("experts", {}, r"experts \(none\) must be among"),
         ("experts.smell", stage(text=1), r"experts \(\['smell'\]\) must be among"),
         ("experts.audio.steps", 3, r"experts must all have the same number of steps"),
+        (
+            "align.tasks.pictures",
+            1,
+            r"align.tasks has unknown keys \['pictures'\]; known are \['as",
+        ),
+        ("align.muon_learning_rate", -1, r"align: muon_learning_rate \(-1\) must be positive"),
+        ("align.max_grad_norm", 0, r"align: max_grad_norm \(0\) must be positive"),
+        ("align.weight_decay", -1, r"align: weight_decay \(-1\) must be at least 0"),
+        ("align.warmup", 5, r"align: warmup \(5\) must be a share of the steps, 0 to 1"),
+        ("model.text.hidden_size", 0, r"model: text.hidden_size \(0\) must be at least 1"),
+        ("model.text.hidden_size", "a", r"text must be .* LlamaConfig: Field 'hidden_size' exp"),
+        ("model.text.num_attention_heads", 3, r"text must be fields .* size \(32\) is not a mult"),
+        ("model.text.hidden_act", "x", r"text.hidden_act \('x'\) must be an activation of trans"),
+        (
+            "model.audio_connector.num_attention_heads",
+            3,
+            r"audio_connector.hidden_size \(16\) must be a multiple of num_attention_heads \(3\)",
+        ),
+        ("model.vocab_size", 5, r"model: vocab_size \(5\) must be at least 265"),
+        ("model.speech_max_frames", 0, r"speech_max_frames \(0\) must be at least 1"),
+        ("model.speech_num_queries", 0, r"speech_num_queries \(0\) must be at least 1"),
+        ("model.audio_num_queries", -1, r"audio_num_queries \(-1\) must be at least 1"),
+        ("model.load_balancing_coef", -0.1, r"load_balancing_coef \(-0.1\) must be at least 0"),
+        ("model.moe_layers", "odd", r"model: moe_layers \('odd'\) must be one of \('all', 'even'"),
+        (
+            "model.moe_layers",
+            [0, 99],
+            r"moe_layers \(\[0, 99\]\) .* below num_hidden_layers \(32\)",
+        ),
+        ("model.moe_layers", ["a"], r"model.moe_layers \(\['a'\]\) must be of type str | list"),
+        ("seed", -1, r"config.yaml: seed \(-1\) must be at least 0"),
+        ("router_strength", -1, r"router_strength \(-1\) must be at least 0"),
         ("lora_rank", 0, r"lora_rank \(0\) must be at least 1"),
         ("evaluation", {"txt": 3}, r"evaluation \(\['txt'\]\) must be among"),
+        ("evaluation", {"text": 0}, r"evaluation.text \(0\) must be at least 1"),
         ("evaluation", {"text": "all"}, r"evaluation \({'text': 'all'}\) must be of type"),
     ],
 )
 def test_wrong_settings_are_refused(load, keys, value, message):
     with pytest.raises(ValueError, match=message):
         load(with_value(keys, value))
+
+
+def test_layers_with_experts_may_be_listed(load):
+    assert load(with_value("model.moe_layers", [0, 2])).model.moe_layers == [0, 2]
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"config \(.*config.yaml\) must be a readable YAML file"):
+        load_settings(path)
 
 
 @pytest.mark.parametrize(

@@ -160,8 +160,11 @@ def test_default_overload_runs_without_a_kernel_of_its_own():
 
 
 def test_environment_sets_the_backend():
-    code = "from unimoe_kernels import _backends; print({r.backend for r in _backends.report()})"
-    assert run_python(code, UNIMOE_BACKEND="reference").stdout == "{'reference'}\n"
+    code = "from unimoe_kernels import _backends; print([r.backend for r in _backends.report()])"
+    count = len(_backends.report())
+    assert run_python(code, UNIMOE_BACKEND="reference").stdout == f"{['reference'] * count}\n"
+    empty = run_python(code, UNIMOE_BACKEND="")  # counts as unset
+    assert empty.stdout == f"{[row.backend for row in _backends.report()]}\n", empty.stderr
     failed = run_python(code, UNIMOE_BACKEND="fast")
     assert "ValueError: UNIMOE_BACKEND ('fast') must be one of reference, cpp" in failed.stderr
 

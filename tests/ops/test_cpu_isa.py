@@ -128,9 +128,15 @@ def test_an_unknown_instruction_set_is_refused():
     assert "UNIMOE_CPU_ISA (avx1024) must be portable, avx2" in result.stderr
 
 
-def run(name):
+def test_an_empty_instruction_set_counts_as_unset():
+    best = instruction_sets()[-1]
+    result = run("", "from unimoe_kernels import _C; print(_C.build_info()['cpu_isa'])")
+    assert result.stdout == f"{best}\n", result.stderr
+
+
+def run(name, script=SCRIPT):
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, name],
+        [sys.executable, "-c", script, name],
         env=os.environ | {"UNIMOE_CPU_ISA": name},
         capture_output=True,
         text=True,

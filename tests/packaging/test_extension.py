@@ -90,6 +90,7 @@ def test_build_info(build_script):
     assert re.match(r"(gcc|clang) \d+", info["compiler"])
     assert (info["cuda"] is None) == (info["cuda_archs"] is None)
     assert _extension.has_cuda() == (info["cuda"] is not None)
+    assert info["unpacked_rows"] > 0
     with open("/proc/cpuinfo") as lines:
         flags = next((line for line in lines if line.startswith("flags")), "").split()
     names = {"avx512bf16": "avx512_bf16", "avx512vnni": "avx512_vnni"}

@@ -59,6 +59,10 @@ def assemble(
             the target is there already.
     """
     refuse_existing(target)
+    if not 1 <= top_k <= len(experts):
+        raise ValueError(
+            f"top_k ({top_k}) must be at least 1 and at most the number of experts ({len(experts)})"
+        )
     dense = _dense_config(base)
     for folder in experts.values():
         _dense_config(folder)
@@ -73,6 +77,8 @@ def assemble(
     for number, folder in enumerate(experts.values()):
         files.add(shards(folder), lambda name, number=number: f"{number}:{name}")
     expected = parameter_shapes(config)
+    if config.tie_word_embeddings:  # files then hold the embeddings once
+        del expected["lm_head.weight"]
     recipes = {n: _recipe(n, len(experts)) for n in expected if not _ROUTER.fullmatch(n)}
     layout = {}
     for name, recipe in recipes.items():

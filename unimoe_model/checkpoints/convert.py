@@ -83,6 +83,11 @@ def convert_from_published(
     places = [place for place in (tokenizer, source, base) if place]
     files = TensorFiles(shards(base or source))
     published = read_config(base or source)
+    if published.get("model_type") == UniMoEConfig.model_type:
+        raise ValueError(
+            f"folder ({base or source}) must hold a published checkpoint; it is a"
+            f" {UniMoEConfig.model_type} model already"
+        )
     loras = {}
     if is_adapter:
         published |= read_config(source) if (source / "config.json").is_file() else {}

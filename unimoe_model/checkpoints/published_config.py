@@ -6,6 +6,7 @@ from transformers import LlamaConfig
 
 from unimoe_model.configuration import PLACEMENTS, UniMoEConfig
 from unimoe_model.encoders import ENCODERS
+from unimoe_model.value_types import fits_type
 
 _TEXT = (
     "vocab_size",
@@ -42,8 +43,10 @@ def config_from_published(
         **overrides: fields of `UniMoEConfig` that are known better.
 
     Raises:
-        ValueError: if a field of the LLM is missing, or the fields do not go together.
+        ValueError: if a field of the LLM is missing, an override is no field or of another type, or
+            the fields do not go together.
     """
+    _check_overrides(overrides)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         _field(published, name)
     text = {name: published[name] for name in _TEXT if published.get(name) is not None}
@@ -62,6 +65,18 @@ def config_from_published(
         fields[f"{hears}_num_queries"] = _field(published, "query_tokens_size")
         fields[f"{hears}_connector"] = (_decoder if hears == "speech" else _qformer)(shapes)
     return UniMoEConfig(**(fields | overrides))
+
+
+def _check_overrides(overrides: Mapping) -> None:
+    known = {k: v for k, v in UniMoEConfig.__annotations__.items() if k != "sub_configs"}
+    for name, value in overrides.items():
+        if name not in known:
+            raise ValueError(
+                f"field {name} (set to {value!r}) must be one of UniMoEConfig: {sorted(known)}"
+            )
+        if not fits_type(value, known[name]):
+            expected = getattr(known[name], "__name__", str(known[name]))
+            raise ValueError(f"field {name} (set to {value!r}) must be of type {expected}")
 
 
 def _experts(published: Mapping, shapes: Mapping, hears: str) -> dict:

@@ -49,6 +49,8 @@ def load_wav(path: str | Path, sample_rate: int) -> NDArray[np.float32]:
     import soundfile
 
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a recording such as wav; there is no such file")
     try:
         waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:  # soundfile's own errors are RuntimeErrors

@@ -10,6 +10,11 @@ from unimoe_model.configuration import MEDIA_KINDS
 EVALUATED_TASKS = ("image_qa", "spoken_word", "spoken_question", "sound", "video", "text")
 """The six tasks of the table, in its order."""
 
+ALIGNING_TASKS = ("picture", "transcript", "instrument")
+TEXT_TASKS = ("asked", "wider", "describe", "repeat", "sounds", "moving", "talk")
+TASKS = (*EVALUATED_TASKS, *ALIGNING_TASKS, *TEXT_TASKS)
+"""All that `TaskBuilder` has training examples of."""
+
 
 @dataclass(frozen=True)
 class MediaRef:

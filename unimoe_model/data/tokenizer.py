@@ -10,6 +10,10 @@ from unimoe_model.prompt import ASSISTANT, PLACEHOLDERS, USER
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
+_SPECIAL = (PAD, BOS, EOS, USER, ASSISTANT, *PLACEHOLDERS.values())
+LEAST_VOCAB_SIZE = 256 + len(_SPECIAL)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE that knows the media placeholders and the role words as one token.
 
@@ -20,15 +24,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Raises:
         ValueError: if `vocab_size` has no room for bytes and special tokens.
     """
-    special = [PAD, BOS, EOS, USER, ASSISTANT, *PLACEHOLDERS.values()]
-    if vocab_size < 256 + len(special):
-        raise ValueError(f"vocab_size ({vocab_size}) must be at least {256 + len(special)}")
+    if vocab_size < LEAST_VOCAB_SIZE:
+        raise ValueError(f"vocab_size ({vocab_size}) must be at least {LEAST_VOCAB_SIZE}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=special,
+        special_tokens=list(_SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -1,22 +1,18 @@
 """CLIP's vision transformer: the eyes of the paper (ViT-L/14 at 336 pixels)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from unimoe_model.encoders.base import FrozenEncoder
-from unimoe_model.encoders.published import weights_source
-
-NAME = "clip-vit-large-patch14-336"
+from unimoe_model.encoders.published import PublishedEncoder
 
 LAYER = -2
 """Whose output the connector reads, as in LLaVA; the last one serves CLIP's own training."""
 
 
-class ClipImageEncoder(FrozenEncoder):
+class ClipImageEncoder(PublishedEncoder):
     """The frozen vision transformer of CLIP over images and frames of videos.
 
     Built with random weights; :meth:`from_folder` reads those of a model of transformers.
@@ -24,6 +20,10 @@ class ClipImageEncoder(FrozenEncoder):
     Args:
         config: sizes; None is ViT-L/14 at 336 pixels.
     """
+
+    repository = "openai/clip-vit-large-patch14-336"
+    model_class = CLIPVisionModel
+    model_types = ("clip", "clip_vision_model")
 
     def __init__(self, config: CLIPVisionConfig | None = None) -> None:
         config = config or CLIPVisionConfig(
@@ -39,28 +39,9 @@ class ClipImageEncoder(FrozenEncoder):
         self.vision_tower = CLIPVisionModel(config)
         self.freeze()
 
-    @classmethod
-    def pretrained(cls) -> "ClipImageEncoder":
-        """The encoder of the paper, with OpenAI's weights; see `weights_source`.
-
-        Raises:
-            OSError: if they are neither here nor can be downloaded.
-        """
-        return cls.from_folder(weights_source(NAME, f"openai/{NAME}"))
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "ClipImageEncoder":
-        """The encoder with the weights of a folder in the layout of transformers.
-
-        Raises:
-            OSError: if the folder holds no model.
-        """
-        tower = CLIPVisionModel.from_pretrained(folder)
-        with torch.device("meta"):
-            encoder = cls(tower.config)
-        encoder.vision_tower = tower
-        encoder.freeze()
-        return encoder
+    def take_modules(self, model: CLIPVisionModel) -> None:
+        """Takes the whole model."""
+        self.vision_tower = model
 
     def encode_pictures(self, pictures: Sequence[Tensor], pad_to_square: bool = False) -> Tensor:
         """Encodes pictures of any size.

@@ -1,7 +1,13 @@
-"""Where the weights of the paper's encoders are looked for."""
+"""Where the weights of the paper's encoders are looked for, and how transformers' are read."""
 
 import os
 from pathlib import Path
+from typing import Self
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from unimoe_model.encoders.base import FrozenEncoder
 
 FOLDER_VARIABLE = "UNIMOE_ENCODERS"
 
@@ -17,3 +23,51 @@ def weights_source(name: str, repository: str) -> str:
     if folder and (Path(folder) / name).exists():
         return str(Path(folder) / name)
     return repository
+
+
+class PublishedEncoder(FrozenEncoder):
+    """A frozen encoder made of a model of transformers, from whose `config` it is built.
+
+    Attributes:
+        repository: of the paper's weights on the Hugging Face hub.
+        model_class: of transformers.
+        model_types: that its `config.json` may name.
+    """
+
+    repository: str
+    model_class: type[PreTrainedModel]
+    model_types: tuple[str, ...]
+
+    def take_modules(self, model: PreTrainedModel) -> None:
+        """Puts the modules of a `model_class` in place of the encoder's own."""
+        raise NotImplementedError
+
+    @classmethod
+    def pretrained(cls) -> Self:
+        """The encoder of the paper, with OpenAI's weights; see `weights_source`.
+
+        Raises:
+            OSError: if they are neither here nor can be downloaded.
+        """
+        return cls.from_folder(weights_source(cls.repository.split("/")[-1], cls.repository))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Self:
+        """The encoder with the weights of a folder in the layout of transformers.
+
+        Raises:
+            OSError: if the weights are missing or cannot be read.
+            ValueError: if the folder holds no model, or one of another type.
+        """
+        kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+        if kind not in cls.model_types:
+            raise ValueError(
+                f"model_type ({kind!r}) in config.json of {str(folder)!r} must be"
+                f" {' or '.join(cls.model_types)}"
+            )
+        model = cls.model_class.from_pretrained(folder)
+        with torch.device("meta"):
+            encoder = cls(model.config)
+        encoder.take_modules(model)
+        encoder.freeze()
+        return encoder

@@ -1,23 +1,19 @@
 """Whisper over windows of 30 s, as the paper uses it: 1500 frames each."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import WhisperConfig, WhisperFeatureExtractor
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from unimoe_model.encoders.base import FrozenEncoder
-from unimoe_model.encoders.published import weights_source
+from unimoe_model.encoders.published import PublishedEncoder
 
-NAME = "whisper-small"
 SAMPLE_RATE = 16_000
 _MEL_FRAMES_PER_POSITION = 2
 
 
-class WhisperWindowEncoder(FrozenEncoder):
+class WhisperWindowEncoder(PublishedEncoder):
     """The frozen encoder of a Whisper model.
 
     Built with random weights; :meth:`from_folder` reads those of a model of transformers.
@@ -26,6 +22,9 @@ class WhisperWindowEncoder(FrozenEncoder):
         config: sizes; None is Whisper small.
     """
 
+    repository = "openai/whisper-small"
+    model_class = WhisperModel
+    model_types = ("whisper",)
     sample_rate = SAMPLE_RATE
 
     def __init__(self, config: WhisperConfig | None = None) -> None:
@@ -43,30 +42,9 @@ class WhisperWindowEncoder(FrozenEncoder):
         self.window_samples = frames * self.feature_extractor.hop_length
         self.freeze()
 
-    @classmethod
-    def pretrained(cls) -> "WhisperWindowEncoder":
-        """The encoder of the paper, with OpenAI's weights; see `weights_source`.
-
-        Raises:
-            OSError: if they are neither here nor can be downloaded.
-        """
-        return cls.from_folder(weights_source(NAME, f"openai/{NAME}"))
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "WhisperWindowEncoder":
-        """The encoder with the weights of a folder in the layout of transformers.
-
-        Raises:
-            OSError: if the folder holds no model.
-        """
-        from transformers import WhisperModel
-
-        whisper = WhisperModel.from_pretrained(folder)
-        with torch.device("meta"):
-            encoder = cls(whisper.config)
-        encoder.encoder = whisper.encoder
-        encoder.freeze()
-        return encoder
+    def take_modules(self, model: WhisperModel) -> None:
+        """Takes the encoder and leaves the decoder."""
+        self.encoder = model.encoder
 
     def log_mel(self, samples: NDArray[np.float32]) -> Tensor:
         """Log-mel frames of a recording, window by window; the last one ends in silence.

@@ -1,4 +1,4 @@
-"""Accuracy by exact match of greedy, unconstrained generation, and the blind baseline."""
+"""Accuracy of greedy, unconstrained generation, letter for letter, and the blind baseline."""
 
 import random
 from collections import Counter, defaultdict

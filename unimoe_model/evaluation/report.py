@@ -99,7 +99,7 @@ def write_report(results: Results, examples: Sequence[WorkedExample], folder: Pa
 def print_results(results: Results, examples: Sequence[WorkedExample], folder: Path) -> None:
     """Prints the table, the worked examples and where everything is."""
     print(f"\n{STAND_INS}\n")
-    print(f"Held-out accuracy, exact match, %{'MoE':>20}{'dense':>8}{'blind':>8}{'items':>8}")
+    print(f"{'Held-out accuracy, %':<44}{'MoE':>8}{'dense':>8}{'blind':>8}{'items':>8}")
     for task, name in TASK_NAMES.items():
         row = (results.accuracy[task], results.dense[task], results.blind[task])
         cells = "".join(f"{100 * value:8.1f}" for value in row)
@@ -163,9 +163,10 @@ img {{ max-width: 100% }}
 </style></head><body>
 <h1>Uni-MoE demo</h1>
 <p class="note">{STAND_INS} Seed {results.seed}.</p>
-<h2>Held-out accuracy, exact match, %</h2>
+<h2>Held-out accuracy, %</h2>
 <table><tr><th>task</th><th>MoE</th><th>dense</th><th>blind</th><th>items</th></tr>{rows}</table>
-<p class="note">Dense: one FFN of width K*F, the same active FLOPs, batches, steps and optimiser.
+<p class="note">An answer is right if it is the expected one letter for letter.
+Dense: one FFN of width K*F, the same active FLOPs, batches, steps and optimiser.
 Blind: the most frequent training answer without the input.</p>
 <img src="accuracy.png" alt="accuracy by task">
 <h2>It answers</h2><div class="examples">{shown}</div>

@@ -27,6 +27,7 @@ from unimoe_model.training.progress import ProgressReporter, QueueReporter
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.settings import RunSettings
 from unimoe_model.training.stages import CACHED_KINDS, Trainer, query_state_bank
+from unimoe_model.user_errors import USER_ERRORS
 
 TOKENIZER_SAMPLE = 3000
 ROUTED_EXAMPLES = 60
@@ -179,6 +180,9 @@ def arm_process(
     try:
         train_arm(settings, arm, folder, cache_folder, QueueReporter(arm, queue), device)
     except KeyboardInterrupt:
+        return
+    except USER_ERRORS as error:
+        queue.put((arm, "failed", (str(error),), {}))
         return
     except Exception as error:
         queue.put((arm, "failed", (f"{type(error).__name__}: {error}",), {}))

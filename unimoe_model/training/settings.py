@@ -2,16 +2,28 @@
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import yaml
 from transformers import Blip2QFormerConfig, LlamaConfig
+from transformers.activations import ACT2FN
 
-from unimoe_model.configuration import MEDIA_KINDS
-from unimoe_model.data.examples import EVALUATED_TASKS
+from unimoe_model.configuration import MEDIA_KINDS, check_moe_layers
+from unimoe_model.data.examples import EVALUATED_TASKS, TASKS
+from unimoe_model.data.tokenizer import LEAST_VOCAB_SIZE
 from unimoe_model.training.trainer import OptimizerSettings
+from unimoe_model.value_types import fits_type
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "cross_attention_frequency",
+)
 
 
 @dataclass(frozen=True)
@@ -49,10 +61,12 @@ class ModelSettings:
     load_balancing_coef: float = 0.0
 
     def __post_init__(self):
-        for name, config in (("text", LlamaConfig), ("audio_connector", Blip2QFormerConfig)):
-            unknown = sorted(getattr(self, name).keys() - {f.name for f in fields(config)})
-            if unknown:
-                raise ValueError(f"{name} has unknown keys {unknown}, not of {config.__name__}")
+        text = _transformers_config("text", self.text, LlamaConfig)
+        _transformers_config("audio_connector", self.audio_connector, Blip2QFormerConfig)
+        check_moe_layers(self.moe_layers, text.num_hidden_layers)
+        _check_least(self, LEAST_VOCAB_SIZE, "vocab_size")
+        _check_least(self, 1, "speech_max_frames", "speech_num_queries", "audio_num_queries")
+        _check_least(self, 0, "load_balancing_coef")
 
 
 @dataclass(frozen=True)
@@ -70,9 +84,7 @@ class ParallelSettings:
     timeout: float = 600.0
 
     def __post_init__(self):
-        for name in ("data", "expert"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        _check_least(self, 1, "data", "expert")
         if not self.timeout > 0:
             raise ValueError(f"timeout ({self.timeout}) must be above 0")
 
@@ -126,12 +138,14 @@ class RunSettings:
                 f"model.top_k ({self.model.top_k}) must be at least 1 and at most the number of"
                 f" experts ({len(self.experts)})"
             )
-        for name in ("expert_lora_rank", "expert_lora_alpha", "lora_rank", "lora_alpha"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        _check_least(self, 0, "seed", "router_strength")
+        _check_least(self, 1, "expert_lora_rank", "expert_lora_alpha", "lora_rank", "lora_alpha")
         unknown = sorted(self.evaluation.keys() - set(EVALUATED_TASKS))
         if unknown:
             raise ValueError(f"evaluation ({unknown}) must be among {EVALUATED_TASKS}")
+        for task, most in self.evaluation.items():
+            if most < 1:
+                raise ValueError(f"evaluation.{task} ({most}) must be at least 1")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"precision ({self.precision!r}) must be 'auto', 'bf16' or 'fp32'")
         if self.parallel is not None and len(self.experts) % self.parallel.expert:
@@ -167,37 +181,75 @@ def load_settings(path: str | Path, **overrides: Any) -> RunSettings:
     """
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config ({path}) must be a readable YAML file: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"config ({path}) must be a mapping, got {type(raw).__name__}")
     raw |= overrides
     for name in ("pretrain", "align", "tune"):
         if name in raw:
-            raw[name] = _stage(raw[name], f"{path}: {name}")
+            raw[name] = _stage(raw[name], path, name)
     if isinstance(raw.get("experts"), dict):
         raw["experts"] = {
-            kind: _stage(value, f"{path}: experts.{kind}") for kind, value in raw["experts"].items()
+            kind: _stage(value, path, f"experts.{kind}") for kind, value in raw["experts"].items()
         }
     if "model" in raw:
-        raw["model"] = _build(ModelSettings, raw["model"], f"{path}: model")
+        raw["model"] = _build(ModelSettings, raw["model"], path, "model")
     if raw.get("parallel") is not None:
-        raw["parallel"] = _build(ParallelSettings, raw["parallel"], f"{path}: parallel")
-    return _build(RunSettings, raw, str(path))
+        raw["parallel"] = _build(ParallelSettings, raw["parallel"], path, "parallel")
+    return _build(RunSettings, raw, path)
 
 
-def _stage(raw: Any, where: str) -> StageSettings:
+def _transformers_config(name: str, values: dict[str, Any], config_class: type):
+    """Builds a configuration of transformers, only to have the fields checked."""
+    unknown = sorted(values.keys() - {f.name for f in fields(config_class)})
+    if unknown:
+        raise ValueError(f"{name} has unknown keys {unknown}, not of {config_class.__name__}")
+    for key, value in values.items():
+        if isinstance(value, int) and not isinstance(value, bool) and key in _SIZES and value < 1:
+            raise ValueError(f"{name}.{key} ({value}) must be at least 1")
+    try:
+        config = config_class(**values)
+    except Exception as error:  # transformers' own are of a package that it brings along
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{name} must be fields of a {config_class.__name__}: {reason}") from error
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{name}.hidden_size ({config.hidden_size}) must be a multiple of"
+            f" num_attention_heads ({config.num_attention_heads})"
+        )
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(
+            f"{name}.hidden_act ({config.hidden_act!r}) must be an activation of transformers,"
+            " such as 'silu'"
+        )
+    return config
+
+
+def _check_least(settings: Any, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not value >= least:
+            raise ValueError(f"{name} ({value}) must be at least {least}")
+
+
+def _stage(raw: Any, path: str | Path, key: str) -> StageSettings:
+    where = f"{path}: {key}"
     raw = dict(_mapping(raw, where))
     tasks = raw.pop("tasks", None)
     if not isinstance(tasks, dict) or not tasks:
         raise ValueError(f"{where}.tasks ({tasks}) must be a mapping of task to weight")
     for task, weight in tasks.items():
-        if not _fits(weight, float) or not weight > 0:
+        if not fits_type(weight, float) or not weight > 0:
             raise ValueError(f"{where}.tasks.{task} ({weight!r}) must be a positive number")
-    return StageSettings(_build(OptimizerSettings, raw, where), tasks)
+    unknown = sorted(tasks.keys() - set(TASKS))
+    if unknown:
+        raise ValueError(f"{where}.tasks has unknown keys {unknown}; known are {sorted(TASKS)}")
+    return StageSettings(_build(OptimizerSettings, raw, path, key), tasks)
 
 
-def _build(cls: type, raw: Any, where: str):
+def _build(cls: type, raw: Any, path: str | Path, key: str = ""):
+    where = f"{path}: {key}" if key else str(path)
     raw = _mapping(raw, where)
     known = {f.name for f in fields(cls)}
     unknown = sorted(raw.keys() - known)
@@ -211,27 +263,14 @@ def _build(cls: type, raw: Any, where: str):
     if missing:
         raise ValueError(f"{where} lacks the keys {missing}")
     for name, wanted in get_type_hints(cls).items():
-        if name in raw and not _fits(raw[name], wanted):
+        if name in raw and not fits_type(raw[name], wanted):
             expected = getattr(wanted, "__name__", str(wanted))
-            raise ValueError(f"{where}.{name} ({raw[name]!r}) must be of type {expected}")
+            inner = f"{key}.{name}" if key else name
+            raise ValueError(f"{path}: {inner} ({raw[name]!r}) must be of type {expected}")
     try:
         return cls(**raw)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a YAML value is of an annotated type; an int is a float, a bool is no number."""
-    if isinstance(wanted, UnionType):
-        return any(_fits(value, choice) for choice in get_args(wanted))
-    if get_origin(wanted) is dict:
-        values = get_args(wanted)[1]
-        return isinstance(value, dict) and all(_fits(v, values) for v in value.values())
-    if wanted is Any:
-        return True
-    if isinstance(value, bool):
-        return wanted is bool
-    return isinstance(value, (int, float) if wanted is float else wanted)
 
 
 def _mapping(raw: Any, where: str) -> dict:

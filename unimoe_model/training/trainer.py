@@ -51,8 +51,14 @@ class OptimizerSettings:
         for name in ("steps", "batch_size"):
             if int(getattr(self, name)) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate ({self.learning_rate}) must be positive")
+        for name in ("learning_rate", "muon_learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (value is None or value > 0):
+                raise ValueError(f"{name} ({value}) must be positive")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay ({self.weight_decay}) must be at least 0")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup ({self.warmup}) must be a share of the steps, 0 to 1")
 
     def learning_rate_factor(self, step: int) -> float:
         """Share of the highest learning rate that step `step`, counted from 0, uses."""

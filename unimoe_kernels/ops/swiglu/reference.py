@@ -37,8 +37,9 @@ def swiglu_backward(
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         sigmoid = torch.sigmoid(alpha * gate)
         slope = sigmoid * (1 + alpha * gate * (1 - sigmoid))
-        grad_gate.copy_(grad * (up + 1) * slope * gate_open)
-        grad_up.copy_(grad * gate * sigmoid * up_open)
+        # Not multiplied by 0: what is cut off may be NaN or infinite.
+        grad_gate.copy_((grad * (up + 1) * slope).masked_fill_(~gate_open, 0))
+        grad_up.copy_((grad * gate * sigmoid).masked_fill_(~up_open, 0))
     else:
         activated = _ACTIVATIONS[activation](gate)
         torch.mul(grad, activated, out=grad_up)

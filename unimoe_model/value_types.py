@@ -1,0 +1,20 @@
+"""Types of values that a person wrote."""
+
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+
+def fits_type(value: Any, wanted: Any) -> bool:
+    """Whether a YAML or JSON value is of an annotated type; an int is a float, a bool no number."""
+    if isinstance(wanted, UnionType):
+        return any(fits_type(value, choice) for choice in get_args(wanted))
+    if get_origin(wanted) is dict:
+        values = get_args(wanted)[1]
+        return isinstance(value, dict) and all(fits_type(v, values) for v in value.values())
+    if get_origin(wanted) is list:
+        return isinstance(value, list) and all(fits_type(v, get_args(wanted)[0]) for v in value)
+    if wanted is Any:
+        return True
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
