@@ -36,7 +36,7 @@ def gate_and_slope(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "relu", "unknown activation")
         activated = tl.where(gate < 0, 0, gate)
-        slope = tl.where(gate > 0, 1.0, 0.0).to(gate.dtype)
+        slope = tl.where(gate <= 0, 0.0, 1.0).to(gate.dtype)
     return activated, slope
 
 
@@ -68,6 +68,10 @@ def activate_backward(
         gate, up = clamp(gate, up, LIMIT)
         activated, slope = gate_and_slope(gate, ACTIVATION, ALPHA)
         return tl.where(gate_open, grad * up * slope, 0), tl.where(up_open, grad * activated, 0)
+    elif ACTIVATION == "relu":
+        # Chosen, not multiplied, as in torch: a shut gate keeps infinity out, NaN is not shut.
+        activated, _ = gate_and_slope(gate, ACTIVATION, ALPHA)
+        return tl.where(gate <= 0, 0, grad * up), grad * activated
     else:
         activated, slope = gate_and_slope(gate, ACTIVATION, ALPHA)
         return grad * up * slope, grad * activated
