@@ -1,4 +1,7 @@
-"""The shape of tiles: measured ones from `tiles.json`, an analytic choice for everything else.
+"""The shape of tiles: measured ones from a table, an analytic choice for everything else.
+
+Nothing is timed when an operator runs: a launch would stall for seconds, and results would vary
+from run to run. `python -m unimoe_kernels.tune` times once and writes the table; see `table.py`.
 
 The number of tokens enters only by the mean number of rows of an expert, rounded to a power of 2:
 a kernel is compiled for a few of these buckets and never for a token count.
@@ -7,71 +10,21 @@ a kernel is compiled for a few of these buckets and never for a token count.
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
 
 from unimoe_kernels._triton.launch import Device
+from unimoe_kernels._triton.problem import MAX_ROWS, Problem, Tile
+from unimoe_kernels._triton.table import Table, load
 
-TABLE = Path(__file__).with_name("tiles.json")
-MAX_ROWS = 4096  # from here on more rows change nothing
+BUCKETS = tuple(2**power for power in range(MAX_ROWS.bit_length()))
+SAME_RATE = {torch.float16: (torch.bfloat16,), torch.bfloat16: (torch.float16,)}
 # Of a program's shared memory, what reductions and barriers take beside the operands of matmuls.
 RESERVED_BYTES = 4096
 MAX_STAGES = 4
 GROUP_M = 8
 INTERPRETED = (16, 32, 32, 2, 4, 1)
-
-
-class Tile(NamedTuple):
-    """Shape of a tile and how a program computes it."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
-    num_warps: int
-    num_stages: int
-
-    def constants(self) -> dict[str, int]:
-        """Returns the arguments of a launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "GROUP_M": self.group_m,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-class Problem(NamedTuple):
-    """A matmul as the choice of its tile sees it.
-
-    Attributes:
-        kind: `"rows"` (rows times weights), `"gated"` (the same with gate and up beside each
-            other), `"gated_backward"`, or `"weights"` (the gradient of weights).
-        inner: Length of the sums; 0 for `"weights"`, whose sums run over rows.
-        width: Columns of the result; with `"gated"` those of one half.
-        height: Rows of the result of one expert for `"weights"`, else 0.
-        experts: Number of experts.
-        top_k: Rows of a token where rows are gathered from tokens, else 1.
-        dtype: Of the operands.
-        rows: Mean number of rows of an expert, a power of 2.
-        tf32: Whether float32 goes through the matrix units.
-    """
-
-    kind: str
-    inner: int
-    width: int
-    height: int
-    experts: int
-    top_k: int
-    dtype: torch.dtype
-    rows: int
-    tf32: bool = False
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:
@@ -82,23 +35,49 @@ def rows_bucket(num_rows: int, num_experts: int) -> int:
 
 @functools.cache
 def choose(problem: Problem, device: Device) -> Tile:
-    """Returns the tile of a problem on a device: the measured one, else the analytic one."""
+    """Returns the tile of a problem on a device: the measured one, else the analytic one.
+
+    Raises:
+        ValueError: If the table of the user or the shipped one cannot be read.
+    """
     if device.capability == 0:
         return Tile(*INTERPRETED)
-    return _measured().get((device.capability, *problem)) or analytic(problem, device)
+    table = _table()
+    tile = _measured(table, problem, device) or analytic(problem, device)
+    return tile if table.descriptors else tile._replace(descriptors=False)
 
 
 @functools.cache
-def _measured() -> dict[tuple, Tile]:
-    """Reads `tiles.json`: for each problem on a device the tile that was fastest there."""
-    entries = json.loads(TABLE.read_text(encoding="utf-8"))["entries"]
-    return {
-        (
-            entry["capability"],
-            *Problem(**{**entry["problem"], "dtype": getattr(torch, entry["problem"]["dtype"])}),
-        ): Tile(**entry["tile"])
-        for entry in entries
-    }
+def _table() -> Table:
+    return load()
+
+
+def _measured(table: Table, problem: Problem, device: Device) -> Tile | None:
+    """Looks a problem up: itself, else as the nearest number of rows that was measured.
+
+    A neighbour counts only where the analytic choice sees no difference, and only a tile that is no
+    higher than its own or than the rows: what is right for thousands of rows must not be taken for
+    a few. Both 16-bit types run at the same rate, so that each answers for the other.
+    """
+    own = analytic(problem, device)
+    for dtype in dict.fromkeys((problem.dtype, *SAME_RATE.get(problem.dtype, ()))):
+        asked = problem._replace(dtype=dtype)
+        for rows in sorted(BUCKETS, key=lambda rows: (_distance(rows, problem.rows), rows)):
+            key = (device.capability, asked._replace(rows=rows))
+            exact = rows == problem.rows
+            if key not in table.tiles:
+                continue
+            if not exact and analytic(problem._replace(rows=rows), device) != own:
+                continue
+            tile = table.tiles[key] or own
+            if exact or tile.block_m <= max(own.block_m, problem.rows):
+                return tile
+    return None
+
+
+def _distance(a: int, b: int) -> int:
+    """Returns how many doublings lie between two powers of 2."""
+    return abs(a.bit_length() - b.bit_length())
 
 
 def analytic(problem: Problem, device: Device) -> Tile:
@@ -108,10 +87,17 @@ def analytic(problem: Problem, device: Device) -> Tile:
     memory, so tiles are as large as the registers hold (128 by 256 in 8 warps) where the rows fill
     them. Few rows are bound by reading weights: tiles are as low as the tensor cores allow (16)
     and long along the sum, so that much is in flight.
+
+    Tensor descriptors are asked for where large tiles of 16-bit numbers go from shared memory to
+    the matrix units, on sm_90 and sm_100. That is not measured here but taken from others:
+    PyTorch's grouped matmul template (Inductor, 2.13) reads both operands through them wherever the
+    GPU can, and the matmul of OpenAI's triton_kernels does for two tiles or more a processor, while
+    its authors found them slower for small matmuls, where making them also costs the host time.
     """
     if problem.dtype.itemsize > 2 and not problem.tf32:
         return _analytic_wide(problem, device)
-    if any(size % 16 for size in (problem.inner, problem.width, problem.height)):
+    aligned = all(size % 16 == 0 for size in (problem.inner, problem.width, problem.height))
+    if not aligned:
         # Numbers are read one by one, so that addresses take the registers.
         block_m = 64 if problem.rows > 32 or problem.kind == "weights" else 16
         shape = (block_m, 32 if problem.kind == "gated_backward" else 64, 32, 4)
@@ -134,7 +120,10 @@ def analytic(problem: Problem, device: Device) -> Tile:
         block_n //= 2  # of each half
     if problem.kind == "gated_backward":
         block_n = min(block_n, 64 if problem.tf32 else 128)  # beside the sums lie gate and up
-    return _fit(problem, device, Tile(block_m, block_n, block_k, GROUP_M, num_warps, MAX_STAGES))
+    tile = Tile(block_m, block_n, block_k, GROUP_M, num_warps, MAX_STAGES)
+    large = aligned and block_m >= 64 and problem.dtype.itemsize == 2
+    descriptors = large and 90 <= device.capability < 120
+    return _fit(problem, device, tile._replace(descriptors=descriptors))
 
 
 def _analytic_wide(problem: Problem, device: Device) -> Tile:
