@@ -92,13 +92,13 @@ def test_rows_times_weights(made, layout, block, n, k, dtype):
 
 
 @given(
-    counts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
-    n=st.integers(1, 9),
-    k=st.integers(1, 9),
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=3),
+    n=st.integers(1, 6),
+    k=st.integers(1, 6),
     eight=st.sampled_from([8, 5]),
     transposed=st.booleans(),
 )
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_drawn_shapes(counts, n, k, eight, transposed):
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     n, k = n * eight, k * eight
@@ -156,14 +156,15 @@ def test_infinity_of_one_expert_stays_there():
     assert not result[1].isfinite().any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["uniform", "empty_experts"])
 # The second width is no multiple of the tile, so that a tile of gate reads into up.
-@pytest.mark.parametrize("expert_width", [64, 40])
+@pytest.mark.parametrize(
+    ("expert_width", "kind", "dtype"),
+    [(64, "empty_experts", torch.bfloat16), (40, "uniform", torch.float16)],
+)
 def test_fused_layer(made, monkeypatch, expert_width, kind, dtype):
-    ids, scores = sample_routing(kind, 30, 2, 4)
+    ids, scores = sample_routing(kind, 12, 2, 4)
     values = {
-        "x": torch.randn(30, 48),
+        "x": torch.randn(12, 48),
         "gate_up_proj": torch.randn(4, 2 * expert_width, 48) / 48**0.5,
         "down_proj": torch.randn(4, 48, expert_width) / expert_width**0.5,
         "scores": scores,
@@ -172,7 +173,7 @@ def test_fused_layer(made, monkeypatch, expert_width, kind, dtype):
         name: value.to(torch.float32 if name == "scores" else dtype).requires_grad_()
         for name, value in values.items()
     }
-    grad = torch.randn(30, 48).to(dtype)
+    grad = torch.randn(12, 48).to(dtype)
 
     def run(tile):
         monkeypatch.setattr(tiles, "INTERPRETED", tile)

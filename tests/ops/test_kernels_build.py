@@ -54,15 +54,22 @@ def run_script(tmp_path, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("arch", "shapes"),
+    ("arch", "options"),
     [
-        (80, "few"),
-        (90, "few"),
-        *(pytest.param(arch, "all", marks=pytest.mark.slow) for arch in SHARED),
+        (80, ["--few"]),
+        (90, ["--few"]),
+        *(pytest.param(arch, ["--all"], marks=pytest.mark.slow) for arch in SHARED),
+        # What the choice for these GPUs is not, but a table may ask for.
+        pytest.param(90, ["--all", "--pointers"], marks=pytest.mark.slow),
+        *(
+            pytest.param(arch, ["--all", "--descriptors"], marks=pytest.mark.slow)
+            for arch in (90, 100, 120)
+        ),
     ],
+    ids=lambda value: "".join(value) if isinstance(value, list) else str(value),
 )
-def test_kernels_compile(arch, shapes, tmp_path, capsys):
-    rows = run_script(tmp_path, str(arch), f"--{shapes}")
+def test_kernels_compile(arch, options, tmp_path, capsys):
+    rows = run_script(tmp_path, str(arch), *options)
     assert {row["kernel"] for row in rows} == KERNELS
     with capsys.disabled():
         for row in rows:
@@ -85,8 +92,16 @@ def test_kernels_compile(arch, shapes, tmp_path, capsys):
             fast = row["tile"][0] >= 64 and arch in (90, 100)
             unit = {90: "wgmma", 100: "tcgen05"}[arch] if fast else "mma"
             assert unit in row["instructions"], row
+            assert ("tma" in row["instructions"]) == bool(row["descriptors"]), row
             if row["case"] != "odd":
-                assert "cp_async" in row["instructions"], row
+                assert {"cp_async", "tma"} & set(row["instructions"]), row
+            # Where the numbers of the case lie as TMA demands.
+            able = row["case"] not in ("odd", "tf32")
+            if "--descriptors" in options:
+                assert row["descriptors"] or not able, row
+            else:
+                meant = able and fast and "--pointers" not in options
+                assert bool(row["descriptors"]) == meant, row
 
 
 def test_token_counts_share_one_compilation(tmp_path):

@@ -25,7 +25,7 @@ from unimoe_kernels._triton.problem import KINDS, MAX_ROWS, Problem, Tile
 SHIPPED = Path(__file__).with_name("tiles.json")
 VARIABLE = "UNIMOE_TILES"
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-TOP_FIELDS = {"note", "machine", "descriptors", "entries", "unchanged"}
+TOP_FIELDS = {"note", "machine", "descriptors", "entries", "unchanged", "failed", "trying"}
 RECORD_FIELDS = {"capability", "problem", "tile", "analytic", "seconds", "analytic_seconds"}
 
 
