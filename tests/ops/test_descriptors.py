@@ -147,6 +147,7 @@ def test_sums_over_rows_of_an_expert(made, gathered, height, width, dtype):
         start += count
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 def test_infinity_of_one_expert_stays_there():
     offsets = torch.tensor([0, 5, 9], dtype=torch.int32)
     grad, x = torch.randn(9, 16).half(), torch.randn(9, 16).half()

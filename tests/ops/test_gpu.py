@@ -105,6 +105,33 @@ def test_float32_is_exact_unless_tf32_is_allowed(gpu_backend):
     assert 2e-6 < error < 3e-3
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_descriptors_give_what_pointers_give(gpu_backend, monkeypatch, shape):
+    if gpu_backend == "cuda":
+        pytest.skip("matmuls have Triton kernels")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs sm_90 or later")
+    from unimoe_kernels._triton import tiles
+
+    arguments = sample(shape, "zipf")
+    grad = torch.randn(arguments["x"].shape, device=DEVICE)
+    analytic, results = tiles.analytic, []
+    try:
+        for wanted in (False, True):
+
+            def forced(*args, wanted=wanted):
+                return analytic(*args)._replace(descriptors=wanted)
+
+            monkeypatch.setattr(tiles, "analytic", forced)
+            tiles.choose.cache_clear()
+            results.append(run(arguments, grad))
+    finally:
+        monkeypatch.undo()
+        tiles.choose.cache_clear()
+    for name, a, b in zip(("y", *NAMES), *results, strict=True):
+        assert relative_error(b, a) <= 4 * torch.finfo(torch.bfloat16).eps, name
+
+
 @pytest.mark.parametrize("shape", ["decode", "fine"])
 def test_twenty_runs_are_bit_identical(shape):
     arguments = sample(shape, "zipf")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("triton")
 
 from unimoe_kernels._triton import table
 from unimoe_kernels._triton.problem import Problem, Tile
+from unimoe_kernels.info import describe
 
 GOOD = {
     "note": "",
@@ -78,6 +80,9 @@ PROBLEM, TILE = (*FIRST, "problem"), (*FIRST, "tile")
         (("entry",), [], "the file has the unknown field 'entry'"),
         (("descriptors",), 1, r"descriptors \(1\) must be true or false"),
         (("unchanged",), [{"capability": 90}], r"unchanged\[0\] lacks the field 'problem'"),
+        (("failed",), [GOOD["entries"][0] | {"tile": {}}], r"failed\[0\].tile lacks the field"),
+        (("trying",), {}, "trying lacks the field 'capability'"),
+        ((*FIRST, "analytic"), 3, r"entries\[0\].analytic must be an object, not 3"),
         ((*FIRST, "tile"), ..., r"entries\[0\] lacks the field 'tile'"),
         ((*FIRST, "tiel"), 1, r"entries\[0\] has the unknown field 'tiel'"),
         ((*FIRST, "capability"), "sm_90", r"entries\[0\].capability \(\"sm_90\"\) must be an int"),
@@ -133,3 +138,14 @@ def test_file_that_cannot_be_read(text, tmp_path, monkeypatch):
     monkeypatch.setenv(table.VARIABLE, str(path))
     with pytest.raises(ValueError, match=rf"UNIMOE_TILES \({path}\) must be a readable JSON file"):
         table.load()
+
+
+def test_info_says_which_tables_are_read(tmp_path, monkeypatch):
+    monkeypatch.delenv(table.VARIABLE, raising=False)
+    assert re.search(r"Triton tiles +\d+ problems measured in the shipped table\n", describe())
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(GOOD | {"descriptors": False}), encoding="utf-8")
+    monkeypatch.setenv(table.VARIABLE, str(path))
+    assert f"and UNIMOE_TILES ({path}); descriptors are off" in describe()
+    path.write_text("{}", encoding="utf-8")
+    assert f"UNIMOE_TILES ({path}): the file lacks the field 'entries'" in describe()

@@ -69,7 +69,7 @@ class Bench:
 
     def run(self, limit=1e9):
         record = Record(self.path, DEVICE.capability, MACHINE)
-        return tune(
+        self.finish = tune(
             self.cases,
             DEVICE,
             self.build,
@@ -79,6 +79,7 @@ class Bench:
             limit,
             self,
         )
+        return self.finish.complete
 
     def measured(self, case, outcome):
         self.lines.append((case.name, outcome))
@@ -224,6 +225,7 @@ def test_nothing_runs(path):
     bench = Bench(path, prefers(), Broken(), CASES[:1])
     assert bench.run()
     assert bench.lines == [("gate_up", "no tile ran and gave the right numbers")]
+    assert bench.finish.broken == CASES[:1]
     assert content(path)["entries"] == content(path)["unchanged"] == []
 
 

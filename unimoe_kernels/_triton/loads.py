@@ -22,12 +22,25 @@ def source_rows(rows, row_order_ptr, TOP_K: tl.constexpr):
 
 
 @triton.jit
-def advance(place, by, FORM: tl.constexpr):
-    """Moves pointers along; a block that a descriptor reads is named anew at each step."""
-    if FORM == "pointers":
-        return place + by
+def load_rows(ptrs, known, EVEN_K: tl.constexpr):
+    """Loads `[M, K]` of which the columns `known` exist; rows must all exist."""
+    if EVEN_K:
+        return tl.load(ptrs)
     else:
-        return place
+        return tl.load(ptrs, mask=known[None, :], other=0)
+
+
+@triton.jit
+def load_weight(ptrs, known, inside, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
+    """Loads `[K, N]` of which the rows `known` and the columns `inside` exist."""
+    if EVEN_K and EVEN_N:
+        return tl.load(ptrs)
+    elif EVEN_K:
+        return tl.load(ptrs, mask=inside[None, :], other=0)
+    elif EVEN_N:
+        return tl.load(ptrs, mask=known[:, None], other=0)
+    else:
+        return tl.load(ptrs, mask=known[:, None] & inside[None, :], other=0)
 
 
 @triton.jit
@@ -56,14 +69,12 @@ def place_rows(
 
 
 @triton.jit
-def load_rows(source, place, k, known, EVEN_K: tl.constexpr, FORM: tl.constexpr):
-    """Loads `[M, K]` of which the columns `known` exist; rows must all exist."""
-    if FORM != "pointers":
-        return source.load([place, k])
-    elif EVEN_K:
-        return tl.load(place)
+def read_rows(source, place, k, known, EVEN_K: tl.constexpr, FORM: tl.constexpr):
+    """Reads `[M, K]` at step k of the sum, through whatever `FORM` is."""
+    if FORM == "pointers":
+        return load_rows(place, known, EVEN_K)
     else:
-        return tl.load(place, mask=known[None, :], other=0)
+        return source.load([place, k])
 
 
 @triton.jit
@@ -78,7 +89,7 @@ def place_weight(source, expert, column, step, stride_e, stride_n, stride_k, FOR
 
 
 @triton.jit
-def load_weight(
+def read_weight(
     source,
     place,
     first_column,
@@ -89,24 +100,27 @@ def load_weight(
     EVEN_N: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """Loads `[K, N]` of which the rows `known` and the columns `inside` exist."""
+    """Reads `[K, N]` at step k of the sum, through whatever `FORM` is."""
     if FORM == "by_column":  # [E, N, K]
         block = source.load([place, first_column, k])
         return block.reshape(inside.shape[0], known.shape[0]).T
     elif FORM == "by_row":  # [E, K, N]
         return source.load([place, k, first_column]).reshape(known.shape[0], inside.shape[0])
-    elif EVEN_K and EVEN_N:
-        return tl.load(place)
-    elif EVEN_K:
-        return tl.load(place, mask=inside[None, :], other=0)
-    elif EVEN_N:
-        return tl.load(place, mask=known[:, None], other=0)
     else:
-        return tl.load(place, mask=known[:, None] & inside[None, :], other=0)
+        return load_weight(place, known, inside, EVEN_K, EVEN_N)
 
 
 @triton.jit
-def load_owned(
+def advance(place, by, FORM: tl.constexpr):
+    """Moves pointers along; a block that a descriptor reads is named anew at each step."""
+    if FORM == "pointers":
+        return place + by
+    else:
+        return place
+
+
+@triton.jit
+def read_owned(
     source,
     begin,
     end,
@@ -120,7 +134,7 @@ def load_owned(
     BLOCK_N: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """Loads `[K, N]`: rows from `first` on of an expert that owns `begin` to `end`, else zeros."""
+    """Reads `[K, N]`: rows from `first` on of an expert that owns `begin` to `end`, else zeros."""
     if FORM != "pointers":
         return load_ragged(source, begin, end - begin, [first - begin, first_column])
     else:

@@ -3,12 +3,14 @@
     {"note": "...",
      "descriptors": false,
      "entries": [{"capability": 90, "problem": {...}, "tile": {...}}, ...],
-     "unchanged": [{"capability": 90, "problem": {...}}, ...]}
+     "unchanged": [{"capability": 90, "problem": {...}}, ...],
+     "failed": [{"capability": 90, "problem": {...}, "tile": {...}}, ...]}
 
 `entries` have the fields of `Problem` and of `Tile`; `unchanged` are problems that were measured
-and keep the analytic tile. `descriptors`, if false, keeps every kernel on pointers. `python -m
-unimoe_kernels.tune` writes such files, with what it measured in further fields. Where both files
-have a problem, that of the user counts.
+and keep the analytic tile; `failed` tiles did not run or gave wrong numbers, and are not tuned
+again. `descriptors`, if false, keeps every kernel on pointers. Only `entries` must be there.
+`python -m unimoe_kernels.tune` writes such files, with what it measured in further fields. Where
+both files have a problem, that of the user counts.
 """
 
 from __future__ import annotations
@@ -26,7 +28,15 @@ SHIPPED = Path(__file__).with_name("tiles.json")
 VARIABLE = "UNIMOE_TILES"
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 TOP_FIELDS = {"note", "machine", "descriptors", "entries", "unchanged", "failed", "trying"}
-RECORD_FIELDS = {"capability", "problem", "tile", "analytic", "seconds", "analytic_seconds"}
+RECORD_FIELDS = {
+    "capability",
+    "problem",
+    "tile",
+    "analytic",
+    "seconds",
+    "analytic_seconds",
+    "error",
+}
 
 
 class Table(NamedTuple):
@@ -81,15 +91,19 @@ def parse(content: object) -> Table:
     descriptors = content.get("descriptors", True)
     _check("descriptors", descriptors, isinstance(descriptors, bool), "true or false")
     tiles: dict[tuple[int, Problem], Tile | None] = {}
-    for part in ("entries", "unchanged"):
+    for part in ("entries", "unchanged", "failed"):
         records = content.get(part, [])
         _check(part, records, isinstance(records, list), "a list")
         for index, record in enumerate(records):
             name = f"{part}[{index}]"
-            key, tile = _parse_record(name, record, part == "entries")
+            key, tile = _parse_record(name, record, part != "unchanged")
+            if part == "failed":
+                continue
             if key in tiles:
                 raise ValueError(f"{name}.problem is in the file twice")
             tiles[key] = tile
+    if "trying" in content:
+        _parse_record("trying", content["trying"], True)
     return Table(tiles, descriptors)
 
 
@@ -102,6 +116,8 @@ def _parse_record(
     _check(f"{name}.capability", capability, _is_int(capability, 10), "an integer such as 90")
     problem = parse_problem(f"{name}.problem", record["problem"])
     tile = parse_tile(f"{name}.tile", record["tile"]) if has_tile else None
+    if "analytic" in record:
+        parse_tile(f"{name}.analytic", record["analytic"])
     if tile is not None and tile.descriptors:
         able = capability >= 90 and problem.dtype.itemsize == 2
         expected = "false below capability 90 and for dtypes of more than 16 bits"

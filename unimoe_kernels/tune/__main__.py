@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 if all problems are measured, 3 if the time was over before (the same
-        command goes on from there), 1 if a kernel broke the GPU's state (likewise).
+        command goes on from there), 1 if a kernel broke the GPU's state (likewise) or no tile of a
+        problem gave the right numbers.
     """
     options = _parser().parse_args(arguments)
     if any(least < 1 for shape in options.shape for least in shape):
@@ -82,7 +83,7 @@ def _tune(cases: list, options: argparse.Namespace) -> int:
         raise SystemExit(str(error)) from error
     try:
         with torch.no_grad():
-            done = tune(
+            finish = tune(
                 cases,
                 device,
                 lambda case: build(case, gpu),
@@ -97,9 +98,13 @@ def _tune(cases: list, options: argparse.Namespace) -> int:
         print(f"\n{error}\nIt is noted in {options.output}: the same command goes on past it.")
         return 1
     print(f"\nUNIMOE_TILES={options.output} makes the package use these tiles.")
-    if not done:
+    if finish.broken:
+        print(f"No tile works for {', '.join(map(str, finish.broken))}: see its `failed`.")
+        return 1
+    if not finish.complete:
         print("The time was over before the end: the same command goes on from here.")
-    return 0 if done else 3
+        return 3
+    return 0
 
 
 class Progress:

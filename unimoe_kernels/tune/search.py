@@ -42,6 +42,18 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+class Finish(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        complete: Whether no problem is left for want of time.
+        broken: Problems for which no tile ran and gave the right numbers.
+    """
+
+    complete: bool
+    broken: list[Case]
+
+
 class Reporter(Protocol):
     """Receives what happens."""
 
@@ -69,7 +81,7 @@ def tune(
     seconds: float,
     report: Reporter,
     jobs: int = 1,
-) -> bool:
+) -> Finish:
     """Measures problems one after the other until all are done or the time is over.
 
     Args:
@@ -84,19 +96,20 @@ def tune(
         jobs: Tiles that are compiled at the same time.
 
     Returns:
-        Whether all problems are done.
+        Whether it came to the end, and what could not be measured.
 
     Raises:
         DeviceLostError: If a kernel broke the GPU's state. The tile is noted, so that the next run
             goes past it.
     """
     stop = clock() + seconds
+    broken: list[Case] = []
     for case in cases:
         if record.has(case.problem, analytic(case.problem, device)):
             report.skipped(case, "measured already")
             continue
         if clock() >= stop:
-            return False
+            return Finish(False, broken)
         try:
             search = Search(case, build(case), device, timer, record, report, jobs)
         except torch.OutOfMemoryError:
@@ -104,11 +117,12 @@ def tune(
             continue
         outcome = search.run(lambda: clock() >= stop)
         if outcome is None:
+            broken.append(case)
             report.skipped(case, "no tile ran and gave the right numbers")
             continue
         record.add(case.problem, *outcome)
         report.measured(case, outcome)
-    return True
+    return Finish(True, broken)
 
 
 class Search:

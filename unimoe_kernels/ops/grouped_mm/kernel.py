@@ -16,11 +16,11 @@ from unimoe_kernels._triton.descriptors import describe_owned, describe_rows, de
 from unimoe_kernels._triton.launch import accumulator, device_of, matmul_constants, precision
 from unimoe_kernels._triton.loads import (
     advance,
-    load_owned,
-    load_rows,
-    load_weight,
     place_rows,
     place_weight,
+    read_owned,
+    read_rows,
+    read_weight,
     source_rows,
 )
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
@@ -90,8 +90,8 @@ def grouped_mm_kernel(
         # Nothing is read for rows of no expert.
         for k in range(0, tl.where(expert < num_experts, inner, 0), BLOCK_K):
             known = step < inner - k
-            x = load_rows(x_source, x_place, k, known, EVEN_K, X_FORM)
-            weight = load_weight(
+            x = read_rows(x_source, x_place, k, known, EVEN_K, X_FORM)
+            weight = read_weight(
                 weight_source,
                 weight_place,
                 column_tile * BLOCK_N,
@@ -151,7 +151,7 @@ def grouped_mm_wgrad_kernel(
         begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         for first in range(begin, end, BLOCK_K):
-            grad = load_owned(
+            grad = read_owned(
                 grad_source,
                 begin,
                 end,
@@ -165,7 +165,7 @@ def grouped_mm_wgrad_kernel(
                 BLOCK_M,
                 GRAD_FORM,
             ).T
-            x = load_owned(
+            x = read_owned(
                 x_source,
                 begin,
                 end,

@@ -13,7 +13,7 @@ from torch import Tensor
 from unimoe_kernels._triton.activation import activate, gate_constants
 from unimoe_kernels._triton.descriptors import describe_weight
 from unimoe_kernels._triton.launch import device_of, matmul_constants, precision
-from unimoe_kernels._triton.loads import advance, load_rows, load_weight, place_rows, place_weight
+from unimoe_kernels._triton.loads import advance, place_rows, place_weight, read_rows, read_weight
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
 
@@ -86,8 +86,8 @@ def gated_kernel(
         up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         for k in range(0, tl.where(owned, inner, 0), BLOCK_K):
             known = step < inner - k
-            x = load_rows(x_ptr, x_place, k, known, EVEN_K, "pointers")
-            gate_weight = load_weight(
+            x = read_rows(x_ptr, x_place, k, known, EVEN_K, "pointers")
+            gate_weight = read_weight(
                 weight_source,
                 gate_place,
                 column_tile * BLOCK_N,
@@ -98,7 +98,7 @@ def gated_kernel(
                 EVEN_N,
                 WEIGHT_FORM,
             )
-            up_weight = load_weight(
+            up_weight = read_weight(
                 weight_source,
                 advance(gate_place, to_up, WEIGHT_FORM),
                 width + column_tile * BLOCK_N,

@@ -14,7 +14,7 @@ from torch import Tensor
 from unimoe_kernels._triton.activation import activate, activate_backward, gate_constants
 from unimoe_kernels._triton.descriptors import describe_weight
 from unimoe_kernels._triton.launch import accumulator, device_of, matmul_constants, precision
-from unimoe_kernels._triton.loads import advance, load_rows, load_weight, place_rows, place_weight
+from unimoe_kernels._triton.loads import advance, place_rows, place_weight, read_rows, read_weight
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
 
@@ -141,8 +141,8 @@ def gated_backward_kernel(
             )
             for k in range(0, inner, BLOCK_K):
                 known = step < inner - k
-                grad = load_rows(grad_ptr, grad_place, k, known, EVEN_K, "pointers")
-                weight = load_weight(
+                grad = read_rows(grad_ptr, grad_place, k, known, EVEN_K, "pointers")
+                weight = read_weight(
                     weight_source,
                     weight_place,
                     column_tile * BLOCK_N,
