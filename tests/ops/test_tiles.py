@@ -41,8 +41,15 @@ def test_tiles_fit_the_device(device, kind):
             assert size & (size - 1) == 0, (case, tile)
         assert 1 <= tile.num_stages <= 2 * tiles.MAX_STAGES - 1, (case, tile)
         assert tile.num_warps in (4, 8), (case, tile)
-        buffers = (tile.num_stages + 1) // 2 if kind == "weights" else tile.num_stages
-        assert buffers * tiles.stage_bytes(case, tile) <= device.shared_bytes, (case, tile)
+        held = tiles.buffers(case, tile, device) * tiles.stage_bytes(case, tile)
+        assert held <= device.shared_bytes, (case, tile)
+
+
+def test_something_is_loaded_while_something_is_multiplied():
+    for device, kind in itertools.product(DEVICES, KINDS):
+        case = problem(kind)
+        tile = tiles.choose(case, device)
+        assert tiles.buffers(case, tile, device) >= 2, (device, tile)
 
 
 def test_few_rows_take_low_tiles():

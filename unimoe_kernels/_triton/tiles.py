@@ -143,14 +143,32 @@ def _fit(problem: Problem, device: Device, tile: Tile) -> Tile:
         block_k = min(block_k, max(16, triton.next_power_of_2(problem.inner)))
     tile = tile._replace(block_n=block_n, block_k=block_k)
     while True:
-        buffers = (device.shared_bytes - RESERVED_BYTES) // stage_bytes(problem, tile)
-        if buffers >= 2 or tile.block_k <= 16:
-            buffers = max(1, min(tile.num_stages, buffers))
+        most = (device.shared_bytes - RESERVED_BYTES) // stage_bytes(problem, tile)
+        if most >= 2 or tile.block_k <= 16:
             break
         tile = tile._replace(block_k=tile.block_k // 2)
-    # Where each step first reads which rows to gather, half of the stages are spent on that.
-    gathers = problem.kind == "weights" and problem.top_k > 1
-    return tile._replace(num_stages=2 * buffers - 1 if gathers else buffers)
+    steps = max(1, min(tile.num_stages, most + (not _reads_shared(problem, tile, device))))
+    return tile._replace(num_stages=2 * steps - 1 if _gathers(problem) else steps)
+
+
+def buffers(problem: Problem, tile: Tile, device: Device) -> int:
+    """Returns of how many steps along the sum the operands are in shared memory at a time.
+
+    One step less than there are stages, where the operands of a product are in registers by then.
+    """
+    steps = (tile.num_stages + 1) // 2 if _gathers(problem) else tile.num_stages
+    return max(1, steps - (not _reads_shared(problem, tile, device)))
+
+
+def _gathers(problem: Problem) -> bool:
+    # Each step first reads which rows to gather, and half of the stages are spent on that.
+    return problem.kind == "weights" and problem.top_k > 1
+
+
+def _reads_shared(problem: Problem, tile: Tile, device: Device) -> bool:
+    """Returns whether the matrix units read operands from shared memory: wgmma and tcgen05."""
+    wide = problem.dtype.itemsize > 2 and not problem.tf32
+    return 90 <= device.capability < 120 and tile.block_m >= 64 and not wide
 
 
 def stage_bytes(problem: Problem, tile: Tile) -> int:

@@ -6,7 +6,7 @@ import triton
 
 from unimoe_kernels._triton.launch import Device
 from unimoe_kernels._triton.problem import Problem, Tile
-from unimoe_kernels._triton.tiles import RESERVED_BYTES, stage_bytes
+from unimoe_kernels._triton.tiles import RESERVED_BYTES, buffers, stage_bytes
 
 MAX_SIDE = 256
 MAX_STAGES = 8
@@ -71,10 +71,8 @@ def _with_fewer_stages(problem: Problem, tile: Tile, device: Device) -> Tile:
 
 
 def _holds(problem: Problem, tile: Tile, device: Device) -> bool:
-    # Half of the stages go to reading which rows to gather.
-    gathers = problem.kind == "weights" and problem.top_k > 1
-    buffers = (tile.num_stages + 1) // 2 if gathers else tile.num_stages
-    return buffers * stage_bytes(problem, tile) <= device.shared_bytes - RESERVED_BYTES
+    held = buffers(problem, tile, device) * stage_bytes(problem, tile)
+    return held <= device.shared_bytes - RESERVED_BYTES
 
 
 def _cover(size: int) -> int:
