@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from unimoe_kernels._triton import table
 from unimoe_kernels._triton.problem import Tile
 from unimoe_kernels.tune.__main__ import Progress, main
 from unimoe_kernels.tune.search import Outcome
@@ -72,10 +73,9 @@ def test_lines_of_progress():
 def test_tunes_on_a_gpu(tmp_path):
     output = tmp_path / "tiles.json"
     arguments = [str(output), "--shape", "256", "128", "4", "2", "--tokens", "1024"]
+    arguments += ["--passes", "forward"]
     assert main(arguments) == 0
-    from unimoe_kernels._triton import table
-
-    assert len(table.read(output, "output").tiles) == 6
+    assert len(table.read(output, "output").tiles) == 2
     before = output.read_text(encoding="utf-8")
     assert main(arguments) == 0
     assert output.read_text(encoding="utf-8") == before

@@ -42,8 +42,8 @@ def neighbours(problem: Problem, tile: Tile, device: Device) -> list[Tile]:
 
 def fits(problem: Problem, tile: Tile, device: Device) -> bool:
     """Returns whether a tile can run at all, and is not larger than the matmul."""
-    wide = problem.dtype.itemsize == 2
-    if tile.descriptors and not (device.capability >= 90 and wide):
+    short = problem.dtype.itemsize == 2
+    if tile.descriptors and not (device.capability >= 90 and short):
         return False
     sides = (tile.block_m, tile.block_n, tile.block_k)
     if not all(16 <= side <= MAX_SIDE for side in sides) or not 1 <= tile.num_stages <= MAX_STAGES:
@@ -57,7 +57,7 @@ def fits(problem: Problem, tile: Tile, device: Device) -> bool:
         return False
     halves = 2 if problem.kind == "gated" else 1
     sums = halves * tile.block_m * tile.block_n // (32 * tile.num_warps)
-    tensor_memory = 100 <= device.capability < 120 and wide
+    tensor_memory = 100 <= device.capability < 120 and short
     if sums > (MAX_SUMS_TENSOR_MEMORY if tensor_memory else MAX_SUMS):
         return False
     return _holds(problem, tile, device)

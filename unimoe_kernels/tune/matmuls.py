@@ -89,12 +89,14 @@ class Expert(NamedTuple):
 class GateUp(Matmul):
     """`act(W1 x)` of gathered rows, and what is activated."""
 
-    def prepare(self) -> None:  # noqa: D102
+    def prepare(self) -> None:
+        """See `Matmul`."""
         self.x = self.draw(self.tokens, self.width)
         size = (self.experts, 2 * self.expert_width, self.width)
         self.weight = self.draw(*size, by=self.width**-0.5)
 
-    def launch(self, tile: Tile) -> tuple[Tensor, ...]:  # noqa: D102
+    def launch(self, tile: Tile) -> tuple[Tensor, ...]:
+        """See `Matmul`."""
         return kernel.gated(
             self.x,
             self.weight,
@@ -107,7 +109,8 @@ class GateUp(Matmul):
             tile=tile,
         )
 
-    def exact(self, own: Expert) -> tuple[Tensor, ...]:  # noqa: D102
+    def exact(self, own: Expert) -> tuple[Tensor, ...]:
+        """See `Matmul`."""
         x, weight = self.wide(self.x[own.tokens], self.weight[own.index])
         hidden = x @ weight.t()
         gate, up = hidden.chunk(2, dim=1)
@@ -117,7 +120,8 @@ class GateUp(Matmul):
 class Rows(Matmul):
     """Rows times weights: `"down"`, or `"grad_x"` on a transposed view."""
 
-    def prepare(self) -> None:  # noqa: D102
+    def prepare(self) -> None:
+        """See `Matmul`."""
         inner = self.case.problem.inner
         self.x = self.draw(self.rows, inner)
         transposed = self.case.name == "grad_x"
@@ -125,11 +129,13 @@ class Rows(Matmul):
         weight = self.draw(self.experts, *size, by=inner**-0.5)
         self.weight = weight.transpose(1, 2) if transposed else weight
 
-    def launch(self, tile: Tile) -> tuple[Tensor, ...]:  # noqa: D102
+    def launch(self, tile: Tile) -> tuple[Tensor, ...]:
+        """See `Matmul`."""
         y = grouped_mm.grouped_mm(self.x, self.weight, self.offsets, None, tail=False, tile=tile)
         return (y,)
 
-    def exact(self, own: Expert) -> tuple[Tensor, ...]:  # noqa: D102
+    def exact(self, own: Expert) -> tuple[Tensor, ...]:
+        """See `Matmul`."""
         x, weight = self.wide(self.x[own.begin : own.end], self.weight[own.index])
         return (x @ weight.t(),)
 
@@ -137,13 +143,15 @@ class Rows(Matmul):
 class GatedBackward(Matmul):
     """Gradients of scores and pre-activations, and the activations times score."""
 
-    def prepare(self) -> None:  # noqa: D102
+    def prepare(self) -> None:
+        """See `Matmul`."""
         self.grad = self.draw(self.tokens, self.width)
         size = (self.experts, self.width, self.expert_width)
         self.weight = self.draw(*size, by=self.width**-0.5)
         self.hidden = self.draw(self.rows, 2 * self.expert_width)
 
-    def launch(self, tile: Tile) -> tuple[Tensor, ...]:  # noqa: D102
+    def launch(self, tile: Tile) -> tuple[Tensor, ...]:
+        """See `Matmul`."""
         return kernel_backward.gated_backward(
             self.grad,
             self.weight,
@@ -159,12 +167,14 @@ class GatedBackward(Matmul):
             tile=tile,
         )
 
-    def part(self, outputs: tuple[Tensor, ...], own: Expert) -> tuple[Tensor, ...]:  # noqa: D102
+    def part(self, outputs: tuple[Tensor, ...], own: Expert) -> tuple[Tensor, ...]:
+        """See `Matmul`."""
         grad_scores, *rest = outputs
         routed = self.row_order[own.begin : own.end].long()
         return grad_scores.view(-1)[routed], *super().part(tuple(rest), own)
 
-    def exact(self, own: Expert) -> tuple[Tensor, ...]:  # noqa: D102
+    def exact(self, own: Expert) -> tuple[Tensor, ...]:
+        """See `Matmul`."""
         routed = self.row_order[own.begin : own.end].long()
         grad, weight, hidden, score = self.wide(
             self.grad[own.tokens],
@@ -185,7 +195,8 @@ class GatedBackward(Matmul):
 class WeightGradient(Matmul):
     """Gradient of a weight: `"grad_down"` gathers the gradient, `"grad_gate_up"` the tokens."""
 
-    def prepare(self) -> None:  # noqa: D102
+    def prepare(self) -> None:
+        """See `Matmul`."""
         problem = self.case.problem
         self.gathers_grad = self.case.name == "grad_down"
         sizes = [self.rows, self.rows]
@@ -194,7 +205,8 @@ class WeightGradient(Matmul):
         self.grad = self.draw(sizes[0], problem.height, by=by)
         self.x = self.draw(sizes[1], problem.width)
 
-    def launch(self, tile: Tile) -> tuple[Tensor, ...]:  # noqa: D102
+    def launch(self, tile: Tile) -> tuple[Tensor, ...]:
+        """See `Matmul`."""
         gathered = "grad_top_k" if self.gathers_grad else "x_top_k"
         grad_weight, _ = grouped_mm.grouped_mm_wgrad(
             self.grad,
@@ -207,10 +219,12 @@ class WeightGradient(Matmul):
         )
         return (grad_weight,)
 
-    def part(self, outputs: tuple[Tensor, ...], own: Expert) -> tuple[Tensor, ...]:  # noqa: D102
+    def part(self, outputs: tuple[Tensor, ...], own: Expert) -> tuple[Tensor, ...]:
+        """See `Matmul`."""
         return (outputs[0][own.index],)
 
-    def exact(self, own: Expert) -> tuple[Tensor, ...]:  # noqa: D102
+    def exact(self, own: Expert) -> tuple[Tensor, ...]:
+        """See `Matmul`."""
         rows = slice(own.begin, own.end)
         grad, x = self.wide(
             self.grad[own.tokens if self.gathers_grad else rows],
