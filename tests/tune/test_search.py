@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("triton")
 
 from unimoe_kernels._triton import table, tiles
-from unimoe_kernels._triton.launch import Device
+from unimoe_kernels._triton.launch import Device, interpreted
 from unimoe_kernels.tune.candidates import neighbours
 from unimoe_kernels.tune.cases import Shape, cases_of
-from unimoe_kernels.tune.matmuls import Expert
+from unimoe_kernels.tune.matmuls import Expert, build
 from unimoe_kernels.tune.record import Record
 from unimoe_kernels.tune.search import DeviceLostError, compiling_only, tune
 
@@ -128,6 +128,32 @@ def test_fastest_tile_is_found_step_by_step_and_used(path, monkeypatch):
     finally:
         for function in (tiles._table, tiles.choose):
             function.cache_clear()
+
+
+@pytest.mark.skipif(not interpreted(), reason="Triton compiles for a GPU here")
+def test_real_matmuls_in_the_interpreter(path):
+    bench = Bench(path, prefers(), cases=cases_of([Shape(48, 32, 4, 2)], [24], torch.bfloat16))
+    assert [case.name for case in bench.cases] == ["gate_up", "down"]
+
+    class Watched:
+        def __init__(self, matmul):
+            self.matmul, self.launched = matmul, []
+
+        def launch(self, tile):
+            self.launched.append(tile)
+            return self.matmul.launch(tile)
+
+        def __getattr__(self, name):
+            return getattr(self.matmul, name)
+
+    bench.matmul = lambda case, broken: Watched(build(case, torch.device("cpu")))
+    # Each launch would be interpreted again for nothing.
+    bench.timer = lambda functions: [1e-3] * len(functions)
+    assert bench.run()
+    assert content(path)["failed"] == []
+    for matmul in bench.matmuls:
+        assert {tile.descriptors for tile in matmul.launched} == {False, True}
+        assert len(matmul.launched) == len(set(matmul.launched)) > 4
 
 
 def test_small_gains_keep_the_analytic_tile(path):
