@@ -19,13 +19,15 @@ DEVICES = [
     Device(100, 148, 227 * 1024),
     Device(120, 170, 99 * 1024),
 ]
-KINDS = ("rows", "gated", "gated_backward", "weights")
+RANKS = {"low_rank": 64, "low_rank_weights": 128}
+KINDS = ("rows", "gated", "gated_backward", "weights", *RANKS)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def problem(kind="rows", inner=2048, width=768, rows=256, dtype=torch.bfloat16, tf32=False):
-    height = 1024 if kind == "weights" else 0
-    return Problem(kind, 0 if height else inner, width, height, 128, 8, dtype, rows, tf32)
+    height = RANKS.get(kind, 1024 if kind == "weights" else 0)
+    inner = 0 if kind == "weights" else inner
+    return Problem(kind, inner, width, height, 128, 8, dtype, rows, tf32)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"sm_{device.capability}")

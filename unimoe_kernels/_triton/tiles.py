@@ -52,10 +52,12 @@ class Problem(NamedTuple):
 
     Attributes:
         kind: `"rows"` (rows times weights), `"gated"` (the same with gate and up beside each
-            other), `"gated_backward"`, or `"weights"` (the gradient of weights).
+            other), `"gated_backward"`, `"weights"` (the gradient of weights), `"low_rank"` (rows
+            times narrow weights, times wide ones) or `"low_rank_weights"`.
         inner: Length of the sums; 0 for `"weights"`, whose sums run over rows.
         width: Columns of the result; with `"gated"` those of one half.
-        height: Rows of the result of one expert for `"weights"`, else 0.
+        height: Rows of the result of one expert for `"weights"`, the rank for `"low_rank"` and
+            `"low_rank_weights"`, else 0.
         experts: Number of experts.
         top_k: Rows of a token where rows are gathered from tokens, else 1.
         dtype: Of the operands.
@@ -109,6 +111,8 @@ def analytic(problem: Problem, device: Device) -> Tile:
     them. Few rows are bound by reading weights: tiles are as low as the tensor cores allow (16)
     and long along the sum, so that much is in flight.
     """
+    if problem.kind.startswith("low_rank"):
+        return _analytic_low_rank(problem, device)
     if problem.dtype.itemsize > 2 and not problem.tf32:
         return _analytic_wide(problem, device)
     if any(size % 16 for size in (problem.inner, problem.width, problem.height)):
@@ -146,11 +150,43 @@ def _analytic_wide(problem: Problem, device: Device) -> Tile:
     return _fit(problem, device, tile)
 
 
+def rank_columns(rank: int) -> int:
+    """Returns as how many columns a rank is multiplied: a power of 2, of which 16 are the least."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _analytic_low_rank(problem: Problem, device: Device) -> Tile:
+    """Tiles of products that are as narrow as a rank: bound by reading and by writing rows.
+
+    Row tiles are about as high as the rank, or the weights, which each of them reads from the L2
+    cache, would be most of what is read. Long steps have enough under way where rows are few.
+    """
+    rank, few = rank_columns(problem.height), problem.rows <= 32
+    low = 16 if problem.rows <= 16 else 32
+    stages, num_warps = MAX_STAGES, 4
+    if problem.dtype.itemsize > 2 and not problem.tf32:
+        side = 64 if problem.dtype == torch.float32 else 32
+        block_m, block_n, block_k, stages = low if few else side, side, 16, 3
+    elif few:
+        block_m, block_n, block_k = low, 128 if rank <= 64 else 64, 256 if rank <= 32 else 128
+    else:
+        tall = rank > 32 and problem.rows > 64 and device.shared_bytes > 160 * 1024
+        block_m, block_n, num_warps = (128, 128, 8) if tall else (64, 128, 4)
+        block_n, block_k = 128 if rank <= 64 else 64, 128 if rank <= 32 else 64
+    if problem.kind == "low_rank_weights":
+        # Columns of the rows by the rank, summed over rows. Narrow, so that one expert with most
+        # of the rows still has tiles for every processor.
+        block_m, block_n, block_k = max(block_m, 128 if rank > 32 else 64), rank, min(block_k, 64)
+    if problem.tf32:
+        block_k //= 2
+    return _fit(problem, device, Tile(block_m, block_n, block_k, GROUP_M, num_warps, stages))
+
+
 def _fit(problem: Problem, device: Device, tile: Tile) -> Tile:
     """Narrows a tile to the matmul, then takes as many stages as shared memory holds."""
     block_n = min(tile.block_n, max(16, triton.next_power_of_2(problem.width)))
     block_k = tile.block_k
-    if problem.kind != "weights":
+    if not problem.kind.endswith("weights"):
         block_k = min(block_k, max(16, triton.next_power_of_2(problem.inner)))
     tile = tile._replace(block_n=block_n, block_k=block_k)
     while True:
@@ -167,6 +203,8 @@ def _fit(problem: Problem, device: Device, tile: Tile) -> Tile:
 def stage_bytes(problem: Problem, tile: Tile) -> int:
     """Returns the shared memory of the operands of one step along the sum."""
     columns = tile.block_n * (2 if problem.kind == "gated" else 1)
+    if problem.kind == "low_rank":
+        columns = rank_columns(problem.height)
     return (tile.block_m + columns) * tile.block_k * problem.dtype.itemsize
 
 
