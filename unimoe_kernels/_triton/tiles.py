@@ -177,6 +177,7 @@ def _analytic_low_rank(problem: Problem, device: Device) -> Tile:
         # Columns of the rows by the rank, summed over rows. Narrow, so that one expert with most
         # of the rows still has tiles for every processor.
         block_m, block_n, block_k = max(block_m, 128 if rank > 32 else 64), rank, min(block_k, 64)
+        num_warps = 8 if rank > 64 else 4
     if problem.tf32:
         block_k //= 2
     return _fit(problem, device, Tile(block_m, block_n, block_k, GROUP_M, num_warps, stages))
