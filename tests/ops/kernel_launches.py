@@ -62,8 +62,9 @@ def cases(everything):
     for shape, rank in itertools.product(SHAPES, RANKS) if everything else FEW_RANKS:
         yield f"{shape.name}-r{rank}", lambda shape=shape, rank=rank: lora(shape, rank)
     # One token: the sums of an expert's rows are shared out by a launch of their own.
-    yield "long", lambda: lora(first._replace(tokens=1), 64)
+    yield "long", lambda: lora(first._replace(tokens=1), 64, frozen_x=False)
     if everything:
+        yield from few_rows_and_long_sums(first)
         yield "tf32", with_tf32
 
 
@@ -135,8 +136,18 @@ def multiply(shape):
     grouped_mm.grouped_mm(tokens, weight, offsets, None, order, shape.top_k, tail=False)
 
 
-def lora(shape, rank):
-    """A forward at the first projection of experts, and its backward with all gradients."""
+def few_rows_and_long_sums(shape):
+    """Yields cases of `lora` whose sums are shared out, besides those of one token."""
+    some = shape._replace(tokens=256)
+    for rank in (16, 64):
+        yield f"long-r{rank}", lambda rank=rank: lora(some, rank, frozen_x=False)
+    for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
+        wide = shape._replace(tokens=16, dtype=dtype)
+        yield f"{name}-long", lambda wide=wide: lora(wide, 32, frozen_x=False)
+
+
+def lora(shape, rank, frozen_x=True):
+    """A forward at the first projection, and its backward; `frozen_x` adds one without x's."""
     rows, dtype = shape.tokens * shape.top_k, shape.dtype
     x = empty(rows, shape.width, dtype=dtype)
     lora_A = empty(shape.experts, rank, shape.width, dtype=dtype)
@@ -147,7 +158,7 @@ def lora(shape, rank):
     y, low = grouped_lora.grouped_lora(x, lora_A, lora_B, offsets, 0.5)
     turned = (lora_B.transpose(1, 2), lora_A.transpose(1, 2))
     _, grad_low = grouped_lora.grouped_lora(y, *turned, offsets, 0.5)
-    if shape.tokens > 1:
+    if frozen_x:
         grouped_lora.grouped_lora(y, *turned, offsets, 0.5, needs_y=False)
     grouped_lora_backward.grouped_lora_wgrad(y, x, grad_low, low, offsets, 0.5)
 
