@@ -19,8 +19,8 @@ DEVICES = [
     Device(100, 148, 227 * 1024),
     Device(120, 170, 99 * 1024),
 ]
+KINDS = ("rows", "gated", "gated_backward", "weights")
 RANKS = {"low_rank": 64, "low_rank_weights": 128}
-KINDS = ("rows", "gated", "gated_backward", "weights", *RANKS)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -31,7 +31,7 @@ def problem(kind="rows", inner=2048, width=768, rows=256, dtype=torch.bfloat16, 
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"sm_{device.capability}")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *RANKS])
 def test_tiles_fit_the_device(device, kind):
     sizes = (1, 8, 24, 100, 128, 768, 14336)
     types = [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]
