@@ -9,11 +9,12 @@ Few rows would leave most of a GPU idle. Then the columns of y are shared out, a
 makes the narrow products of its rows anew: that reads x and narrow from the L2 cache again, and
 saves a launch. How often is worked out on the device from the number of row tiles, until one
 program runs on each processor; beyond that, reading again would slow down the others. Where even
-one sum is long (14336 columns and rank 16 take one program some 10 us, as it has about 64 KB under
-way in 0.8 us), a launch before this one shares out the sum, and this one adds its parts in order.
+one sum is long, a launch before this one shares out the sum, and this one adds its parts in order.
+By arithmetic, not measured: a program has some 64 KB under way at a time and waits 0.8 us for it,
+so that 14336 columns take it 10 us at rank 16 and 25 us at rank 64, where a launch takes 2 us.
 
-Weights and sizes other than the number of rows are constants: a rank of 8 is then known to be a
-whole vector, where integers tell the compiler only whether they divide by 16.
+Sizes and the strides of weights are constants of a kernel, the number of rows is not. A rank of 8
+is then known to be one vector of 16 bytes; an argument would only say whether 16 divides it.
 """
 
 from __future__ import annotations
