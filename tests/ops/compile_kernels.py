@@ -158,7 +158,7 @@ def print_variants(counts):
         shape = kernel_launches.SHAPES[0]._replace(tokens=count)
         variants = {
             f"{kernel.__name__} {source_of(kernel, arguments).hash()} {sorted(options.items())}"
-            for run in (kernel_launches.sort_and_copy, kernel_launches.layer)
+            for run in kernel_launches.EVERY_TOKEN
             for kernel, arguments, options in record_launches(lambda run=run, s=shape: run(s))
         }
         print(json.dumps({"tokens": count, "variants": sorted(variants)}))

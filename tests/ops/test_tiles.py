@@ -20,16 +20,18 @@ DEVICES = [
     Device(120, 170, 99 * 1024),
 ]
 KINDS = ("rows", "gated", "gated_backward", "weights")
+RANKS = {"low_rank": 64, "low_rank_weights": 128}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def problem(kind="rows", inner=2048, width=768, rows=256, dtype=torch.bfloat16, tf32=False):
-    height = 1024 if kind == "weights" else 0
-    return Problem(kind, 0 if height else inner, width, height, 128, 8, dtype, rows, tf32)
+    height = RANKS.get(kind, 1024 if kind == "weights" else 0)
+    inner = 0 if kind == "weights" else inner
+    return Problem(kind, inner, width, height, 128, 8, dtype, rows, tf32)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"sm_{device.capability}")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *RANKS])
 def test_tiles_fit_the_device(device, kind):
     sizes = (1, 8, 24, 100, 128, 768, 14336)
     types = [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-KINDS = ("rows", "gated", "gated_backward", "weights")
+KINDS = ("rows", "gated", "gated_backward", "weights", "low_rank", "low_rank_weights")
 MAX_ROWS = 4096  # from here on more rows change nothing
 
 
@@ -42,10 +42,12 @@ class Problem(NamedTuple):
 
     Attributes:
         kind: `"rows"` (rows times weights), `"gated"` (the same with gate and up beside each
-            other), `"gated_backward"`, or `"weights"` (the gradient of weights).
+            other), `"gated_backward"`, `"weights"` (the gradient of weights), `"low_rank"` (rows
+            times narrow weights, times wide ones) or `"low_rank_weights"`.
         inner: Length of the sums; 0 for `"weights"`, whose sums run over rows.
         width: Columns of the result; with `"gated"` those of one half.
-        height: Rows of the result of one expert for `"weights"`, else 0.
+        height: Rows of the result of one expert for `"weights"`, the rank for `"low_rank"` and
+            `"low_rank_weights"`, else 0.
         experts: Number of experts.
         top_k: Rows of a token where rows are gathered from tokens, else 1.
         dtype: Of the operands.

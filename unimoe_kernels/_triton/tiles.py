@@ -94,6 +94,8 @@ def analytic(problem: Problem, device: Device) -> Tile:
     GPU can, and the matmul of OpenAI's triton_kernels does for two tiles or more a processor, while
     its authors found them slower for small matmuls, where making them also costs the host time.
     """
+    if problem.kind.startswith("low_rank"):
+        return _analytic_low_rank(problem, device)
     if problem.dtype.itemsize > 2 and not problem.tf32:
         return _analytic_wide(problem, device)
     aligned = all(size % 16 == 0 for size in (problem.inner, problem.width, problem.height))
@@ -135,11 +137,44 @@ def _analytic_wide(problem: Problem, device: Device) -> Tile:
     return _fit(problem, device, tile)
 
 
+def rank_columns(rank: int) -> int:
+    """Returns as how many columns a rank is multiplied: a power of 2, of which 16 are the least."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _analytic_low_rank(problem: Problem, device: Device) -> Tile:
+    """Tiles of products that are as narrow as a rank: bound by reading and by writing rows.
+
+    Row tiles are about as high as the rank, or the weights, which each of them reads from the L2
+    cache, would be most of what is read. Long steps have enough under way where rows are few.
+    """
+    rank, few = rank_columns(problem.height), problem.rows <= 32
+    low = 16 if problem.rows <= 16 else 32
+    stages, num_warps = MAX_STAGES, 4
+    if problem.dtype.itemsize > 2 and not problem.tf32:
+        side = 64 if problem.dtype == torch.float32 else 32
+        block_m, block_n, block_k, stages = low if few else side, side, 16, 3
+    elif few:
+        block_m, block_n, block_k = low, 128 if rank <= 64 else 64, 256 if rank <= 32 else 128
+    else:
+        tall = rank > 32 and problem.rows > 64 and device.shared_bytes > 160 * 1024
+        block_m, block_n, num_warps = (128, 128, 8) if tall else (64, 128, 4)
+        block_n, block_k = 128 if rank <= 64 else 64, 128 if rank <= 32 else 64
+    if problem.kind == "low_rank_weights":
+        # Columns of the rows by the rank, summed over rows. Narrow, so that one expert with most
+        # of the rows still has tiles for every processor.
+        block_m, block_n, block_k = max(block_m, 128 if rank > 32 else 64), rank, min(block_k, 64)
+        num_warps = 8 if rank > 64 else 4
+    if problem.tf32:
+        block_k //= 2
+    return _fit(problem, device, Tile(block_m, block_n, block_k, GROUP_M, num_warps, stages))
+
+
 def _fit(problem: Problem, device: Device, tile: Tile) -> Tile:
     """Narrows a tile to the matmul, then takes as many stages as shared memory holds."""
     block_n = min(tile.block_n, max(16, triton.next_power_of_2(problem.width)))
     block_k = tile.block_k
-    if problem.kind != "weights":
+    if not problem.kind.endswith("weights"):
         block_k = min(block_k, max(16, triton.next_power_of_2(problem.inner)))
     tile = tile._replace(block_n=block_n, block_k=block_k)
     while True:
@@ -167,6 +202,8 @@ def _gathers(problem: Problem) -> bool:
 
 def _reads_shared(problem: Problem, tile: Tile, device: Device) -> bool:
     """Returns whether the matrix units read operands from shared memory: wgmma and tcgen05."""
+    if problem.kind.startswith("low_rank"):
+        return True  # one buffer less, and room for the second product
     wide = problem.dtype.itemsize > 2 and not problem.tf32
     return 90 <= device.capability < 120 and tile.block_m >= 64 and not wide
 
@@ -174,6 +211,8 @@ def _reads_shared(problem: Problem, tile: Tile, device: Device) -> bool:
 def stage_bytes(problem: Problem, tile: Tile) -> int:
     """Returns the shared memory of the operands of one step along the sum."""
     columns = tile.block_n * (2 if problem.kind == "gated" else 1)
+    if problem.kind == "low_rank":
+        columns = rank_columns(problem.height)
     return (tile.block_m + columns) * tile.block_k * problem.dtype.itemsize
 
 
