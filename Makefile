@@ -19,7 +19,7 @@ FORMATTED := $(filter csrc/%,$(SOURCES)) benchmarks/limits.c
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-all sanitize bench lint clean
-.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-tune
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | \
@@ -84,8 +84,9 @@ lint: $(STAMPS)/install ## ruff and clang-format, without changing anything
 
 # The gpu targets are for a machine whose own Python has torch with CUDA, pytest and
 # pytest-benchmark. They take nothing from the network, and go on where they were cut short.
-# UNIMOE_BENCH_DEVICE=cpu sends all of them down the same path on a CPU.
+# UNIMOE_BENCH_DEVICE=cpu sends all of them down the same path on a CPU, where gpu-tune only lists.
 SHAPES ?=
+TILES ?= runs/tiles.json
 ON_CPU := $(filter cpu,$(UNIMOE_BENCH_DEVICE))
 BENCHMARK := $(PYTHON) -m pytest benchmarks/
 
@@ -111,6 +112,9 @@ gpu-sanitize: gpu-build ## GPU tests of the operators under compute-sanitizer
 
 gpu-bench: gpu-build ## benchmarks of SHAPES=<set>[:<text>] added to the same results file
 	$(BENCHMARK) --save $(if $(SHAPES),--shapes $(SHAPES)) $(ARGS)
+
+gpu-tune: ## time tiles of the Triton kernels into TILES=<file>, ARGS="--minutes 20"; UNIMOE_TILES=<file> uses it
+	$(PYTHON) -m benchmarks.tune_tiles $(TILES) $(if $(ON_CPU),--list) $(ARGS)
 
 clean: ## remove the environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info unimoe_kernels/_C*.so

@@ -1,10 +1,15 @@
-"""LoRA of every expert on its rows, beside one LoRA of all rows."""
+"""LoRA of every expert on its rows, beside one LoRA of all rows and two of torch's grouped matmuls.
+
+What is counted as read and written is x, y and the weights of experts with rows; a backward is
+twice that, as it reads the gradient of y for that of x and again for that of B.
+"""
 
 import torch
+from torch.nn import functional as F
 
 from unimoe_kernels import grouped_lora
 
-from .candidates import Work
+from .candidates import Provider, UnavailableError, Work
 from .op_problem import OpProblem, Routed, normal
 from .shapes import LAYERS
 
@@ -25,7 +30,10 @@ def bench_grouped_lora(record, op_case, device, dtype):
         groups = zip(x.split(routed.groups), lora_A, lora_B, strict=True)
         return torch.cat([part @ a.T @ b.T for part, a, b in groups])
 
-    work = Work(2 * N * RANK * (D + 2 * Fe), inputs["x"].element_size() * N * (D + 2 * Fe))
+    hit = sum(size > 0 for size in routed.groups)
+    columns = D + 2 * Fe
+    size = inputs["x"].element_size()
+    work = Work(2 * N * RANK * columns, size * (N + hit * RANK) * columns)
     problem = OpProblem(op_case, inputs, loop, work)
     record(
         op_case,
@@ -37,6 +45,7 @@ def bench_grouped_lora(record, op_case, device, dtype):
                 lora_B=inputs["lora_B"][0],
             ),
             "looped": problem.provider("looped", loop),
+            "torch-grouped_mm": _of_torch(problem, routed.sort.expert_offsets),
             **problem.ours(
                 "grouped_lora",
                 lambda x, lora_A, lora_B: grouped_lora(
@@ -46,3 +55,16 @@ def bench_grouped_lora(record, op_case, device, dtype):
         },
         problem.work,
     )
+
+
+def _of_torch(problem: OpProblem, offsets: torch.Tensor) -> Provider:
+    def run(x, lora_A, lora_B):
+        low = F.grouped_mm(x, lora_A.transpose(1, 2), offs=offsets[1:])
+        return F.grouped_mm(low, lora_B.transpose(1, 2), offs=offsets[1:])
+
+    def provider():
+        if not hasattr(F, "grouped_mm"):
+            raise UnavailableError(f"torch {torch.__version__} has no grouped_mm")
+        return problem.provider("torch-grouped_mm", run)()
+
+    return provider

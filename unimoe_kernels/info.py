@@ -1,6 +1,8 @@
 """What is installed and which backend each operator takes: `python -m unimoe_kernels.info`."""
 
 import importlib.metadata
+import importlib.util
+import os
 import platform
 from collections.abc import Iterable, Sequence
 
@@ -43,6 +45,21 @@ def _describe_extension() -> list[tuple[str, str]]:
     ]
 
 
+def _describe_tiles() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "none: triton is not installed"
+    from unimoe_kernels._triton import table
+
+    try:
+        found = table.load()
+    except ValueError as error:
+        return str(error)
+    own = os.environ.get(table.VARIABLE)
+    source = f"the shipped table and {table.VARIABLE} ({own})" if own else "the shipped table"
+    way = "" if found.descriptors else "; descriptors are off"
+    return f"{len(found.tiles)} problems measured in {source}{way}"
+
+
 def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
     rows = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -61,6 +78,7 @@ def describe() -> str:
         *((package, _version(package)) for package in _PACKAGES),
         ("GPU", _describe_gpus()),
         *_describe_extension(),
+        ("Triton tiles", _describe_tiles()),
     ]
     choices = [("operator", "device", "backend", "reason")]
     choices += [(row.op, row.device, row.backend, row.reason) for row in _backends.report()]

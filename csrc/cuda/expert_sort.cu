@@ -12,6 +12,7 @@ constexpr int kIdsPerChunk = 512;
 constexpr int kMaxChunks = 256;
 constexpr int kWarpsPerBlock = 4;
 constexpr int kScanThreads = 1024;
+constexpr int kScanBatch = 16;  // counts that a thread waits for at a time
 
 // Sentinels, and any id that is not an expert's, go to the last bucket.
 __device__ int bucket_of(int id, int num_experts) {
@@ -66,8 +67,9 @@ __device__ int block_inclusive_sum(int value) {
 
 // Turns counts [chunks, buckets] into the number of earlier rows of the same bucket, and writes
 // the totals and their exclusive sum. One block; a thread owns a bucket.
-__global__ void scan_kernel(int* __restrict__ counts, int* __restrict__ tokens_per_expert,
-                            int* __restrict__ expert_offsets, int chunks, int num_experts) {
+__global__ void __launch_bounds__(kScanThreads)
+    scan_kernel(int* __restrict__ counts, int* __restrict__ tokens_per_expert,
+                int* __restrict__ expert_offsets, int chunks, int num_experts) {
   const int buckets = num_experts + 1;
   __shared__ int carry;
   if (threadIdx.x == 0) carry = 0;
@@ -76,11 +78,21 @@ __global__ void scan_kernel(int* __restrict__ counts, int* __restrict__ tokens_p
     const int bucket = first + threadIdx.x;
     int total = 0;
     if (bucket < buckets) {
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        int* slot = counts + static_cast<int64_t>(chunk) * buckets + bucket;
-        const int count = *slot;
-        *slot = total;
-        total += count;
+      int* slots = counts + bucket;
+      for (int chunk = 0; chunk < chunks; chunk += kScanBatch) {
+        // All loads before the first store, which might change what is loaded for all that the
+        // compiler knows.
+        int batch[kScanBatch];
+#pragma unroll
+        for (int i = 0; i < kScanBatch; ++i) {
+          const int64_t at = static_cast<int64_t>(chunk + i) * buckets;
+          batch[i] = chunk + i < chunks ? slots[at] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kScanBatch; ++i) {
+          if (chunk + i < chunks) slots[static_cast<int64_t>(chunk + i) * buckets] = total;
+          total += batch[i];
+        }
       }
     }
     const int inclusive = block_inclusive_sum(total);

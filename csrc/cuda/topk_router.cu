@@ -175,14 +175,13 @@ __global__ void route_kernel(const T* __restrict__ logits, const S* __restrict__
 // A block adds up the parts of kWarp experts; the last one to finish adds up their shares in the
 // order of the blocks.
 template <typename S>
-__global__ void reduce_kernel(const int* __restrict__ chosen_counts,
-                              const int* __restrict__ counted_counts,
-                              const S* __restrict__ probabilities,
-                              const double* __restrict__ squares,
-                              const int* __restrict__ tokens_counted,
-                              int* __restrict__ tokens_per_expert, double* __restrict__ shares,
-                              int* __restrict__ ticket, S* __restrict__ load_balancing_loss,
-                              S* __restrict__ router_z_loss, int parts, int experts, int choices) {
+__global__ void __launch_bounds__(kWarp* kReduceLanes)
+    reduce_kernel(const int* __restrict__ chosen_counts, const int* __restrict__ counted_counts,
+                  const S* __restrict__ probabilities, const double* __restrict__ squares,
+                  const int* __restrict__ tokens_counted, int* __restrict__ tokens_per_expert,
+                  double* __restrict__ shares, int* __restrict__ ticket,
+                  S* __restrict__ load_balancing_loss, S* __restrict__ router_z_loss, int parts,
+                  int experts, int choices) {
   __shared__ double probability[kReduceLanes][kWarp];
   __shared__ int chosen[kReduceLanes][kWarp], counted[kReduceLanes][kWarp];
   const int e = blockIdx.x * kWarp + threadIdx.x;
@@ -208,18 +207,26 @@ __global__ void reduce_kernel(const int* __restrict__ chosen_counts,
   }
   if (e < experts) tokens_per_expert[e] = chosen_sum;
   const double share = warp_sum(probability_sum * counted_sum);
-  if (threadIdx.x != 0) return;
-  shares[blockIdx.x] = share;
+  int finished = 0;
+  if (threadIdx.x == 0) {
+    shares[blockIdx.x] = share;
+    __threadfence();
+    finished = atomicAdd(ticket, 1);
+  }
+  if (__shfl_sync(kFullWarp, finished, 0) != static_cast<int>(gridDim.x) - 1) return;
   __threadfence();
-  if (atomicAdd(ticket, 1) != static_cast<int>(gridDim.x) - 1) return;
-  __threadfence();
+  // A lane alone would wait for memory hundreds of times, one after the other.
   double tokens = 0, square = 0, balancing = 0;
-  for (int part = 0; part < parts; ++part) {
+  for (int part = threadIdx.x; part < parts; part += kWarp) {
     tokens += tokens_counted[part];
     square += squares[part];
   }
   const volatile double* all = shares;
-  for (unsigned block = 0; block < gridDim.x; ++block) balancing += all[block];
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += kWarp) balancing += all[block];
+  tokens = warp_sum(tokens);
+  square = warp_sum(square);
+  balancing = warp_sum(balancing);
+  if (threadIdx.x != 0) return;
   tokens = tokens < 1 ? 1 : tokens;  // it divides
   *load_balancing_loss = static_cast<S>(experts * balancing / (tokens * choices * tokens));
   *router_z_loss = static_cast<S>(square / tokens);

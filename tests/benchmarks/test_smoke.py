@@ -3,7 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.shapes import SETS
+from benchmarks import tune_tiles
+from benchmarks.shapes import LAYERS, SETS
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,3 +36,10 @@ def test_a_benchmark_without_cases_in_a_set_is_left_out():
     ]
     assert len(collected) == len(set(collected)) == len(SETS["cpu-goals"].layer)
     assert all("::bench_moe_layer[" in line for line in collected)
+
+
+def test_tiles_are_tuned_for_the_layers_of_the_goals():
+    options = tune_tiles.shapes()
+    assert options[:5] == ["--shape", "4096", "11008", "4", "2"]
+    named = {tuple(map(int, options[i + 1 : i + 5])) for i in range(0, len(options), 5)}
+    assert named == {LAYERS[case.layer] for case in SETS["goals"].layer}

@@ -18,8 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from unimoe_kernels._triton import launch
+from unimoe_kernels._triton import launch, tiles
 
 # Processors and the bytes of shared memory that one block may have.
 DEVICES = {
@@ -73,7 +74,11 @@ def source_of(kernel, arguments):
         if parameter.is_constexpr or value is None or (is_int and value == 1 and specialised):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            block = f"{TYPES[value.base.dtype]}{list(value.block_shape)}"
+            signature[parameter.name] = f"tensordesc<{block}>"
+            aligned = False
+        elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
             aligned = True
         else:
@@ -102,6 +107,11 @@ def main(archs, everything):
                 )
                 name = kernel.__name__.removesuffix("_kernel")
                 row = {"kernel": name, "case": case, "arch": arch, **options}
+                row["descriptors"] = [
+                    parameter
+                    for parameter, value in arguments.items()
+                    if isinstance(value, TensorDescriptor)
+                ]
                 tile = [arguments[a] for a in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if a in arguments]
                 print(json.dumps(row | {"tile": tile} | resources(compiled)), flush=True)
 
@@ -148,13 +158,22 @@ def print_variants(counts):
         shape = kernel_launches.SHAPES[0]._replace(tokens=count)
         variants = {
             f"{kernel.__name__} {source_of(kernel, arguments).hash()} {sorted(options.items())}"
-            for run in (kernel_launches.sort_and_copy, kernel_launches.layer)
+            for run in kernel_launches.EVERY_TOKEN
             for kernel, arguments, options in record_launches(lambda run=run, s=shape: run(s))
         }
         print(json.dumps({"tokens": count, "variants": sorted(variants)}))
 
 
+def force_descriptors(wanted):
+    """Lets every tile ask for descriptors, or none, whatever the choice for the GPU is."""
+    analytic = tiles.analytic
+    tiles.analytic = lambda *args: analytic(*args)._replace(descriptors=wanted)
+
+
 if __name__ == "__main__":
+    for wanted, option in ((True, "--descriptors"), (False, "--pointers")):
+        if option in sys.argv:
+            force_descriptors(wanted)
     if sys.argv[1] == "--tokens":
         print_variants([int(count) for count in sys.argv[2:]])
         sys.exit()

@@ -1,10 +1,14 @@
 """Calls of every Triton launcher on tensors without data, at the shapes of published models."""
 
+import itertools
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from unimoe_kernels.ops.expert_sort import kernel as expert_sort
+from unimoe_kernels.ops.grouped_lora import kernel as grouped_lora
+from unimoe_kernels.ops.grouped_lora import kernel_backward as grouped_lora_backward
 from unimoe_kernels.ops.grouped_mm import kernel as grouped_mm
 from unimoe_kernels.ops.moe_mlp import fused
 from unimoe_kernels.ops.permute import kernel as permute
@@ -35,6 +39,9 @@ SHAPES = [
     Shape("qwen3", 4096, 2048, 768, 128, 8, torch.bfloat16),
     Shape("fp64", 64, 256, 512, 4, 2, torch.float64),
 ]
+# Not a power of 2 where widths are odd, too; above 32 for types that tensor cores multiply.
+RANKS = (16, 8, 5, 32, 64, 128)
+FEW_RANKS = ((SHAPES[0], 16), (SHAPES[2], 5))
 
 
 def cases(everything):
@@ -52,7 +59,12 @@ def cases(everything):
             yield shape.name, lambda shape=shape: sort_and_copy(shape)
             yield shape.name, lambda shape=shape: multiply(shape)
         yield shape.name, lambda shape=shape: layer(shape)
+    for shape, rank in itertools.product(SHAPES, RANKS) if everything else FEW_RANKS:
+        yield f"{shape.name}-r{rank}", lambda shape=shape, rank=rank: lora(shape, rank)
+    # One token: the sums of an expert's rows are shared out by a launch of their own.
+    yield "long", lambda: lora(first._replace(tokens=1), 64, frozen_x=False)
     if everything:
+        yield from few_rows_and_long_sums(first)
         yield "tf32", with_tf32
 
 
@@ -100,6 +112,8 @@ def with_tf32():
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         layer(SHAPES[3])
+        lora(SHAPES[3], 16)
+        lora(SHAPES[3], 128)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -122,6 +136,33 @@ def multiply(shape):
     grouped_mm.grouped_mm(tokens, weight, offsets, None, order, shape.top_k, tail=False)
 
 
+def few_rows_and_long_sums(shape):
+    """Yields cases of `lora` whose sums are shared out, besides those of one token."""
+    some = shape._replace(tokens=256)
+    for rank in (16, 64):
+        yield f"long-r{rank}", lambda rank=rank: lora(some, rank, frozen_x=False)
+    for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
+        wide = shape._replace(tokens=16, dtype=dtype)
+        yield f"{name}-long", lambda wide=wide: lora(wide, 32, frozen_x=False)
+
+
+def lora(shape, rank, frozen_x=True):
+    """A forward at the first projection, and its backward; `frozen_x` adds one without x's."""
+    rows, dtype = shape.tokens * shape.top_k, shape.dtype
+    x = empty(rows, shape.width, dtype=dtype)
+    lora_A = empty(shape.experts, rank, shape.width, dtype=dtype)
+    lora_B = empty(shape.experts, 2 * shape.expert_width, rank, dtype=dtype)
+    if not grouped_lora.covers(x, lora_A, lora_B):
+        return
+    offsets = ints(shape.experts + 1)
+    y, low = grouped_lora.grouped_lora(x, lora_A, lora_B, offsets, 0.5)
+    turned = (lora_B.transpose(1, 2), lora_A.transpose(1, 2))
+    _, grad_low = grouped_lora.grouped_lora(y, *turned, offsets, 0.5)
+    if frozen_x:
+        grouped_lora.grouped_lora(y, *turned, offsets, 0.5, needs_y=False)
+    grouped_lora_backward.grouped_lora_wgrad(y, x, grad_low, low, offsets, 0.5)
+
+
 def layer(shape):
     """Inference, then training of everything and of the input alone, with biases where F is odd."""
     dtype, score = shape.dtype, torch.float64 if shape.dtype == torch.float64 else torch.float32
@@ -141,3 +182,7 @@ def layer(shape):
     _, *saved = fused.forward(*inputs, True)
     for needs in ([True] * 4 + [biased] * 2, [True, False, False, True, False, False]):
         fused.backward(x, x, gate_up, down, scores, *saved, down_bias, *activation, needs)
+
+
+# What a change of the number of tokens must not compile anew.
+EVERY_TOKEN = (sort_and_copy, layer, partial(lora, rank=16))

@@ -50,6 +50,16 @@ def test_expert_sort_matches_definition(backend, kind, num_tokens, top_k, num_ex
     check(ids, max(1, num_experts // 2))
 
 
+def test_expert_sort_of_many_rows(backend):
+    ids = torch.randint(0, 7, (20_011, 1), dtype=torch.int32).to(backend.device)
+    sort = expert_sort(ids, 5)
+    buckets, order = ids.flatten().clamp(max=5).sort(stable=True)
+    assert torch.equal(sort.row_order, order.int())
+    assert torch.equal(sort.inverse_order[order], torch.arange(20_011).to(sort.inverse_order))
+    assert torch.equal(sort.tokens_per_expert, buckets.bincount()[:5].int())
+    assert torch.equal(sort.expert_offsets[1:], sort.tokens_per_expert.cumsum(0).int())
+
+
 def test_expert_sort_is_deterministic(backend):
     ids, _ = sample_routing("zipf", 400, 2, 5, device=backend.device)
     first, second = expert_sort(ids, 5), expert_sort(ids, 5)

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unimoe_kernels import (
     expert_sort,
+    grouped_lora,
     grouped_mm,
     moe_mlp,
     permute,
@@ -61,6 +62,27 @@ def run(arguments, grad):
     return y, *torch.autograd.grad(y, [arguments[name] for name in NAMES], grad.to(y.dtype))
 
 
+def sample_lora(shape="fine", kind="uniform", rank=16, dtype=torch.bfloat16, extra=0):
+    """Arguments of `grouped_lora`; `extra` rows belong to no expert."""
+    tokens, width, expert_width, experts, top_k = SHAPES[shape]
+    ids, _ = sample_routing(kind, tokens, top_k, experts, device=DEVICE)
+    offsets = expert_sort(ids, experts).expert_offsets
+    floats = (
+        torch.randn(tokens * top_k + extra, width),
+        torch.randn(experts, rank, width) / width**0.5,
+        torch.randn(experts, 2 * expert_width, rank) / rank**0.5,
+    )
+    return [value.to(DEVICE, dtype).requires_grad_() for value in floats], offsets
+
+
+def run_lora(inputs, offsets):
+    """Returns the output and all gradients, for a gradient that is always the same."""
+    y = grouped_lora(*inputs, offsets, 0.3)
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    grad = torch.randn(y.shape, generator=generator, device=DEVICE)
+    return y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))
+
+
 def layer(arguments, logits):
     """A router in front of the experts; returns output, loss and gradients."""
     route = topk_router(logits, arguments["ids"].shape[1], mode="sigmoid_renorm")
@@ -88,6 +110,79 @@ def test_error_is_at_most_twice_that_of_torch(shape, kind, dtype):
         assert ours <= 2 * torchs + 4 * torch.finfo(dtype).eps, name
 
 
+@pytest.fixture
+def lora_backend(gpu_backend):
+    if gpu_backend == "cuda":
+        pytest.skip("matmuls have Triton kernels")
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize(
+    ("shape", "rank"), [("decode", 16), ("fine", 8), ("coarse", 128), ("odd", 5), ("fine", 160)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_lora_error_is_at_most_twice_that_of_torch(lora_backend, shape, kind, rank, dtype):
+    inputs, offsets = sample_lora(shape, kind, rank, dtype, extra=70)
+    actual = run_lora(inputs, offsets)
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    with use_backend("reference"):
+        baseline, expected = run_lora(inputs, offsets), run_lora(exact, offsets)
+    names = ("y", "x", "lora_A", "lora_B")
+    for name, *values in zip(names, actual, baseline, expected, strict=True):
+        ours, torchs = (relative_error(value, values[2]) for value in values[:2])
+        assert ours <= 2 * torchs + 4 * torch.finfo(dtype).eps, name
+    assert not actual[0][-70:].any()
+    assert not actual[1][-70:].any()
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_lora_of_few_rows_and_long_sums(lora_backend, rank):
+    """One to 64 rows of wide experts: columns of y, then sums too, are shared out."""
+    width, out, experts = 14336, 4096, 8
+    lora_A = (torch.randn(experts, rank, width, device=DEVICE) / width**0.5).bfloat16()
+    lora_B = (torch.randn(experts, out, rank, device=DEVICE) / rank**0.5).bfloat16()
+    for rows in (1, 2, 17, 64):
+        x = torch.randn(rows, width, device=DEVICE).bfloat16()
+        offsets = torch.tensor([0, 0, *[rows] * 7], dtype=torch.int32, device=DEVICE)
+        expected = 0.3 * (x.double() @ lora_A[1].double().T) @ lora_B[1].double().T
+        for weights in ((lora_A, lora_B), [w.mT.contiguous().mT for w in (lora_A, lora_B)]):
+            assert relative_error(grouped_lora(x, *weights, offsets, 0.3), expected) < 1e-2
+
+
+@pytest.mark.parametrize("shape", ["decode", "fine"])
+def test_lora_repeats_and_replays_bit_for_bit(lora_backend, shape):
+    inputs, offsets = sample_lora(shape, "zipf")
+    first = run_lora(inputs, offsets)
+    for _ in range(19):
+        assert all(torch.equal(a, b) for a, b in zip(run_lora(inputs, offsets), first, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = grouped_lora(*(value.detach() for value in inputs), offsets, 0.3)
+    with torch.no_grad():
+        inputs[0].normal_()
+        # All rows to the last expert: the number of row tiles changes, the launch does not.
+        offsets[:-1] = 0
+    graph.replay()
+    assert torch.equal(y, grouped_lora(*(value.detach() for value in inputs), offsets, 0.3))
+
+
+def test_lora_writes_more_elements_than_int32_counts(lora_backend):
+    inner, width, rank = 64, 4096, 16
+    rows = LARGE // width
+    x = torch.randn(rows, inner, device=DEVICE).bfloat16()
+    lora_A = (torch.randn(2, rank, inner, device=DEVICE) / 8).bfloat16()
+    lora_B = (torch.randn(2, width, rank, device=DEVICE) / 4).bfloat16().requires_grad_()
+    offsets = torch.tensor([0, rows // 3, rows], dtype=torch.int32, device=DEVICE)
+    y = grouped_lora(x, lora_A, lora_B, offsets)
+    low = x[-100:].double() @ lora_A[1].double().t()
+    assert relative_error(y[-100:], low @ lora_B[1].double().t()) < 1e-2
+    grad = torch.zeros_like(y)
+    grad[-100:] = 1
+    (grad_B,) = torch.autograd.grad(y, lora_B, grad)
+    assert relative_error(grad_B[1], low.sum(0).expand(width, rank)) < 1e-2
+    assert not grad_B[0].any()
+
+
 def test_float32_is_exact_unless_tf32_is_allowed(gpu_backend):
     if gpu_backend == "cuda":
         pytest.skip("matmuls have Triton kernels")
@@ -103,6 +198,33 @@ def test_float32_is_exact_unless_tf32_is_allowed(gpu_backend):
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert 2e-6 < error < 3e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_descriptors_give_what_pointers_give(gpu_backend, monkeypatch, shape):
+    if gpu_backend == "cuda":
+        pytest.skip("matmuls have Triton kernels")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs sm_90 or later")
+    from unimoe_kernels._triton import tiles
+
+    arguments = sample(shape, "zipf")
+    grad = torch.randn(arguments["x"].shape, device=DEVICE)
+    analytic, results = tiles.analytic, []
+    try:
+        for wanted in (False, True):
+
+            def forced(*args, wanted=wanted):
+                return analytic(*args)._replace(descriptors=wanted)
+
+            monkeypatch.setattr(tiles, "analytic", forced)
+            tiles.choose.cache_clear()
+            results.append(run(arguments, grad))
+    finally:
+        monkeypatch.undo()
+        tiles.choose.cache_clear()
+    for name, a, b in zip(("y", *NAMES), *results, strict=True):
+        assert relative_error(b, a) <= 4 * torch.finfo(torch.bfloat16).eps, name
 
 
 @pytest.mark.parametrize("shape", ["decode", "fine"])

@@ -8,6 +8,16 @@ from unimoe_kernels.testing import assert_close_to_float64
 
 OP = "grouped_lora"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Rows of each expert, rows of none, D, F, r.
+CASES = {
+    "ragged": ((5, 0, 7, 1), 3, 24, 16, 4),
+    "one row": ((0, 1), 0, 40, 70, 16),
+    "one expert has all": ((0, 37, 0), 0, 70, 33, 1),
+    "wide": ((18, 3), 1, 33, 150, 17),
+    "high rank": ((20, 0, 4), 2, 48, 24, 40),
+    "no rows": ((0, 0), 2, 8, 8, 2),
+    "nothing at all": ((0, 0), 0, 8, 8, 2),
+}
 
 
 def lora_by_hand(x, lora_A, lora_B, counts, scale):
@@ -37,26 +47,60 @@ def test_grouped_lora_example(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_grouped_lora_matches_float64(backend, dtype):
-    counts = (5, 0, 7, 1)
-    x, lora_A, lora_B, offsets = sample(counts, dtype=dtype, device=backend.device)
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_lora_matches_float64(backend, dtype, case):
+    counts, *sizes = CASES[case]
+    x, lora_A, lora_B, offsets = sample(counts, *sizes, dtype=dtype, device=backend.device)
     inputs = [value.requires_grad_() for value in (x, lora_A, lora_B)]
-    grad = torch.randn(16, 16).to(x)
+    grad = torch.randn(x.shape[0], lora_B.shape[1]).to(x)
 
     def run():
-        y = grouped_lora(x, lora_A, lora_B, offsets, 0.5)
+        # No scale that float32 holds exactly.
+        y = grouped_lora(x, lora_A, lora_B, offsets, -0.7)
         return y, *torch.autograd.grad(y, inputs, grad)
 
     actual = run()
     with use_backend("reference"):
         baseline = run()
     exact = [value.detach().double().requires_grad_() for value in inputs]
-    y = lora_by_hand(*exact, counts, 0.5)
+    y = lora_by_hand(*exact, counts, -0.7)
     expected = y, *torch.autograd.grad(y, exact, grad.double())
     assert actual[0].dtype == dtype
     names = ("y", "grad of x", "grad of lora_A", "grad of lora_B")
     for name, *values in zip(names, actual, expected, baseline, strict=True):
-        assert_close_to_float64(*values, name)
+        if sum(counts):
+            assert_close_to_float64(*values, name)
+        else:
+            assert not values[0].any(), name
+
+
+def test_grouped_lora_reads_nothing_of_others(backend):
+    """Rows of no expert, and weights of experts without rows, may hold anything."""
+    counts, extra = (5, 0, 20, 0), 3
+    x, lora_A, lora_B, offsets = sample(counts, extra, device=backend.device)
+    expected = lora_by_hand(x[:25], lora_A, lora_B, counts, 1.0)
+    x[25:], lora_A[1::2], lora_B[1::2] = torch.nan, torch.nan, torch.inf
+    inputs = [value.requires_grad_() for value in (x, lora_A, lora_B)]
+    y = grouped_lora(x, lora_A, lora_B, offsets)
+    assert_close_to_float64(y[:25], expected)
+    assert not y[25:].any()
+    grad = torch.ones_like(y)
+    grad[25:] = torch.nan
+    grad_x, *grads = torch.autograd.grad(y, inputs, grad)
+    assert not grad_x[25:].any()
+    for value in (grad_x, *grads):
+        assert value.isfinite().all()
+    for value in grads:
+        assert value[::2].any()
+        assert not value[1::2].any()
+
+
+def test_grouped_lora_with_a_scale_of_zero(backend):
+    x, lora_A, lora_B, offsets = sample(device=backend.device)
+    inputs = [value.requires_grad_() for value in (x, lora_A, lora_B)]
+    y = grouped_lora(x, lora_A, lora_B, offsets, 0.0)
+    assert not y.any()
+    assert not any(g.any() for g in torch.autograd.grad(y, inputs, torch.ones_like(y)))
 
 
 def test_grouped_lora_takes_any_layout(backend, layout):
@@ -92,13 +136,14 @@ def test_grouped_lora_opcheck(overload, requires_grad):
 
 @settings(max_examples=25)
 @given(
-    counts=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    counts=st.lists(st.integers(0, 20), min_size=1, max_size=6),
     extra=st.integers(0, 3),
     d=st.sampled_from([1, 16, 33]),
-    rank=st.integers(1, 5),
+    f=st.sampled_from([1, 7, 64, 100]),
+    rank=st.integers(1, 18),
 )
-def test_grouped_lora_any_shape(counts, extra, d, rank):
-    x, lora_A, lora_B, offsets = sample(counts, extra, d, 7, rank)
+def test_grouped_lora_any_shape(counts, extra, d, f, rank):
+    x, lora_A, lora_B, offsets = sample(counts, extra, d, f, rank)
     expected = lora_by_hand(x, lora_A, lora_B, counts, 2.0)
     for name in available_backends(OP, "cpu"):
         with use_backend(name):

@@ -15,6 +15,9 @@ KERNELS = {
     "count_choices",
     "gated",
     "gated_backward",
+    "grouped_lora",
+    "grouped_lora_partial",
+    "grouped_lora_wgrad",
     "grouped_mm",
     "grouped_mm_wgrad",
     "grouped_sum",
@@ -30,7 +33,17 @@ KERNELS = {
     "unpermute",
     "unpermute_backward",
 }
-MATMULS = {"gated", "gated_backward", "grouped_mm", "grouped_mm_wgrad"}
+MATMULS = {
+    "gated",
+    "gated_backward",
+    "grouped_lora",
+    "grouped_lora_partial",
+    "grouped_lora_wgrad",
+    "grouped_mm",
+    "grouped_mm_wgrad",
+}
+# Those that can read through tensor descriptors.
+DESCRIBED = {"gated", "gated_backward", "grouped_mm", "grouped_mm_wgrad"}
 # Bytes that a block may have, by compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
@@ -54,15 +67,22 @@ def run_script(tmp_path, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("arch", "shapes"),
+    ("arch", "options"),
     [
-        (80, "few"),
-        (90, "few"),
-        *(pytest.param(arch, "all", marks=pytest.mark.slow) for arch in SHARED),
+        (80, ["--few"]),
+        (90, ["--few"]),
+        *(pytest.param(arch, ["--all"], marks=pytest.mark.slow) for arch in SHARED),
+        # What the choice for these GPUs is not, but a table may ask for.
+        pytest.param(90, ["--all", "--pointers"], marks=pytest.mark.slow),
+        *(
+            pytest.param(arch, ["--all", "--descriptors"], marks=pytest.mark.slow)
+            for arch in (90, 100, 120)
+        ),
     ],
+    ids=lambda value: "".join(value) if isinstance(value, list) else str(value),
 )
-def test_kernels_compile(arch, shapes, tmp_path, capsys):
-    rows = run_script(tmp_path, str(arch), f"--{shapes}")
+def test_kernels_compile(arch, options, tmp_path, capsys):
+    rows = run_script(tmp_path, str(arch), *options)
     assert {row["kernel"] for row in rows} == KERNELS
     with capsys.disabled():
         for row in rows:
@@ -76,17 +96,30 @@ def test_kernels_compile(arch, shapes, tmp_path, capsys):
             )
     for row in rows:
         # Outside of loops the compiler may put a few registers aside, to run more blocks at a time.
-        assert row["spills_in_loops"] == 0, row
-        assert row["spilled"] <= 64, row
+        in_loops, elsewhere = 0, 64
+        if arch == 120 and row["descriptors"]:
+            # No choice of ours, but a table may ask for it. ptxas of Triton 3.6 keeps 8 bytes of a
+            # loop over descriptors in local memory there, however many registers are free.
+            in_loops, elsewhere = 2, 128
+        assert row["spills_in_loops"] <= in_loops, row
+        assert row["spilled"] <= elsewhere, row
         assert row["registers"] <= 255, row
         assert row["shared"] <= SHARED[arch], row
-        if row["kernel"] in MATMULS and row["case"] not in ("fp32", "fp64"):
+        if row["kernel"] in MATMULS and not row["case"].startswith(("fp32", "fp64")):
             # On Hopper the fast matrix units take 64 rows or more; fewer go to the older ones.
             fast = row["tile"][0] >= 64 and arch in (90, 100)
             unit = {90: "wgmma", 100: "tcgen05"}[arch] if fast else "mma"
             assert unit in row["instructions"], row
-            if row["case"] != "odd":
-                assert "cp_async" in row["instructions"], row
+            if not row["case"].startswith("odd"):
+                assert {"cp_async", "tma"} & set(row["instructions"]), row
+            assert ("tma" in row["instructions"]) == bool(row["descriptors"]), row
+            # Where the numbers of the case lie as TMA demands.
+            able = row["case"] not in ("odd", "tf32") and row["kernel"] in DESCRIBED
+            if "--descriptors" in options:
+                assert row["descriptors"] or not able, row
+            else:
+                meant = able and fast and "--pointers" not in options
+                assert bool(row["descriptors"]) == meant, row
 
 
 def test_token_counts_share_one_compilation(tmp_path):

@@ -70,9 +70,10 @@ def violations(pattern, allowed):
 
 
 def needs_triton(path):
-    """Whether it is a module of Triton kernels, or of what launches several of them."""
+    """Whether it is a module of Triton kernels, or of what launches several or tunes them."""
     is_kernel = path.name.startswith("kernel") or path.name == "fused.py"
-    return is_kernel or path.parent.name == "_triton"
+    tunes = path.parent.name == "tune" and not path.name.startswith("__")
+    return is_kernel or tunes or path.parent.name == "_triton"
 
 
 def is_stdlib(item):
@@ -198,6 +199,15 @@ def test_kernel_modules_are_loaded_lazily_everywhere():
         )
 
     assert not violations("unimoe_kernels/**/*.py", allowed)
+
+
+def test_nothing_imports_the_tuning_of_tiles():
+    def allowed(path, item):
+        return path.parent.name == "tune" or not any(
+            target.startswith("unimoe_kernels.tune") for target in item.targets()
+        )
+
+    assert not violations("unimoe_*/**/*.py", allowed)
 
 
 def test_model_imports_public_names_of_the_kernel_package():

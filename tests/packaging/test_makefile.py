@@ -52,6 +52,7 @@ def test_assets_are_installed_without_their_dependencies(commands):
         ("gpu-test", ["build_ext --inplace", "pytest -m gpu"]),
         ("gpu-sanitize", ["build_ext --inplace", "compute-sanitizer --tool"]),
         ("gpu-bench", ["build_ext --inplace", "benchmarks/ --save --shapes small:olmoe"]),
+        ("gpu-tune", ["-m benchmarks.tune_tiles runs/tiles.json"]),
     ],
 )
 def test_gpu_targets_use_the_python_that_is_there(commands, target, steps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from typing import NamedTuple
 
 import torch
@@ -61,3 +62,14 @@ def matmul_constants(dtype: torch.dtype) -> dict[str, object]:
         # The interpreter multiplies the bits of bfloat16, not the numbers.
         "UPCAST": interpreted(),
     }
+
+
+def float_bits(value: float) -> int:
+    """Returns the bits of a float64, for `bits_to_float`: a float argument becomes a float32."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+@triton.jit
+def bits_to_float(bits, ACC: tl.constexpr):
+    """Returns the number of `float_bits`; its argument must not be specialised."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)

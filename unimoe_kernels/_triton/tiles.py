@@ -1,4 +1,7 @@
-"""The shape of tiles: measured ones from `tiles.json`, an analytic choice for everything else.
+"""The shape of tiles: measured ones from a table, an analytic choice for everything else.
+
+Nothing is timed when an operator runs: a launch would stall for seconds, and results would vary
+from run to run. `python -m unimoe_kernels.tune` times once and writes the table; see `table.py`.
 
 The number of tokens enters only by the mean number of rows of an expert, rounded to a power of 2:
 a kernel is compiled for a few of these buckets and never for a token count.
@@ -7,71 +10,21 @@ a kernel is compiled for a few of these buckets and never for a token count.
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
 
 from unimoe_kernels._triton.launch import Device
+from unimoe_kernels._triton.problem import MAX_ROWS, Problem, Tile
+from unimoe_kernels._triton.table import Table, load
 
-TABLE = Path(__file__).with_name("tiles.json")
-MAX_ROWS = 4096  # from here on more rows change nothing
+BUCKETS = tuple(2**power for power in range(MAX_ROWS.bit_length()))
+SAME_RATE = {torch.float16: (torch.bfloat16,), torch.bfloat16: (torch.float16,)}
 # Of a program's shared memory, what reductions and barriers take beside the operands of matmuls.
 RESERVED_BYTES = 4096
 MAX_STAGES = 4
 GROUP_M = 8
 INTERPRETED = (16, 32, 32, 2, 4, 1)
-
-
-class Tile(NamedTuple):
-    """Shape of a tile and how a program computes it."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
-    num_warps: int
-    num_stages: int
-
-    def constants(self) -> dict[str, int]:
-        """Returns the arguments of a launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "GROUP_M": self.group_m,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-class Problem(NamedTuple):
-    """A matmul as the choice of its tile sees it.
-
-    Attributes:
-        kind: `"rows"` (rows times weights), `"gated"` (the same with gate and up beside each
-            other), `"gated_backward"`, or `"weights"` (the gradient of weights).
-        inner: Length of the sums; 0 for `"weights"`, whose sums run over rows.
-        width: Columns of the result; with `"gated"` those of one half.
-        height: Rows of the result of one expert for `"weights"`, else 0.
-        experts: Number of experts.
-        top_k: Rows of a token where rows are gathered from tokens, else 1.
-        dtype: Of the operands.
-        rows: Mean number of rows of an expert, a power of 2.
-        tf32: Whether float32 goes through the matrix units.
-    """
-
-    kind: str
-    inner: int
-    width: int
-    height: int
-    experts: int
-    top_k: int
-    dtype: torch.dtype
-    rows: int
-    tf32: bool = False
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:
@@ -82,23 +35,49 @@ def rows_bucket(num_rows: int, num_experts: int) -> int:
 
 @functools.cache
 def choose(problem: Problem, device: Device) -> Tile:
-    """Returns the tile of a problem on a device: the measured one, else the analytic one."""
+    """Returns the tile of a problem on a device: the measured one, else the analytic one.
+
+    Raises:
+        ValueError: If the table of the user or the shipped one cannot be read.
+    """
     if device.capability == 0:
         return Tile(*INTERPRETED)
-    return _measured().get((device.capability, *problem)) or analytic(problem, device)
+    table = _table()
+    tile = _measured(table, problem, device) or analytic(problem, device)
+    return tile if table.descriptors else tile._replace(descriptors=False)
 
 
 @functools.cache
-def _measured() -> dict[tuple, Tile]:
-    """Reads `tiles.json`: for each problem on a device the tile that was fastest there."""
-    entries = json.loads(TABLE.read_text(encoding="utf-8"))["entries"]
-    return {
-        (
-            entry["capability"],
-            *Problem(**{**entry["problem"], "dtype": getattr(torch, entry["problem"]["dtype"])}),
-        ): Tile(**entry["tile"])
-        for entry in entries
-    }
+def _table() -> Table:
+    return load()
+
+
+def _measured(table: Table, problem: Problem, device: Device) -> Tile | None:
+    """Looks a problem up: itself, else as the nearest number of rows that was measured.
+
+    A neighbour counts only where the analytic choice sees no difference, and only a tile that is no
+    higher than its own or than the rows: what is right for thousands of rows must not be taken for
+    a few. Both 16-bit types run at the same rate, so that each answers for the other.
+    """
+    own = analytic(problem, device)
+    for dtype in dict.fromkeys((problem.dtype, *SAME_RATE.get(problem.dtype, ()))):
+        asked = problem._replace(dtype=dtype)
+        for rows in sorted(BUCKETS, key=lambda rows: (_distance(rows, problem.rows), rows)):
+            key = (device.capability, asked._replace(rows=rows))
+            exact = rows == problem.rows
+            if key not in table.tiles:
+                continue
+            if not exact and analytic(problem._replace(rows=rows), device) != own:
+                continue
+            tile = table.tiles[key] or own
+            if exact or tile.block_m <= max(own.block_m, problem.rows):
+                return tile
+    return None
+
+
+def _distance(a: int, b: int) -> int:
+    """Returns how many doublings lie between two powers of 2."""
+    return abs(a.bit_length() - b.bit_length())
 
 
 def analytic(problem: Problem, device: Device) -> Tile:
@@ -108,10 +87,19 @@ def analytic(problem: Problem, device: Device) -> Tile:
     memory, so tiles are as large as the registers hold (128 by 256 in 8 warps) where the rows fill
     them. Few rows are bound by reading weights: tiles are as low as the tensor cores allow (16)
     and long along the sum, so that much is in flight.
+
+    Tensor descriptors are asked for where large tiles of 16-bit numbers go from shared memory to
+    the matrix units, on sm_90 and sm_100. That is not measured here but taken from others:
+    PyTorch's grouped matmul template (Inductor, 2.13) reads both operands through them wherever the
+    GPU can, and the matmul of OpenAI's triton_kernels does for two tiles or more a processor, while
+    its authors found them slower for small matmuls, where making them also costs the host time.
     """
+    if problem.kind.startswith("low_rank"):
+        return _analytic_low_rank(problem, device)
     if problem.dtype.itemsize > 2 and not problem.tf32:
         return _analytic_wide(problem, device)
-    if any(size % 16 for size in (problem.inner, problem.width, problem.height)):
+    aligned = all(size % 16 == 0 for size in (problem.inner, problem.width, problem.height))
+    if not aligned:
         # Numbers are read one by one, so that addresses take the registers.
         block_m = 64 if problem.rows > 32 or problem.kind == "weights" else 16
         shape = (block_m, 32 if problem.kind == "gated_backward" else 64, 32, 4)
@@ -134,7 +122,10 @@ def analytic(problem: Problem, device: Device) -> Tile:
         block_n //= 2  # of each half
     if problem.kind == "gated_backward":
         block_n = min(block_n, 64 if problem.tf32 else 128)  # beside the sums lie gate and up
-    return _fit(problem, device, Tile(block_m, block_n, block_k, GROUP_M, num_warps, MAX_STAGES))
+    tile = Tile(block_m, block_n, block_k, GROUP_M, num_warps, MAX_STAGES)
+    large = aligned and block_m >= 64 and problem.dtype.itemsize == 2
+    descriptors = large and 90 <= device.capability < 120
+    return _fit(problem, device, tile._replace(descriptors=descriptors))
 
 
 def _analytic_wide(problem: Problem, device: Device) -> Tile:
@@ -146,27 +137,82 @@ def _analytic_wide(problem: Problem, device: Device) -> Tile:
     return _fit(problem, device, tile)
 
 
+def rank_columns(rank: int) -> int:
+    """Returns as how many columns a rank is multiplied: a power of 2, of which 16 are the least."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _analytic_low_rank(problem: Problem, device: Device) -> Tile:
+    """Tiles of products that are as narrow as a rank: bound by reading and by writing rows.
+
+    Row tiles are about as high as the rank, or the weights, which each of them reads from the L2
+    cache, would be most of what is read. Long steps have enough under way where rows are few.
+    """
+    rank, few = rank_columns(problem.height), problem.rows <= 32
+    low = 16 if problem.rows <= 16 else 32
+    stages, num_warps = MAX_STAGES, 4
+    if problem.dtype.itemsize > 2 and not problem.tf32:
+        side = 64 if problem.dtype == torch.float32 else 32
+        block_m, block_n, block_k, stages = low if few else side, side, 16, 3
+    elif few:
+        block_m, block_n, block_k = low, 128 if rank <= 64 else 64, 256 if rank <= 32 else 128
+    else:
+        tall = rank > 32 and problem.rows > 64 and device.shared_bytes > 160 * 1024
+        block_m, block_n, num_warps = (128, 128, 8) if tall else (64, 128, 4)
+        block_n, block_k = 128 if rank <= 64 else 64, 128 if rank <= 32 else 64
+    if problem.kind == "low_rank_weights":
+        # Columns of the rows by the rank, summed over rows. Narrow, so that one expert with most
+        # of the rows still has tiles for every processor.
+        block_m, block_n, block_k = max(block_m, 128 if rank > 32 else 64), rank, min(block_k, 64)
+        num_warps = 8 if rank > 64 else 4
+    if problem.tf32:
+        block_k //= 2
+    return _fit(problem, device, Tile(block_m, block_n, block_k, GROUP_M, num_warps, stages))
+
+
 def _fit(problem: Problem, device: Device, tile: Tile) -> Tile:
     """Narrows a tile to the matmul, then takes as many stages as shared memory holds."""
     block_n = min(tile.block_n, max(16, triton.next_power_of_2(problem.width)))
     block_k = tile.block_k
-    if problem.kind != "weights":
+    if not problem.kind.endswith("weights"):
         block_k = min(block_k, max(16, triton.next_power_of_2(problem.inner)))
     tile = tile._replace(block_n=block_n, block_k=block_k)
     while True:
-        buffers = (device.shared_bytes - RESERVED_BYTES) // stage_bytes(problem, tile)
-        if buffers >= 2 or tile.block_k <= 16:
-            buffers = max(1, min(tile.num_stages, buffers))
+        most = (device.shared_bytes - RESERVED_BYTES) // stage_bytes(problem, tile)
+        if most >= 2 or tile.block_k <= 16:
             break
         tile = tile._replace(block_k=tile.block_k // 2)
-    # Where each step first reads which rows to gather, half of the stages are spent on that.
-    gathers = problem.kind == "weights" and problem.top_k > 1
-    return tile._replace(num_stages=2 * buffers - 1 if gathers else buffers)
+    steps = max(1, min(tile.num_stages, most + (not _reads_shared(problem, tile, device))))
+    return tile._replace(num_stages=2 * steps - 1 if _gathers(problem) else steps)
+
+
+def buffers(problem: Problem, tile: Tile, device: Device) -> int:
+    """Returns of how many steps along the sum the operands are in shared memory at a time.
+
+    One step less than there are stages, where the operands of a product are in registers by then.
+    """
+    steps = (tile.num_stages + 1) // 2 if _gathers(problem) else tile.num_stages
+    return max(1, steps - (not _reads_shared(problem, tile, device)))
+
+
+def _gathers(problem: Problem) -> bool:
+    # Each step first reads which rows to gather, and half of the stages are spent on that.
+    return problem.kind == "weights" and problem.top_k > 1
+
+
+def _reads_shared(problem: Problem, tile: Tile, device: Device) -> bool:
+    """Returns whether the matrix units read operands from shared memory: wgmma and tcgen05."""
+    if problem.kind.startswith("low_rank"):
+        return True  # one buffer less, and room for the second product
+    wide = problem.dtype.itemsize > 2 and not problem.tf32
+    return 90 <= device.capability < 120 and tile.block_m >= 64 and not wide
 
 
 def stage_bytes(problem: Problem, tile: Tile) -> int:
     """Returns the shared memory of the operands of one step along the sum."""
     columns = tile.block_n * (2 if problem.kind == "gated" else 1)
+    if problem.kind == "low_rank":
+        columns = rank_columns(problem.height)
     return (tile.block_m + columns) * tile.block_k * problem.dtype.itemsize
 
 

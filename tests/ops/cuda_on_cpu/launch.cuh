@@ -25,6 +25,7 @@
 #define __device__
 #define __host__
 #define __align__(bytes) alignas(bytes)
+#define __launch_bounds__(threads)
 
 using std::exp;
 using std::log;
@@ -200,6 +201,11 @@ inline void __threadfence() {}
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int step) {
   return emulation::device.exchange(value, emulation::device.lane() ^ step);
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return emulation::device.exchange(value, source);
 }
 
 template <typename T>

@@ -82,14 +82,35 @@ def _backward_fake(grad, x, lora_A, lora_B, low, expert_offsets, scale, needs_x)
     )
 
 
+def _triton(x, lora_A, lora_B, expert_offsets, scale):
+    from unimoe_kernels.ops.grouped_lora import kernel
+
+    if not kernel.covers(x, lora_A, lora_B):
+        return composition.forward("triton", x, lora_A, lora_B, expert_offsets, scale)
+    return kernel.grouped_lora(x, lora_A, lora_B, expert_offsets, scale)
+
+
+def _backward_triton(grad, x, lora_A, lora_B, low, expert_offsets, scale, needs_x):
+    from unimoe_kernels.ops.grouped_lora import kernel, kernel_backward
+
+    if not kernel.covers(x, lora_A, lora_B):
+        saved = (x, lora_A, lora_B, low, expert_offsets)
+        return composition.backward("triton", grad, *saved, scale, needs_x)
+    turned = (lora_B.transpose(1, 2), lora_A.transpose(1, 2))
+    grad_x, grad_low = kernel.grouped_lora(grad, *turned, expert_offsets, scale, needs_x)
+    wgrad = kernel_backward.grouped_lora_wgrad
+    return grad_x, *wgrad(grad, x, grad_low, low, expert_offsets, scale)
+
+
 _backends.declare(
     "grouped_lora_backward",
     "(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor low, Tensor expert_offsets, "
     "float scale, bool needs_x) -> (Tensor grad_x, Tensor grad_A, Tensor grad_B)",
     reference=partial(composition.backward, "reference"),
     native=partial(composition.backward, "default"),
-    triton=partial(composition.backward, "triton"),
+    triton=_backward_triton,
     parts=composition.PARTS,
+    fused=True,
     fake=_backward_fake,
     public=False,
 )
@@ -99,8 +120,9 @@ _backends.declare(
     "-> (Tensor y, Tensor low)",
     reference=partial(composition.forward, "reference"),
     native=partial(composition.forward, "default"),
-    triton=partial(composition.forward, "triton"),
+    triton=_triton,
     parts=composition.PARTS,
+    fused=True,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -4,8 +4,8 @@ Forward: rows are gathered from tokens inside the first matmul, whose sums are a
 are written; the second matmul writes rows in expert order, and one pass gathers and sums them.
 
 Backward: one matmul gives the gradients of scores and pre-activations and the weighted activations;
-x and dy are gathered inside the matmuls that need them. Rows of another rank are neither read nor
-written.
+x and dy are gathered inside the matmuls that need them. Rows of another rank are not written, and
+nothing depends on what is in them.
 """
 
 from __future__ import annotations

@@ -11,16 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from unimoe_kernels._triton.activation import activate, gate_constants
+from unimoe_kernels._triton.descriptors import describe_weight
 from unimoe_kernels._triton.launch import device_of, matmul_constants, precision
-from unimoe_kernels._triton.loads import load_rows, load_weight, source_rows
+from unimoe_kernels._triton.loads import advance, place_rows, place_weight, read_rows, read_weight
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
-from unimoe_kernels._triton.tiles import Problem, choose, num_programs, rows_bucket
+from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def gated_kernel(
     x_ptr,
-    weight_ptr,
+    weight_source,
     bias_ptr,
     hidden_ptr,
     out_ptr,
@@ -34,6 +35,7 @@ def gated_kernel(
     stride_weight_n,
     stride_weight_k,
     to_up,
+    WEIGHT_FORM: tl.constexpr,
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEEP_HIDDEN: tl.constexpr,
@@ -65,33 +67,60 @@ def gated_kernel(
             row_tile, ends, tiles, offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M
         )
         owned = expert < num_experts
-        expert = expert.to(tl.int64)
-        row = first_row + tl.arange(0, BLOCK_M)
         column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = column < width
-        source = source_rows(tl.minimum(row, end_row - 1), row_order_ptr, TOP_K)
-        x_ptrs = x_ptr + source[:, None] * inner + step[None, :]
-        gate_ptrs = weight_ptr + expert * stride_weight_e
-        gate_ptrs += column.to(tl.int64)[None, :] * stride_weight_n
-        gate_ptrs += step.to(tl.int64)[:, None] * stride_weight_k
+        x_place = place_rows(
+            x_ptr, first_row, end_row, step, inner, row_order_ptr, TOP_K, BLOCK_M, "pointers"
+        )
+        gate_place = place_weight(
+            weight_source,
+            expert,
+            column,
+            step,
+            stride_weight_e,
+            stride_weight_n,
+            stride_weight_k,
+            WEIGHT_FORM,
+        )
         gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         for k in range(0, tl.where(owned, inner, 0), BLOCK_K):
             known = step < inner - k
-            x = load_rows(x_ptrs, known, EVEN_K)
-            gate_weight = load_weight(gate_ptrs, known, inside, EVEN_K, EVEN_N)
-            up_weight = load_weight(gate_ptrs + to_up, known, inside, EVEN_K, EVEN_N)
+            x = read_rows(x_ptr, x_place, k, known, EVEN_K, "pointers")
+            gate_weight = read_weight(
+                weight_source,
+                gate_place,
+                column_tile * BLOCK_N,
+                k,
+                known,
+                inside,
+                EVEN_K,
+                EVEN_N,
+                WEIGHT_FORM,
+            )
+            up_weight = read_weight(
+                weight_source,
+                advance(gate_place, to_up, WEIGHT_FORM),
+                width + column_tile * BLOCK_N,
+                k,
+                known,
+                inside,
+                EVEN_K,
+                EVEN_N,
+                WEIGHT_FORM,
+            )
             if UPCAST:
                 x, gate_weight, up_weight = x.to(ACC), gate_weight.to(ACC), up_weight.to(ACC)
             gate = tl.dot(x, gate_weight, gate, input_precision=PRECISION, out_dtype=ACC)
             up = tl.dot(x, up_weight, up, input_precision=PRECISION, out_dtype=ACC)
-            x_ptrs += BLOCK_K
-            gate_ptrs += BLOCK_K * stride_weight_k
+            x_place = advance(x_place, BLOCK_K, "pointers")
+            gate_place = advance(gate_place, BLOCK_K * stride_weight_k, WEIGHT_FORM)
         if HAS_BIAS:
-            bias_ptrs = bias_ptr + expert * (2 * width) + column
+            bias_ptrs = bias_ptr + expert.to(tl.int64) * (2 * width) + column
             wanted = column < tl.where(owned, width, 0)
             gate += tl.load(bias_ptrs, mask=wanted, other=0).to(ACC)[None, :]
             up += tl.load(bias_ptrs + width, mask=wanted, other=0).to(ACC)[None, :]
+        row = first_row + tl.arange(0, BLOCK_M)
         mask = (row < end_row)[:, None] & inside[None, :]
         activated_mask = (row < tl.where(owned, end_row, 0))[:, None] & inside[None, :]
         row = row.to(tl.int64)[:, None]
@@ -114,6 +143,7 @@ def gated(
     top_k: int,
     gate: tuple[str, float, float],
     keep_hidden: bool,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the activations `[N, F]` of tokens in expert order, and the pre-activations.
 
@@ -126,6 +156,7 @@ def gated(
         top_k: K.
         gate: Activation, limit and alpha.
         keep_hidden: Whether pre-activations `[N, 2F]` are written, or `[0, 2F]` is returned.
+        tile: Taken instead of the one that `choose` returns.
     """
     num_experts, double_width, inner = weight.shape
     num_rows, width = row_order.shape[0], double_width // 2
@@ -137,12 +168,13 @@ def gated(
     rows = rows_bucket(num_rows, num_experts)
     tf32 = precision(x.dtype) == "tf32"
     problem = Problem("gated", inner, width, 0, num_experts, top_k, x.dtype, rows, tf32)
-    tile = choose(problem, device)
+    tile = tile or choose(problem, device)
     num_tiles = (num_rows // tile.block_m + num_experts + 1) * triton.cdiv(width, tile.block_n)
+    weight_source, weight_form = describe_weight(weight, tile)
     with torch.cuda.device_of(x):
         gated_kernel[(num_programs(problem, tile, num_tiles, device),)](
             x,
-            weight,
+            weight_source,
             None if bias is None else bias.contiguous(),
             hidden,
             out,
@@ -154,6 +186,7 @@ def gated(
             width,
             *weight.stride(),
             width * weight.stride(1),
+            WEIGHT_FORM=weight_form,
             TOP_K=top_k,
             HAS_BIAS=bias is not None,
             KEEP_HIDDEN=keep_hidden,

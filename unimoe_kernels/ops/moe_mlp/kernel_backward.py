@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from unimoe_kernels._triton.activation import activate, activate_backward, gate_constants
+from unimoe_kernels._triton.descriptors import describe_weight
 from unimoe_kernels._triton.launch import accumulator, device_of, matmul_constants, precision
-from unimoe_kernels._triton.loads import load_rows, load_weight, source_rows
+from unimoe_kernels._triton.loads import advance, place_rows, place_weight, read_rows, read_weight
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
-from unimoe_kernels._triton.tiles import Problem, choose, num_programs, rows_bucket
+from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
 
 SCORE_BLOCK = 32  # rows whose score gradients one program sums
 SCORE_BLOCK_D = 64
@@ -73,7 +74,7 @@ def finish_gated_backward(
 @triton.jit(do_not_specialize=["num_rows"])
 def gated_backward_kernel(
     grad_ptr,
-    weight_ptr,
+    weight_source,
     scores_ptr,
     hidden_ptr,
     grad_hidden_ptr,
@@ -88,6 +89,7 @@ def gated_backward_kernel(
     stride_weight_e,
     stride_weight_k,
     stride_weight_n,
+    WEIGHT_FORM: tl.constexpr,
     TOP_K: tl.constexpr,
     NEEDS_SCORES: tl.constexpr,
     NEEDS_HIDDEN: tl.constexpr,
@@ -120,26 +122,44 @@ def gated_backward_kernel(
         expert, first_row, end_row = locate_rows(
             row_tile, ends, tiles, offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M
         )
-        row = first_row + tl.arange(0, BLOCK_M)
         column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = column < width
-        known_row = tl.minimum(row, end_row - 1)
-        source = source_rows(known_row, row_order_ptr, TOP_K)
-        grad_ptrs = grad_ptr + source[:, None] * inner + step[None, :]
-        weight_ptrs = weight_ptr + expert.to(tl.int64) * stride_weight_e
-        weight_ptrs += column.to(tl.int64)[None, :] * stride_weight_n
-        weight_ptrs += step.to(tl.int64)[:, None] * stride_weight_k
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         if NEEDS_SCORES or NEEDS_HIDDEN:
+            grad_place = place_rows(
+                grad_ptr, first_row, end_row, step, inner, row_order_ptr, TOP_K, BLOCK_M, "pointers"
+            )
+            weight_place = place_weight(
+                weight_source,
+                expert,
+                column,
+                step,
+                stride_weight_e,
+                stride_weight_n,
+                stride_weight_k,
+                WEIGHT_FORM,
+            )
             for k in range(0, inner, BLOCK_K):
                 known = step < inner - k
-                grad = load_rows(grad_ptrs, known, EVEN_K)
-                weight = load_weight(weight_ptrs, known, inside, EVEN_K, EVEN_N)
+                grad = read_rows(grad_ptr, grad_place, k, known, EVEN_K, "pointers")
+                weight = read_weight(
+                    weight_source,
+                    weight_place,
+                    column_tile * BLOCK_N,
+                    k,
+                    known,
+                    inside,
+                    EVEN_K,
+                    EVEN_N,
+                    WEIGHT_FORM,
+                )
                 if UPCAST:
                     grad, weight = grad.to(ACC), weight.to(ACC)
                 total = tl.dot(grad, weight, total, input_precision=PRECISION, out_dtype=ACC)
-                grad_ptrs += BLOCK_K
-                weight_ptrs += BLOCK_K * stride_weight_k
+                grad_place = advance(grad_place, BLOCK_K, "pointers")
+                weight_place = advance(weight_place, BLOCK_K * stride_weight_k, WEIGHT_FORM)
+        row = first_row + tl.arange(0, BLOCK_M)
+        known_row = tl.minimum(row, end_row - 1)
         score = tl.load(scores_ptr + tl.load(row_order_ptr + known_row)).to(ACC)
         partial = tl.zeros((BLOCK_M,), dtype=ACC)
         # Quarter by quarter: sums and both halves of H would not fit into the registers at once.
@@ -226,6 +246,7 @@ def gated_backward(
     needs_scores: bool,
     needs_hidden: bool,
     needs_activated: bool,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of scores and pre-activations, and the activations times score.
 
@@ -241,6 +262,7 @@ def gated_backward(
         needs_scores: Whether the first is wanted; else it is empty. Likewise for the others.
         needs_hidden: See there.
         needs_activated: See there.
+        tile: Taken instead of the one that `choose` returns.
     """
     num_experts, inner, width = down_proj.shape
     num_rows, top_k = row_order.shape[0], scores.shape[1]
@@ -248,7 +270,7 @@ def gated_backward(
     rows = rows_bucket(num_rows, num_experts)
     dtype, tf32 = grad.dtype, precision(grad.dtype) == "tf32"
     problem = Problem("gated_backward", inner, width, 0, num_experts, top_k, dtype, rows, tf32)
-    tile = choose(problem, device)
+    tile = tile or choose(problem, device)
     num_partials = triton.cdiv(width, tile.block_n)
     experts = triton.next_power_of_2(num_experts + 1)
     partial = scores.new_empty(num_partials if needs_scores else 0, num_rows)
@@ -257,12 +279,13 @@ def gated_backward(
     activated = grad.new_empty(num_rows if needs_activated else 0, width)
     if num_rows == 0:
         return grad_scores, grad_hidden, activated
+    weight_source, weight_form = describe_weight(down_proj.transpose(1, 2), tile)
     with torch.cuda.device_of(grad):
         if width:
             num_tiles = (num_rows // tile.block_m + num_experts) * num_partials
             gated_backward_kernel[(num_programs(problem, tile, num_tiles, device),)](
                 grad,
-                down_proj,
+                weight_source,
                 scores,
                 hidden,
                 grad_hidden,
@@ -275,6 +298,7 @@ def gated_backward(
                 inner,
                 width,
                 *down_proj.stride(),
+                WEIGHT_FORM=weight_form,
                 TOP_K=top_k,
                 NEEDS_SCORES=needs_scores,
                 NEEDS_HIDDEN=needs_hidden,
