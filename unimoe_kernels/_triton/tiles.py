@@ -166,7 +166,7 @@ def _analytic_low_rank(problem: Problem, device: Device) -> Tile:
         block_m, block_n, block_k = max(block_m, 128 if rank > 32 else 64), rank, min(block_k, 64)
         num_warps = 8 if rank > 64 else 4
     if problem.tf32:
-        block_k //= 2
+        block_n, block_k = min(block_n, 64), block_k // 2
     return _fit(problem, device, Tile(block_m, block_n, block_k, GROUP_M, num_warps, stages))
 
 
@@ -211,9 +211,12 @@ def _reads_shared(problem: Problem, tile: Tile, device: Device) -> bool:
 def stage_bytes(problem: Problem, tile: Tile) -> int:
     """Returns the shared memory of the operands of one step along the sum."""
     columns = tile.block_n * (2 if problem.kind == "gated" else 1)
+    numbers = (tile.block_m + columns) * tile.block_k
     if problem.kind == "low_rank":
-        columns = rank_columns(problem.height)
-    return (tile.block_m + columns) * tile.block_k * problem.dtype.itemsize
+        # Of the narrow product, then of the wide one.
+        rank = rank_columns(problem.height)
+        numbers = max((tile.block_m + rank) * tile.block_k, rank * tile.block_n)
+    return numbers * problem.dtype.itemsize
 
 
 def num_programs(problem: Problem, tile: Tile, num_tiles: int, device: Device) -> int:

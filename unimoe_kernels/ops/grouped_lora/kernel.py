@@ -282,9 +282,11 @@ def covers(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
 
     A backward has the transposes, which are covered if and only if these are.
     """
-    units = x.dtype.itemsize == 2 or precision(x.dtype) == "tf32"
-    # Compiled for sm_90, float32 on the ordinary units begins to spill registers at 64.
-    widest = 128 if units else 32
+    # Compiled for all GPUs, none of these spills registers in a loop or takes more shared memory
+    # than there is. Float32 on the ordinary units begins to spill at 64.
+    widest = 128 if x.dtype.itemsize == 2 else 32
+    if precision(x.dtype) == "tf32":
+        widest = 64
     return lora_A.shape[1] <= widest and lora_A.numel() > 0 and lora_B.numel() > 0
 
 
