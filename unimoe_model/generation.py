@@ -11,6 +11,12 @@ from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.processing import UniMoEProcessor
 
+_UNFIT = {
+    "missing_keys": "are missing",
+    "unexpected_keys": "are of no use",
+    "mismatched_keys": "are of another shape",
+}
+
 
 class Answerer:
     """A model with its processor.
@@ -37,7 +43,7 @@ class Answerer:
         register_auto_classes()  # transformers warns of model types that it does not know
         try:
             model, found = UniMoEForConditionalGeneration.from_pretrained(
-                folder, output_loading_info=True
+                folder, output_loading_info=True, ignore_mismatched_sizes=True
             )
             processor = UniMoEProcessor.from_pretrained(folder)
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
@@ -45,9 +51,15 @@ class Answerer:
         # What else a config.json with wrong values gives, such as KeyError, says little by itself.
         except Exception as error:
             raise ValueError(f"model ({folder}) cannot be read: {error!r}") from error
-        unfit = {k: sorted(found[k]) for k in ("missing_keys", "unexpected_keys") if found[k]}
+        unfit = [
+            f"{len(found[kind])} {what}, such as {min(found[kind])}"
+            for kind, what in _UNFIT.items()
+            if found[kind]
+        ]
         if unfit:
-            raise ValueError(f"model ({folder}) must hold the weights of its config: {unfit}")
+            raise ValueError(
+                f"model ({folder}) must hold the weights of its config: {'; '.join(unfit)}"
+            )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.eval().to(device), processor)
 
