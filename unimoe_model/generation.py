@@ -15,6 +15,12 @@ from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.parallel_generation import generate_in_parallel, load_in_parallel
 from unimoe_model.processing import UniMoEProcessor
 
+_UNFIT = {
+    "missing_keys": "are missing",
+    "unexpected_keys": "are of no use",
+    "mismatched_keys": "are of another shape",
+}
+
 
 class Answerer:
     """A model with its processor.
@@ -56,11 +62,17 @@ class Answerer:
             return cls(load_in_parallel(folder, mesh), processor, is_parallel=True)
         with _reading(folder):
             model, found = UniMoEForConditionalGeneration.from_pretrained(
-                folder, output_loading_info=True
+                folder, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        unfit = {k: sorted(found[k]) for k in ("missing_keys", "unexpected_keys") if found[k]}
+        unfit = [
+            f"{len(found[kind])} {what}, such as {min(found[kind])}"
+            for kind, what in _UNFIT.items()
+            if found[kind]
+        ]
         if unfit:
-            raise ValueError(f"model ({folder}) must hold the weights of its config: {unfit}")
+            raise ValueError(
+                f"model ({folder}) must hold the weights of its config: {'; '.join(unfit)}"
+            )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.eval().to(device), processor)
 
@@ -81,7 +93,7 @@ class Answerer:
         Args:
             question: may be empty when speech asks. Where it holds placeholders, such as
                 `<image>`, they say where the media go; else the media come first.
-            max_new_tokens: longest answer, in tokens.
+            max_new_tokens: longest answer, in tokens; the model's context bounds it as well.
             frame_seed: None chooses the frames of videos evenly, a number at random.
             **media: lists `images`, `videos`, `speech`, `audio` of files or arrays; see
                 `UniMoEProcessor`.
@@ -108,7 +120,7 @@ class Answerer:
         produced = self._generate(
             inputs,
             do_sample=False,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, most - length),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )

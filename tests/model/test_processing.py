@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -269,6 +271,17 @@ def test_files_and_arrays_are_the_same(processor, tmp_path):
     by_tensor = processor("<video>", videos=[torch.stack(frames)])["video_features"]
     assert torch.equal(by_list, by_tensor)
     assert by_list[0, :, 0, 0].mul(255).round().tolist() == [0, 100]
+
+
+def test_pixels_may_be_read_only(processor):
+    """As `np.asarray` of a Pillow image is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = np.full((20, 30, 3), 7, dtype=np.uint8)
+        expected = processor("<image>", images=[pixels])["image_features"]
+        pixels.flags.writeable = False
+        assert torch.equal(processor("<image>", images=[pixels])["image_features"], expected)
+        assert expected.any()
 
 
 def test_frames_may_be_drawn_with_a_seed(processor):

@@ -82,6 +82,8 @@ def as_recording(item, sample_rate: int, name: str) -> NDArray[np.float32]:
 
 
 def _pixels(item: Tensor | np.ndarray | Sequence, name: str, ndim: int) -> Tensor:
+    if isinstance(item, np.ndarray) and not item.flags.writeable:
+        item = item.copy()  # as Pillow gives it; torch warns of sharing such memory
     tensor = torch.as_tensor(item)
     if tensor.dtype != torch.uint8 or tensor.dim() != ndim or tensor.shape[-1] != 3:
         raise ValueError(
