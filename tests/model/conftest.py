@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unimoe_model.cli import main
-from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.configuration import BLIP2_QFORMER, WHISPER_SMALL_DECODER, UniMoEConfig
 from unimoe_model.data.tokenizer import train_tokenizer
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 
@@ -218,3 +218,10 @@ def tokenizer_folder(tmp_path_factory):
         merges=[],
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def shallow_connectors(monkeypatch):
+    """Connectors that a checkpoint lacks have one layer, which takes less time to draw."""
+    monkeypatch.setitem(WHISPER_SMALL_DECODER, "decoder_layers", 1)
+    monkeypatch.setitem(BLIP2_QFORMER, "num_hidden_layers", 1)

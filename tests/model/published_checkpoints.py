@@ -175,3 +175,32 @@ def published(name):
     torch.manual_seed(0)
     hears, layers, eight = LAYOUTS[name]
     return llm(layers, eight) | vision() | aligner(hears), published_config(hears)
+
+
+def adapter(folder, state, router_lora=False):
+    """LoRA on an expert and an attention map, new gates, projector and aligner."""
+    torch.manual_seed(2)
+    folder.mkdir()
+    targets = [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.experts.1.down_proj",
+        *(["model.layers.0.mlp.gate"] if router_lora else []),
+    ]
+    loras = {}
+    for target in targets:
+        rows, columns = state[f"{target}.weight"].shape
+        loras[f"base_model.model.{target}.lora_A.weight"] = matrix(2, columns)
+        loras[f"base_model.model.{target}.lora_B.weight"] = matrix(rows, 2)
+    save_file(loras, folder / "adapter_model.safetensors")
+    gate = "model.layers.0.mlp.gate"
+    gates = {f"{gate}.weight": state[f"{gate}.weight"] if router_lora else matrix(EXPERTS, WIDTH)}
+    if router_lora:
+        for half in "AB":
+            saved = loras[f"base_model.model.{gate}.lora_{half}.weight"]
+            gates[f"{gate}.lora_{half}.default.weight"] = saved.clone()
+    torch.save(gates, folder / "mlp_gates.bin")
+    projector = {"base_model.model.model.mm_projector.0.bias": matrix(WIDTH)}
+    save_file(projector, folder / "non_lora_trainables.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder, loras, gates, projector

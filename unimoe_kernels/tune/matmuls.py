@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from unimoe_kernels.tune.cases import Case
 GATE = ("silu", 7.0, 1.702)
 
 
-class Matmul:
+class Matmul(ABC):
     """One matmul with its inputs; outputs are of order one.
 
     Subclasses have `launch`, which returns the outputs, `part`, which picks of the outputs what
@@ -40,21 +41,21 @@ class Matmul:
         self.tokens, self.rows = case.tokens, case.tokens * self.top_k
         self.prepare()
 
+    @abstractmethod
     def prepare(self) -> None:
         """Draws the inputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def launch(self, tile: Tile) -> tuple[Tensor, ...]:
         """Runs the kernel with a tile."""
-        raise NotImplementedError
 
     def part(self, outputs: tuple[Tensor, ...], own: Expert) -> tuple[Tensor, ...]:
         """Picks what an expert wrote: rows of every output."""
         return tuple(output[own.begin : own.end] for output in outputs)
 
+    @abstractmethod
     def exact(self, own: Expert) -> tuple[Tensor, ...]:
         """Computes what `part` should be."""
-        raise NotImplementedError
 
     def some_experts(self) -> list[Expert]:
         """Lists the first and the last expert that has rows."""

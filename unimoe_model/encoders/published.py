@@ -1,6 +1,7 @@
 """Where the weights of the paper's encoders are looked for, and how transformers' are read."""
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Self
 
@@ -25,7 +26,7 @@ def weights_source(name: str, repository: str) -> str:
     return repository
 
 
-class PublishedEncoder(FrozenEncoder):
+class PublishedEncoder(FrozenEncoder, ABC):
     """A frozen encoder made of a model of transformers, from whose `config` it is built.
 
     Attributes:
@@ -38,9 +39,9 @@ class PublishedEncoder(FrozenEncoder):
     model_class: type[PreTrainedModel]
     model_types: tuple[str, ...]
 
+    @abstractmethod
     def take_modules(self, model: PreTrainedModel) -> None:
         """Puts the modules of a `model_class` in place of the encoder's own."""
-        raise NotImplementedError
 
     @classmethod
     def pretrained(cls) -> Self:
