@@ -59,10 +59,10 @@ demo: build $(STAMPS)/assets ## train a small Uni-MoE and let it answer; results
 	$(BIN)/unimoe demo --output runs/demo $(ARGS)
 
 test: build $(STAMPS)/assets ## every test that needs no GPU and is not slow
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --dist worksteal $(ARGS)
 
 test-all: build $(STAMPS)/assets ## every test that this machine can run
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # The sanitized extension lies in a folder of its own; -P keeps the source tree off the path, -s lets
 # the sanitizers be heard.

@@ -82,6 +82,9 @@ LAYERS = {
     "small-unimoe": Layer(D=512, F=1376, E=4, K=2),
     "small-mixtral": Layer(D=512, F=1792, E=8, K=2),
     "small-qwen3": Layer(D=512, F=192, E=32, K=8),
+    # Not to be timed: what Triton's interpreter multiplies in a second.
+    "tiny-fine": Layer(D=64, F=32, E=8, K=2),
+    "tiny-coarse": Layer(D=48, F=80, E=4, K=2),
 }
 
 SMALL = ("small-unimoe", "small-mixtral", "small-qwen3")
@@ -173,13 +176,13 @@ def _full() -> ShapeSet:
 SETS = {
     "smoke": ShapeSet(
         layer=(
-            Case("small-qwen3", 16, dtype="bfloat16"),
-            Case("small-unimoe", 16, "training", "zipf"),
+            Case("tiny-fine", 16, dtype="bfloat16"),
+            Case("tiny-coarse", 16, "training", "zipf"),
         ),
-        operator=(Case("small-qwen3", 16), Case("small-qwen3", 16, "training")),
-        movement=(Case("small-qwen3", 16), Case("small-qwen3", 16, "training")),
-        lora=(Case("small-qwen3", 16, "training"),),
-        ranks=(Case("small-qwen3", 18, "training"),),
+        operator=(Case("tiny-fine", 16), Case("tiny-fine", 16, "training")),
+        movement=(Case("tiny-fine", 16), Case("tiny-fine", 16, "training")),
+        lora=(Case("tiny-fine", 16, "training"),),
+        ranks=(Case("tiny-fine", 18, "training"),),
         model="smoke",
     ),
     "small": _small(),

@@ -34,8 +34,12 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="session")
 def few_threads():
-    """Tensors here are small: a thread for every core of a big machine is mostly waking up."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    """Tensors here are small: a thread for every core of a big machine is mostly waking up.
+
+    Processes of pytest-xdist have a core each.
+    """
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    torch.set_num_threads(min(2, os.cpu_count() or 1) if alone else 1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The command `unimoe`: demo, train, generate, eval, routing, convert, assemble."""
+"""The command `unimoe`: demo, train, pretrain, generate, eval, routing, convert, assemble."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unimoe_model.user_errors import USER_ERRORS
 
-DEFAULT_CONFIG = Path("configs/tiny.yaml")
+DEFAULT_CONFIG, FULL_CONFIG = Path("configs/demo.yaml"), Path("configs/tiny.yaml")
 # The names of evaluation.metrics.METRICS, which would load transformers for a --help.
 METRIC_NAMES = ("vqa", "exact", "choice", "wer", "cider")
 
@@ -44,20 +44,34 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train a small Uni-MoE and let it answer")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="default runs/demo")
-    demo.add_argument(
+    which = demo.add_mutually_exclusive_group()
+    which.add_argument(
         "--config", type=Path, default=DEFAULT_CONFIG, help=f"default {DEFAULT_CONFIG}"
+    )
+    which.add_argument(
+        "--full",
+        dest="config",
+        action="store_const",
+        const=FULL_CONFIG,
+        help=f"the longer run, LLM included: {FULL_CONFIG}",
     )
     demo.add_argument("--seed", type=int, help="instead of the one in the config")
     demo.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="take one model through all stages")
-    train.add_argument("config", type=Path, help="for example configs/tiny.yaml")
+    train.add_argument("config", type=Path, help="for example configs/demo.yaml")
     train.add_argument("--output", type=Path, default=Path("runs/train"), help="default runs/train")
     train.add_argument("--arm", choices=("moe", "dense"), default="moe", help="default moe")
     train.add_argument("--seed", type=int, help="instead of the one in the config")
     train.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
     train.set_defaults(run=_train)
+
+    pretrain = commands.add_parser("pretrain", help="train the demo's small LLM on text")
+    pretrain.add_argument("config", type=Path, help="for example configs/tiny.yaml")
+    pretrain.add_argument("--output", type=Path, required=True, help="folder of the LLM")
+    pretrain.add_argument("--seed", type=int, help="instead of the one in the config")
+    pretrain.set_defaults(run=_pretrain)
 
     generate = commands.add_parser("generate", help="ask a trained model a question")
     generate.add_argument("question", nargs="?", default="", help="none when speech asks")
@@ -153,7 +167,7 @@ def _train(options: argparse.Namespace) -> None:
         result = train_arm(
             settings,
             options.arm,
-            options.output / options.arm,
+            options.output,
             options.features or options.output / "features",
             BarReporter() if mesh is None or mesh.get_rank() == 0 else SilentReporter(),
             device,
@@ -163,6 +177,17 @@ def _train(options: argparse.Namespace) -> None:
         return
     for task, value in result["accuracy"].items():
         print(f"{task:<18}{100 * value:6.1f} %")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from unimoe_model.training.pretrain import pretrain_language_model
+    from unimoe_model.training.progress import BarReporter
+    from unimoe_model.training.start import own_device
+
+    correct = pretrain_language_model(
+        _settings(options), options.output, BarReporter(), own_device()
+    )
+    print(f"{100 * correct:.1f} % of questions about unseen pairs; LLM in {options.output}")
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,8 +16,10 @@ from unimoe_model.evaluation.accuracy import accuracy, blind_answers
 from unimoe_model.evaluation.report import Results, print_results, write_report
 from unimoe_model.evaluation.showcase import show_examples
 from unimoe_model.evaluation.throughput import layer_throughput
-from unimoe_model.training.arm import arm_process, build_tasks, held_out_examples
+from unimoe_model.training.machine import Machine
+from unimoe_model.training.parts import FEATURES_SECONDS, FORECAST, run_part
 from unimoe_model.training.progress import BarReporter, replay
+from unimoe_model.training.run_data import build_tasks, held_out_examples
 from unimoe_model.training.settings import RunSettings
 from unimoe_model.training.stages import ARMS, STAGES
 
@@ -46,17 +50,19 @@ def run_demo(settings: RunSettings, output: Path, cache_folder: Path | None = No
     cache_folder = cache_folder or output / "features"
     output.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()
-    started = time.monotonic()
-    print("1/4  Features of the frozen encoders (computed once)", flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = Machine.detect(settings, device, processes=len(ARMS))
+    print(machine, flush=True)
+    print("1/4  Features of the frozen encoders, and stage 1, which both models share", flush=True)
+    _run_parts(settings, ("base",), output, cache_folder, device, machine.cores)
+
+    print("2/4  Training: the MoE and, on the same batches, the dense baseline", flush=True)
+    _run_parts(settings, ARMS, output, cache_folder, device, machine.threads)
+    evaluations = {arm: _read_json(output / arm / "evaluation.json") for arm in ARMS}
     builder = build_tasks(settings, cache_folder, device)
     train = builder.media_examples("train") | builder.text_examples()
     held_out = held_out_examples(settings, builder)
-    seconds = {"features": time.monotonic() - started}
-
-    print("2/4  Training: the MoE and, on the same batches, the dense baseline", flush=True)
-    _train_arms(settings, output, cache_folder, device)
-    evaluations = {arm: _read_json(output / arm / "evaluation.json") for arm in ARMS}
+    seconds = {"features": _read_json(output / "base" / FEATURES_SECONDS)["seconds"]}
 
     print("3/4  Speed of one MoE layer beside the dense and the looped one", flush=True)
     throughput = layer_throughput(**THROUGHPUT_LAYER, device=device, dtype=torch.float32)
@@ -81,6 +87,8 @@ def run_demo(settings: RunSettings, output: Path, cache_folder: Path | None = No
         routing={k: torch.tensor(v) for k, v in evaluations["moe"]["routing"].items()},
         experts=list(settings.experts),
         seed=settings.seed,
+        machine=asdict(machine),
+        forecast=_read_json(output / FORECAST),
     )
     _link(output / "final", output / "moe" / "model")
     examples = show_examples(output / "moe" / "model", output / "examples", held_out)
@@ -95,25 +103,32 @@ def _link(link: Path, folder: Path) -> None:
     link.symlink_to(folder.relative_to(link.parent))
 
 
-def _train_arms(
-    settings: RunSettings, output: Path, cache_folder: Path, device: torch.device
+def _run_parts(
+    settings: RunSettings,
+    parts: Sequence[str],
+    output: Path,
+    cache_folder: Path,
+    device: torch.device,
+    threads: int,
 ) -> None:
+    """Runs parts of the demo side by side, each in a process with so many threads."""
     # The processes' steps allocate the same sizes again and again: with these, glibc keeps the
     # memory instead of handing it back and faulting every page in anew.
     os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 34))
     context = mp.get_context("spawn")
     queue = context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // len(ARMS))
     processes = {
-        arm: context.Process(
-            target=arm_process,
-            args=(settings, arm, output / arm, cache_folder, queue, device, threads),
+        part: context.Process(
+            target=run_part,
+            args=(settings, part, output, cache_folder, queue, device, threads),
             daemon=True,
         )
-        for arm in ARMS
+        for part in parts
     }
-    reporters = {arm: BarReporter(prefix=f"{arm:>5} ", position=i) for i, arm in enumerate(ARMS)}
+    reporters = {
+        part: BarReporter(prefix=f"{part:>5} ", position=i) for i, part in enumerate(parts)
+    }
     for process in processes.values():
         process.start()
     running = set(processes)
@@ -145,9 +160,9 @@ def _check_alive(processes: dict, running: set[str]) -> None:
 
 
 def _stage_metrics(output: Path) -> tuple[dict, dict[str, float]]:
-    losses: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
+    losses: dict[str, dict[str, list[float]]] = {part: {} for part in ("base", *ARMS)}
     seconds: dict[str, float] = {}
-    for arm in ARMS:
+    for arm in losses:
         for path in sorted(
             (output / arm).rglob("metrics.json"), key=lambda p: _stage_order(p, output / arm)
         ):

@@ -111,6 +111,8 @@ def speech_decoder():
 
 def main(folder, rank, world, expert, kill=0):
     torch.set_num_threads(1)
+    # Steps of AdamW and Muon enlarge rounding: float32 says little after a few of them.
+    torch.set_default_dtype(torch.float64)
     mesh = None
     if expert:
         mesh = start_parallel(
@@ -128,6 +130,7 @@ def main(folder, rank, world, expert, kill=0):
         settings(),
         "moe",
         folder / "run",
+        folder / "base",
         *tasks_and_bank(),
         tokenizer,
         speech_decoder(),

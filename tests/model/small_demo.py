@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from unimoe_model.data import easy_vqa, general_midi, spoken, sprites, text
-from unimoe_model.training import arm
+from unimoe_model.training import parts
 
 LEARN = "steps: 200, batch_size: 16, learning_rate: 5.0e-3"  # enough to answer with words
 STEP = "steps: 2, batch_size: 4, learning_rate: 1.0e-3"
@@ -62,7 +62,7 @@ def forget() -> None:
     easy_vqa.question_texts.cache_clear()
 
 
-def arm_process(*arguments) -> None:
-    """Trains an arm on the few items, in a fresh process."""
+def run_part(*arguments) -> None:
+    """Trains a part on the few items, in a fresh process."""
     take_few(setattr)
-    arm.arm_process(*arguments)
+    parts.run_part(*arguments)

@@ -125,7 +125,7 @@ class LevelEncoder:
     def fingerprint(self) -> str:
         return "level"
 
-    def encode_clips(self, clips):
+    def encode_clips(self, clips, on_batch):
         self.calls += 1
         features = torch.tensor([[[len(clip), np.abs(clip).max()]] for clip in clips])
         return features.half(), torch.ones(len(clips), dtype=torch.int64)

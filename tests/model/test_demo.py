@@ -18,7 +18,7 @@ from unimoe_model.data.examples import TASKS
 from unimoe_model.data.media_io import load_image
 from unimoe_model.evaluation.report import TASK_NAMES
 from unimoe_model.generation import Answerer
-from unimoe_model.training.arm import build_tasks
+from unimoe_model.training.run_data import build_tasks
 from unimoe_model.training.settings import load_settings
 from unimoe_model.training.stages import ARMS
 
@@ -48,7 +48,7 @@ def small(monkeypatch):
     except MissingAssetError as error:
         pytest.skip(f"demo assets are not installed: {error.name}")
     small_demo.take_few(monkeypatch.setattr)
-    monkeypatch.setattr(demo, "arm_process", small_demo.arm_process)
+    monkeypatch.setattr(demo, "run_part", small_demo.run_part)
     monkeypatch.setattr(demo, "THROUGHPUT_LAYER", small_demo.LAYER)
     yield
     monkeypatch.undo()

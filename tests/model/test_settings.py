@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from unimoe_model.data.limits import DataLimits
 from unimoe_model.training.settings import load_settings
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -177,8 +179,46 @@ def test_files_that_are_no_settings(tmp_path, content, message):
 def test_precision_given_is_kept_and_auto_decided(load):
     cpu = torch.device("cpu")
     assert load(raw_settings()).resolved_precision(cpu) == "fp32"
-    assert load(raw_settings(), precision="bf16").resolved_precision(cpu) == "bf16"
     assert load(raw_settings(), precision="auto").resolved_precision(cpu) in ("bf16", "fp32")
+
+
+def test_exactly_one_of_pretrain_and_language_model(load):
+    for changes in ({"language_model": "llm"}, {"pretrain": None, "language_model": None}):
+        with pytest.raises(ValueError, match=r"exactly one of|model\.text must be left out"):
+            load(raw_settings() | changes)
+
+
+def test_sizes_come_from_the_language_model(load, tmp_path):
+    raw = raw_settings() | {"language_model": "llm"}
+    del raw["pretrain"]
+    with pytest.raises(ValueError, match=r"model\.text must be left out"):
+        load(raw)
+    for name in ("text", "vocab_size"):
+        del raw["model"][name]
+    with pytest.raises(ValueError, match=r"language_model \(.*llm\) must be a LLaMA"):
+        load(raw)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    (tmp_path / "llm").mkdir()
+    written = json.dumps({"model_type": "llama", "vocab_size": 310, "dtype": "float16"} | sizes)
+    (tmp_path / "llm" / "config.json").write_text(written)
+    settings = load(raw)
+    assert (settings.model.text, settings.model.vocab_size) == (sizes, 310)
+    assert settings.language_model == str(tmp_path / "llm")
+    with pytest.raises(ValueError, match=r"language_model .* cannot be read"):
+        settings.result_facts()
+    (tmp_path / "llm" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "llm" / "tokenizer.json").write_bytes(b"words")
+    facts = settings.result_facts()
+    assert str(tmp_path) not in str(facts)
+    (tmp_path / "llm" / "model.safetensors").write_bytes(b"other weights")
+    assert settings.result_facts() != facts
+
+
+def test_limits_of_data_are_read(load):
+    raw = raw_settings() | {"data": {"videos": 8}}
+    assert load(raw).data == DataLimits(videos=8)
+    with pytest.raises(ValueError, match=r"data has unknown keys \['films'\]"):
+        load(raw_settings() | {"data": {"films": 8}})
 
 
 @pytest.fixture

@@ -6,16 +6,21 @@ import functools
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from unimoe_kernels.testing import relative_error
 from unimoe_model.data.collate import Collator
 from unimoe_model.data.examples import Example, MediaBank, MediaRef
+from unimoe_model.data.feature_cache import FeatureCache
 from unimoe_model.training import stages
 from unimoe_model.training.assemble import ffn_state
+from unimoe_model.training.base import widen_ffns
+from unimoe_model.training.language_model import read_sizes, save_language_model
+from unimoe_model.training.query_states import query_state_bank
 from unimoe_model.training.settings import ModelSettings, RunSettings, StageSettings
-from unimoe_model.training.stages import Trainer, query_state_bank
+from unimoe_model.training.stages import Trainer
 from unimoe_model.training.trainer import OptimizerSettings
 
 STAGES = ["pretrain", "align", "experts/image", "experts/audio", "tune"]
@@ -123,6 +128,7 @@ def trainer(tasks_and_bank, decoder, tokenizer, tmp_path, monkeypatch):
             given or settings(),
             arm,
             tmp_path / folder,
+            tmp_path / "base",
             tasks or tasks_and_bank[0],
             tasks_and_bank[1],
             tokenizer,
@@ -213,10 +219,9 @@ def test_stage_3_starts_from_the_experts_and_their_connectors(trainer, tmp_path)
     """The audio expert is hardly trained, so it must be the dense FFN, not the image expert."""
     still = stage(learning_rate=1e-12, audio=1)
     made = trainer(given=settings(experts={"image": stage(image=1), "audio": still}))
-    model = made._pretrain()
-    made._align(model)
+    model = made.align()
     dense = ffn_state(model)
-    collator = Collator(made._tokenizer, model.config, made._bank)
+    collator = Collator(made.tokenizer, model.config, made._bank)
     moe = made._experts(model, collator)
     image, audio = (
         load_file(tmp_path / "run" / "experts" / kind / "trained.safetensors")
@@ -264,13 +269,124 @@ def test_tasks_of_all_stages_are_checked_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
-def test_query_states_stand_for_features(trainer, tasks_and_bank):
-    model = trainer()._pretrain().train()
-    bank = query_state_bank(model, tasks_and_bank[1], batch_size=3)
+def test_query_states_stand_for_features(trainer, tasks_and_bank, tmp_path):
+    model = trainer().align().train()
+    cache = FeatureCache(tmp_path / "states")
+    bank = query_state_bank(model, tasks_and_bank[1], cache, "run", batch_size=3)
     assert bank.kinds == tasks_and_bank[1].kinds
     for unchanged in ("images", "audios"):
         assert torch.equal(bank.sets[unchanged], tasks_and_bank[1].sets[unchanged])
     states = bank.sets["speechs"]
     assert states.shape == (4, 4, 16)
     features = tasks_and_bank[1].sets["speechs"].float()
-    assert torch.allclose(states, model.model.speech_connector.hidden_states(features), atol=1e-5)
+    expected = model.model.speech_connector.hidden_states(features)
+    assert relative_error(states.float(), expected) < 1e-3  # float16
+    only = query_state_bank(model, tasks_and_bank[1], cache, "run", {"speechs"})
+    assert list(only.sets) == ["speechs"]
+    assert torch.equal(only.sets["speechs"], states)
+
+
+def test_query_states_are_of_one_stage_1_and_of_one_set_of_features(
+    trainer, tasks_and_bank, tmp_path
+):
+    model = trainer().align()
+    cache = FeatureCache(tmp_path / "states")
+    first = query_state_bank(model, tasks_and_bank[1], cache, "run").sets["speechs"]
+    with torch.no_grad():
+        model.model.speech_connector.query_tokens.normal_()
+    again = query_state_bank(model, tasks_and_bank[1], cache, "run").sets["speechs"]
+    assert torch.equal(again, first)  # read, not computed
+    other = query_state_bank(model, tasks_and_bank[1], cache, "other run").sets["speechs"]
+    assert relative_error(other.float(), first.float()) > 1e-2
+    changed = MediaBank()
+    changed.add("speechs", "speech", -3 * tasks_and_bank[1].sets["speechs"])
+    of_changed = query_state_bank(model, changed, cache, "run").sets["speechs"]
+    assert relative_error(of_changed.float(), first.float()) > 1e-2
+
+
+@pytest.fixture
+def language_model(trainer, tokenizer, tmp_path):
+    """Settings that start from a pretrained LLM, and the model that it was taken from."""
+    model = trainer(folder="pretrained").align()
+    save_language_model(model, tokenizer, tmp_path / "llm")
+    sizes, vocab_size = read_sizes(tmp_path / "llm")
+    sized = dataclasses.replace(settings().model, text=sizes, vocab_size=vocab_size)
+    given = settings(model=sized, pretrain=None, language_model=str(tmp_path / "llm"))
+    return given, model
+
+
+def test_language_model_is_kept_in_float16(language_model, tmp_path):
+    given, model = language_model
+    expected = model.model.language_model.state_dict()
+    stored = load_file(tmp_path / "llm" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert stored.keys() == {f"model.{name}" for name in expected}
+    for name, tensor in expected.items():
+        assert relative_error(stored[f"model.{name}"].float(), tensor) < 1e-3
+    assert given.model.text["intermediate_size"] == 48
+
+
+def test_arms_share_stage_1_and_start_as_one_function(language_model, trainer, tasks_and_bank):
+    given, pretrained = language_model
+    begun = []
+    models = {}
+    for arm in ("moe", "dense"):
+        reporter = Reporter()
+        models[arm] = trainer(arm, folder=f"lm-{arm}", reporter=reporter, given=given).align()
+        begun += reporter.begun
+    assert begun == [("align", 0)]
+    assert same(models["moe"], models["dense"])
+    words = models["moe"].get_input_embeddings().weight
+    assert relative_error(words, pretrained.get_input_embeddings().weight) < 1e-3
+
+    wide = widen_ffns(models["dense"], 2)
+    assert wide.config.text_config.intermediate_size == 96
+    assert models["dense"].config.text_config.intermediate_size == 48
+    collator = Collator(trainer().tokenizer, wide.config, tasks_and_bank[1])
+    batch = collator.training([own[0] for own in tasks_and_bank[0].values()])
+    del batch["labels"]
+    with torch.no_grad():
+        outputs = [m.eval().hidden_states(**batch) for m in (wide, models["dense"])]
+    assert outputs[1].abs().mean() > 0.1
+    assert relative_error(*outputs) < 1e-5
+
+
+def test_widening_is_refused_where_it_has_no_meaning(language_model, trainer):
+    given, model = language_model
+    with pytest.raises(ValueError, match=r"times \(0\) must be at least 1"):
+        widen_ffns(model, 0)
+    moe = trainer("moe", given=given).run()
+    with pytest.raises(ValueError, match=r"model has num_experts \(2\), expected 0"):
+        widen_ffns(moe, 2)
+
+
+class Multiplications(TorchDispatchMode):
+    """Records the dtypes of everything that multiplies matrices or convolves."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        if any(part in name for part in ("mm", "linear", "conv", "attention", "moe_mlp", "lora")):
+            tensors = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+            self.seen.setdefault(name, set()).update(t.dtype for t in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("arm", ["moe", "dense"])
+@pytest.mark.parametrize("has_llm", [False, True])
+def test_nothing_multiplies_in_bfloat16_without_instructions(
+    language_model, trainer, monkeypatch, arm, has_llm
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    muon = StageSettings(OptimizerSettings(2, 2, 0.01, muon_learning_rate=0.01), {"text": 1})
+    given = language_model[0] if has_llm else settings(pretrain=muon)
+    given = dataclasses.replace(given, precision="auto")
+    with Multiplications() as multiplications:
+        trainer(arm, folder="without", given=given).run()
+    assert {"mm.default", "addmm.default"} <= multiplications.seen.keys()
+    for name, dtypes in multiplications.seen.items():
+        assert torch.bfloat16 not in dtypes, name
+    assert ("grouped_mm.default" in multiplications.seen) == (arm == "moe")

@@ -69,8 +69,8 @@ def run_script(tmp_path, *arguments):
 @pytest.mark.parametrize(
     ("arch", "options"),
     [
-        (80, ["--few"]),
         (90, ["--few"]),
+        pytest.param(80, ["--few"], marks=pytest.mark.slow),
         *(pytest.param(arch, ["--all"], marks=pytest.mark.slow) for arch in SHARED),
         # What the choice for these GPUs is not, but a table may ask for.
         pytest.param(90, ["--all", "--pointers"], marks=pytest.mark.slow),

@@ -6,6 +6,7 @@ and are no part of the training set here.
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache as memoize
 from pathlib import Path
@@ -93,6 +94,15 @@ def image_path(split: str, index: int) -> Path:
     return asset_file("easy_vqa", "data", folder, "images", f"{first + index}.png")
 
 
+def num_pictures(split: str) -> int:
+    """Pictures of a split.
+
+    Raises:
+        ValueError: unknown split.
+    """
+    return _bounds(split)[2]
+
+
 def labels(split: str) -> list[dict[str, str]]:
     """What is known of each picture: ``color`` and ``shape``, where its questions tell.
 
@@ -103,7 +113,7 @@ def labels(split: str) -> list[dict[str, str]]:
         ValueError: unknown split.
         MissingAssetError: the package easy-vqa is not installed.
     """
-    known: list[dict[str, str]] = [{} for _ in range(_bounds(split)[2])]
+    known: list[dict[str, str]] = [{} for _ in range(num_pictures(split))]
     for index, question, answer in questions(split):
         known[index].update(stated_attributes(question, answer))
     return known
@@ -122,13 +132,16 @@ def stated_attributes(question: str, answer: str) -> dict[str, str]:
     return {"shape" if word in SHAPES else "color": word for word in words}
 
 
-def load(cache: FeatureCache, encoder: EfficientNetLite0, split: str) -> MediaSet:
+def load(
+    cache: FeatureCache, encoder: EfficientNetLite0, split: str, most: int | None = None
+) -> MediaSet:
     """Features of the pictures of a split, at 96 x 96 pixels: 9 tokens each.
 
     Args:
         cache: where features are kept.
         encoder: the picture encoder.
         split: ``"train"``, ``"validation"`` or ``"test"``.
+        most: only the first so many pictures; None for all.
 
     Returns:
         Features ``[M, 9, 1280]`` with the labels ``color`` and ``shape``.
@@ -137,14 +150,15 @@ def load(cache: FeatureCache, encoder: EfficientNetLite0, split: str) -> MediaSe
         ValueError: unknown split.
         MissingAssetError: the package easy-vqa is not installed.
     """
-    _, _, count = _bounds(split)
-    known = labels(split)
+    count = min(num_pictures(split), most or sys.maxsize)
+    known = labels(split)[:count]
     title = f"easy-vqa {split}"
 
     def build() -> dict[str, Tensor]:
         return {"features": encoder.encode(_images(split, count), count, title)}
 
-    fingerprint = f"easy-vqa 1.0 {_SPLITS[split]} {IMAGE_SIZE} px, {encoder.fingerprint()}"
+    folder, first, _ = _bounds(split)
+    fingerprint = f"easy-vqa 1.0 {(folder, first, count)} {IMAGE_SIZE} px, {encoder.fingerprint()}"
     features = cache.load_or_build(f"easy_vqa-{split}", fingerprint, build)["features"]
     return MediaSet(features, torch.full((count,), features.shape[1]), known)
 

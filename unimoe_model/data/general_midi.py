@@ -8,9 +8,11 @@ from importlib.metadata import version
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from unimoe_model.assets import asset_file, asset_folder
 from unimoe_model.data.feature_cache import FeatureCache
+from unimoe_model.data.limits import draw
 from unimoe_model.data.media_set import MediaSet
 from unimoe_model.encoders.aisfx import HOP, SAMPLE_RATE, AisfxAudioEncoder
 
@@ -168,13 +170,21 @@ def notes_of(split: str) -> list[tuple[int, int, int]]:
     return list(itertools.product(range(len(INSTRUMENTS)), pitches, velocities))
 
 
-def load(cache: FeatureCache, encoder: AisfxAudioEncoder, split: str) -> MediaSet:
+def load(
+    cache: FeatureCache,
+    encoder: AisfxAudioEncoder,
+    split: str,
+    most: int | None = None,
+    seed: int = 0,
+) -> MediaSet:
     """Every instrument at every pitch and velocity of the split.
 
     Args:
         cache: keeps the features.
         encoder: hears the clips.
         split: ``"train"`` (2560 clips), ``"validation"`` (256) or ``"test"`` (768).
+        most: clips that are drawn; None for all.
+        seed: decides which.
 
     Returns:
         10 rows a clip; labels ``instrument``, ``family`` and ``pitch`` (the MIDI key).
@@ -183,7 +193,7 @@ def load(cache: FeatureCache, encoder: AisfxAudioEncoder, split: str) -> MediaSe
         MissingAssetError: the package ``pretty_midi`` or ``tinysoundfont`` is not installed.
         ValueError: no such split.
     """
-    notes = notes_of(split)
+    notes = draw(notes_of(split), most, seed)
     asset_folder("tinysoundfont")
     fingerprint = json.dumps(
         {
@@ -195,7 +205,7 @@ def load(cache: FeatureCache, encoder: AisfxAudioEncoder, split: str) -> MediaSe
         }
     )
     tensors = cache.load_or_build(
-        f"general_midi-{split}", fingerprint, lambda: _encode(encoder, notes)
+        f"general_midi-{split}", fingerprint, lambda: _encode(encoder, notes, split)
     )
     labels = [
         {
@@ -209,13 +219,18 @@ def load(cache: FeatureCache, encoder: AisfxAudioEncoder, split: str) -> MediaSe
 
 
 def _encode(
-    encoder: AisfxAudioEncoder, notes: Sequence[tuple[int, int, int]], batch_size: int = 16
+    encoder: AisfxAudioEncoder,
+    notes: Sequence[tuple[int, int, int]],
+    split: str,
+    batch_size: int = 16,
 ) -> dict[str, torch.Tensor]:
     sampler = Sampler()
     batches = []
-    for start in range(0, len(notes), batch_size):
-        clips = [sampler.render(*note) for note in notes[start : start + batch_size]]
-        batches.append(encoder(torch.from_numpy(np.stack(clips))).to("cpu", torch.float16))
+    with tqdm(total=len(notes), desc=f"general_midi-{split}", unit="note", mininterval=0.5) as bar:
+        for start in range(0, len(notes), batch_size):
+            clips = [sampler.render(*note) for note in notes[start : start + batch_size]]
+            batches.append(encoder(torch.from_numpy(np.stack(clips))).to("cpu", torch.float16))
+            bar.update(len(clips))
     features = torch.cat(batches)
     lengths = torch.full((len(notes),), features.shape[1], dtype=torch.int64)
     return {"features": features, "lengths": lengths}

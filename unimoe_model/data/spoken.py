@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from unimoe_model.assets import asset_file, asset_folder
 from unimoe_model.data.audio_io import resample
 from unimoe_model.data.feature_cache import FeatureCache
+from unimoe_model.data.limits import draw
 from unimoe_model.data.media_set import MediaSet
 from unimoe_model.encoders.whisper import SAMPLE_RATE, WhisperSpeechEncoder
 
@@ -127,13 +129,21 @@ def _speak(phrases: Sequence[tuple[str, str]]) -> list[NDArray[np.float32]]:
     return [resample(clip, rate, SAMPLE_RATE) for clip in np.split(wave, ends[:-1])]
 
 
-def words(cache: FeatureCache, encoder: WhisperSpeechEncoder, split: str) -> MediaSet:
+def words(
+    cache: FeatureCache,
+    encoder: WhisperSpeechEncoder,
+    split: str,
+    most: int | None = None,
+    seed: int = 0,
+) -> MediaSet:
     """The 30 words of :data:`WORDS`, each in every voice of the split.
 
     Args:
         cache: keeps the features.
         encoder: hears the clips.
         split: ``"train"`` (1200 clips), ``"validation"`` (180) or ``"test"`` (600).
+        most: clips that are drawn; None for all.
+        seed: decides which.
 
     Returns:
         Features of 25 rows a second; labels ``word`` and ``voice``.
@@ -143,12 +153,17 @@ def words(cache: FeatureCache, encoder: WhisperSpeechEncoder, split: str) -> Med
         ValueError: no such split.
     """
     _check_split(split)
-    phrases = [(word, voice) for voice in WORD_VOICES[split] for word in WORDS]
+    phrases = draw([(w, voice) for voice in WORD_VOICES[split] for w in WORDS], most, seed)
     return _spoken_set(cache, encoder, f"spoken_words-{split}", phrases, "word")
 
 
 def questions(
-    cache: FeatureCache, encoder: WhisperSpeechEncoder, texts: Sequence[str], split: str
+    cache: FeatureCache,
+    encoder: WhisperSpeechEncoder,
+    texts: Sequence[str],
+    split: str,
+    most: int | None = None,
+    seed: int = 0,
 ) -> MediaSet:
     """Questions, each in every voice of the split.
 
@@ -157,6 +172,8 @@ def questions(
         encoder: hears the clips.
         texts: what is asked, the same texts in all splits.
         split: ``"train"`` (14 voices), ``"validation"`` (2) or ``"test"`` (5).
+        most: clips that are drawn; None for all.
+        seed: decides which.
 
     Returns:
         Features of 25 rows a second; labels ``text`` and ``voice``.
@@ -165,7 +182,7 @@ def questions(
         MissingAssetError: the package ``espeakng-loader`` is not installed.
         ValueError: no such split, or no texts.
     """
-    phrases = question_phrases(texts, split)
+    phrases = draw(question_phrases(texts, split), most, seed)
     return _spoken_set(cache, encoder, f"spoken_questions-{split}", phrases, "text")
 
 
@@ -203,7 +220,9 @@ def _spoken_set(
     )
 
     def build():
-        features, lengths = encoder.encode_clips(synthesize_all(phrases))
+        spoken = synthesize_all(phrases)
+        with tqdm(total=len(spoken), desc=name, unit="clip", mininterval=0.5) as bar:
+            features, lengths = encoder.encode_clips(spoken, on_batch=bar.update)
         return {"features": features, "lengths": lengths}
 
     tensors = cache.load_or_build(name, fingerprint, build)

@@ -11,6 +11,7 @@ from einops import rearrange
 from unimoe_model.data import easy_vqa, general_midi, spoken, sprites
 from unimoe_model.data.examples import Example, MediaBank, MediaRef
 from unimoe_model.data.feature_cache import FeatureCache
+from unimoe_model.data.limits import DataLimits
 from unimoe_model.data.media_set import MediaSet
 from unimoe_model.data.text import (
     ASK_FAMILY,
@@ -48,15 +49,24 @@ class TaskBuilder:
         cache: keeps the encoders' features on disk.
         encoders: the frozen encoders.
         speech_max_frames: rows every speech clip is padded to.
-        seed: decides which pictures spoken questions are about.
+        seed: decides which pictures spoken questions are about, and which items are drawn.
+        limits: most items of the larger sets in the split `"train"`.
     """
 
-    def __init__(self, cache: FeatureCache, encoders: Encoders, speech_max_frames: int, seed: int):
+    def __init__(
+        self,
+        cache: FeatureCache,
+        encoders: Encoders,
+        speech_max_frames: int,
+        seed: int,
+        limits: DataLimits | None = None,
+    ):
         self.bank = MediaBank()
         self._cache = cache
         self._encoders = encoders
         self._speech_max_frames = speech_max_frames
         self._seed = seed
+        self._limits = limits or DataLimits()
         self.question_texts = easy_vqa.question_texts()
 
     def media_examples(self, split: str) -> dict[str, list[Example]]:
@@ -78,24 +88,15 @@ class TaskBuilder:
         }
 
     def text_examples(self) -> dict[str, list[Example]]:
-        """The text tasks of pretraining; `text` is the one that stage 3 keeps and we test."""
-        pairs = {(label.get("color"), label.get("shape")) for label in easy_vqa.labels("train")}
-        return pretraining_tasks(
-            questions=self.question_texts,
-            pairs=sorted(pair for pair in pairs if None not in pair),
-            families={
-                name: general_midi.family_of(program)
-                for program, name in enumerate(general_midi.INSTRUMENTS)
-            },
-            motions=sprites.MOTIONS,
-            things=[sprites.sprite_name(c) for c in sprites.concepts("train")][:200],
-            words=spoken.WORDS,
-            seed=self._seed,
-        )
+        """The text tasks; see `text_examples`."""
+        return text_examples(self._seed)
 
     def held_out_text(self, split: str) -> list[Example]:
         """Questions about sentences whose colour and shape no training text has together."""
         return reading_examples(self.question_texts, HELD_OUT_PAIRS[split])
+
+    def _limits_of(self, split: str) -> DataLimits:
+        return self._limits if split == "train" else DataLimits()
 
     def _add(self, kind: str, source: str, features: torch.Tensor) -> None:
         if kind == "speech":
@@ -103,13 +104,15 @@ class TaskBuilder:
         self.bank.add(source, kind, features)
 
     def _pictures(self, split: str) -> tuple[dict[str, list[Example]], list[Example]]:
-        media = easy_vqa.load(self._cache, self._encoders.vision, split)
+        limits = self._limits_of(split)
+        media = easy_vqa.load(self._cache, self._encoders.vision, split, limits.pictures)
         source = f"easy_vqa/{split}"
         self._add("image", source, media.features)
         refs = [(MediaRef("image", source, i),) for i in range(len(media))]
         qa = [
             Example("image_qa", q.question, q.answer, refs[q.image_index], blind_key=q.question)
             for q in easy_vqa.questions(split)
+            if q.image_index < len(refs)
         ]
         captions = [
             Example("picture", ASK_PICTURE, f"a {label['color']} {label['shape']}", refs[i])
@@ -119,9 +122,11 @@ class TaskBuilder:
         return {"image_qa": qa, "picture": captions}, qa
 
     def _speech(self, split: str, asked: Sequence[Example]) -> dict[str, list[Example]]:
-        encoder = self._encoders.speech
-        words = spoken.words(self._cache, encoder, split)
-        questions = spoken.questions(self._cache, encoder, self.question_texts, split)
+        encoder, limits = self._encoders.speech, self._limits_of(split)
+        words = spoken.words(self._cache, encoder, split, limits.words, self._seed)
+        questions = spoken.questions(
+            self._cache, encoder, self.question_texts, split, limits.questions, self._seed
+        )
         self._add("speech", f"words/{split}", words.features)
         self._add("speech", f"questions/{split}", questions.features)
         word_refs = _refs("speech", f"words/{split}", words)
@@ -161,7 +166,8 @@ class TaskBuilder:
         return examples
 
     def _sounds(self, split: str) -> dict[str, list[Example]]:
-        media = general_midi.load(self._cache, self._encoders.audio, split)
+        most = self._limits_of(split).sounds
+        media = general_midi.load(self._cache, self._encoders.audio, split, most, self._seed)
         source = f"general_midi/{split}"
         self._add("audio", source, media.features)
         refs = _refs("audio", source, media)
@@ -178,7 +184,9 @@ class TaskBuilder:
         }
 
     def _videos(self, split: str) -> dict[str, list[Example]]:
-        media = sprites.load(self._cache, self._encoders.vision, split)
+        clips = sprites.SPLIT_SIZES[split]
+        most = min(clips, self._limits_of(split).videos or clips)
+        media = sprites.load(self._cache, self._encoders.vision, split, most)
         source = f"sprites/{split}"
         frames = rearrange(media.features, "m (frames n) c -> m frames n c", frames=8)
         self._add("video", source, frames)
@@ -188,6 +196,42 @@ class TaskBuilder:
                 for ref, label in zip(_refs("video", source, media), media.labels, strict=True)
             ]
         }
+
+
+def media_counts(limits: DataLimits) -> dict[str, int]:
+    """Items of every media set that training and evaluation take, by its name in the cache."""
+    texts = easy_vqa.question_texts()
+    whole = {
+        split: {
+            "easy_vqa": easy_vqa.num_pictures(split),
+            "spoken_words": len(spoken.WORDS) * len(spoken.WORD_VOICES[split]),
+            "spoken_questions": len(spoken.question_phrases(texts, split)),
+            "general_midi": len(general_midi.notes_of(split)),
+            "sprites": sprites.SPLIT_SIZES[split],
+        }
+        for split in ("train", "test")
+    }
+    most = (limits.pictures, limits.words, limits.questions, limits.sounds, limits.videos)
+    for (name, count), limit in zip(list(whole["train"].items()), most, strict=True):
+        whole["train"][name] = min(count, limit or count)
+    return {f"{name}-{split}": n for split, sets in whole.items() for name, n in sets.items()}
+
+
+def text_examples(seed: int) -> dict[str, list[Example]]:
+    """The text tasks of pretraining; `text` is the one that stage 3 keeps and the demo tests."""
+    pairs = {(label.get("color"), label.get("shape")) for label in easy_vqa.labels("train")}
+    return pretraining_tasks(
+        questions=easy_vqa.question_texts(),
+        pairs=sorted(pair for pair in pairs if None not in pair),
+        families={
+            name: general_midi.family_of(program)
+            for program, name in enumerate(general_midi.INSTRUMENTS)
+        },
+        motions=sprites.MOTIONS,
+        things=[sprites.sprite_name(c) for c in sprites.concepts("train")][:200],
+        words=spoken.WORDS,
+        seed=seed,
+    )
 
 
 def _refs(kind: str, source: str, media: MediaSet) -> list[MediaRef]:

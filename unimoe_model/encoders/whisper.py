@@ -1,7 +1,7 @@
 """Whisper tiny.en: what the model hears speech with, and where its speech connector starts from."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -132,7 +132,10 @@ class WhisperSpeechEncoder(FrozenEncoder):
             return self.encoder(mel.to(weight))
 
     def encode_clips(
-        self, clips: Sequence[NDArray[np.float32]], batch_size: int = 32
+        self,
+        clips: Sequence[NDArray[np.float32]],
+        batch_size: int = 32,
+        on_batch: Callable[[int], object] = lambda done: None,
     ) -> tuple[Tensor, Tensor]:
         """Encodes clips of different lengths to one row of features every 40 ms.
 
@@ -144,6 +147,7 @@ class WhisperSpeechEncoder(FrozenEncoder):
         Args:
             clips: each ``[samples]`` at 16 kHz, in -1..1.
             batch_size: clips encoded at once.
+            on_batch: is told the clips done since the last call.
 
         Returns:
             features ``[M, n, 384]`` float16 on the CPU, zeros after a clip's last row, and lengths
@@ -174,6 +178,7 @@ class WhisperSpeechEncoder(FrozenEncoder):
                 frames = self(torch.from_numpy(waveforms))[:, : rows * POOL].float()
                 pooled = frames.unflatten(1, (rows, POOL)).mean(dim=2)
                 features[batch, :rows] = pooled.to("cpu", torch.float16)
+                on_batch(len(batch))
         return features, lengths
 
     def encode_recording(

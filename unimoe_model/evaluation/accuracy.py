@@ -1,6 +1,5 @@
 """Accuracy of greedy, unconstrained generation, letter for letter, and the blind baseline."""
 
-import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
@@ -81,14 +80,6 @@ def blind_answers(train: Sequence[Example], examples: Sequence[Example]) -> list
         by_key[example.blind_key][example.answer] += 1
         overall[example.answer] += 1
     return [_most_frequent(by_key.get(e.blind_key) or overall) for e in examples]
-
-
-def held_out_sample(examples: Sequence[Example], most: int | None, seed: int) -> list[Example]:
-    """All examples, or a seeded sample of `most` of them, in their order."""
-    if most is None or most >= len(examples):
-        return list(examples)
-    chosen = sorted(random.Random(seed).sample(range(len(examples)), most))
-    return [examples[i] for i in chosen]
 
 
 def _most_frequent(counts: Counter) -> str:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +46,8 @@ class Results:
         routing: by modality, `[layers, E]`.
         experts: name of each expert.
         seed: of the run.
+        machine: fields of `Machine`: what the run was on, and what was chosen for it.
+        forecast: seconds by part that were foretold before the first long step.
     """
 
     accuracy: dict[str, float]
@@ -58,6 +61,8 @@ class Results:
     routing: dict[str, torch.Tensor]
     experts: list[str]
     seed: int
+    machine: dict[str, Any]
+    forecast: dict[str, float]
 
     @property
     def mean(self) -> dict[str, float]:
@@ -92,6 +97,8 @@ def write_report(results: Results, examples: Sequence[WorkedExample], folder: Pa
         "routing": {modality: share.tolist() for modality, share in results.routing.items()},
         "examples": [asdict(example) for example in examples],
         "seed": results.seed,
+        "machine": results.machine,
+        "forecast": results.forecast,
     }
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
 

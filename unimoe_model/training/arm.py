@@ -1,71 +1,38 @@
-"""One arm of a run from data to evaluated checkpoint, callable in a process of its own."""
+"""One arm of a run, from data to evaluated checkpoint."""
 
 import json
-import os
-import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers.utils.logging import disable_progress_bar
 
 from unimoe_kernels.distributed import finish_parallel
 from unimoe_model.data.collate import Collator
-from unimoe_model.data.examples import EVALUATED_TASKS, Example
-from unimoe_model.data.feature_cache import FeatureCache
-from unimoe_model.data.tasks import Encoders, TaskBuilder
-from unimoe_model.data.tokenizer import train_tokenizer
-from unimoe_model.encoders import build_encoder
+from unimoe_model.data.examples import Example, MediaBank
+from unimoe_model.data.tokenizer import train_on_examples
 from unimoe_model.encoders.whisper import load_decoder
-from unimoe_model.evaluation.accuracy import accuracy, generate_answers, held_out_sample
+from unimoe_model.evaluation.accuracy import accuracy, generate_answers
+from unimoe_model.evaluation.files import write_whole
 from unimoe_model.evaluation.routing import routing_shares
 from unimoe_model.processing import UniMoEProcessor
-from unimoe_model.prompt import build_prompt
 from unimoe_model.training.checkpoint import fingerprint
-from unimoe_model.training.progress import ProgressReporter, QueueReporter
+from unimoe_model.training.language_model import load_tokenizer
+from unimoe_model.training.progress import ProgressReporter
+from unimoe_model.training.query_states import CACHED_KINDS
 from unimoe_model.training.ranks import Ranks
+from unimoe_model.training.run_data import build_tasks, held_out_examples
 from unimoe_model.training.settings import RunSettings
-from unimoe_model.training.stages import CACHED_KINDS, Trainer, query_state_bank
-from unimoe_model.user_errors import USER_ERRORS
+from unimoe_model.training.stages import Trainer
 
-TOKENIZER_SAMPLE = 3000
 ROUTED_EXAMPLES = 60
-
-
-def build_tasks(settings: RunSettings, cache_folder: Path, device: torch.device) -> TaskBuilder:
-    """The tasks of a run, over the demo's encoders and a cache of their features.
-
-    Vision and speech are encoded in bfloat16 where the run trains in it (3 to 4 times faster on a
-    CPU with AVX512-BF16); the small sound network gains nothing.
-    """
-    bf16 = settings.resolved_precision(device) == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    encoders = Encoders(
-        vision=build_encoder("efficientnet-lite0", "vision").to(device, dtype),
-        speech=build_encoder("whisper-tiny.en", "speech").to(device, dtype),
-        audio=build_encoder("aisfx", "audio").to(device),
-    )
-    return TaskBuilder(
-        FeatureCache(cache_folder), encoders, settings.model.speech_max_frames, settings.seed
-    )
-
-
-def held_out_examples(
-    settings: RunSettings, builder: TaskBuilder, split: str = "test"
-) -> dict[str, list[Example]]:
-    """The held-out items of the six tasks, sampled as the settings say."""
-    tasks = builder.media_examples(split) | {"text": builder.held_out_text(split)}
-    return {
-        name: held_out_sample(tasks[name], settings.evaluation.get(name), settings.seed)
-        for name in EVALUATED_TASKS
-    }
 
 
 def train_arm(
     settings: RunSettings,
     arm: str,
-    folder: Path,
+    output: Path,
     cache_folder: Path,
     reporter: ProgressReporter,
     device: torch.device,
@@ -76,7 +43,8 @@ def train_arm(
     Args:
         settings: what to train.
         arm: `"moe"` or `"dense"`.
-        folder: stages, `model/` and `evaluation.json` are written here.
+        output: stages, `model/` and `evaluation.json` are written to the folder `arm` in it, and
+            what all arms share to `base`.
         cache_folder: where the encoders' features are kept.
         reporter: is told of the progress.
         device: where to train.
@@ -88,6 +56,7 @@ def train_arm(
         `seconds`. None in processes other than the first.
     """
     ranks = Ranks(mesh)
+    folder = output / arm
     run = fingerprint([arm, settings.result_facts(), settings.resolved_precision(device)])
     if (result := _finished(folder, run)) is not None:
         finish_parallel()
@@ -99,37 +68,58 @@ def train_arm(
     tasks = builder.media_examples("train") | builder.text_examples()
     if ranks.is_first:
         ranks.wait("features")
-    tokenizer = train_tokenizer(
-        (
-            f"{build_prompt(e.question, [ref.kind for ref in e.media])} {e.answer}"
-            for examples in tasks.values()
-            for e in examples[:TOKENIZER_SAMPLE]
-        ),
-        settings.model.vocab_size,
-    )
-    trainer = Trainer(
+    trainer = build_trainer(settings, arm, output, tasks, builder.bank, reporter, device, mesh)
+    model = trainer.run()
+    finish_parallel()
+    if not ranks.is_first:
+        return None
+    tokenizer = trainer.tokenizer
+    model.save_pretrained(folder / "model")
+    UniMoEProcessor.from_config(model.config, tokenizer).save_pretrained(folder / "model")
+    result = {"run": run, **_evaluate(settings, model, trainer, builder, reporter)}
+    write_whole(folder / "evaluation.json", json.dumps(result))
+    return result
+
+
+def build_trainer(
+    settings: RunSettings,
+    arm: str,
+    output: Path,
+    tasks: Mapping[str, Sequence[Example]],
+    bank: MediaBank,
+    reporter: ProgressReporter,
+    device: torch.device,
+    mesh: DeviceMesh | None = None,
+) -> Trainer:
+    """The trainer of an arm, with the tokenizer that the settings name or one trained on `tasks`.
+
+    Args:
+        settings: what to train.
+        arm: `"moe"` or `"dense"`.
+        output: see `train_arm`.
+        tasks: training examples by task.
+        bank: features of their media.
+        reporter: is told of the progress.
+        device: where to train.
+        mesh: see `train_arm`.
+    """
+    if settings.language_model is None:
+        tokenizer = train_on_examples(tasks, settings.model.vocab_size)
+    else:
+        tokenizer = load_tokenizer(Path(settings.language_model))
+    return Trainer(
         settings,
         arm,
-        folder,
+        output / arm,
+        output / "base",
         tasks,
-        builder.bank,
+        bank,
         tokenizer,
         load_decoder(),
         reporter,
         device,
         mesh,
     )
-    model = trainer.run()
-    finish_parallel()
-    if not ranks.is_first:
-        return None
-    model.save_pretrained(folder / "model")
-    UniMoEProcessor.from_config(model.config, tokenizer).save_pretrained(folder / "model")
-    result = {"run": run, **_evaluate(settings, model, tokenizer, builder, reporter)}
-    partial = folder / "evaluation.json.new"
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    partial.rename(folder / "evaluation.json")
-    return result
 
 
 def _finished(folder: Path, run: str) -> dict | None:
@@ -140,10 +130,12 @@ def _finished(folder: Path, run: str) -> dict | None:
     return result if result.get("run") == run else None
 
 
-def _evaluate(settings: RunSettings, model, tokenizer, builder, reporter) -> dict:
+def _evaluate(settings: RunSettings, model, trainer: Trainer, builder, reporter) -> dict:
     started = time.monotonic()
     held_out = held_out_examples(settings, builder)
-    bank = query_state_bank(model, builder.bank)
+    tokenizer = trainer.tokenizer
+    sources = {ref.source for examples in held_out.values() for e in examples for ref in e.media}
+    bank = trainer.query_states(model, sources)
     collator = Collator(tokenizer, model.config, bank, query_states=CACHED_KINDS)
     reporter.start("evaluate", sum(map(len, held_out.values())), 0)
     answers = {
@@ -162,40 +154,3 @@ def _evaluate(settings: RunSettings, model, tokenizer, builder, reporter) -> dic
         "routing": routing,
         "seconds": time.monotonic() - started,
     }
-
-
-def arm_process(
-    settings: RunSettings,
-    arm: str,
-    folder: Path,
-    cache_folder: Path,
-    queue,
-    device: torch.device,
-    threads: int,
-) -> None:
-    """Body of a process that trains one arm and sends its progress, or its error, to `queue`."""
-    torch.set_num_threads(threads)
-    disable_progress_bar()
-    _exit_with_parent()
-    try:
-        train_arm(settings, arm, folder, cache_folder, QueueReporter(arm, queue), device)
-    except KeyboardInterrupt:
-        return
-    except USER_ERRORS as error:
-        queue.put((arm, "failed", (str(error),), {}))
-        return
-    except Exception as error:
-        queue.put((arm, "failed", (f"{type(error).__name__}: {error}",), {}))
-        raise
-    queue.put((arm, "done", (), {}))
-
-
-def _exit_with_parent() -> None:
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

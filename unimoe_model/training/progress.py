@@ -18,6 +18,9 @@ class ProgressReporter(Protocol):
     def finish(self) -> None:
         """The stage has ended."""
 
+    def say(self, text: str) -> None:
+        """Something to read, between stages."""
+
 
 class BarReporter:
     """Draws one bar a stage: steps, loss, tokens/s and the time left.
@@ -53,6 +56,10 @@ class BarReporter:
         """Closes the bar and leaves it on the screen."""
         self._bar.close()
 
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        tqdm.write(text)
+
 
 class SilentReporter:
     """Shows nothing: for processes beside the one that has the terminal."""
@@ -64,6 +71,9 @@ class SilentReporter:
         """Does nothing."""
 
     def finish(self) -> None:
+        """Does nothing."""
+
+    def say(self, text: str) -> None:
         """Does nothing."""
 
 
@@ -85,6 +95,10 @@ class QueueReporter:
     def finish(self) -> None:
         """Sends the end of a stage."""
         self._queue.put((self._name, "finish", (), {}))
+
+    def say(self, text: str) -> None:
+        """Sends a line."""
+        self._queue.put((self._name, "say", (text,), {}))
 
 
 def replay(message: tuple, reporters: dict[str, ProgressReporter]) -> None:

@@ -11,7 +11,10 @@ from transformers.activations import ACT2FN
 
 from unimoe_model.configuration import MEDIA_KINDS, check_moe_layers
 from unimoe_model.data.examples import EVALUATED_TASKS, TASKS
+from unimoe_model.data.limits import DataLimits
 from unimoe_model.data.tokenizer import LEAST_VOCAB_SIZE
+from unimoe_model.precision import PRECISIONS, resolve_precision
+from unimoe_model.training.language_model import digest, read_sizes
 from unimoe_model.training.trainer import OptimizerSettings
 from unimoe_model.value_types import fits_type
 
@@ -39,7 +42,8 @@ class ModelSettings:
     """Sizes of the model.
 
     Attributes:
-        text: fields of `LlamaConfig`; `intermediate_size` is the width of one expert.
+        text: fields of `LlamaConfig`; `intermediate_size` is the width of one expert. Left out of
+            a file that names a `language_model`, like `vocab_size`.
         vocab_size: entries of the tokenizer that is trained.
         top_k: experts a token is routed to.
         moe_layers: which layers hold experts, as in `UniMoEConfig`.
@@ -97,7 +101,10 @@ class RunSettings:
         seed: of initial weights, data order and held-out samples.
         precision: `"bf16"`, `"fp32"`, or `"auto"`: bf16 where the device has instructions for it.
         model: sizes.
-        pretrain: the LLM on text; it stands for LLaMA.
+        pretrain: the LLM on text, from random weights; None with a `language_model`.
+        language_model: folder of a pretrained LLM that both models start from, instead of
+            `pretrain`. They then share stage 1, and the dense model is this LLM with every FFN
+            `top_k` times as wide.
         align: stage 1.
         experts: stage 2, one entry a media kind.
         tune: stage 3.
@@ -107,6 +114,7 @@ class RunSettings:
         expert_lora_alpha: of stage 2.
         lora_rank: of stage 3, on attention and experts.
         lora_alpha: of stage 3.
+        data: most items of each media set that are encoded for training.
         evaluation: most held-out items of each task; a task that is not named takes all.
         parallel: number of processes that torchrun starts; None is one process without it.
     """
@@ -114,7 +122,6 @@ class RunSettings:
     seed: int
     precision: str
     model: ModelSettings
-    pretrain: StageSettings
     align: StageSettings
     experts: dict[str, StageSettings]
     tune: StageSettings
@@ -122,11 +129,19 @@ class RunSettings:
     expert_lora_alpha: int
     lora_rank: int
     lora_alpha: int
+    pretrain: StageSettings | None = None
+    language_model: str | None = None
     router_strength: float = 0.0
+    data: DataLimits = field(default_factory=DataLimits)
     evaluation: dict[str, int] = field(default_factory=dict)
     parallel: ParallelSettings | None = None
 
     def __post_init__(self):
+        if (self.pretrain is None) == (self.language_model is None):
+            raise ValueError(
+                "pretrain and language_model: exactly one of them must be given, to say where the"
+                " language model comes from"
+            )
         unknown = sorted(self.experts.keys() - set(MEDIA_KINDS))
         if unknown or not self.experts:
             raise ValueError(f"experts ({unknown or 'none'}) must be among {MEDIA_KINDS}")
@@ -146,7 +161,7 @@ class RunSettings:
         for task, most in self.evaluation.items():
             if most < 1:
                 raise ValueError(f"evaluation.{task} ({most}) must be at least 1")
-        if self.precision not in ("auto", "bf16", "fp32"):
+        if self.precision not in PRECISIONS:
             raise ValueError(f"precision ({self.precision!r}) must be 'auto', 'bf16' or 'fp32'")
         if self.parallel is not None and len(self.experts) % self.parallel.expert:
             raise ValueError(
@@ -155,18 +170,20 @@ class RunSettings:
             )
 
     def result_facts(self) -> dict[str, Any]:
-        """All fields that decide the result, as plain values; `parallel` does not."""
+        """All fields that decide the result, as plain values; `parallel` does not.
+
+        Raises:
+            ValueError: if the files of `language_model` cannot be read.
+        """
         facts = asdict(self)
         del facts["parallel"]
+        if self.language_model is not None:
+            facts["language_model"] = digest(Path(self.language_model))
         return facts
 
     def resolved_precision(self, device: torch.device) -> str:
-        """`"bf16"` or `"fp32"`, with `"auto"` decided for `device`."""
-        if self.precision != "auto":
-            return self.precision
-        if device.type == "cuda":
-            return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        """`"bf16"` or `"fp32"`, with `"auto"` decided for `device` (`resolve_precision`)."""
+        return resolve_precision(self.precision, device)
 
 
 def load_settings(path: str | Path, **overrides: Any) -> RunSettings:
@@ -187,17 +204,36 @@ def load_settings(path: str | Path, **overrides: Any) -> RunSettings:
         raise ValueError(f"config ({path}) must be a mapping, got {type(raw).__name__}")
     raw |= overrides
     for name in ("pretrain", "align", "tune"):
-        if name in raw:
+        if name in raw and (name, raw[name]) != ("pretrain", None):
             raw[name] = _stage(raw[name], path, name)
     if isinstance(raw.get("experts"), dict):
         raw["experts"] = {
             kind: _stage(value, path, f"experts.{kind}") for kind, value in raw["experts"].items()
         }
+    if isinstance(raw.get("language_model"), str):
+        _take_language_model(raw, Path(path))
     if "model" in raw:
         raw["model"] = _build(ModelSettings, raw["model"], path, "model")
+    if "data" in raw:
+        raw["data"] = _build(DataLimits, raw["data"], path, "data")
     if raw.get("parallel") is not None:
         raw["parallel"] = _build(ParallelSettings, raw["parallel"], path, "parallel")
     return _build(RunSettings, raw, path)
+
+
+def _take_language_model(raw: dict[str, Any], path: Path) -> None:
+    """Fills in the folder, from the file's own, and the sizes that the LLM in it has."""
+    folder = path.parent / raw["language_model"]
+    raw["language_model"] = str(folder)
+    model = dict(_mapping(raw.get("model"), f"{path}: model"))
+    given = sorted({"text", "vocab_size"} & model.keys())
+    if given:
+        raise ValueError(f"{path}: model.{given[0]} must be left out: language_model decides it")
+    try:
+        model["text"], model["vocab_size"] = read_sizes(folder)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    raw["model"] = model
 
 
 def _transformers_config(name: str, values: dict[str, Any], config_class: type):

@@ -5,7 +5,7 @@ FLOPs a token as the experts of the MoE arm. In stage 2 it is trained on the ver
 experts are trained on, taken in turn.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerFast
 
-from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
+from unimoe_model.configuration import MEDIA_KINDS
 from unimoe_model.data.collate import Collator
 from unimoe_model.data.examples import Example, MediaBank
+from unimoe_model.data.feature_cache import FeatureCache
 from unimoe_model.data.mixture import Mixture
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.assemble import (
@@ -29,8 +30,11 @@ from unimoe_model.training.assemble import (
     lora_parameters,
     merge_lora,
 )
+from unimoe_model.training.base import dense_config, widen_ffns
 from unimoe_model.training.checkpoint import completed_run, fingerprint
+from unimoe_model.training.language_model import digest, load_language_model
 from unimoe_model.training.progress import ProgressReporter
+from unimoe_model.training.query_states import CACHED_KINDS, query_state_bank
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.router_start import mean_ffn_inputs, router_weights
 from unimoe_model.training.settings import RunSettings, StageSettings
@@ -40,8 +44,6 @@ ARMS = ("moe", "dense")
 STAGES = ("pretrain", "align", "experts", "tune")
 TRAINED = "trained.safetensors"
 ROUTER_START_BATCHES = 4
-CACHED_KINDS = ("speech",)
-"""Kinds whose connector body is trained in stage 1 alone; its query states are computed once."""
 
 
 class Trainer:
@@ -51,6 +53,8 @@ class Trainer:
         settings: what to train.
         arm: `"moe"` or `"dense"`.
         folder: one folder a stage is made in it.
+        base_folder: where stage 1 is made that all arms share, if the settings name a
+            `language_model`.
         tasks: training examples by task.
         bank: features of their media.
         tokenizer: the LLM's tokenizer.
@@ -69,6 +73,7 @@ class Trainer:
         settings: RunSettings,
         arm: str,
         folder: Path,
+        base_folder: Path,
         tasks: Mapping[str, Sequence[Example]],
         bank: MediaBank,
         tokenizer: PreTrainedTokenizerFast,
@@ -82,50 +87,78 @@ class Trainer:
         self._settings = settings
         self._arm = arm
         self._folder = folder
+        self._base_folder = folder if settings.language_model is None else base_folder
         self._tasks = tasks
         self._bank = bank
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._speech_decoder = speech_decoder
         self._reporter = reporter
         self._device = device
         self._ranks = Ranks(mesh)
         self._precision = settings.resolved_precision(device)
-        stages = (settings.pretrain, settings.align, *settings.experts.values(), settings.tune)
-        for stage in stages:
+        stages = (settings.align, *settings.experts.values(), settings.tune)
+        for stage in (*stages, settings.pretrain) if settings.pretrain else stages:
             Mixture(tasks, stage.tasks, seed=(settings.seed,))
         self._digests: dict[str, str] = {}
         words = fingerprint(tokenizer.get_vocab())
-        self._history: list = [arm, self._precision, asdict(settings.model), settings.seed, words]
+        llm = settings.language_model
+        source = arm if llm is None else digest(Path(llm))
+        sizes = asdict(settings.model)
+        self._origin = (source, self._precision, sizes, settings.seed, words)
+        self._history: list = []
+        self._aligned_run = ""
 
     def run(self) -> UniMoEForConditionalGeneration:
         """Trains (or loads) everything and returns the tuned model, LoRA merged."""
-        model = self._pretrain()
-        self._align(model)
-        bank = query_state_bank(model, self._bank)
-        collator = Collator(self._tokenizer, model.config, bank, query_states=CACHED_KINDS)
+        model = self.align()
+        if self._settings.language_model is not None:
+            self._history.append(self._arm)
+            if self._arm == "dense":
+                model = widen_ffns(model, self._settings.model.top_k)
+                self._set_attention(model)
+        bank = self.query_states(model)
+        collator = Collator(self.tokenizer, model.config, bank, query_states=CACHED_KINDS)
         if self._arm == "dense":
             self._experts_in_one(model, collator)
         else:
             model = self._experts(model, collator)
         return self._tune(model, collator)
 
-    def _pretrain(self) -> UniMoEForConditionalGeneration:
-        torch.manual_seed(self._settings.seed)
-        model = UniMoEForConditionalGeneration(self._dense_config())
+    def align(self) -> UniMoEForConditionalGeneration:
+        """Pretrains (or loads) the LLM, then trains the connectors: stage 1.
+
+        With a `language_model` this is the same for both arms.
+        """
+        settings = self._settings
+        self._history = list(self._origin)
+        torch.manual_seed(settings.seed)
+        text = dict(settings.model.text)
+        if settings.language_model is None and self._arm == "dense":
+            text["intermediate_size"] *= settings.model.top_k
+        config = dense_config(settings.model, text, self.tokenizer, self._speech_decoder)
+        model = UniMoEForConditionalGeneration(config)
         model.model.speech_connector.load_decoder(self._speech_decoder.state_dict())
+        if settings.language_model is not None:
+            load_language_model(model, Path(settings.language_model))
         model.to(self._device)
         self._set_attention(model)
-        parameters = _named(model, lambda name: "_connector." not in name)
-        collator = Collator(self._tokenizer, model.config, self._bank)
-        stage = self._settings.pretrain
-        self._stage("pretrain", model, parameters, self._batches(stage, 0, collator), stage)
+        collator = Collator(self.tokenizer, model.config, self._bank)
+        if settings.pretrain is not None:
+            parameters = _named(model, lambda name: "_connector." not in name)
+            batches = self._batches(settings.pretrain, 0, collator)
+            self._stage("pretrain", model, parameters, batches, settings.pretrain)
+        parameters = _named(model, lambda name: "_connector." in name)
+        batches = self._batches(settings.align, 1, collator)
+        self._stage("align", model, parameters, batches, settings.align, self._base_folder)
+        self._aligned_run = fingerprint(self._history)
         return model
 
-    def _align(self, model: UniMoEForConditionalGeneration) -> None:
-        parameters = _named(model, lambda name: "_connector." in name)
-        collator = Collator(self._tokenizer, model.config, self._bank)
-        stage = self._settings.align
-        self._stage("align", model, parameters, self._batches(stage, 1, collator), stage)
+    def query_states(
+        self, model: UniMoEForConditionalGeneration, sources: Collection[str] | None = None
+    ) -> MediaBank:
+        """The bank with query states in place of speech features; see `query_state_bank`."""
+        cache = FeatureCache(self._base_folder / "query_states")
+        return query_state_bank(model, self._bank, cache, self._aligned_run, sources)
 
     def _experts(
         self, model: UniMoEForConditionalGeneration, collator: Collator
@@ -230,48 +263,6 @@ class Trainer:
         """
         model.set_attn_implementation("eager" if self._device.type == "cpu" else "sdpa")
 
-    def _dense_config(self) -> UniMoEConfig:
-        model = self._settings.model
-        text = dict(model.text)
-        if self._arm == "dense":
-            text["intermediate_size"] *= model.top_k
-        ids = self._tokenizer.convert_tokens_to_ids
-        decoder = self._speech_decoder.config
-        return UniMoEConfig(
-            text_config={
-                **text,
-                "vocab_size": len(self._tokenizer),
-                "pad_token_id": self._tokenizer.pad_token_id,
-                "bos_token_id": self._tokenizer.bos_token_id,
-                "eos_token_id": self._tokenizer.eos_token_id,
-                "tie_word_embeddings": True,
-            },
-            tie_word_embeddings=True,
-            num_experts=0,
-            vision_encoder="efficientnet-lite0",
-            vision_feature_size=1280,
-            vision_num_tokens=9,
-            speech_encoder="whisper-tiny.en",
-            speech_feature_size=decoder.d_model,
-            speech_max_frames=model.speech_max_frames,
-            speech_num_queries=model.speech_num_queries,
-            speech_connector={
-                name: getattr(decoder, name)
-                for name in (
-                    "d_model",
-                    "decoder_layers",
-                    "decoder_attention_heads",
-                    "decoder_ffn_dim",
-                    "max_target_positions",
-                )
-            },
-            audio_encoder="aisfx",
-            audio_feature_size=512,
-            audio_num_queries=model.audio_num_queries,
-            audio_connector=model.audio_connector,
-            media_token_ids={kind: ids(f"<{kind}>") for kind in MEDIA_KINDS},
-        )
-
     def _batches(
         self, stage: StageSettings, number: int, collator: Collator, shared: bool = True
     ) -> Callable[[int], dict[str, torch.Tensor]]:
@@ -294,10 +285,11 @@ class Trainer:
         parameters: dict[str, nn.Parameter],
         batch_of: Callable[[int], dict[str, torch.Tensor]],
         stage: StageSettings,
+        parent: Path | None = None,
     ) -> None:
         self._history.append([name, asdict(stage), [self._digest(task) for task in stage.tasks]])
         run = fingerprint(self._history)
-        folder = self._folder / name
+        folder = (parent or self._folder) / name
         if completed_run(folder, run):
             _load_trained(folder / TRAINED, parameters)
             return
@@ -321,34 +313,6 @@ class Trainer:
             (folder / (TRAINED + ".new")).rename(folder / TRAINED)
             finish_stage(folder, run, stage.optimizer, progress)
         self._ranks.wait(f"end of {name}")
-
-
-@torch.inference_mode()
-def query_state_bank(
-    model: UniMoEForConditionalGeneration, bank: MediaBank, batch_size: int = 128
-) -> MediaBank:
-    """Runs the speech connector's frozen body once over every speech set of a bank.
-
-    After stage 1 only its projector is trained, so that what comes before stays the same. The
-    model is put in eval mode: the states are used in every later step, and must hold no dropout.
-
-    Returns:
-        A bank with query states `[items, queries, hidden]` for `CACHED_KINDS`, and the features
-        of everything else.
-    """
-    model.eval()
-    result = MediaBank()
-    for source, features in bank.sets.items():
-        kind = bank.kinds[source]
-        if kind in CACHED_KINDS:
-            connector = model.model.connector(kind)
-            parts = [
-                connector.hidden_states(part.to(model.device, model.dtype)).cpu()
-                for part in features.split(batch_size)
-            ]
-            features = torch.cat(parts).clone()
-        result.add(source, kind, features)
-    return result
 
 
 def _named(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Parameter]:

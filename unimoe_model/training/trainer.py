@@ -14,12 +14,14 @@ from torch import nn
 
 from unimoe_kernels.distributed import parameter_groups
 from unimoe_model.data.collate import IGNORED
+from unimoe_model.precision import multiplies_bf16
 from unimoe_model.training.checkpoint import (
     Progress,
     discard_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
+from unimoe_model.training.muon import Muon
 from unimoe_model.training.progress import ProgressReporter
 from unimoe_model.training.ranks import Ranks
 
@@ -74,6 +76,9 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the decoder layers' matrices and AdamW for the rest.
 
+    Muon orthogonalises float32 parameters in bfloat16 where the device has instructions for it, and
+    else in their own dtype.
+
     Args:
         parameters: what is trained, by name.
         settings: with a `muon_learning_rate`, Muon is used.
@@ -82,6 +87,8 @@ def build_optimizers(
     """
     use_muon = settings.muon_learning_rate is not None
     hidden = {n: p for n, p in parameters.items() if use_muon and ".layers." in n and p.dim() == 2}
+    first = next(iter(parameters.values()))
+    is_single = first.dtype == torch.float32
     others = [p for name, p in parameters.items() if name not in hidden]
     optimizers: list[torch.optim.Optimizer] = []
     if others:
@@ -96,11 +103,13 @@ def build_optimizers(
         )
     if hidden:
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 list(hidden.values()),
                 lr=settings.muon_learning_rate,
-                momentum=0.95,
                 weight_decay=settings.weight_decay,
+                dtype=torch.bfloat16
+                if is_single and multiplies_bf16(first.device)
+                else first.dtype,
             )
         )
     for optimizer in optimizers:
