@@ -149,9 +149,10 @@ def answer_loss(
     hidden = model.hidden_states(**inputs)[:, :-1]
     wanted = labels != IGNORED
     logits = model.lm_head(hidden[wanted])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if count is None:
-        return nn.functional.cross_entropy(logits.float(), labels[wanted])
-    return nn.functional.cross_entropy(logits.float(), labels[wanted], reduction="sum") / count
+        return nn.functional.cross_entropy(logits, labels[wanted])
+    return nn.functional.cross_entropy(logits, labels[wanted], reduction="sum") / count
 
 
 def train_stage(
