@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--speech", type=Path, action="append", default=[], help="wav, flac, mp3")
     generate.add_argument("--audio", type=Path, action="append", default=[], help="wav, flac, mp3")
     generate.add_argument("--frame-seed", type=int, help="draw a video's frames at random")
+    generate.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     generate.add_argument("--max-new-tokens", type=int, default=32, help="default 32")
     generate.set_defaults(run=_generate)
 
@@ -203,7 +204,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     mesh = share_experts()
     with attributed("generation"):
-        answerer = Answerer.from_pretrained(options.model, mesh)
+        answerer = Answerer.from_pretrained(options.model, mesh, options.precision)
         if mesh is None or mesh.get_rank() == 0:
             answer = answerer.answer(
                 options.question,

@@ -13,6 +13,7 @@ from unimoe_model.auto import register_auto_classes
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.parallel_generation import generate_in_parallel, load_in_parallel
+from unimoe_model.precision import PRECISIONS, resolve_dtype
 from unimoe_model.processing import UniMoEProcessor
 
 _UNFIT = {
@@ -42,24 +43,31 @@ class Answerer:
         self._is_parallel = is_parallel
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, mesh: DeviceMesh | None = None) -> "Answerer":
+    def from_pretrained(
+        cls, folder: str | Path, mesh: DeviceMesh | None = None, precision: str = "auto"
+    ) -> "Answerer":
         """Loads model and processor.
 
         Args:
             folder: as training, `convert` and `assemble` leave it.
             mesh: of the ranks that share the experts, all of which call; None for one process.
+            precision: of the model; `"auto"`, `"bf16"` or `"fp32"`, see `resolve_dtype`.
 
         Raises:
-            ValueError: if the folder is no checkpoint of a Uni-MoE, or its files are cut short or
-                do not fit.
+            ValueError: if `precision` is another value, the folder is no checkpoint of a Uni-MoE,
+                or its files are cut short or do not fit.
         """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision ({precision!r}) must be one of {', '.join(PRECISIONS)}")
         folder = Path(folder)
         _check_model_type(folder)
         register_auto_classes()  # transformers warns of model types that it does not know
         with _reading(folder):
             processor = UniMoEProcessor.from_pretrained(folder)
         if mesh is not None:
-            return cls(load_in_parallel(folder, mesh), processor, is_parallel=True)
+            model = load_in_parallel(folder, mesh)
+            dtype = resolve_dtype(precision, model.dtype, model.device)
+            return cls(model.to(dtype), processor, is_parallel=True)
         with _reading(folder):
             model, found = UniMoEForConditionalGeneration.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True
@@ -73,8 +81,9 @@ class Answerer:
             raise ValueError(
                 f"model ({folder}) must hold the weights of its config: {'; '.join(unfit)}"
             )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.eval().to(device), processor)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = resolve_dtype(precision, model.dtype, device)
+        return cls(model.eval().to(device, dtype), processor)
 
     def take_part(self) -> None:
         """Answers rows of a rank that calls `answer`."""

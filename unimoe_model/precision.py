@@ -53,6 +53,24 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
+def resolve_dtype(precision: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that weights get for inference.
+
+    Args:
+        precision: `"auto"` keeps float32 and float64, and gives 16-bit weights bfloat16 where the
+            device multiplies it in hardware, else float32, at twice their memory; on a GPU it keeps
+            every dtype. `"bf16"` and `"fp32"` are taken as they are.
+        stored: dtype of the weights in the checkpoint.
+        device: where the model runs.
+
+    Raises:
+        ValueError: if `precision` is another value.
+    """
+    if precision == "auto" and (stored.itemsize > 2 or device.type != "cpu"):
+        return stored
+    return torch.bfloat16 if resolve_precision(precision, device) == "bf16" else torch.float32
+
+
 @functools.cache
 def warn_of_slow_bf16(device_type: str) -> None:
     """Warns that torch is slow at bfloat16 on a device without instructions; once in a process."""

@@ -44,7 +44,7 @@ def main(folder, expert, victim):
             settings,
             "moe",
             folder / "run",
-        folder / "base",
+            folder / "base",
             *stage_ranks.tasks_and_bank(),
             tokenizer,
             stage_ranks.speech_decoder(),

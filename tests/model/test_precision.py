@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unimoe_model import precision
-from unimoe_model.precision import multiplies_bf16, resolve_precision
+from unimoe_model.precision import multiplies_bf16, resolve_dtype, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -58,3 +58,15 @@ def test_bfloat16_without_instructions_is_kept_and_warned_of_once(cpu):
 def test_other_precisions_are_refused():
     with pytest.raises(ValueError, match=r"precision \('fp16'\) must be one of auto, bf16, fp32"):
         resolve_precision("fp16", CPU)
+
+
+def test_weights_of_16_bits_become_what_the_cpu_multiplies(cpu):
+    cpu(False)
+    for stored in (torch.bfloat16, torch.float16, torch.float32):
+        assert resolve_dtype("auto", stored, CPU) == torch.float32
+    cpu(True)
+    for stored in (torch.bfloat16, torch.float16):
+        assert resolve_dtype("auto", stored, CPU) == torch.bfloat16
+    assert resolve_dtype("auto", torch.float32, CPU) == torch.float32
+    assert resolve_dtype("fp32", torch.bfloat16, CPU) == torch.float32
+    assert resolve_dtype("auto", torch.float16, torch.device("cuda")) == torch.float16
