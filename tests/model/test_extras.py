@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,6 +69,50 @@ def hide(monkeypatch, package: str) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
+
+
+def executed(tree: ast.AST) -> Iterator[ast.AST]:
+    """Import statements that run when a file is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif not isinstance(node, ast.FunctionDef):
+            yield from executed(node)
+
+
+@cache
+def imports_of(path: Path) -> tuple[set[str], set[Path]]:
+    """Top-level packages, and files of this repository, that importing a file takes."""
+    packages, files = set(), set()
+    for node in executed(ast.parse(path.read_text(encoding="utf-8"))):
+        packages |= imported(node)
+        names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{name}" for name in names)]
+        for name in names:
+            place = Path(*name.split("."))
+            for base in (ROOT / place, path.parent / place):
+                files |= {base / "__init__.py", base.with_suffix(".py")}
+    return packages, {file for file in files if file.is_file()}
+
+
+def packages_of(path: Path, seen: set[Path]) -> set[str]:
+    """Likewise, with what those files import."""
+    if path in seen:
+        return set()
+    seen.add(path)
+    packages, files = imports_of(path)
+    return packages.union(*(packages_of(file, seen) for file in files))
+
+
+def test_files_of_tests_are_skipped_where_an_extra_is_missing():
+    """And do not stop the collection of all others."""
+    missing, extras = {}, extra_modules()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        skipped = re.findall(r'^pytest\.importorskip\("(\w+)"', path.read_text(), re.MULTILINE)
+        if stopping := packages_of(path, set()) & extras - set(skipped):
+            missing[path.name] = stopping
+    assert missing == {}
 
 
 @pytest.mark.parametrize(
