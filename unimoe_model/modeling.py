@@ -1,6 +1,7 @@
 """Uni-MoE: a LLaMA with MoE layers that reads text and the soft tokens of four media kinds."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
 from unimoe_model.language_model import UniMoELanguageModel
 from unimoe_model.modality import modality_ids_of
+from unimoe_model.tensor_files import permit_as_usual
 
 
 class UniMoEPreTrainedModel(PreTrainedModel):
@@ -26,6 +28,13 @@ class UniMoEPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar = ["LlamaDecoderLayer", "UniMoEDecoderLayer"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **options):
+        """As transformers' own, and leaves the permissions of the weights to the umask."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
+        if is_main_process:
+            for path in Path(save_directory).glob("*.safetensors"):
+                permit_as_usual(path)
 
 
 class UniMoEModel(UniMoEPreTrainedModel):

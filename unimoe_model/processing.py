@@ -28,10 +28,12 @@ class UniMoEProcessor(ProcessorMixin):
     The frozen encoders live here and not in the model, so that a checkpoint holds no copy of them;
     each is built when it is first needed.
 
-    Pictures are paths, Pillow images or uint8 `[H, W, 3]`. Videos are paths, lists of pictures or
-    uint8 `[frames, H, W, 3]`, of which `video_num_frames` are chosen. Recordings are paths,
-    `[samples]` at the encoder's rate (`sample_rate`) or pairs of `[samples]` and their rate, of any
-    length: each piece that the encoder takes at once becomes so many soft tokens.
+    Media are files (paths, their bytes, open files) or what was read from them. Pictures are Pillow
+    images or uint8 `[H, W, 3]` too. Videos are lists of pictures or uint8 `[frames, H, W, 3]`, of
+    which `video_num_frames` are chosen. Recordings are `[samples]` at the encoder's rate
+    (`sample_rate`), pairs of `[samples]` and their rate, or the `{"array", "sampling_rate"}` of
+    Hugging Face datasets, of any length: each piece that the encoder takes at once becomes so many
+    soft tokens. `data/media_items.py` says how each is read.
 
     Args:
         tokenizer: tokenizer with the media placeholders.

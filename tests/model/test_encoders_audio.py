@@ -237,7 +237,7 @@ def test_clips_are_checked(speech):
     features, lengths = speech.encode_clips([])
     assert features.shape == (0, 0, 384)
     assert lengths.shape == (0,)
-    for clip in (np.zeros((2, 2), np.float32), np.zeros(0, np.float32)):
+    for clip in (np.zeros((2, 2), np.float32), np.zeros(0, np.float32), np.zeros(9, np.int16)):
         with pytest.raises(ValueError, match=r"clips\[1\]"):
             speech.encode_clips([np.zeros(9, np.float32), clip])
 

@@ -102,8 +102,10 @@ def test_windows_lose_no_sample():
     assert torch.equal(windows[1], second[0])
     with pytest.raises(ValueError, match=r"max_rows \(1499\) must be at least 1500"):
         encoder.encode_recording(samples, 1499)
-    with pytest.raises(ValueError, match=r"samples \(shape \[0\]\)"):
+    with pytest.raises(ValueError, match=r"samples \(float32, shape \[0\]\)"):
         encoder.encode_recording(samples[:0])
+    with pytest.raises(ValueError, match=r"samples \(int16, .*must be floating point"):
+        encoder.encode_recording(np.ones(9, np.int16))
 
 
 def test_pictures_and_videos_through_clip(processor, folders):

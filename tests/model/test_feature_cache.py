@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -87,6 +89,18 @@ def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         FeatureCache(tmp_path).load_or_build("clips", "f", features)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_the_umask_decides_who_may_read(tmp_path, umask):
+    earlier = os.umask(umask)
+    try:
+        cache = FeatureCache(tmp_path)
+        cache.load_or_build("clips", "f", features)
+    finally:
+        os.umask(earlier)
+    assert [p.name for p in tmp_path.iterdir()] == [cache.path("clips", "f").name]
+    assert cache.path("clips", "f").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../b"])

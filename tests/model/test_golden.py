@@ -7,7 +7,6 @@ another set of the same form is checked without a change here.
 import json
 
 import pytest
-import soundfile
 import torch
 from published import (
     Case,
@@ -237,6 +236,7 @@ def test_clip_and_the_image_connector():
 
 
 def test_pictures_for_clip():
+    pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
     case = Case("image_projector")
     encoder = clip_encoder(clip_config(case), case.tensors("weights"))
     given = case.tensors("processor")
@@ -365,6 +365,9 @@ def test_truncation(published_text, name):
 
 
 def test_audio_features():
+    soundfile = pytest.importorskip(
+        "soundfile", reason="soundfile is not installed: pip install .[demo]"
+    )
     case = Case("audio_features")
     expected = case.tensors("features")
     index = expected["frame_index"]
@@ -386,6 +389,9 @@ def test_audio_features():
 
 
 def test_speech_features():
+    soundfile = pytest.importorskip(
+        "soundfile", reason="soundfile is not installed: pip install .[demo]"
+    )
     case, waves = Case("speech_features"), Case("audio_features")
     expected = case.tensors("features")
     index = expected["frame_index"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
 from unimoe_model.training import parts
 
 

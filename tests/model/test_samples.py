@@ -37,6 +37,13 @@ def test_lines_become_samples(data, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_is_passed_over(data, mark):
+    path = data({"id": "é", "question": "what?"})
+    path.write_bytes(mark + path.read_bytes())
+    assert read_samples(path) == [Sample("é", 1, "what?")]
+
+
 ASKED = {"id": 1, "question": "what?"}
 
 

@@ -61,6 +61,20 @@ def test_loaded_model_is_the_saved_one_bit_for_bit(
     assert loaded.generation_config.suppress_tokens == model.generation_config.suppress_tokens
 
 
+@pytest.mark.parametrize("shards", ["50GB", "100KB"])
+def test_the_umask_decides_who_may_read_a_checkpoint(tiny_model, tokenizer, tmp_path, shards):
+    model = tiny_model()
+    earlier = os.umask(0o027)
+    try:
+        model.save_pretrained(tmp_path, max_shard_size=shards)
+        UniMoEProcessor.from_config(model.config, tokenizer).save_pretrained(tmp_path)
+    finally:
+        os.umask(earlier)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+    assert (sum(name.endswith(".safetensors") for name in modes) > 1) == (shards == "100KB")
+
+
 def test_auto_classes_load_a_folder(saved):
     register_auto_classes()
     register_auto_classes()

@@ -2,42 +2,85 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, SupportsFloat
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unimoe_model.data.sources import as_source, label
+from unimoe_model.extras import needed_by
 
-def resample(waveform: NDArray[np.float32], rate: int, new_rate: int) -> NDArray[np.float32]:
+
+def resample(
+    waveform: NDArray[np.float32], rate: SupportsFloat, new_rate: SupportsFloat
+) -> NDArray[np.float32]:
     """Changes the sampling rate with a polyphase low-pass filter.
 
     Args:
         waveform: ``[samples]`` or ``[samples, channels]``.
-        rate: samples a second of ``waveform``.
-        new_rate: samples a second of the result.
+        rate: samples a second of ``waveform``, a whole number of any type.
+        new_rate: samples a second of the result, likewise.
 
     Returns:
         float32, ``ceil(samples * new_rate / rate)`` samples.
 
     Raises:
-        ValueError: a rate is not positive.
+        ValueError: a rate is not positive and whole.
     """
-    from scipy.signal import resample_poly
-
-    for name, value in (("rate", rate), ("new_rate", new_rate)):
-        if value <= 0:
-            raise ValueError(f"{name} ({value}) must be positive")
+    rate, new_rate = whole_rate(rate, "rate"), whole_rate(new_rate, "new_rate")
     if rate == new_rate or waveform.shape[0] == 0:
         return np.asarray(waveform, dtype=np.float32)
+    with needed_by("resampling sound"):
+        from scipy.signal import resample_poly
+
     ratio = Fraction(new_rate, rate)
     result = resample_poly(waveform, ratio.numerator, ratio.denominator, axis=0)
     return result.astype(np.float32)
 
 
-def load_wav(path: str | Path, sample_rate: int) -> NDArray[np.float32]:
+def whole_rate(rate: SupportsFloat, name: str) -> int:
+    """A sampling rate as an int; datasets have floats too.
+
+    Raises:
+        ValueError: it is not positive and whole.
+    """
+    try:
+        value = float(rate)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} ({type(rate).__name__}) must be positive and whole") from error
+    if not (value >= 1 and value.is_integer()):
+        raise ValueError(f"{name} ({rate}) must be positive and whole")
+    return int(value)
+
+
+def full_scale(samples: NDArray, name: str) -> NDArray[np.float32]:
+    """Samples as floats, those of integers divided so that their full scale is 1.
+
+    Args:
+        samples: floating point, taken as they are; or integers of any width, the unsigned ones with
+            silence in the middle, as in files of PCM.
+        name: what errors call them.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if samples.dtype.kind in "iu":
+        info = np.iinfo(samples.dtype)
+        scale = 2.0 ** (info.bits - 1)
+        silence = scale if info.min == 0 else 0.0
+        return ((samples.astype(np.float64) - silence) / scale).astype(np.float32)
+    if samples.dtype.kind != "f":
+        raise ValueError(f"{name} ({samples.dtype}) must be of floating point or integers")
+    with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite
+        return samples.astype(np.float32)
+
+
+def load_wav(source: Any, sample_rate: int) -> NDArray[np.float32]:
     """Reads a recording as one channel at the rate a model expects.
 
     Args:
-        path: a file that libsndfile reads (wav, flac, ogg, mp3 and others).
+        source: a file that libsndfile reads (wav, flac, ogg, mp3 and others): its path, or what
+            else `as_source` reads from.
         sample_rate: samples a second of the result; other rates are resampled.
 
     Returns:
@@ -46,19 +89,22 @@ def load_wav(path: str | Path, sample_rate: int) -> NDArray[np.float32]:
     Raises:
         ValueError: the file is missing, damaged, no recording, empty, or holds NaN or infinity.
     """
-    import soundfile
+    with needed_by("reading sound"):
+        import soundfile
 
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a recording such as wav; there is no such file")
+    source = as_source(source)
+    name = label(source)
+    if isinstance(source, Path) and not source.is_file():
+        raise ValueError(f"{name}: expected a recording such as wav; there is no such file")
     try:
-        waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:  # soundfile's own errors are RuntimeErrors
-        raise ValueError(f"{path}: expected a readable recording such as wav: {error}") from error
+        waveform, rate = soundfile.read(source, dtype="float32", always_2d=True)
+    # soundfile's own errors are RuntimeErrors; of headerless files it says TypeError.
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a readable recording such as wav: {error}") from error
     if waveform.shape[0] == 0:
-        raise ValueError(f"{path}: holds no samples, expected at least one")
+        raise ValueError(f"{name}: holds no samples, expected at least one")
     if not np.isfinite(waveform).all():
-        raise ValueError(f"{path}: holds NaN or infinite samples, expected finite ones")
+        raise ValueError(f"{name}: holds NaN or infinite samples, expected finite ones")
     return resample(waveform.mean(axis=1), rate, sample_rate)
 
 
@@ -68,12 +114,13 @@ def save_wav(path: str | Path, waveform: NDArray[np.float32], sample_rate: int) 
     Args:
         path: the file, replaced if it exists.
         waveform: ``[samples]`` floating point, finite.
-        sample_rate: samples a second.
+        sample_rate: samples a second, a whole number.
 
     Raises:
         ValueError: another shape or dtype, no samples, NaN or infinity, or no writing there.
     """
-    import soundfile
+    with needed_by("writing sound"):
+        import soundfile
 
     waveform = np.asarray(waveform)
     if waveform.ndim != 1 or not np.issubdtype(waveform.dtype, np.floating) or not waveform.size:
@@ -83,7 +130,8 @@ def save_wav(path: str | Path, waveform: NDArray[np.float32], sample_rate: int) 
         )
     if not np.isfinite(waveform).all():
         raise ValueError("waveform holds NaN or infinite samples, expected finite ones")
+    rate = whole_rate(sample_rate, "sample_rate")
     try:
-        soundfile.write(path, waveform, sample_rate, subtype="PCM_16", format="WAV")
+        soundfile.write(path, waveform, rate, subtype="PCM_16", format="WAV")
     except (OSError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: cannot be written as wav: {error}") from error

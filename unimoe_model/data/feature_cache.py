@@ -1,7 +1,6 @@
 """Frozen features, computed once and kept on disk."""
 
 import hashlib
-import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -9,8 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from unimoe_model.tensor_files import save_tensors
 
 
 class FeatureCache:
@@ -82,10 +82,5 @@ def _read(path: Path, fingerprint: str) -> dict[str, Tensor]:
 
 def _write(path: Path, fingerprint: str, features: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     metadata = {"fingerprint": fingerprint, "crc32": _checksum(features)}
-    try:
-        save_file(features, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_tensors(path, features, metadata)

@@ -1,43 +1,59 @@
-"""Reading a user's pictures and videos from disk."""
+"""Reading a user's pictures and videos from files."""
 
 import random
+import re
+from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from unimoe_model.data.pictures import decode_picture
+from unimoe_model.data.sources import as_source, label, require_file
+from unimoe_model.data.video_stream import stream_frames
+from unimoe_model.extras import needed_by
+
+with needed_by("reading pictures"):
+    from PIL import Image
+
 NUM_FRAMES = 8
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif"}
+_IMAGE_FORMATS = {"PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF", "AVIF"}
 
 
-def load_image(path: Path | str) -> Tensor:
+def load_image(source: Any) -> Tensor:
     """Reads a picture; of an animated one, the first frame.
 
+    Args:
+        source: a path, or what else `as_source` reads from.
+
     Returns:
-        ``[H, W, 3]`` uint8, RGB; transparency is put on white.
+        ``[H, W, 3]`` uint8, RGB; see `decode_picture`.
 
     Raises:
-        ValueError: the file is missing, damaged or no picture.
+        ValueError: the file is missing, damaged or no picture, or of a mode that is refused.
     """
-    path = Path(path)
-    _require_file(path, "a picture such as PNG or JPEG")
+    source = as_source(source)
+    require_file(source, "a picture such as PNG or JPEG")
     try:
-        with Image.open(path) as image:
-            return _to_tensor(image)
+        with Image.open(source) as image:
+            return decode_picture(image)
     # Pillow's decoders raise errors of many kinds on damaged bytes, IndexError among them.
     except Exception as error:
         raise ValueError(
-            f"image file {path} must be a whole picture such as PNG or JPEG: {error}"
+            f"image file {label(source)} must be a whole picture such as PNG or JPEG: {error}"
         ) from error
 
 
-def load_video(path: Path | str, num_frames: int = NUM_FRAMES, seed: int | None = None) -> Tensor:
-    """Reads a video file, an animated GIF or WebP, or a folder of pictures in name order.
+def load_video(source: Any, num_frames: int = NUM_FRAMES, seed: int | None = None) -> Tensor:
+    """Reads a video file, an animated picture, or a folder of pictures.
 
     Args:
-        path: the file or folder. Files other than pictures are read by FFmpeg, through PyAV.
+        source: the path, or what else `as_source` reads from. Files other than pictures are read by
+            FFmpeg, through PyAV. Pictures of a folder are frames in the natural order of their
+            names, 2 before 10; hidden files are passed over.
         num_frames: how many frames to pick; see `pick_frames`.
         seed: None picks evenly, a number at random.
 
@@ -45,33 +61,47 @@ def load_video(path: Path | str, num_frames: int = NUM_FRAMES, seed: int | None 
         ``[num_frames, H, W, 3]`` uint8, RGB.
 
     Raises:
-        ValueError: the path is missing, damaged, holds no pictures, or pictures of several sizes.
+        ValueError: the file is missing, damaged, holds no pictures, or pictures of several sizes.
         ModuleNotFoundError: PyAV is not installed, and the file needs it.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES)
-        if not files:
-            raise ValueError(
-                f"video folder {path} must hold pictures such as PNG or JPEG, has none"
-            )
+    source = as_source(source)
+    if isinstance(source, Path) and source.is_dir():
+        files = _frame_files(source)
         frames = [load_image(files[i]) for i in pick_frames(len(files), num_frames, seed)]
     else:
-        _require_file(path, "a video such as MP4, an animated GIF or a folder of pictures")
-        read = _animation if path.suffix.lower() in _IMAGE_SUFFIXES else _stream
+        require_file(source, "a video such as MP4, an animated GIF or a folder of pictures")
         try:
-            frames = read(path, num_frames, seed)
+            if _is_picture(source):
+                with Image.open(source) as image:
+                    frames = animation_frames(image, num_frames, seed)
+            else:
+                pick = partial(pick_frames, wanted=num_frames, seed=seed)
+                frames = stream_frames(source, pick, label(source))
         except ModuleNotFoundError:
             raise
         except Exception as error:
             raise ValueError(
-                f"video file {path} must be a whole video, animated GIF or folder of pictures: "
-                f"{error}"
+                f"video file {label(source)} must be a whole video, animated GIF or folder of"
+                f" pictures: {error}"
             ) from error
     sizes = sorted({(frame.shape[1], frame.shape[0]) for frame in frames})
     if len(sizes) > 1:
-        raise ValueError(f"frames of video {path} must have one size, have {sizes}")
+        raise ValueError(f"frames of video {label(source)} must have one size, have {sizes}")
     return torch.stack(frames)
+
+
+def animation_frames(image: Image.Image, num_frames: int, seed: int | None = None) -> list[Tensor]:
+    """Frames of an opened picture, one or many; see `pick_frames`.
+
+    The picture that an APNG shows where animations are unknown is none of them.
+    """
+    covers = int(getattr(image, "default_image", False))
+    picked = pick_frames(getattr(image, "n_frames", 1) - covers, num_frames, seed)
+    frames = []
+    for index in picked:
+        image.seek(covers + index)
+        frames.append(decode_picture(image))
+    return frames
 
 
 def pick_frames(available: int, wanted: int, seed: int | None = None) -> list[int]:
@@ -115,57 +145,35 @@ def resize_square(images: Tensor, size: int) -> Tensor:
     square = Image.fromarray(images[top : top + side, left : left + side].numpy())
     if side != size:
         square = square.resize((size, size), Image.Resampling.BICUBIC)
-    return _to_tensor(square)
+    return torch.from_numpy(np.array(square))
 
 
-def _require_file(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise ValueError(f"file {path} must be {expected}; there is no such file")
+def _frame_files(folder: Path) -> list[Path]:
+    files = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
+    ]
+    if not files:
+        raise ValueError(f"video folder {folder} must hold pictures such as PNG or JPEG, has none")
+    return sorted(files, key=lambda path: (_natural(path.name), path.name))
 
 
-def _animation(path: Path, num_frames: int, seed: int | None) -> list[Tensor]:
-    with Image.open(path) as image:
-        picked = pick_frames(getattr(image, "n_frames", 1), num_frames, seed)
-        return [_frame(image, index) for index in picked]
+def _natural(name: str) -> list[str | int]:
+    """Sorts runs of digits by their value; every second part of the split is one."""
+    parts = re.split("([0-9]+)", name)
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
-def _stream(path: Path, num_frames: int, seed: int | None) -> list[Tensor]:
-    """Frames of a file that FFmpeg reads, decoded once; containers may lie about their number."""
+def _is_picture(source: Path | BinaryIO) -> bool:
+    """Whether Pillow reads a file; one of a picture's name is, so that its damage is reported."""
+    if isinstance(source, Path) and source.suffix.lower() in _IMAGE_SUFFIXES - {".avif"}:
+        return True
     try:
-        import av
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"video file {path} needs the package av: pip install 'unimoe[demo]'"
-        ) from error
-
-    def decoded():
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise ValueError("it has no pictures")
-            container.streams.video[0].thread_type = "AUTO"
-            yield from container.decode(video=0)
-
-    available = sum(1 for _ in decoded())
-    if available == 0:
-        raise ValueError("it has no frames")
-    picked = pick_frames(available, num_frames, seed)
-    wanted, last = set(picked), picked[-1]
-    frames = {}
-    for index, frame in enumerate(decoded()):
-        if index in wanted:
-            frames[index] = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-        if index == last:
-            break
-    return [frames[index] for index in picked]
-
-
-def _frame(image: Image.Image, index: int) -> Tensor:
-    image.seek(index)
-    return _to_tensor(image)
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return torch.from_numpy(np.array(image.convert("RGB")))
+        with Image.open(source) as image:
+            return image.format in _IMAGE_FORMATS
+    except Exception:  # Pillow's readers try every file, and raise errors of many kinds
+        return False
+    finally:
+        if not isinstance(source, Path):
+            source.seek(0)

@@ -1,48 +1,59 @@
 """Media as users hand them over, files or arrays, in the one form that encoders take."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unimoe_model.data.sources import as_source
+
 
 def as_picture(item, name: str) -> Tensor:
     """A picture as `[H, W, 3]` uint8.
 
     Args:
-        item: path of a file, a Pillow image, or uint8 `[H, W, 3]`.
+        item: a file (see `as_source`), a Pillow image, or uint8 `[H, W, 3]`. A Pillow image is
+            decoded as its file would be: turned as its EXIF orientation says, put on white where
+            it is transparent.
         name: what errors call it.
 
     Raises:
         ValueError: if it is neither, or cannot be read.
     """
-    if isinstance(item, str | Path):
+    if (source := as_source(item)) is not None:
         from unimoe_model.data.media_io import load_image
 
-        return load_image(item)
-    return _pixels(np.array(item.convert("RGB")) if hasattr(item, "convert") else item, name, 3)
+        return load_image(source)
+    if _is_pillow(item):
+        from unimoe_model.data.pictures import decode_picture
+
+        return _read_pillow(item, name, decode_picture)
+    return _pixels(item, name, 3)
 
 
 def as_video(item, num_frames: int, name: str, seed: int | None = None) -> Tensor:
     """A video as `[num_frames, H, W, 3]` uint8.
 
     Args:
-        item: path of a file or of a folder of pictures, a list of pictures of one size, or uint8
-            `[frames, H, W, 3]` with at least one frame.
+        item: a file or a folder of pictures (see `load_video`), an animated Pillow image,
+            a list of pictures of one size, or uint8 `[frames, H, W, 3]` with at least one frame.
         num_frames: how many frames are chosen; see `pick_frames`.
         name: what errors call it.
         seed: None chooses evenly, a number at random.
 
     Raises:
-        ValueError: if it is neither, or cannot be read.
+        ValueError: if it is none of these, or cannot be read.
     """
-    from unimoe_model.data.media_io import load_video, pick_frames
+    from unimoe_model.data.media_io import animation_frames, load_video, pick_frames
 
-    if isinstance(item, str | Path):
-        return load_video(item, num_frames, seed)
+    if (source := as_source(item)) is not None:
+        return load_video(source, num_frames, seed)
+    if _is_pillow(item):
+        return _read_pillow(
+            item, name, lambda image: torch.stack(animation_frames(image, num_frames, seed))
+        )
     if isinstance(item, list | tuple):
         pictures = [as_picture(picture, name) for picture in item]
         sizes = {tuple(picture.shape) for picture in pictures}
@@ -50,30 +61,43 @@ def as_video(item, num_frames: int, name: str, seed: int | None = None) -> Tenso
             raise ValueError(f"{name} (pictures of {sorted(sizes)}) must be of one size")
         item = torch.stack(pictures)
     frames = _pixels(item, name, 4)
-    if frames.shape[0] == 0:
-        raise ValueError(f"{name} (shape {list(frames.shape)}) must have at least one frame")
     return frames[pick_frames(frames.shape[0], num_frames, seed)]
 
 
 def as_recording(item, sample_rate: int, name: str) -> NDArray[np.float32]:
-    """A recording as `[samples]` float32 at `sample_rate`.
+    """A recording as `[samples]` float32 at `sample_rate`, full scale at 1.
 
     Args:
-        item: path of a file; `[samples]` at `sample_rate`; or a pair of `[samples]` and its rate.
+        item: a file (see `as_source`); `[samples]` at `sample_rate`; or these with their own rate,
+            as a pair `(samples, rate)` or as the `{"array", "sampling_rate"}` of Hugging Face
+            datasets. Samples are floats, or an array or tensor of integers of any width, which are
+            scaled.
         sample_rate: samples a second of the result.
         name: what errors call it.
 
     Raises:
         ValueError: if it is none of these, empty, or not finite.
     """
-    from unimoe_model.data.audio_io import load_wav, resample
+    from unimoe_model.data.audio_io import full_scale, load_wav, resample, whole_rate
 
-    if isinstance(item, str | Path):
-        return load_wav(item, sample_rate)
+    if isinstance(item, Mapping) and "array" in item:
+        if "sampling_rate" not in item:
+            raise ValueError(f"{name} clip (keys {list(item)}) must have a sampling_rate")
+        item = (item["array"], item["sampling_rate"])
+    if (source := as_source(item)) is not None:
+        return load_wav(source, sample_rate)
     rate = sample_rate
     if isinstance(item, tuple):
-        item, rate = item
-    samples = np.asarray(item, dtype=np.float32)
+        if len(item) != 2:
+            raise ValueError(f"{name} clip (tuple of {len(item)}) must be a pair (samples, rate)")
+        item, rate = item[0], whole_rate(item[1], f"{name} rate")
+    array = _array(item, f"{name} clip")
+    if isinstance(item, Sequence) and array.dtype.kind in "iu":
+        raise ValueError(
+            f"{name} clip ({type(item).__name__} of integers) must be floats, or an array whose"
+            " dtype gives the full scale"
+        )
+    samples = full_scale(array, f"{name} clip")
     if samples.ndim != 1 or samples.size == 0 or not np.isfinite(samples).all():
         raise ValueError(
             f"{name} clip (shape {list(samples.shape)}) must be finite samples [n], n > 0"
@@ -81,13 +105,47 @@ def as_recording(item, sample_rate: int, name: str) -> NDArray[np.float32]:
     return resample(samples, rate, sample_rate)
 
 
+def _array(item, name: str) -> NDArray:
+    try:
+        if not isinstance(item, Tensor):
+            return np.asarray(item)
+        item = item.detach().cpu()
+        # NumPy has none of torch's short floats.
+        return (item.float() if item.is_floating_point() else item).numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} ({type(item).__name__}) must be samples [n]: {error}") from error
+
+
+def _is_pillow(item) -> bool:
+    return hasattr(item, "getexif") and hasattr(item, "convert")
+
+
+def _read_pillow(image, name: str, read) -> Tensor:
+    try:
+        return read(image)
+    # It may be read from its file only now; see load_image.
+    except Exception as error:
+        raise ValueError(f"{name} (Pillow image, mode {image.mode}): {error}") from error
+
+
 def _pixels(item: Tensor | np.ndarray | Sequence, name: str, ndim: int) -> Tensor:
-    if isinstance(item, np.ndarray) and not item.flags.writeable:
-        item = item.copy()  # as Pillow gives it; torch warns of sharing such memory
-    tensor = torch.as_tensor(item)
+    if isinstance(item, np.ndarray) and (
+        not item.flags.writeable or any(stride < 0 for stride in item.strides)
+    ):
+        item = item.copy()  # torch warns of read-only memory and refuses mirrored one
+    try:
+        tensor = torch.as_tensor(item).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} ({type(item).__name__}) must be a file, a Pillow image or uint8 pixels with"
+            f" {ndim} dimensions: {error}"
+        ) from error
     if tensor.dtype != torch.uint8 or tensor.dim() != ndim or tensor.shape[-1] != 3:
         raise ValueError(
             f"{name} ({tensor.dtype}, shape {list(tensor.shape)}) must be uint8 with"
             f" {ndim} dimensions, the last of size 3"
         )
+    if tensor.numel() == 0:
+        what = "frame" if tensor.shape[0] == 0 and ndim == 4 else "pixel"
+        raise ValueError(f"{name} (shape {list(tensor.shape)}) must have at least one {what}")
     return tensor

@@ -13,7 +13,6 @@ from functools import cache as memoize
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from unimoe_model.assets import asset_file
@@ -21,6 +20,10 @@ from unimoe_model.data.feature_cache import FeatureCache
 from unimoe_model.data.media_io import NUM_FRAMES
 from unimoe_model.data.media_set import MediaSet
 from unimoe_model.encoders.efficientnet_lite import EfficientNetLite0
+from unimoe_model.extras import needed_by
+
+with needed_by("drawing sprites"):
+    from PIL import Image, ImageDraw, ImageFont
 
 MOTIONS = ("sideways", "up and down", "diagonally", "still")
 SPLIT_SIZES = {"train": 4000, "validation": 600, "test": 600}

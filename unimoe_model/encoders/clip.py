@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from unimoe_model.encoders.published import PublishedEncoder
+from unimoe_model.extras import needed_by
 
 LAYER = -2
 """Whose output the connector reads, as in LLaVA; the last one serves CLIP's own training."""
@@ -58,7 +59,8 @@ class ClipImageEncoder(PublishedEncoder):
 
     def pixel_values(self, pictures: Sequence[Tensor], pad_to_square: bool = False) -> Tensor:
         """What `encode_pictures` gives the transformer: ``[n, 3, size, size]`` float32."""
-        from PIL import Image
+        with needed_by("CLIP"):
+            from PIL import Image
         from transformers import CLIPImageProcessorPil
 
         size = self.vision_tower.config.image_size
@@ -99,7 +101,8 @@ class ClipImageEncoder(PublishedEncoder):
 
 def _padded(image, colour: tuple[int, int, int]):
     """The Pillow image in the middle of a square of its longer side."""
-    from PIL import Image
+    with needed_by("CLIP"):
+        from PIL import Image
 
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)

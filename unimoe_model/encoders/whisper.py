@@ -154,13 +154,15 @@ class WhisperSpeechEncoder(FrozenEncoder):
             ``[M]`` int64, rows of each clip (``ceil(samples / 640)``).
 
         Raises:
-            ValueError: a clip is not a vector, is empty or longer than 29 s.
+            ValueError: a clip is not a vector of floats, is empty or longer than 29 s.
         """
         groups: dict[int, list[int]] = defaultdict(list)
         for index, clip in enumerate(clips):
-            if clip.ndim != 1 or not 0 < clip.size <= MAX_SAMPLES - TAIL_SAMPLES:
+            fits = clip.ndim == 1 and 0 < clip.size <= MAX_SAMPLES - TAIL_SAMPLES
+            if not fits or clip.dtype.kind != "f":
                 raise ValueError(
-                    f"clips[{index}] (shape {list(clip.shape)}) must be [samples] with 1 to "
+                    f"clips[{index}] ({clip.dtype}, shape {list(clip.shape)}) must be floating "
+                    f"point of shape [samples] with 1 to "
                     f"{MAX_SAMPLES - TAIL_SAMPLES} samples (29 s at 16 kHz)"
                 )
             groups[-(-clip.size // (POOL * SAMPLES_PER_FRAME))].append(index)

@@ -56,10 +56,13 @@ class WhisperWindowEncoder(PublishedEncoder):
             `[windows, mel bins, frames]` float32; 80 x 3000 a window of 30 s.
 
         Raises:
-            ValueError: if samples are empty or of another shape.
+            ValueError: if samples are empty, or of another shape or dtype.
         """
-        if samples.ndim != 1 or samples.size == 0:
-            raise ValueError(f"samples (shape {list(samples.shape)}) must be of shape [n], n > 0")
+        if samples.ndim != 1 or samples.size == 0 or samples.dtype.kind != "f":
+            raise ValueError(
+                f"samples ({samples.dtype}, shape {list(samples.shape)}) must be floating point of"
+                " shape [n], n > 0"
+            )
         starts = range(0, samples.size, self.window_samples)
         windows = [samples[start : start + self.window_samples] for start in starts]
         # One at a time: the extractor pads what it gets at once to a common length.
@@ -90,7 +93,7 @@ class WhisperWindowEncoder(PublishedEncoder):
             max_rows: most rows that a window may have; they cannot be fewer than it has.
 
         Raises:
-            ValueError: if samples are empty or of another shape, or max_rows is too low.
+            ValueError: if samples are empty, or of another shape or dtype, or max_rows is too low.
         """
         rows = self.encoder.config.max_source_positions
         if max_rows is not None and max_rows < rows:

@@ -6,6 +6,7 @@ from pathlib import Path
 from unimoe_model.evaluation.files import write_whole
 from unimoe_model.evaluation.routing import RoutingCounts
 from unimoe_model.evaluation.samples import line_named, media_arguments, read_samples
+from unimoe_model.extras import needed_by
 from unimoe_model.generation import Answerer
 from unimoe_model.training.progress import BarReporter, ProgressReporter
 
@@ -29,12 +30,8 @@ def route_file(
         ValueError: for a bad data file, a dense model, or naming the line whose media cannot be
             read; nothing is written then.
     """
-    try:
+    with needed_by("routing", "eval"):
         from unimoe_model.evaluation.plots import save_routing_plot
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"routing needs the package {error.name}: pip install 'unimoe[eval]'", name=error.name
-        ) from error
     samples = read_samples(data)
     answerer = Answerer.from_pretrained(model)
     counts = RoutingCounts(answerer.model)

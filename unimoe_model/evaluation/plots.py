@@ -3,10 +3,14 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+
+from unimoe_model.extras import needed_by
+
+with needed_by("drawing plots"):
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
 mpl.use("Agg")
 

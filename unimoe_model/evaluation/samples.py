@@ -45,7 +45,8 @@ def read_samples(path: Path, check: Callable[[Sample], None] = lambda sample: No
     """Reads and checks a data file, all of it, before anything is done with it.
 
     Args:
-        path: file of UTF-8 JSON lines; empty lines are passed over.
+        path: file of UTF-8 JSON lines, with a byte order mark or without; empty lines are passed
+            over.
         check: raises ValueError for a sample that it refuses.
 
     Returns:
@@ -61,7 +62,7 @@ def read_samples(path: Path, check: Callable[[Sample], None] = lambda sample: No
     samples: list[Sample] = []
     lines: dict[str, int] = {}
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, text in enumerate(file, start=1):
                 if not text.strip():
                     continue

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from unimoe_model.evaluation.metrics.score import Score
+from unimoe_model.extras import needed_by
 
 
 def normalize_speech(text: str) -> str:
@@ -22,12 +23,8 @@ def require_jiwer():
     Raises:
         ModuleNotFoundError: if it is not installed; the message says how to install it.
     """
-    try:
+    with needed_by("metric wer", "eval"):
         import jiwer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "metric wer needs the package jiwer: pip install 'unimoe[eval]'", name=error.name
-        ) from error
     return jiwer
 
 
