@@ -129,3 +129,13 @@ def test_expert_sort_rejects_bad_arguments(monkeypatch):
     monkeypatch.setattr(_checks, "VALUE_CHECKS", True)
     with pytest.raises(ValueError, match=r"ids \(minimum -3\) must not be negative"):
         expert_sort(ids - 3, 2)
+
+
+def test_expert_sort_under_vmap():
+    ids = torch.stack([sample_routing("zipf", 7, 2, 5, seed=seed)[0] for seed in range(3)])
+    # Two experts belong to another rank.
+    batched = torch.vmap(lambda one: expert_sort(one, 3))(ids)
+    for index, one in enumerate(ids):
+        for actual, expected in zip(batched, expert_sort(one, 3), strict=True):
+            assert actual[index].equal(expected)
+            assert actual.dtype == expected.dtype

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
-from unimoe_kernels.ops.expert_sort import reference
+from unimoe_kernels.ops.expert_sort import plain, reference
 
 
 class ExpertSort(NamedTuple):
@@ -83,6 +83,7 @@ _backends.declare(
     "(Tensor ids, int num_experts) -> (Tensor row_order, Tensor inverse_order, "
     "Tensor tokens_per_expert, Tensor expert_offsets)",
     reference=reference.expert_sort,
+    plain=plain.expert_sort,
     triton=_triton,
     fake=_fake,
 )

@@ -59,7 +59,7 @@ def moe_mlp(
     """
     _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias)
     differentiable = (x, gate_up_proj, down_proj, scores, gate_up_bias, down_bias)
-    keep_hidden = _backends.needs_gradient(*differentiable)
+    keep_hidden = _backends.is_recorded(*differentiable)
     x, ids = x.contiguous(), ids.to(torch.int32).contiguous()
     scores = scores.to(_checks.accumulation_dtype(x.dtype)).contiguous()
     weights = (gate_up_proj, down_proj)
@@ -131,11 +131,11 @@ def _fake(
 
 
 def _setup_context(ctx, inputs, output):
-    x, gate_up_proj, down_proj, _, scores, _, down_bias, *ctx.gate, _ = inputs
+    x, gate_up_proj, down_proj, _, scores, gate_up_bias, down_bias, *ctx.gate, _ = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, gate_up_proj, down_proj, scores, *saved, down_bias)
+    ctx.save_for_backward(x, gate_up_proj, down_proj, scores, *saved, down_bias, gate_up_bias)
 
 
 def _backward(backend, ctx, grad, *_):
@@ -143,9 +143,16 @@ def _backward(backend, ctx, grad, *_):
         return (None,) * 11
     n = ctx.needs_input_grad
     needs = [n[0], n[1], n[2], n[4], n[5], n[6]]
-    grads = _backends.overload("moe_mlp_backward", backend)(
-        grad.contiguous(), *ctx.saved_tensors, *ctx.gate, needs
-    )
+    *saved, gate_up_bias = ctx.saved_tensors
+    backward = partial(_backends.run, backend, "moe_mlp_backward")
+    if _backends.is_recorded(grad, *saved, gate_up_bias):
+        # Nothing tells of the pre-activations that were kept what they depend on.
+        x, gate_up_proj, _, scores, _, row_order, _, offsets, _ = saved
+        saved[4] = composition.pre_activations(
+            backend, x, gate_up_proj, gate_up_bias, row_order, offsets, scores.shape[1]
+        )
+        backward = partial(composition.backward, backend)
+    grads = backward(grad.contiguous(), *saved, *ctx.gate, needs)
     x, gate_up, down, scores, gate_up_bias, down_bias = (
         grad if needed else None for grad, needed in zip(grads, needs, strict=True)
     )
