@@ -76,6 +76,20 @@ def reads_values(tensor: Tensor) -> bool:
     return not transformed()
 
 
+def narrow_ids(ids: Tensor, num_experts: int) -> Tensor:
+    """Returns ids of experts in int32, where those outside 0 to `num_experts - 1` stay outside.
+
+    Raises:
+        ValueError: If values are checked and an id is negative.
+    """
+    if reads_values(ids) and ids.numel() and ids.min() < 0:
+        raise ValueError(f"ids (minimum {ids.min().item()}) must not be negative")
+    if ids.dtype == torch.int64:
+        # 2**32 would become expert 0.
+        ids = ids.clamp(-1, num_experts)
+    return ids.to(torch.int32)
+
+
 def transformed() -> bool:
     """Returns whether a transform of `torch.func` is at work, or forward-mode differentiation.
 

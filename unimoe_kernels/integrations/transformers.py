@@ -72,7 +72,8 @@ def unimoe_experts_forward(
     Args:
         experts: a module of a class decorated with `use_experts_implementation`.
         hidden_states: `[T, D]`.
-        top_k_index: `[T, K]`, integer; ids of num_experts or more are other ranks' and skipped.
+        top_k_index: `[T, K]`, integer; ids of num_experts or more, as of other ranks' experts,
+            are dropped and add 0.
         top_k_weights: `[T, K]`, floating point.
 
     Returns:

@@ -38,7 +38,8 @@ def moe_mlp(
         x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.
         gate_up_proj: `[E, 2F, D]`, gate rows first, dtype and device of `x`.
         down_proj: `[E, D, F]`, likewise.
-        ids: `[T, K]`, int32 or int64. A value of E or more is another rank's expert and adds 0.
+        ids: `[T, K]`, int32 or int64. A value of E or more drops this choice, as another rank's or
+            nobody's: it adds 0.
         scores: `[T, K]`, any floating dtype, used in float32 (float64 for float64 `x`).
         activation: As in `swiglu`, with its `limit` and `alpha`.
         gate_up_bias: `[E, 2F]` or None.
@@ -50,7 +51,8 @@ def moe_mlp(
         `[T, D]`, dtype of `x`, contiguous.
 
     Raises:
-        ValueError: If shapes do not fit each other, devices differ or `activation` is unknown.
+        ValueError: If shapes do not fit each other, devices differ or `activation` is unknown. With
+            `UNIMOE_CHECKS=1` also if an id is negative (otherwise it is dropped, too).
         TypeError: If dtypes differ or are none of those above.
 
     Note:
@@ -60,7 +62,7 @@ def moe_mlp(
     _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias)
     differentiable = (x, gate_up_proj, down_proj, scores, gate_up_bias, down_bias)
     keep_hidden = _backends.is_recorded(*differentiable)
-    x, ids = x.contiguous(), ids.to(torch.int32).contiguous()
+    x, ids = x.contiguous(), _checks.narrow_ids(ids, gate_up_proj.shape[0]).contiguous()
     scores = scores.to(_checks.accumulation_dtype(x.dtype)).contiguous()
     weights = (gate_up_proj, down_proj)
     options = (ids, scores, gate_up_bias, down_bias, activation, limit, alpha)
