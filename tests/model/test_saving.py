@@ -61,6 +61,21 @@ def test_loaded_model_is_the_saved_one_bit_for_bit(
     assert loaded.generation_config.suppress_tokens == model.generation_config.suppress_tokens
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_correction_biases_are_loaded_in_float32(tiny_model, tmp_path, dtype):
+    model = tiny_model(moe_options={"mode": "sigmoid_renorm", "correction_bias": True})
+    biases = {n: b for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    assert biases
+    for bias in biases.values():
+        bias.uniform_()
+    model.save_pretrained(tmp_path)
+    loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype
+    for name, bias in biases.items():
+        assert torch.equal(loaded.get_buffer(name), bias)
+        assert loaded.get_buffer(name).dtype == torch.float32
+
+
 def test_auto_classes_load_a_folder(saved):
     register_auto_classes()
     register_auto_classes()
