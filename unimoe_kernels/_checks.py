@@ -76,6 +76,24 @@ def reads_values(tensor: Tensor) -> bool:
     return not transformed()
 
 
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Returns factors of a product in the dtype that `torch.autocast` has torch's matmuls run in.
+
+    As there, float64 stays as it is. So does what is no tensor, for the checks to name.
+    """
+    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device_type):
+        return tensors
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(
+        tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in narrow else tensor
+        for tensor in tensors
+    )
+
+
 def narrow_ids(ids: Tensor, num_experts: int) -> Tensor:
     """Returns ids of experts in int32, where those outside 0 to `num_experts - 1` stay outside.
 

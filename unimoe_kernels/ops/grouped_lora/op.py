@@ -27,7 +27,8 @@ def grouped_lora(
         scale: Factor of the update.
 
     Returns:
-        `[N, F]`, dtype of `x`, contiguous; zeros from row `expert_offsets[E]` on.
+        `[N, F]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous; zeros
+        from row `expert_offsets[E]` on.
 
     Raises:
         ValueError: If the shapes do not fit each other or the devices differ.
@@ -40,6 +41,7 @@ def grouped_lora(
     Reference:
         arXiv:2106.09685.
     """
+    x, lora_A, lora_B = _checks.autocast(x, lora_A, lora_B)
     _checks.check_tensor("x", x, "[N, D]")
     check_grouped_weight("lora_A", lora_A, "x", x, expert_offsets)
     _checks.check_tensor("lora_B", lora_B, "[E, F, r]")

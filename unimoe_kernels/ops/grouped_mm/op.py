@@ -27,7 +27,7 @@ def grouped_mm(
         bias: `[E, F]` or None.
 
     Returns:
-        `[N, F]`, dtype of `x`, contiguous.
+        `[N, F]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous.
 
     Raises:
         ValueError: If the shapes do not fit each other or the devices differ.
@@ -37,6 +37,7 @@ def grouped_mm(
         Differentiable in `x`, `weight` and `bias`; deterministic. Products are summed in float32
         (float64 for float64).
     """
+    x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.check_tensor("x", x, "[N, D]")
     check_grouped_weight("weight", weight, "x", x, expert_offsets)
     if bias is not None:

@@ -48,7 +48,7 @@ def moe_mlp(
         alpha: Slope of `"swiglu_clamped"`.
 
     Returns:
-        `[T, D]`, dtype of `x`, contiguous.
+        `[T, D]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous.
 
     Raises:
         ValueError: If shapes do not fit each other, devices differ or `activation` is unknown. With
@@ -59,6 +59,9 @@ def moe_mlp(
         Differentiable in everything but `ids`; deterministic. Keeps for the backward `x`, the
         pre-activations `[N, 2F]`, the scores, two int32 orders `[N]` and the offsets.
     """
+    x, gate_up_proj, down_proj, gate_up_bias, down_bias = _checks.autocast(
+        x, gate_up_proj, down_proj, gate_up_bias, down_bias
+    )
     _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias)
     differentiable = (x, gate_up_proj, down_proj, scores, gate_up_bias, down_bias)
     keep_hidden = _backends.is_recorded(*differentiable)
