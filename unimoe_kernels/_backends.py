@@ -12,6 +12,10 @@ backend        overload                    filled by
 
 The overload is chosen when the public function is called. Its gradient formula calls backward
 operators of the same backend, so forward and backward of one call never mix.
+
+What no overload can do is done in plain torch, through which torch differentiates by itself: any
+call under a transform of `torch.func` or in forward mode, and a backward operator without a formula
+of its own whose result is differentiated again (`create_graph=True`).
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unimoe_kernels import _extension
+from unimoe_kernels import _checks, _extension
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 _OVERLOAD_OF = {"reference": "reference", "cpp": "default", "cuda": "default", "triton": "triton"}
@@ -37,6 +41,8 @@ _library = torch.library.Library("unimoe", "FRAGMENT")
 _overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}
 # op -> device type -> backends that run there, the automatic choice first
 _available: dict[str, dict[str, tuple[str, ...]]] = {}
+_plain: dict[str, Callable] = {}
+_differentiable: set[str] = set()
 _parts: dict[str, tuple[str, ...]] = {}
 _fused: dict[str, bool] = {}
 _public: list[str] = []
@@ -60,6 +66,7 @@ def declare(
     fake: Callable,
     triton: Callable | None = None,
     native: Callable | None = None,
+    plain: Callable | None = None,
     parts: tuple[str, ...] = (),
     fused: bool = False,
     setup_context: Callable | None = None,
@@ -76,11 +83,14 @@ def declare(
         triton: Implementation that launches Triton kernels.
         native: What the default overload runs on a device for which `csrc` has no kernel. Default:
             `reference`.
+        plain: The same in operations of torch's that autograd, forward mode and vmap go through,
+            or in operators by `run`. Default: `reference`.
         parts: Operators that this one is composed of. It counts as having a backend when one of
             them has it.
         fused: Whether `triton` is more than its parts one after the other.
         setup_context: As in `torch.library.register_autograd`.
-        backward: As there, with the name of the overload put first.
+        backward: As there, with the name of the overload put first. Without it a gradient through
+            the operator itself is refused.
         public: Whether the operator is listed by `report`.
     """
     implementations = {"default": native or reference, "reference": reference}
@@ -92,18 +102,24 @@ def declare(
         _library.define(name + schema)
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"unimoe::{name}", fake, lib=_library)
-        if backward is not None:
-            torch.library.register_autograd(
-                f"unimoe::{name}",
-                partial(backward, overload),
-                setup_context=setup_context,
-                lib=_library,
-            )
+        torch.library.register_autograd(
+            f"unimoe::{name}",
+            partial(_refuse, op) if backward is None else partial(backward, overload),
+            setup_context=setup_context,
+            lib=_library,
+        )
         _overloads[op][overload] = getattr(getattr(torch.ops.unimoe, op), overload)
+    _plain[op] = plain or reference
+    if backward is not None:
+        _differentiable.add(op)
     _parts[op] = parts
     _fused[op] = fused
     if public:
         _public.append(op)
+
+
+def _refuse(op: str, ctx: object, *grads: Tensor) -> None:
+    raise NotImplementedError(f"unimoe::{op} is not differentiable")
 
 
 def declare_compiled(op: str, schema: str) -> None:
@@ -168,16 +184,46 @@ def select(op: str, tensor: Tensor) -> torch._ops.OpOverload:
 
 
 def call(op: str, *args: object) -> object:
-    """Calls the overload of `op` that `select` picks by its first argument, a tensor.
+    """Calls the overload of `op` that `select` picks by its first argument, a tensor."""
+    if _checks.transformed():
+        return _in_plain_torch(op, *args)
+    return _dispatch(select(op, args[0]), *args)
 
-    Where no gradient is needed the formula for it is stepped over: it is Python, and with cold
-    caches costs a call some 50 us, in which 2 MB of weights could be read.
+
+def run(name: str, op: str, *args: object) -> object:
+    """Calls overload `name` of `op`, for gradient formulas and operators composed of others.
+
+    Unlike the overload alone it gives the right derivatives of any order, in any mode.
     """
-    chosen = select(op, args[0])
+    if _checks.transformed() or (op not in _differentiable and needs_gradient(*args)):
+        return _in_plain_torch(op, *args)
+    return _dispatch(overload(op, name), *args)
+
+
+def _dispatch(chosen: torch._ops.OpOverload, *args: object) -> object:
+    """Calls an overload; where no gradient is needed the formula for it is stepped over.
+
+    The formula is Python, and with cold caches costs a call some 50 us, in which 2 MB of weights
+    could be read.
+    """
     if torch.compiler.is_compiling() or needs_gradient(*args):
         return chosen(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return chosen(*args)
+
+
+def _in_plain_torch(op: str, *args: object) -> object:
+    device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    if not torch.amp.is_autocast_available(device_type):
+        return _plain[op](*args)
+    # The operator itself computes in the dtypes that it is given.
+    with torch.autocast(device_type, enabled=False):
+        return _plain[op](*args)
+
+
+def is_recorded(*args: object) -> bool:
+    """Returns whether what a gradient formula does with these is itself to be differentiated."""
+    return needs_gradient(*args) or _checks.transformed()
 
 
 def needs_gradient(*args: object) -> bool:

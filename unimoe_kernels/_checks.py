@@ -10,6 +10,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 VALUE_CHECKS = os.environ.get("UNIMOE_CHECKS", "0") not in ("", "0")
 
@@ -70,7 +71,59 @@ def check_positive(name: str, value: int) -> None:
 
 def reads_values(tensor: Tensor) -> bool:
     """Returns whether values are to be checked, and this tensor has some that can be read now."""
-    return VALUE_CHECKS and not tensor.is_meta and not torch.compiler.is_compiling()
+    if not VALUE_CHECKS or tensor.is_meta or torch.compiler.is_compiling():
+        return False
+    return not transformed()
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Returns factors of a product in the dtype that `torch.autocast` has torch's matmuls run in.
+
+    As there, float64 stays as it is. So does what is no tensor, for the checks to name.
+    """
+    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device_type):
+        return tensors
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(
+        tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in narrow else tensor
+        for tensor in tensors
+    )
+
+
+def narrow_ids(ids: Tensor, num_experts: int) -> Tensor:
+    """Returns ids of experts in int32, where those outside 0 to `num_experts - 1` stay outside.
+
+    Raises:
+        ValueError: If values are checked and an id is negative.
+    """
+    if reads_values(ids) and ids.numel() and ids.min() < 0:
+        raise ValueError(f"ids (minimum {ids.min().item()}) must not be negative")
+    if ids.dtype == torch.int64:
+        # 2**32 would become expert 0.
+        ids = ids.clamp(-1, num_experts)
+    return ids.to(torch.int32)
+
+
+def transformed() -> bool:
+    """Returns whether a transform of `torch.func` is at work, or forward-mode differentiation.
+
+    Neither sees through an operator that is not made of torch's own. Costs 0.1 us, and
+    `torch.compile` traces it.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_transforms(name: str) -> None:
+    """Raises NotImplementedError where `transformed`, naming the operator."""
+    if transformed():
+        raise NotImplementedError(
+            f"{name} has no rule for torch.func (grad, jvp, vmap, ...) and forward-mode "
+            "differentiation: use torch.autograd"
+        )
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

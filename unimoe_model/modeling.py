@@ -26,6 +26,7 @@ class UniMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["LlamaDecoderLayer", "UniMoEDecoderLayer"]
+    _keep_in_fp32_modules_strict: ClassVar = ["correction_bias"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
 

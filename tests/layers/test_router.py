@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from unimoe_kernels import TopKRouter, topk_router
 from unimoe_kernels.testing import relative_error
@@ -66,3 +67,36 @@ def test_router_rejects():
         TopKRouter(8, 0, 1)
     with pytest.raises(ValueError, match=r"x \(shape \(2, 7\)\)"):
         TopKRouter(8, 3, 1)(torch.zeros(2, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_correction_bias_stays_float32(dtype):
+    """Of bfloat16 the steps are too small from 0.5 on."""
+    router = nn.Sequential(TopKRouter(2, 2, 1, mode="sigmoid", correction_bias=True)).to(dtype)[0]
+    assert router.weight.dtype == dtype
+    assert router.correction_bias.dtype == torch.float32
+    for _ in range(1000):
+        router.update_correction_bias(torch.tensor([0, 2]))
+    assert relative_error(router.correction_bias, torch.tensor([1.0, -1.0])) < 1e-4
+    before = router.correction_bias.clone()
+    assert router.to(torch.float16).to(dtype).correction_bias.equal(before)
+    assert router.to("meta").correction_bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_correction_bias_of_a_sixteen_bit_checkpoint_is_float32(assign):
+    router = TopKRouter(2, 2, 1, mode="sigmoid", correction_bias=True)
+    state = {name: value.bfloat16() for name, value in router.state_dict().items()}
+    router.load_state_dict(state, assign=assign)
+    assert router.correction_bias.dtype == torch.float32
+    assert "correction_bias" in router.state_dict()
+
+
+def test_correction_bias_is_float32_under_a_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        router = TopKRouter(2, 2, 1, mode="sigmoid", correction_bias=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert router.weight.dtype == torch.bfloat16
+    assert router.correction_bias.dtype == torch.float32

@@ -75,6 +75,21 @@ def test_the_umask_decides_who_may_read_a_checkpoint(tiny_model, tokenizer, tmp_
     assert (sum(name.endswith(".safetensors") for name in modes) > 1) == (shards == "100KB")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_correction_biases_are_loaded_in_float32(tiny_model, tmp_path, dtype):
+    model = tiny_model(moe_options={"mode": "sigmoid_renorm", "correction_bias": True})
+    biases = {n: b for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    assert biases
+    for bias in biases.values():
+        bias.uniform_()
+    model.save_pretrained(tmp_path)
+    loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype
+    for name, bias in biases.items():
+        assert torch.equal(loaded.get_buffer(name), bias)
+        assert loaded.get_buffer(name).dtype == torch.float32
+
+
 def test_auto_classes_load_a_folder(saved):
     register_auto_classes()
     register_auto_classes()

@@ -1,6 +1,7 @@
 """Fixtures of the operator tests."""
 
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from torch.utils import _device
 
 from unimoe_kernels import available_backends, use_backend
+
+# Modules that test files here share; --import-mode=importlib does not add this.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 class Backend(NamedTuple):

@@ -129,3 +129,20 @@ def test_expert_sort_rejects_bad_arguments(monkeypatch):
     monkeypatch.setattr(_checks, "VALUE_CHECKS", True)
     with pytest.raises(ValueError, match=r"ids \(minimum -3\) must not be negative"):
         expert_sort(ids - 3, 2)
+
+
+def test_expert_sort_under_vmap():
+    ids = torch.stack([sample_routing("zipf", 7, 2, 5, seed=seed)[0] for seed in range(3)])
+    # Two experts belong to another rank.
+    batched = torch.vmap(lambda one: expert_sort(one, 3))(ids)
+    for index, one in enumerate(ids):
+        for actual, expected in zip(batched, expert_sort(one, 3), strict=True):
+            assert actual[index].equal(expected)
+            assert actual.dtype == expected.dtype
+
+
+def test_expert_sort_of_ids_beyond_32_bits_drops_them(backend):
+    ids = torch.tensor([2**32, 1, 2**31, -(2**32), 2**40 + 1, 0], device=backend.device)
+    sort = expert_sort(ids, 2)
+    assert sort.row_order.tolist() == [5, 1, 0, 2, 3, 4]
+    assert sort.expert_offsets.tolist() == [0, 1, 2]

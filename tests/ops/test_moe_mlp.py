@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from unimoe_kernels import available_backends, moe_mlp, swiglu, use_backend
+from unimoe_kernels import _checks, available_backends, moe_mlp, swiglu, use_backend
 from unimoe_kernels.ops.swiglu.op import ACTIVATIONS
 from unimoe_kernels.testing import ROUTINGS, assert_close_to_float64, sample_routing
 
@@ -297,6 +297,27 @@ def test_moe_mlp_all_rows_of_another_rank(backend):
     arguments["ids"] = torch.full_like(arguments["ids"], 4)
     values = run(moe_mlp, arguments, torch.ones(9, 24, device=backend.device))
     assert not any(value.any() for value in values)
+
+
+@pytest.mark.parametrize("beyond", [4, -1, 2**31, 2**32, -(2**32), 2**40 + 1])
+def test_moe_mlp_drops_choices_of_no_expert_here(backend, beyond):
+    arguments = with_grad(sample(device=backend.device))
+    ids = arguments["ids"].long()
+    grad = torch.randn(9, 24, device=backend.device)
+    values = []
+    for outside in (4, beyond):
+        ids[::2, 1] = outside
+        values.append(run(moe_mlp, {**arguments, "ids": ids}, grad))
+    assert all(a.equal(b) for a, b in zip(*values, strict=True))
+
+
+def test_moe_mlp_checks_ids_when_asked(monkeypatch):
+    arguments = sample()
+    arguments["ids"][3, 1] = -3
+    moe_mlp(**arguments)
+    monkeypatch.setattr(_checks, "VALUE_CHECKS", True)
+    with pytest.raises(ValueError, match=r"ids \(minimum -3\) must not be negative"):
+        moe_mlp(**arguments)
 
 
 def test_moe_mlp_rejects_bad_arguments():

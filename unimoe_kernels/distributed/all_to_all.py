@@ -42,12 +42,14 @@ def all_to_all(
         ValueError: If the splits do not fit the rows or the group.
         CollectiveError: If a rank dies or does not come in time, or, with `UNIMOE_CHECKS=1`, the
             splits of two ranks disagree.
+        NotImplementedError: Under a transform of `torch.func` or in forward mode.
 
     Note:
         Differentiable: the gradient goes the way back. Deterministic. Works under
         `torch.compile`, where splits are constants. A backend runs it as
         `torch.distributed.all_to_all_single`: gloo for tensors on the CPU, NCCL on CUDA.
     """
+    _checks.refuse_transforms("all_to_all")
     input_splits, output_splits = list(input_splits), list(output_splits)
     _check(rows, input_splits, output_splits, group)
     if _checks.reads_values(rows):

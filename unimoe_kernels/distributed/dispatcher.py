@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unimoe_kernels import _checks
 from unimoe_kernels.distributed.all_to_all import Transfer
 from unimoe_kernels.distributed.chunks import cut_evenly, order_by_chunk
 from unimoe_kernels.distributed.failure import CollectiveError, collective
@@ -113,7 +114,9 @@ class ExpertDispatcher:
 
         Raises:
             CollectiveError: If a rank dies, does not come in time, or is in another call.
+            NotImplementedError: Under a transform of `torch.func` or in forward mode.
         """
+        _checks.refuse_transforms(f"dispatch of {self.name}")
         top_k = ids.shape[1]
         sort = expert_sort(ids, self.num_experts)
         counts_RE, needs_gradient = self._agree(x, sort.tokens_per_expert)

@@ -72,7 +72,8 @@ def unimoe_experts_forward(
     Args:
         experts: a module of a class decorated with `use_experts_implementation`.
         hidden_states: `[T, D]`.
-        top_k_index: `[T, K]`, integer; ids of num_experts or more are other ranks' and skipped.
+        top_k_index: `[T, K]`, integer; ids of num_experts or more, as of other ranks' experts,
+            are dropped and add 0.
         top_k_weights: `[T, K]`, floating point.
 
     Returns:
@@ -92,7 +93,7 @@ def unimoe_experts_forward(
     down_proj, down_bias = _weight_and_bias(experts, "down_proj")
     dtype = down_proj.dtype
     if torch.is_autocast_enabled(hidden_states.device.type) and dtype != torch.float64:
-        # A linear layer would have run in this dtype; the operators themselves are not autocast.
+        # A linear layer would have run in this dtype, and so do the operators that multiply.
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
     elif type(experts).__name__ in _IN_FLOAT32:
         dtype = torch.promote_types(dtype, torch.float32)

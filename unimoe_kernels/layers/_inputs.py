@@ -52,6 +52,15 @@ def flatten_mask(token_mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tens
     return token_mask.reshape(-1)
 
 
+def unflatten(y_TD: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Returns y in the shape of its input, and like the output of a linear layer no view of y.
+
+    Of an output that is a view FSDP loses its hooks where a host changes it in place. For tensors
+    that nothing else refers to.
+    """
+    return y_TD if y_TD.shape == shape else torch.ops.aten._unsafe_view(y_TD, shape)
+
+
 def autocasts(*tensors: torch.Tensor) -> bool:
     """Whether torch.autocast is on and takes all of these: it leaves float64 and integers alone."""
     device_type = tensors[0].device.type

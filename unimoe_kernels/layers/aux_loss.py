@@ -8,7 +8,8 @@ class _InjectAuxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(y: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        return y.view_as(y)
+        # autograd forbids a host to change a view that comes out of a function, as by `y += x`.
+        return y.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -18,6 +19,16 @@ class _InjectAuxLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return grad_y, grad_y.new_ones((), dtype=ctx.loss_dtype)
+
+
+class _InjectTransformed(_InjectAuxLoss):
+    """The same with rules for forward mode and vmap, which `torch.compile` does not trace."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx, tangent_y: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return tangent_y.clone()
 
 
 def inject_aux_loss(y: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -33,7 +44,7 @@ def inject_aux_loss(y: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         loss: `()`, floating point; already multiplied by its coefficient.
 
     Returns:
-        A tensor with the values, shape and dtype of y.
+        A new tensor with the values, shape and dtype of y, which the host may change in place.
 
     Raises:
         ValueError: if loss is not a scalar.
@@ -44,4 +55,5 @@ def inject_aux_loss(y: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
     """
     if loss.dim() != 0:
         raise ValueError(f"loss (shape {tuple(loss.shape)}) must be a scalar of shape ()")
-    return _InjectAuxLoss.apply(y, loss)
+    inject = _InjectAuxLoss if torch.compiler.is_compiling() else _InjectTransformed
+    return inject.apply(y, loss)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unimoe_kernels.layers._inputs import check_hidden, check_positive, check_top_k
+from unimoe_kernels.layers._inputs import check_hidden, check_positive, check_top_k, unflatten
 
 if TYPE_CHECKING:
     from unimoe_kernels.layers.moe import MoE
@@ -130,7 +130,7 @@ class LoopedMoE(nn.Module):
             token, choice = torch.where(ids_TK == expert_id)
             rows = scores_TK[token, choice, None] * expert(x_TD[token])
             y_TD[token] += rows.to(y_TD.dtype)
-        return y_TD.reshape(x.shape)
+        return unflatten(y_TD, x.shape)
 
     @classmethod
     @torch.no_grad()

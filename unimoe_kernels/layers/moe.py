@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from unimoe_kernels.layers._inputs import check_at_least_zero
+from unimoe_kernels.layers._inputs import check_at_least_zero, unflatten
 from unimoe_kernels.layers.aux_loss import inject_aux_loss
 from unimoe_kernels.layers.experts import GroupedExperts
 from unimoe_kernels.layers.layouts import ffn_weights
@@ -201,7 +201,7 @@ class MoE(nn.Module):
         y_TD = self.experts(x_TD, ids_TK, scores_TK)
         if self.shared_experts is not None:
             y_TD = y_TD + self._shared(x_TD, routed.scores[:, top_k:])
-        y = y_TD.reshape(x.shape)
+        y = unflatten(y_TD, x.shape)
         if self.aux_loss == "inject":
             if self.load_balancing_coef > 0 or self.router_z_coef > 0:
                 y = inject_aux_loss(y, self.aux_loss_of(routed) * self.aux_loss_scale)

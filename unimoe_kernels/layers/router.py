@@ -47,8 +47,9 @@ class TopKRouter(nn.Module):
 
     Attributes:
         weight: `[E + Z + S, D]` parameter, normal with standard deviation `initializer_range`.
-        correction_bias: `[E + Z]` float32 buffer of zeros, or None. It takes part in the choice of
-            experts and never in their scores; `update_correction_bias` balances load by it.
+        correction_bias: `[E + Z]` buffer of zeros, or None. It stays float32, whatever the layer is
+            cast to. It takes part in the choice of experts and never in their scores;
+            `update_correction_bias` balances load by it.
         sum_over_ranks: None, or a function that adds up a tensor of counts over all ranks that
             share a batch (`unimoe_kernels.distributed`). Where gradients are recorded, both losses
             are then this rank's share of the losses of all tokens: the shares add up to them, and
@@ -163,7 +164,9 @@ class TopKRouter(nn.Module):
                 self.num_choices + num_weighed_experts, hidden_size, device=device, dtype=dtype
             )
         )
-        bias = torch.zeros(self.num_choices, device=device) if correction_bias else None
+        # In 16 bits steps of an update are lost from 0.5 on.
+        wide = {"device": device, "dtype": torch.float32}
+        bias = torch.zeros(self.num_choices, **wide) if correction_bias else None
         self.register_buffer("correction_bias", bias)
         self.sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
         # The operator itself refuses options that do not go together, here on no tokens.
@@ -181,6 +184,20 @@ class TopKRouter(nn.Module):
         nn.init.normal_(self.weight, std=self.initializer_range)
         if self.correction_bias is not None:
             self.correction_bias.zero_()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # What load_state_dict(assign=True) and loaders of checkpoints do.
+        if name == "correction_bias" and isinstance(value, torch.Tensor):
+            value = value.to(torch.float32)
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Casts and moves the router, as `.to` does; the correction bias is moved only."""
+        bias_E = self.correction_bias
+        super()._apply(fn, recurse)
+        if bias_E is not None and self.correction_bias.dtype != torch.float32:
+            self.correction_bias = bias_E.to(self.correction_bias.device)
+        return self
 
     def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> RouterOutput:
         """Routes tokens.

@@ -1,9 +1,10 @@
 """Operators, one folder each.
 
 `op.py` holds the public function, schema, fake and gradient formula; `reference.py` the
-specification in plain torch; `kernel.py` and `kernel_backward.py` the Triton kernels. An operator
-that is composed of others has `composition.py` instead of a reference; `moe_mlp/fused.py` is what
-Triton runs in its place, `moe_mlp/packed.py` keeps weights packed.
+specification in plain torch; `plain.py`, where that is another one, what transforms of torch go
+through; `kernel.py` and `kernel_backward.py` the Triton kernels. An operator that is composed of
+others has `composition.py` instead of a reference; `moe_mlp/fused.py` is what Triton runs in its
+place, `moe_mlp/packed.py` keeps weights packed.
 """
 
 from unimoe_kernels import _backends

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
-from unimoe_kernels.ops.expert_sort import reference
+from unimoe_kernels.ops.expert_sort import plain, reference
 
 
 class ExpertSort(NamedTuple):
@@ -40,7 +39,8 @@ def expert_sort(ids: Tensor, num_experts: int) -> ExpertSort:
 
     Args:
         ids: `[T, K]` or `[N]`, int32 (int64 is converted), any strides. A value of `num_experts` or
-            more marks a row that belongs to another rank: it is sorted to the end.
+            more drops the row, as belonging to another rank or to nobody: it is sorted to the end,
+            where `permute` and `grouped_mm` give zeros and `unpermute` adds nothing.
         num_experts: E, the number of experts held here.
 
     Returns:
@@ -49,7 +49,7 @@ def expert_sort(ids: Tensor, num_experts: int) -> ExpertSort:
     Raises:
         ValueError: If `ids` is neither 1-D nor 2-D, has 2**31 or more elements, or `num_experts` is
             less than 1. With `UNIMOE_CHECKS=1` also if an id is negative (otherwise such a row
-            counts as another rank's).
+            is dropped, too).
         TypeError: If `ids` is not int32 or int64.
 
     Note:
@@ -60,9 +60,7 @@ def expert_sort(ids: Tensor, num_experts: int) -> ExpertSort:
     _checks.check_positive("num_experts", num_experts)
     if ids.numel() >= 2**31:
         raise ValueError(f"ids ({ids.numel()} elements) must have fewer than 2**31 elements")
-    if _checks.reads_values(ids) and ids.numel() and ids.min() < 0:
-        raise ValueError(f"ids (minimum {ids.min().item()}) must not be negative")
-    ids_N = ids.reshape(-1).to(torch.int32).contiguous()
+    ids_N = _checks.narrow_ids(ids.reshape(-1), num_experts).contiguous()
     return ExpertSort(*_backends.call("expert_sort", ids_N, num_experts))
 
 
@@ -83,6 +81,7 @@ _backends.declare(
     "(Tensor ids, int num_experts) -> (Tensor row_order, Tensor inverse_order, "
     "Tensor tokens_per_expert, Tensor expert_offsets)",
     reference=reference.expert_sort,
+    plain=plain.expert_sort,
     triton=_triton,
     fake=_fake,
 )

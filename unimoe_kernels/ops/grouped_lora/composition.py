@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from unimoe_kernels import _backends
@@ -13,7 +15,7 @@ def forward(
     backend: str, x: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Returns the update of each row and the narrow products `A x` that the backward keeps."""
-    grouped_mm = _backends.overload("grouped_mm", backend)
+    grouped_mm = partial(_backends.run, backend, "grouped_mm")
     low_NR = grouped_mm(x, lora_A, offsets, None)
     # The scale goes to the narrow product: r columns instead of F.
     return grouped_mm(low_NR * scale, lora_B, offsets, None), low_NR
@@ -31,8 +33,8 @@ def backward(
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x (empty unless it is needed), A and B."""
-    grouped_mm = _backends.overload("grouped_mm", backend)
-    wgrad = _backends.overload("grouped_mm_wgrad", backend)
+    grouped_mm = partial(_backends.run, backend, "grouped_mm")
+    wgrad = partial(_backends.run, backend, "grouped_mm_wgrad")
     grad_B, _ = wgrad(grad_NF, low_NR * scale, offsets, False)
     grad_low_NR = grouped_mm(grad_NF, lora_B.transpose(1, 2), offsets, None) * scale
     grad_A, _ = wgrad(grad_low_NR, x, offsets, False)

@@ -27,7 +27,8 @@ def grouped_lora(
         scale: Factor of the update.
 
     Returns:
-        `[N, F]`, dtype of `x`, contiguous; zeros from row `expert_offsets[E]` on.
+        `[N, F]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous; zeros
+        from row `expert_offsets[E]` on.
 
     Raises:
         ValueError: If the shapes do not fit each other or the devices differ.
@@ -40,6 +41,7 @@ def grouped_lora(
     Reference:
         arXiv:2106.09685.
     """
+    x, lora_A, lora_B = _checks.autocast(x, lora_A, lora_B)
     _checks.check_tensor("x", x, "[N, D]")
     check_grouped_weight("lora_A", lora_A, "x", x, expert_offsets)
     _checks.check_tensor("lora_B", lora_B, "[E, F, r]")
@@ -68,9 +70,14 @@ def _setup_context(ctx, inputs, output):
 def _backward(backend, ctx, grad, _):
     if grad is None:
         return (None,) * 5
-    grad_x, grad_A, grad_B = _backends.overload("grouped_lora_backward", backend)(
-        grad.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad[0]
-    )
+    x, lora_A, lora_B, low, expert_offsets = ctx.saved_tensors
+    backward = partial(_backends.run, backend, "grouped_lora_backward")
+    if _backends.is_recorded(grad, x, lora_A, lora_B):
+        # Nothing tells of the products that were kept that they depend on x and A.
+        low = _backends.run(backend, "grouped_mm", x, lora_A, expert_offsets, None)
+        backward = partial(composition.backward, backend)
+    saved = (x, lora_A, lora_B, low, expert_offsets)
+    grad_x, grad_A, grad_B = backward(grad.contiguous(), *saved, ctx.scale, ctx.needs_input_grad[0])
     return grad_x if ctx.needs_input_grad[0] else None, grad_A, grad_B, None, None
 
 

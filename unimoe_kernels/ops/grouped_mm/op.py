@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
-from unimoe_kernels.ops.grouped_mm import reference
+from unimoe_kernels.ops.grouped_mm import plain, reference
 
 
 def grouped_mm(
@@ -27,7 +27,7 @@ def grouped_mm(
         bias: `[E, F]` or None.
 
     Returns:
-        `[N, F]`, dtype of `x`, contiguous.
+        `[N, F]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous.
 
     Raises:
         ValueError: If the shapes do not fit each other or the devices differ.
@@ -37,6 +37,7 @@ def grouped_mm(
         Differentiable in `x`, `weight` and `bias`; deterministic. Products are summed in float32
         (float64 for float64).
     """
+    x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.check_tensor("x", x, "[N, D]")
     check_grouped_weight("weight", weight, "x", x, expert_offsets)
     if bias is not None:
@@ -86,13 +87,14 @@ def _backward(backend, ctx, grad):
     grad = grad.contiguous()
     grad_x = grad_weight = grad_bias = None
     if needs_x:
-        grouped_mm_ = _backends.overload("grouped_mm", backend)
-        grad_x = grouped_mm_(grad, weight.transpose(1, 2), expert_offsets, None)
+        weight = weight.transpose(1, 2)
+        grad_x = _backends.run(backend, "grouped_mm", grad, weight, expert_offsets, None)
     if needs_weight or needs_bias:
-        wgrad = _backends.overload("grouped_mm_wgrad", backend)
         # Only the sum over rows is wanted when the weight is frozen: give it no columns.
         x = grad.new_empty((grad.shape[0], 0)) if x is None else x
-        grad_weight, grad_bias = wgrad(grad, x, expert_offsets, needs_bias)
+        grad_weight, grad_bias = _backends.run(
+            backend, "grouped_mm_wgrad", grad, x, expert_offsets, needs_bias
+        )
     return (
         grad_x,
         grad_weight if needs_weight else None,
@@ -115,19 +117,41 @@ def _wgrad_triton(grad, x, expert_offsets, has_bias):
     return kernel.grouped_mm_wgrad(grad, x, expert_offsets, has_bias)
 
 
+def _wgrad_setup_context(ctx, inputs, output):
+    grad, x, expert_offsets, ctx.has_bias = inputs
+    ctx.save_for_backward(grad, x, expert_offsets)
+
+
+def _wgrad_backward(backend, ctx, grad_weight, grad_bias):
+    grad, x, expert_offsets = ctx.saved_tensors
+    needs_grad, needs_x, _, _ = ctx.needs_input_grad
+    grad_grad = grad_x = None
+    if needs_grad:
+        grad_bias = grad_bias if ctx.has_bias else None
+        grad_grad = _backends.run(backend, "grouped_mm", x, grad_weight, expert_offsets, grad_bias)
+    if needs_x:
+        turned = grad_weight.transpose(1, 2)
+        grad_x = _backends.run(backend, "grouped_mm", grad, turned, expert_offsets, None)
+    return grad_grad, grad_x, None, None
+
+
 _backends.declare(
     "grouped_mm_wgrad",
     "(Tensor grad, Tensor x, Tensor expert_offsets, bool has_bias) "
     "-> (Tensor grad_weight, Tensor grad_bias)",
     reference=reference.grouped_mm_wgrad,
     triton=_wgrad_triton,
+    plain=plain.grouped_mm_wgrad,
     fake=_wgrad_fake,
+    setup_context=_wgrad_setup_context,
+    backward=_wgrad_backward,
     public=False,
 )
 _backends.declare(
     "grouped_mm",
     "(Tensor x, Tensor weight, Tensor expert_offsets, Tensor? bias) -> Tensor",
     reference=reference.grouped_mm,
+    plain=plain.grouped_mm,
     triton=_triton,
     fake=_fake,
     setup_context=_setup_context,

@@ -38,7 +38,8 @@ def moe_mlp(
         x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.
         gate_up_proj: `[E, 2F, D]`, gate rows first, dtype and device of `x`.
         down_proj: `[E, D, F]`, likewise.
-        ids: `[T, K]`, int32 or int64. A value of E or more is another rank's expert and adds 0.
+        ids: `[T, K]`, int32 or int64. A value of E or more drops this choice, as another rank's or
+            nobody's: it adds 0.
         scores: `[T, K]`, any floating dtype, used in float32 (float64 for float64 `x`).
         activation: As in `swiglu`, with its `limit` and `alpha`.
         gate_up_bias: `[E, 2F]` or None.
@@ -47,20 +48,24 @@ def moe_mlp(
         alpha: Slope of `"swiglu_clamped"`.
 
     Returns:
-        `[T, D]`, dtype of `x`, contiguous.
+        `[T, D]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous.
 
     Raises:
-        ValueError: If shapes do not fit each other, devices differ or `activation` is unknown.
+        ValueError: If shapes do not fit each other, devices differ or `activation` is unknown. With
+            `UNIMOE_CHECKS=1` also if an id is negative (otherwise it is dropped, too).
         TypeError: If dtypes differ or are none of those above.
 
     Note:
         Differentiable in everything but `ids`; deterministic. Keeps for the backward `x`, the
         pre-activations `[N, 2F]`, the scores, two int32 orders `[N]` and the offsets.
     """
+    x, gate_up_proj, down_proj, gate_up_bias, down_bias = _checks.autocast(
+        x, gate_up_proj, down_proj, gate_up_bias, down_bias
+    )
     _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias)
     differentiable = (x, gate_up_proj, down_proj, scores, gate_up_bias, down_bias)
-    keep_hidden = _backends.needs_gradient(*differentiable)
-    x, ids = x.contiguous(), ids.to(torch.int32).contiguous()
+    keep_hidden = _backends.is_recorded(*differentiable)
+    x, ids = x.contiguous(), _checks.narrow_ids(ids, gate_up_proj.shape[0]).contiguous()
     scores = scores.to(_checks.accumulation_dtype(x.dtype)).contiguous()
     weights = (gate_up_proj, down_proj)
     options = (ids, scores, gate_up_bias, down_bias, activation, limit, alpha)
@@ -131,11 +136,11 @@ def _fake(
 
 
 def _setup_context(ctx, inputs, output):
-    x, gate_up_proj, down_proj, _, scores, _, down_bias, *ctx.gate, _ = inputs
+    x, gate_up_proj, down_proj, _, scores, gate_up_bias, down_bias, *ctx.gate, _ = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, gate_up_proj, down_proj, scores, *saved, down_bias)
+    ctx.save_for_backward(x, gate_up_proj, down_proj, scores, *saved, down_bias, gate_up_bias)
 
 
 def _backward(backend, ctx, grad, *_):
@@ -143,9 +148,16 @@ def _backward(backend, ctx, grad, *_):
         return (None,) * 11
     n = ctx.needs_input_grad
     needs = [n[0], n[1], n[2], n[4], n[5], n[6]]
-    grads = _backends.overload("moe_mlp_backward", backend)(
-        grad.contiguous(), *ctx.saved_tensors, *ctx.gate, needs
-    )
+    *saved, gate_up_bias = ctx.saved_tensors
+    backward = partial(_backends.run, backend, "moe_mlp_backward")
+    if _backends.is_recorded(grad, *saved, gate_up_bias):
+        # Nothing tells of the pre-activations that were kept what they depend on.
+        x, gate_up_proj, _, scores, _, row_order, _, offsets, _ = saved
+        saved[4] = composition.pre_activations(
+            backend, x, gate_up_proj, gate_up_bias, row_order, offsets, scores.shape[1]
+        )
+        backward = partial(composition.backward, backend)
+    grads = backward(grad.contiguous(), *saved, *ctx.gate, needs)
     x, gate_up, down, scores, gate_up_bias, down_bias = (
         grad if needed else None for grad, needed in zip(grads, needs, strict=True)
     )

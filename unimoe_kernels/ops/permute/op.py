@@ -66,8 +66,9 @@ def _backward(backend, ctx, grad):
     inverse_order[row_order.long()] = torch.arange(
         row_order.shape[0], dtype=torch.int32, device=row_order.device
     )
-    unpermute = _backends.overload("unpermute", backend)
-    grad_x = unpermute(grad.contiguous(), inverse_order, expert_offsets, None, ctx.top_k)
+    grad_x = _backends.run(
+        backend, "unpermute", grad.contiguous(), inverse_order, expert_offsets, None, ctx.top_k
+    )
     return grad_x, None, None, None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
-from unimoe_kernels.ops.swiglu import reference
+from unimoe_kernels.ops.swiglu import plain, reference
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "swiglu_clamped")
 
@@ -65,8 +65,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(backend, ctx, grad):
     (gate_up,) = ctx.saved_tensors
-    swiglu_backward = _backends.overload("swiglu_backward", backend)
-    grad_gate_up = swiglu_backward(grad.contiguous(), gate_up, ctx.activation, ctx.limit, ctx.alpha)
+    gate = (ctx.activation, ctx.limit, ctx.alpha)
+    grad_gate_up = _backends.run(backend, "swiglu_backward", grad.contiguous(), gate_up, *gate)
     return grad_gate_up, None, None, None
 
 
@@ -84,6 +84,7 @@ _backends.declare(
     "swiglu_backward",
     "(Tensor grad, Tensor gate_up, str activation, float limit, float alpha) -> Tensor",
     reference=reference.swiglu_backward,
+    plain=plain.swiglu_backward,
     triton=_backward_triton,
     fake=_backward_fake,
     public=False,
@@ -92,6 +93,7 @@ _backends.declare(
     "swiglu",
     "(Tensor gate_up, str activation, float limit, float alpha) -> Tensor",
     reference=reference.swiglu,
+    plain=plain.swiglu,
     triton=_triton,
     fake=_fake,
     setup_context=_setup_context,

@@ -181,7 +181,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(backend, ctx, grad_scores, _ids, _counts, grad_balancing, grad_z):
-    grad_logits = _backends.overload("topk_router_backward", backend)(
+    grad_logits = _backends.run(
+        backend,
+        "topk_router_backward",
         grad_scores.contiguous(),
         grad_balancing,
         grad_z,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
 from unimoe_kernels.ops.expert_sort.op import ExpertSort
-from unimoe_kernels.ops.unpermute import reference
+from unimoe_kernels.ops.unpermute import plain, reference
 
 
 def unpermute(rows: Tensor, sort: ExpertSort, top_k: int, scores: Tensor | None = None) -> Tensor:
@@ -78,16 +80,23 @@ def _backward(backend, ctx, grad):
     rows, inverse_order, expert_offsets, scores = ctx.saved_tensors
     grad = grad.contiguous()
     if scores is not None:
-        grad_rows, grad_scores = _backends.overload("unpermute_backward", backend)(
-            grad, rows, inverse_order, expert_offsets, scores, ctx.top_k
+        grad_rows, grad_scores = _backends.run(
+            backend,
+            "unpermute_backward",
+            grad,
+            rows,
+            inverse_order,
+            expert_offsets,
+            scores,
+            ctx.top_k,
         )
         return grad_rows, None, None, grad_scores, None
     row_order = torch.empty_like(inverse_order)
     row_order[inverse_order.long()] = torch.arange(
         inverse_order.shape[0], dtype=torch.int32, device=inverse_order.device
     )
-    permute = _backends.overload("permute", backend)
-    return permute(grad, row_order, expert_offsets, ctx.top_k), None, None, None, None
+    grad_rows = _backends.run(backend, "permute", grad, row_order, expert_offsets, ctx.top_k)
+    return grad_rows, None, None, None, None
 
 
 def _backward_fake(grad, rows, inverse_order, expert_offsets, scores, top_k):
@@ -100,13 +109,36 @@ def _backward_triton(grad, rows, inverse_order, expert_offsets, scores, top_k):
     return kernel.unpermute_backward(grad, rows, inverse_order, expert_offsets, scores, top_k)
 
 
+def _backward_setup_context(ctx, inputs, output):
+    *tensors, ctx.top_k = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_backward(backend, ctx, grad_grad_rows, grad_grad_scores):
+    grad, rows, inverse_order, expert_offsets, scores = ctx.saved_tensors
+    sort = (inverse_order, expert_offsets)
+    grad_grad_rows = grad_grad_rows.contiguous()
+    grad_grad_scores = grad_grad_scores.contiguous()
+    # Both results are products of two of grad, rows and scores.
+    unpermute_ = partial(_backends.run, backend, "unpermute")
+    grad_grad = unpermute_(grad_grad_rows, *sort, scores, ctx.top_k)
+    grad_grad = grad_grad + unpermute_(rows, *sort, grad_grad_scores, ctx.top_k)
+    grad_rows, grad_scores = _backends.run(
+        backend, "unpermute_backward", grad, grad_grad_rows, *sort, grad_grad_scores, ctx.top_k
+    )
+    return grad_grad, grad_rows, None, None, grad_scores, None
+
+
 _backends.declare(
     "unpermute_backward",
     "(Tensor grad, Tensor rows, Tensor inverse_order, Tensor expert_offsets, Tensor scores, "
     "int top_k) -> (Tensor grad_rows, Tensor grad_scores)",
     reference=reference.unpermute_backward,
     triton=_backward_triton,
+    plain=plain.unpermute_backward,
     fake=_backward_fake,
+    setup_context=_backward_setup_context,
+    backward=_backward_backward,
     public=False,
 )
 _backends.declare(

@@ -17,12 +17,13 @@ def unpermute(
     accumulate = torch.float64 if rows_ND.dtype == torch.float64 else torch.float32
     order_TK = inverse_order.view(-1, top_k)
     elsewhere_TK = order_TK >= expert_offsets[-1]
-    y_TD = rows_ND.new_zeros(order_TK.shape[0], rows_ND.shape[1], dtype=accumulate)
+    y_TD = None
     for k in range(top_k):
         chosen_TD = rows_ND.index_select(0, order_TK[:, k]).to(accumulate)
         if scores_TK is not None:
             chosen_TD = chosen_TD * scores_TK[:, k : k + 1].to(accumulate)
-        y_TD += chosen_TD.masked_fill_(elsewhere_TK[:, k : k + 1], 0)
+        chosen_TD.masked_fill_(elsewhere_TK[:, k : k + 1], 0)
+        y_TD = chosen_TD if y_TD is None else y_TD.add_(chosen_TD)
     return y_TD.to(rows_ND.dtype)
 
 

@@ -1,0 +1,151 @@
+"""Every declared operator: derivatives of first and second order, in every mode that torch has.
+
+Nothing here names an operator: they come from the registry, their inputs from `derivative_cases`.
+"""
+
+import derivative_cases
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from unimoe_kernels import _backends, available_backends, use_backend
+
+OPS = sorted(_backends._public)
+DIFFERENTIABLE = [op for op in OPS if op not in derivative_cases.WITHOUT]
+# Backward operators that are differentiated in plain torch, above them.
+REFUSING = sorted(set(_backends._overloads) - _backends._differentiable)
+
+
+def runs():
+    """Every case with every backend of the CPU; in Triton's interpreter the first one alone."""
+    for op in DIFFERENTIABLE:
+        for index, case in enumerate(derivative_cases.CASES.get(op, [])):
+            for name in available_backends(op, "cpu"):
+                if name != "triton" or index == 0:
+                    yield pytest.param(case, name, id=f"{op}-{case.name}-{name}")
+
+
+case_and_backend = pytest.mark.parametrize(("case", "name"), list(runs()))
+
+
+def with_grad(inputs):
+    return tuple(value.clone().requires_grad_() for value in inputs)
+
+
+def first(result):
+    """A scalar of all outputs, each of its own weight."""
+    results = result if isinstance(result, tuple) else (result,)
+    return sum((index + 1) * value.pow(2).sum() for index, value in enumerate(results))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_operator_has_cases(op):
+    if op in derivative_cases.WITHOUT:
+        assert op not in _backends._differentiable
+        return
+    assert op in _backends._differentiable, f"{op}: declare it with backward, or list it in WITHOUT"
+    assert derivative_cases.CASES.get(op), f"{op} must have a case in derivative_cases.CASES"
+
+
+@case_and_backend
+def test_first_derivatives_in_every_mode(case, name):
+    with use_backend(name):
+        assert torch.autograd.gradcheck(
+            case.function,
+            with_grad(case.inputs()),
+            fast_mode=True,
+            # What is not asked of the kernels is the same for all backends.
+            check_forward_ad=name != "triton",
+            check_batched_grad=name != "triton",
+            check_batched_forward_grad=name != "triton",
+        )
+
+
+@case_and_backend
+def test_second_derivatives(case, name):
+    with use_backend(name):
+        assert torch.autograd.gradgradcheck(
+            case.function,
+            with_grad(case.inputs()),
+            fast_mode=True,
+            check_fwd_over_rev=name != "triton",
+        )
+
+
+@case_and_backend
+def test_torch_func(case, name):
+    inputs = case.inputs()
+    tangents = case.inputs()
+    argnums = tuple(range(len(inputs)))
+
+    def loss(*values):
+        return first(case.function(*values))
+
+    with use_backend(name):
+        expected = torch.autograd.grad(loss(*(given := with_grad(inputs))), given)
+        # Second derivatives along the tangents, by differentiating twice backwards.
+        once = torch.autograd.grad(loss(*given), given, create_graph=True)
+        slope = sum((g * v).sum() for g, v in zip(once, tangents, strict=True))
+        curvature = torch.autograd.grad(slope, given, allow_unused=True, materialize_grads=True)
+        assert any(grad.any() for grad in expected)
+
+        assert_all_close(torch.func.grad(loss, argnums)(*inputs), expected)
+        assert_all_close(torch.func.jacrev(loss, argnums)(*inputs), expected)
+        assert_all_close(torch.func.jacfwd(loss, argnums)(*inputs), expected)
+        _, actual = torch.func.jvp(loss, inputs, tangents)
+        assert_all_close((actual,), (slope.detach(),))
+        _, actual = torch.func.jvp(torch.func.grad(loss, argnums), inputs, tangents)
+        assert_all_close(actual, curvature)
+        _, pull = torch.func.vjp(torch.func.grad(loss, argnums), *inputs)
+        assert_all_close(pull(tangents), curvature)
+
+
+@case_and_backend
+def test_vmap(case, name):
+    batch = [case.inputs() for _ in range(2)]
+    stacked = tuple(torch.stack(values) for values in zip(*batch, strict=True))
+
+    def flat(result):
+        return result if isinstance(result, tuple) else (result,)
+
+    with use_backend(name):
+        actual = flat(torch.vmap(case.function)(*stacked))
+        expected = [flat(case.function(*inputs)) for inputs in batch]
+        assert_all_close(actual, map(torch.stack, zip(*expected, strict=True)))
+        # Gradients of each, as for a batch of models.
+        argnums = tuple(range(len(stacked)))
+        slopes = torch.func.grad(lambda *values: first(case.function(*values)), argnums)
+        expected = [slopes(*inputs) for inputs in batch]
+        assert_all_close(
+            torch.vmap(slopes)(*stacked), map(torch.stack, zip(*expected, strict=True))
+        )
+
+
+@case_and_backend
+def test_a_dual_level_is_seen_before_autograd_is_stepped_over(case, name):
+    inputs, tangents = case.inputs(), case.inputs()
+    expected = torch.func.jvp(lambda *values: first(case.function(*values)), inputs, tangents)
+    with use_backend(name), torch.no_grad(), forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*pair) for pair in zip(inputs, tangents, strict=True)]
+        result = forward_ad.unpack_dual(first(case.function(*duals)))
+    assert_all_close(result, expected)
+
+
+@pytest.mark.parametrize("op", REFUSING)
+def test_operators_without_a_formula_refuse(op):
+    """A gradient through an operator itself is an error, never zeros."""
+    with pytest.raises(NotImplementedError, match=f"unimoe::{op} is not differentiable"):
+        _backends._refuse(op, None, None)
+
+
+def test_backward_operators_refuse_when_called_directly():
+    gate_up = torch.randn(2, 4, requires_grad=True)
+    for overload in _backends._overloads["swiglu_backward"].values():
+        y = overload(torch.randn(2, 2), gate_up, "silu", 7.0, 1.702)
+        with pytest.raises(NotImplementedError, match="unimoe::swiglu_backward is not different"):
+            y.sum().backward()
+
+
+def assert_all_close(actual, expected):
+    for ours, others in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, others)
