@@ -1,6 +1,7 @@
 """From text, pictures, videos and sound to model inputs: tokenizer and frozen encoders in one."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -20,6 +21,7 @@ from unimoe_model.tokenization import (
 )
 
 ASPECT_RATIOS = ("square", "pad")
+_FILES = (("processor_config.json",), ("tokenizer.json", "tokenizer.model"))
 
 
 class UniMoEProcessor(ProcessorMixin):
@@ -82,11 +84,26 @@ class UniMoEProcessor(ProcessorMixin):
         self.system_prompt = system_prompt
         self.image_aspect_ratio = image_aspect_ratio
         if tokenizer.pad_token_id is None:
-            raise ValueError("tokenizer must have a pad_token; there is none")
+            raise ValueError(
+                "tokenizer must have a pad_token; there is none (tokenizer_config.json names it)"
+            )
         unknown = tokenizer.unk_token_id
         for placeholder in PLACEHOLDERS.values():
             if tokenizer.convert_tokens_to_ids(placeholder) in (None, unknown):
                 raise ValueError(f"tokenizer has no token {placeholder}")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options) -> "UniMoEProcessor":
+        """As transformers' own, of a folder or a repository of the Hugging Face hub.
+
+        Raises:
+            ValueError: if a file of the folder is missing.
+        """
+        folder = Path(pretrained_model_name_or_path, options.get("subfolder") or "")
+        for names in _FILES if folder.is_dir() else ():
+            if not any((folder / name).is_file() for name in names):
+                raise ValueError(f"folder ({folder}) must hold {' or '.join(names)}")
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def from_config(cls, config: UniMoEConfig, tokenizer, **options) -> "UniMoEProcessor":

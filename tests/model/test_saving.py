@@ -169,16 +169,15 @@ def cut_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{")
 
 
-def drop_weights(folder):
-    (folder / "model.safetensors").unlink()
+def drop(name):
+    def remove(folder):
+        (folder / name).unlink()
+
+    return remove
 
 
 def no_object(folder):
     (folder / "config.json").write_text("[]")
-
-
-def drop_special_tokens(folder):
-    (folder / "tokenizer_config.json").unlink()
 
 
 def drop_one_weight(folder):
@@ -202,7 +201,7 @@ def change_config(**fields):
         (cut_weights, "cannot be read"),
         (cut_config, "cannot be read"),
         (cut_tokenizer, "cannot be read"),
-        (drop_weights, "cannot be read"),
+        (drop("model.safetensors"), r"cannot be read: .*no file named model\.safetensors"),
         (drop_one_weight, r"image_connector\.projector\.0\.weight"),
         (change_config(num_experts=0), r"are of no use, such as .*layers\.0\.mlp\.experts"),
         (change_config(num_experts=8), r"are of another shape, such as .*layers\.0\.mlp\.experts"),
@@ -210,7 +209,9 @@ def change_config(**fields):
         (change_config(num_experts="four"), "cannot be read: TypeError"),
         (change_config(model_type="llama"), r"model_type \('llama'\) in .* must be 'unimoe'"),
         (no_object, "config.json is no JSON object"),
-        (drop_special_tokens, "tokenizer must have a pad_token; there is none"),
+        (drop("tokenizer.json"), r"must hold tokenizer\.json or tokenizer\.model"),
+        (drop("processor_config.json"), r"must hold processor_config\.json"),
+        (drop("tokenizer_config.json"), r"pad_token; there is none \(tokenizer_config\.json"),
     ],
 )
 def test_damaged_or_foreign_checkpoints_are_refused(saved, damage, message):
@@ -218,6 +219,14 @@ def test_damaged_or_foreign_checkpoints_are_refused(saved, damage, message):
     with pytest.raises(ValueError, match=message) as caught:
         Answerer.from_pretrained(saved.folder)
     assert str(saved.folder) in str(caught.value)
+
+
+def test_processors_name_the_file_that_is_missing(saved):
+    (saved.folder / "tokenizer.json").unlink()
+    for loader in (UniMoEProcessor, AutoProcessor):
+        register_auto_classes()
+        with pytest.raises(ValueError, match=rf"\({saved.folder}\) must hold tokenizer\.json"):
+            loader.from_pretrained(saved.folder)
 
 
 def test_a_folder_without_checkpoint_is_refused(tmp_path):
