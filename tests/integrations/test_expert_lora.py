@@ -113,6 +113,8 @@ def test_peft_loads_what_we_save(tmp_path, name, target):
     model = add_expert_lora(build(name), r=3, alpha=6, target=target)
     fill(model)
     save_expert_lora(model, tmp_path)
+    weights, config = (tmp_path / f"adapter_{n}" for n in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode  # as the umask says
     theirs = peft.PeftModel.from_pretrained(build(name), tmp_path)
     assert relative_error(logits_of(theirs), logits_of(model)) < 1e-5
     again = load_expert_lora(build(name), tmp_path)

@@ -149,6 +149,8 @@ def same(left, right):
 def test_all_stages_run_and_are_not_run_again(trainer, tmp_path, arm):
     first, again = Reporter(), Reporter()
     model = trainer(arm, reporter=first).run()
+    for path in (tmp_path / "run").rglob("trained.safetensors"):
+        assert path.stat().st_mode == path.with_name("metrics.json").stat().st_mode
     names = STAGES if arm == "moe" else ["pretrain", "align", "experts", "tune"]
     assert [name for name, _ in first.begun] == names
     assert same(model, trainer(arm, reporter=again).run())

@@ -51,7 +51,11 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
             places.setdefault(_place(name, tensor), name)
         kept = {name: weights[name] for name in places.values()}
         partial = path.with_name(path.name + ".new")
+        # safetensors makes its files readable by their owner alone; the umask decides instead.
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777
         save_file(kept, partial, metadata={"format": "pt"})
+        partial.chmod(mode)
         os.replace(partial, path)
     meet(f"save of {path}")
 

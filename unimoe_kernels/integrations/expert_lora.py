@@ -140,7 +140,11 @@ def save_expert_lora(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / "adapter_model.safetensors.new"
+    # safetensors makes its files readable by their owner alone; the umask decides instead.
+    fresh.touch()
+    mode = fresh.stat().st_mode & 0o777
     save_file(tensors, fresh, metadata={"format": "pt"})
+    fresh.chmod(mode)
     text = json.dumps(config, indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     fresh.rename(folder / "adapter_model.safetensors")

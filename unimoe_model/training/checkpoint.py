@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from unimoe_kernels.distributed import load_sharded, save_sharded
+from unimoe_model.tensor_files import save_tensors
 
 _WEIGHTS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.pt", "state.json"
 
@@ -67,7 +68,7 @@ def save_checkpoint(
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     weights = {name: p.detach().contiguous() for name, p in parameters.items()}
-    save_file(weights, fresh / _WEIGHTS)
+    save_tensors(fresh / _WEIGHTS, weights)
     torch.save([o.state_dict() for o in optimizers], fresh / _OPTIMIZER)
     state = {"run": run, **vars(progress)}
     (fresh / _STATE).write_text(json.dumps(state), encoding="utf-8")

@@ -10,7 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from unimoe_model.checkpoints.writing import whole_folder
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.tensor_files import permit_as_usual
 
+WEIGHTS = "model.safetensors"
 _SIZE_FIELDS = (
     "attention_bias",
     "head_dim",
@@ -48,6 +50,7 @@ def save_language_model(
     llama.model.load_state_dict(model.model.language_model.state_dict())
     with whole_folder(folder) as partial:
         llama.half().save_pretrained(partial)
+        permit_as_usual(partial / WEIGHTS)
         tokenizer.save_pretrained(partial)
 
 
@@ -111,7 +114,7 @@ def digest(folder: Path) -> str:
     """
     hashed = hashlib.sha256()
     try:
-        for name in ("model.safetensors", "tokenizer.json"):
+        for name in (WEIGHTS, "tokenizer.json"):
             hashed.update((folder / name).read_bytes())
     except OSError as error:
         raise ValueError(f"language_model ({folder}) cannot be read: {error}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerFast
@@ -22,6 +22,7 @@ from unimoe_model.data.examples import Example, MediaBank
 from unimoe_model.data.feature_cache import FeatureCache
 from unimoe_model.data.mixture import Mixture
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.tensor_files import save_tensors
 from unimoe_model.training.assemble import (
     FFN_LORA,
     add_lora,
@@ -309,8 +310,7 @@ class Trainer:
         if self._ranks.is_first:
             found = dict(model.named_parameters())
             weights = {name: found[name].detach().cpu().contiguous() for name in parameters}
-            save_file(weights, folder / (TRAINED + ".new"))
-            (folder / (TRAINED + ".new")).rename(folder / TRAINED)
+            save_tensors(folder / TRAINED, weights)
             finish_stage(folder, run, stage.optimizer, progress)
         self._ranks.wait(f"end of {name}")
 
