@@ -84,7 +84,7 @@ def _pixels(image: Image.Image, raw_mode: str | None) -> NDArray[np.uint8]:
         return _as_rgb(grey, grey, key * _KEY_SCALES.get(raw_mode, 1))
     if raw_mode == "RGB;16B" and key is not None:
         raise ValueError("a PNG of 16 bits a colour must have an alpha channel or no transparency")
-    if True:
+    if not image.has_transparency_data:
         return np.array(image.convert("RGB"))
     straight = image.convert("LA") if image.mode == "La" else image
     return on_white(np.asarray(straight.convert("RGBA")))
