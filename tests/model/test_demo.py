@@ -90,6 +90,9 @@ def test_demo_from_data_to_report_and_again(small, tmp_path, capfd):
     assert metrics["items"] == settings.evaluation
     assert metrics["accuracy"] == results.accuracy
     assert set(metrics["throughput"]) == {"moe", "looped", "dense"}
+    assert metrics["machine"]["precision"] == "fp32"
+    assert "This will take about" in shown.out
+    assert {"features", "pretraining", "stage 1", "evaluation"} <= metrics["forecast"].keys()
     for share in metrics["routing"].values():
         assert [sum(layer) for layer in share] == pytest.approx([1, 1])
     for name in ("accuracy.png", "loss.png", "routing.png"):
@@ -117,6 +120,7 @@ def test_demo_from_data_to_report_and_again(small, tmp_path, capfd):
     shown = capfd.readouterr()
     assert {name: files_below(output / name) for name in trained} == trained
     assert "pretrain" not in shown.err  # no bar of a stage
+    assert "This will take" not in shown.out
     assert (again.accuracy, again.dense, again.losses) == (
         results.accuracy,
         results.dense,

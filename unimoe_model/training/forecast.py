@@ -110,26 +110,35 @@ def forecast(
     Returns:
         What is left to do.
     """
+    counts = media_counts(settings.data)
+    missing = {
+        name: count
+        for name, count in counts.items()
+        if not any(cache_folder.glob(f"{name}-*.safetensors"))
+    }
+    done = {
+        "features": not missing,
+        "pretraining": all(_is_done(output / arm / "pretrain") for arm in ARMS),
+        "stage 1": all(_is_done(output / folder / "align") for folder in _aligned(settings)),
+        "stages 2 and 3": all(_is_done(output / arm / "tune") for arm in ARMS),
+        "evaluation": all((output / arm / "evaluation.json").exists() for arm in ARMS),
+    }
+    if done["features"] and done["evaluation"]:
+        return Forecast({})
     with TemporaryDirectory() as folder:
         rehearsal = Path(folder)
         tasks, bank, per_item = _encode_few(settings, rehearsal, device)
-        counts = media_counts(settings.data)
-        missing = {
-            name: count
-            for name, count in counts.items()
-            if not any(cache_folder.glob(f"{name}-*.safetensors"))
-        }
         seconds = {
             "features": sum(n * per_item[name.rpartition("-")[0]] for name, n in missing.items())
         }
         seconds |= _rehearse_stages(settings, rehearsal, tasks, bank, device, threads, counts)
         torch.set_num_threads(threads)
-    done = {
-        "stage 1": _is_done(output / "base" / "align"),
-        "stages 2 and 3": all(_is_done(output / arm / "tune") for arm in ARMS),
-        "evaluation": all((output / arm / "evaluation.json").exists() for arm in ARMS),
-    }
-    return Forecast({name: s for name, s in seconds.items() if s > 0 and not done.get(name)})
+    return Forecast({name: value for name, value in seconds.items() if not done[name]})
+
+
+def _aligned(settings: RunSettings) -> tuple[str, ...]:
+    """Folders of stage 1: one for all arms where they start from one language model."""
+    return ARMS if settings.language_model is None else ("base",)
 
 
 def _encode_few(settings: RunSettings, folder: Path, device: torch.device):

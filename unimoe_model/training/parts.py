@@ -43,6 +43,8 @@ def train_base(
     expected = forecast(settings, output, cache_folder, device, torch.get_num_threads())
     if expected.seconds:
         reporter.say(f"This will take {expected}")
+    # A run that goes on keeps what was expected of the whole.
+    if not (output / FORECAST).exists():
         write_whole(output / FORECAST, json.dumps(expected.seconds))
     started = time.monotonic()
     builder = build_tasks(settings, cache_folder, device)
