@@ -131,6 +131,19 @@ def test_avif_has_its_frames_and_not_its_cover(tmp_path, mode):
     check_levels(load_video(tmp_path / "a.avif", 6), LEVELS)
 
 
+@pytest.mark.parametrize("suffix", ["avif", "png", "webp"])
+def test_transparent_animations_lie_on_white(tmp_path, suffix):
+    images = [Image.new("RGBA", (32, 32), (level, level, level, 51)) for level in (0, 100)]
+    path = tmp_path / f"a.{suffix}"
+    options = {} if suffix == "avif" else {"lossless": True}
+    try:
+        images[0].save(path, save_all=True, append_images=images[1:], duration=100, **options)
+    except (OSError, KeyError):
+        pytest.skip(f"this Pillow writes no {suffix}")
+    for given in (path, path.read_bytes()):
+        check_levels(as_video(given, 2, "videos"), [204, 224])
+
+
 def test_the_default_picture_of_an_apng_is_no_frame(tmp_path):
     save_animation(tmp_path / "a.png", [250, *LEVELS], default_image=True)
     check_levels(load_video(tmp_path / "a.png", 6), LEVELS)
