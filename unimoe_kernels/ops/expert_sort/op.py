@@ -39,7 +39,7 @@ def expert_sort(ids: Tensor, num_experts: int) -> ExpertSort:
 
     Args:
         ids: `[T, K]` or `[N]`, int32 (int64 is converted), any strides. A value of `num_experts` or
-            more drops the row, as belonging to another rank or to nobody: it is sorted to the end,
+            more drops the row, as belonging to another rank or to none: it is sorted to the end,
             where `permute` and `grouped_mm` give zeros and `unpermute` adds nothing.
         num_experts: E, the number of experts held here.
 

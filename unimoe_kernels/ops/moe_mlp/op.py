@@ -38,8 +38,8 @@ def moe_mlp(
         x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.
         gate_up_proj: `[E, 2F, D]`, gate rows first, dtype and device of `x`.
         down_proj: `[E, D, F]`, likewise.
-        ids: `[T, K]`, int32 or int64. A value of E or more drops this choice, as another rank's or
-            nobody's: it adds 0.
+        ids: `[T, K]`, int32 or int64. A value of E or more drops this choice, as of another rank or
+            of none: it adds 0.
         scores: `[T, K]`, any floating dtype, used in float32 (float64 for float64 `x`).
         activation: As in `swiglu`, with its `limit` and `alpha`.
         gate_up_bias: `[E, 2F]` or None.
