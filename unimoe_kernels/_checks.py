@@ -117,12 +117,31 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def refuse_sharded(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError for a DTensor where the whole of a tensor is read, naming it."""
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(
+            f"{name} is sharded between ranks (DTensor), it must be whole: full_tensor() gives it"
+        )
+
+
 def refuse_transforms(name: str) -> None:
     """Raises NotImplementedError where `transformed`, naming the operator."""
     if transformed():
         raise NotImplementedError(
             f"{name} has no rule for torch.func (grad, jvp, vmap, ...) and forward-mode "
             "differentiation: use torch.autograd"
+        )
+
+
+def refuse_second_derivatives(name: str) -> None:
+    """Raises NotImplementedError, naming the operator, in a backward that builds a graph.
+
+    For the first line of the backward of a `torch.autograd.Function`, before anything is sent.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{name} has no second derivatives: its backward takes no create_graph=True"
         )
 
 

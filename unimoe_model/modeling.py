@@ -7,13 +7,15 @@ from typing import ClassVar
 import torch
 from einops import rearrange
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from unimoe_kernels import MoE
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
 from unimoe_model.language_model import UniMoELanguageModel
+from unimoe_model.media_generation import CACHE, MediaGenerationMixin
 from unimoe_model.modality import modality_ids_of
 from unimoe_model.tensor_files import permit_as_usual
 
@@ -78,7 +80,10 @@ class UniMoEModel(UniMoEPreTrainedModel):
         return getattr(self, f"{'image' if kind == 'video' else kind}_connector")
 
     def splice(
-        self, input_ids: torch.Tensor, media: dict[str, torch.Tensor | None]
+        self,
+        input_ids: torch.Tensor,
+        media: dict[str, torch.Tensor | None],
+        continues: bool = False,
     ) -> torch.Tensor:
         """Embeds the text and puts each kind's soft tokens at its placeholders.
 
@@ -87,6 +92,8 @@ class UniMoEModel(UniMoEPreTrainedModel):
                 the item has soft tokens.
             media: soft tokens `[items, n, D]` of each kind, in the order of the placeholders, row
                 by row; None for a kind without items.
+            continues: whether a cache holds the tokens before these. Without media placeholders
+                then become NaN instead of an error, and nothing waits for the device.
 
         Returns:
             Embeddings `[B, S, D]`.
@@ -101,9 +108,13 @@ class UniMoEModel(UniMoEPreTrainedModel):
         # Placeholders may lie outside the table, and what they would look up is replaced anyway.
         is_media = torch.stack(list(placeholders.values())).any(0)
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_media, 0))
-        for kind, is_placeholder in placeholders.items():
+        media = {kind: tokens for kind, tokens in media.items() if tokens is not None}
+        if continues and not media:
+            # To look for placeholders would keep each step of decoding waiting for the device.
+            return embeddings.masked_fill(is_media.unsqueeze(-1), torch.nan)
+        held_KB = torch.stack([mask.sum(1) for mask in placeholders.values()]).tolist()
+        for (kind, is_placeholder), held_B in zip(placeholders.items(), held_KB, strict=True):
             tokens = media.get(kind)
-            held_B = is_placeholder.sum(1).tolist()
             given = 0 if tokens is None else tokens.shape[0] * tokens.shape[1]
             if sum(held_B) != given:
                 raise ValueError(
@@ -127,11 +138,16 @@ class UniMoEModel(UniMoEPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         media: dict[str, torch.Tensor | None] | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ):
         """Runs the LLM over spliced embeddings; see `UniMoEForConditionalGeneration.forward`."""
+        if cache is not None and past_key_values is not None:
+            raise ValueError("give cache or past_key_values, not both")
+        cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
-            inputs_embeds = self.splice(input_ids, media or {})
+            inputs_embeds = self.splice(input_ids, media or {}, _continues(cache, input_ids))
         elif media:
             raise ValueError("media needs input_ids, whose placeholders say where it goes")
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -141,11 +157,11 @@ class UniMoEModel(UniMoEPreTrainedModel):
                 input_ids, self.config.media_token_ids, kwargs.get("token_mask")
             )
         return self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **{CACHE: cache}, **kwargs
         )
 
 
-class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
+class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin):
     """Uni-MoE with its language-model head: training loss and `generate()`.
 
     The frozen encoders are not part of this module: their features come in (see
@@ -181,6 +197,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             if isinstance(layer.mlp, MoE):
                 yield index, layer.mlp
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -194,7 +211,11 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
         audio_features_mask: torch.Tensor | None = None,
         speech_query_states: torch.Tensor | None = None,
         audio_query_states: torch.Tensor | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Predicts the next token after each position.
@@ -203,7 +224,8 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             input_ids: `[B, S]` int64, with placeholders expanded (`UniMoEProcessor` does it).
             attention_mask: `[B, S]`, 0 on padding.
             inputs_embeds: `[B, S, D]` instead of `input_ids`; then no media may be given.
-            labels: `[B, S]` int64, -100 where no loss is wanted; shifted inside.
+            labels: `[B, S]` int64, -100 where no loss is wanted; shifted inside. With
+                `logits_to_keep` those of the kept positions.
             image_features: `[images, n, C]` of the vision encoder.
             video_features: `[videos, frames, n, C]` of the vision encoder.
             speech_features: `[pieces, frames, C]` of the speech encoder.
@@ -212,15 +234,24 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             speech_query_states: `[pieces, queries, d_model]` instead of `speech_features`: what the
                 speech connector has before its projector (to run a frozen connector body once).
             audio_query_states: likewise for audio.
-            logits_to_keep: compute only the last n positions' logits; 0 for all.
-            **kwargs: passed on to transformers' `LlamaModel` (cache, positions).
+            logits_to_keep: compute only the last n positions' logits, 0 for all; or a tensor of
+                positions, `[n]`.
+            num_items_in_batch: labelled tokens of all batches whose gradients are added up, as
+                transformers' `Trainer` gives it; the loss is then the sum divided by it.
+            shift_labels: `[B, S]` int64 instead of `labels`: each position's next token.
+            past_key_values: keys and values of the tokens before these.
+            cache: the same, by the name that transformers gives it from 5.24.
+            **kwargs: passed on to transformers' `LlamaModel` (positions, `use_cache`,
+                `output_hidden_states`, `output_attentions`); with `return_dict=False` the output
+                is a tuple.
 
         Returns:
-            `loss` (mean over labelled tokens, in the logits' dtype), `logits` `[B, S, V]`, cache.
+            `loss` (mean over labelled tokens, at least float32), `logits` `[B, S, V]`, the cache,
+            `hidden_states`, `attentions`.
 
         Raises:
-            ValueError: if placeholders and media do not match in number, or a feature's shape is
-                not the connector's.
+            ValueError: if placeholders and media do not match in number, a feature's shape is not
+                the connector's, or labels are not those of the positions that logits are kept of.
         """
         outputs = self._decode(
             {
@@ -233,17 +264,25 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        if isinstance(logits_to_keep, torch.Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.lm_head(hidden)
         loss = None
-        if labels is not None:
-            loss = nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-            )
+        if labels is not None or shift_labels is not None:
+            loss = causal_lm_loss(logits, labels, num_items_in_batch, shift_labels)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+            loss=loss,
+            logits=logits,
+            **{CACHE: getattr(outputs, CACHE)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def hidden_states(self, **inputs: torch.Tensor) -> torch.Tensor:
@@ -304,38 +343,51 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, GenerationMixin):
                 f" [*, {expected[0]}, {expected[1]}]"
             )
 
-    def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, **kwargs):
-        """Repeats each row for its beams, and its media with it: a row may hold several items."""
-        media = {k: kwargs.pop(k) for k in list(kwargs) if k.endswith(MEDIA_SUFFIXES)}
-        expanded, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, input_ids=input_ids, **kwargs
+
+def _continues(cache: Cache | None, input_ids: torch.Tensor) -> bool:
+    """Whether a cache holds what comes before these tokens; waits for no device."""
+    length = 0 if cache is None else cache.get_seq_length()
+    # A static cache counts on its device.
+    return input_ids.shape[1] == 1 if isinstance(length, torch.Tensor) else length > 0
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross entropy of the next tokens, as transformers' `ForCausalLMLoss` computes it.
+
+    Args:
+        logits: `[B, S, V]`.
+        labels: `[B, S]` int64, -100 where no loss is wanted; those of the position after count.
+        num_items_in_batch: what the sum is divided by; None for the mean.
+        shift_labels: `[B, S]` int64 instead of `labels`, shifted already.
+
+    Returns:
+        The loss, float64 for float64 logits and otherwise float32.
+
+    Raises:
+        ValueError: if labels are not of the shape of the logits.
+    """
+    name = "labels" if shift_labels is None else "shift_labels"
+    given = labels if shift_labels is None else shift_labels
+    if given.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name} (shape {list(given.shape)}) must be of the positions that logits_to_keep keeps"
+            f" (shape {list(logits.shape[:-1])})"
         )
-        for name, items in media.items():
-            if items is not None and expand_size > 1:
-                kind = name.split("_")[0]
-                held_B = (input_ids == self.config.media_token_ids[kind]).sum(1)
-                items_B = (held_B // self.config.num_soft_tokens(kind)).tolist()
-                if sum(items_B) != len(items):
-                    raise ValueError(
-                        f"input_ids hold placeholders of {sum(items_B)} {kind} items, but {name}"
-                        f" holds {len(items)}"
-                    )
-                rows = [
-                    row.repeat(expand_size, *[1] * (items.dim() - 1))
-                    for row in items.split(items_B)
-                ]
-                items = torch.cat(rows)
-            kwargs[name] = items
-        return expanded, kwargs
-
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        """Gives the media to the first step alone: later ones find it in the cache."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs = {k: v for k, v in inputs.items() if not k.endswith(MEDIA_SUFFIXES)}
-        return inputs
-
-
-MEDIA_SUFFIXES = ("_features", "_features_mask", "_query_states")
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, -2), shift_labels.flatten().to(logits.device), reduction=reduction
+    )
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch

@@ -295,6 +295,13 @@ def recomputation(r):
     return relative_error(x.grad, grad)
 
 
+def second_derivatives(r):
+    moe, x = layer(r)
+    parallelize_moe(moe, r.mesh)
+    penalty = moe(x.requires_grad_()).square().sum()
+    return message(lambda: torch.autograd.grad(penalty, x, create_graph=True))
+
+
 def frozen_on_one_rank(r):
     """The tokens of rank 0 need no gradient; it still takes part in the backward of the others."""
     moe, x = layer(r)
@@ -396,6 +403,7 @@ SCENARIOS = (
     uneven_shards,
     meta_buffers,
     recomputation,
+    second_derivatives,
     frozen_on_one_rank,
     bounded_buffers,
     order,

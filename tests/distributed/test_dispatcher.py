@@ -58,6 +58,12 @@ def test_activation_checkpointing(ops):
     assert all(error < 1e-12 for error in ops["recomputation"])
 
 
+def test_second_derivatives_are_refused_by_name(ops):
+    for text in ops["second_derivatives"]:
+        assert text.startswith("NotImplementedError: dispatch of ")
+        assert "has no second derivatives: its backward takes no create_graph=True" in text
+
+
 def test_gradients_needed_on_one_rank_only(ops):
     assert all(error < 1e-12 for error in ops["frozen_on_one_rank"])
 

@@ -95,6 +95,45 @@ def fsdp_error(rank):
     return max(errors)
 
 
+class AddsInPlace(torch.nn.Module):
+    """A host's residual connection, which changes what its layer returned."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y = self.layer(x)
+        y += x
+        return y
+
+
+def in_place_error(build):
+    """Of the gradient of a `[T, D]` input: sharded layer and host, beside the same whole."""
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(8, 8), AddsInPlace(build()), torch.nn.Linear(8, 8)
+    alone = torch.nn.Sequential(*layers).double()
+    sharded = copy.deepcopy(alone)
+    fully_shard(sharded[1].layer)
+    fully_shard(sharded)
+    grads = []
+    for model in (alone, sharded):
+        x = torch.linspace(-2, 2, 40, dtype=torch.float64).view(5, 8).requires_grad_()
+        model(x).square().sum().backward()
+        grads.append(x.grad)
+    return relative_error(grads[1], grads[0])
+
+
+def in_place_errors():
+    injected = {"aux_loss": "inject", "load_balancing_coef": 0.1}
+    return {
+        "dense": in_place_error(lambda: unimoe_kernels.SwiGLUFFN(8, 8)),
+        "MoE": in_place_error(lambda: unimoe_kernels.MoE(8, 8, 4, 2)),
+        "injected loss": in_place_error(lambda: unimoe_kernels.MoE(8, 8, 4, 2, **injected)),
+        "looped": in_place_error(lambda: unimoe_kernels.LoopedMoE(8, 8, 4, 2)),
+    }
+
+
 def main(folder, rank):
     os.environ |= {
         "RANK": str(rank),
@@ -105,7 +144,10 @@ def main(folder, rank):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
     unimoe_kernels.register_with_transformers()
-    errors = transformers_errors(folder) | {"MoE under FSDP2": fsdp_error(rank)}
+    errors = transformers_errors(folder) | {
+        "MoE under FSDP2": fsdp_error(rank),
+        "changed in place": in_place_errors(),
+    }
     if rank == 0:
         (folder / "errors.json").write_text(json.dumps(errors), encoding="utf-8")
     dist.destroy_process_group()

@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-import transformers
+from lora_models import CONFIGS, IDS, TARGETS, build, fill, logits_of
 from torch import nn
 
 from unimoe_kernels import (
@@ -14,70 +14,8 @@ from unimoe_kernels import (
     merge_expert_lora,
     save_expert_lora,
     unmerge_expert_lora,
-    upcycle,
 )
 from unimoe_kernels.testing import relative_error
-
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# gpt-oss stores weights transposed, has biases and interleaves gate and up. Of mixtral here D = F.
-CONFIGS = {
-    "mixtral": ("MixtralConfig", {"intermediate_size": 32, "num_local_experts": 4}),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "num_experts_per_tok": 2},
-    ),
-    "gpt_oss": (
-        "GptOssConfig",
-        {
-            "intermediate_size": 48,
-            "num_local_experts": 4,
-            "head_dim": 8,
-            "num_experts_per_tok": 2,
-            "layer_types": ["full_attention"] * 2,
-        },
-    ),
-    "upcycled": ("LlamaConfig", {"intermediate_size": 48}),
-}
-TARGETS = ("gate_up_proj", "down_proj")
-IDS = torch.randint(3, 40, (2, 11), generator=torch.Generator().manual_seed(1))
-
-
-def build(name):
-    config_class, options = CONFIGS[name]
-    config = getattr(transformers, config_class)(**SIZES, **options)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    if name == "upcycled":
-        upcycle(model, num_experts=4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model.eval()
-
-
-def fill(model):
-    """Makes every B of order one."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -219,14 +157,19 @@ def test_models_and_adapters_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="has LoRA already"):
         add_expert_lora(model, 2)
     save_expert_lora(model, tmp_path)
-    with pytest.raises(ValueError, match=r"must be of 4 experts|holds no LoRA on these experts"):
+    with pytest.raises(ValueError, match=r"4 experts with|holds no LoRA on these experts"):
         load_expert_lora(build("qwen3_moe"), tmp_path)
     with pytest.raises(FileNotFoundError):
         load_expert_lora(build("mixtral"), tmp_path / "nowhere")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"a": 3}}))
-    with pytest.raises(ValueError, match=r"rank_pattern \(\{'a': 3\}\) must be empty"):
-        load_expert_lora(build("mixtral"), tmp_path)
+    for changed, message in (
+        ({"use_dora": True}, "peft_type must be LORA without DoRA"),
+        ({"peft_type": "IA3"}, "peft_type must be LORA"),
+        ({"bias": "all"}, r"bias \('all'\) must be 'none'"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=message):
+            load_expert_lora(build("mixtral"), tmp_path)
 
 
 def test_adapters_of_different_ranks_are_not_saved_as_one(tmp_path):

@@ -66,3 +66,8 @@ def test_plans_of_transformers(errors, layout):
 
 def test_moe_under_fsdp2(errors):
     assert 0 <= errors["MoE under FSDP2"] < 1e-12
+
+
+@pytest.mark.parametrize("layer", ["dense", "MoE", "injected loss", "looped"])
+def test_a_host_may_change_the_output_of_a_sharded_layer_in_place(errors, layer):
+    assert 0 <= errors["changed in place"][layer] < 1e-12

@@ -84,6 +84,7 @@ def test_saved_and_loaded(tmp_path, tied):
         model.model.layers[1].mlp.router.weight.normal_()
         model.model.layers[1].mlp.experts.down_proj.normal_()
     model.save_pretrained(tmp_path)
+    (tmp_path / "._model.safetensors").write_bytes(b"attributes that macOS leaves")
     loaded = load_upcycled(tmp_path)
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert loaded.model.layers[1].mlp.router.router_dtype == torch.float64
@@ -91,11 +92,37 @@ def test_saved_and_loaded(tmp_path, tied):
     assert generated.shape == (1, IDS.shape[1] + 3)
 
 
+def test_loading_keeps_what_from_pretrained_keeps(tmp_path):
+    """Generation settings and dtype as saved, another dtype, and devices, as a dense model does."""
+    model = upcycle(dense().bfloat16(), num_experts=2, mode="sigmoid_renorm", correction_bias=True)
+    model.generation_config.update(eos_token_id=[2, 7], do_sample=True, temperature=0.3)
+    for moe in (module for module in model.modules() if isinstance(module, MoE)):
+        torch.nn.init.normal_(moe.router.correction_bias)
+    model.save_pretrained(tmp_path)
+    bias = next(b for name, b in model.named_buffers() if "correction_bias" in name)
+    for options in ({}, {"dtype": "auto"}, {"dtype": torch.float16}, {"device_map": "cpu"}):
+        loaded = load_upcycled(tmp_path, **options)
+        assert type(loaded) is type(model)
+        assert loaded.generation_config.eos_token_id == [2, 7]
+        assert loaded.generation_config.temperature == 0.3
+        expected = options.get("dtype") if options.get("dtype") != "auto" else None
+        assert loaded.dtype == (expected or torch.bfloat16)
+        kept = next(b for name, b in loaded.named_buffers() if "correction_bias" in name)
+        assert torch.equal(kept, bias)
+        assert not loaded.training
+
+
 def test_what_cannot_be_loaded_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no safetensors file"):
         load_upcycled(tmp_path)
     dense().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no upcycled model"):
+        load_upcycled(tmp_path)
+    model = upcycle(dense(), num_experts=2)
+    state = model.state_dict()
+    state["surplus"] = state.pop("model.layers.0.mlp.router.weight")
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(RuntimeError, match=r"missing \(.*router.weight'\]\) or left over"):
         load_upcycled(tmp_path)
 
 

@@ -115,7 +115,8 @@ def test_merge_lora_folds_the_products_into_the_weights(randn, dtype):
 
 def test_lora_state_dict_round_trip(randn):
     experts = make_experts(randn, lora_rank=3, lora_alpha=6)
-    assert set(experts.state_dict()) == {"gate_up_proj", "down_proj", *LORA_NAMES}
+    names = {"gate_up_proj", "down_proj", "expert_lora.merged", *LORA_NAMES}
+    assert set(experts.state_dict()) == names
     other = GroupedExperts(4, 6, 10, lora_rank=3, lora_alpha=6, dtype=torch.float64)
     other.load_state_dict(experts.state_dict())
     ids, scores = routing(randn)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from unimoe_kernels import _checks
@@ -136,8 +135,8 @@ class _Start(torch.autograd.Function):
         return transfer.send(rows, backward=False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        _checks.refuse_second_derivatives(ctx.transfer.operation)
         return ctx.transfer.wait(backward=True), None
 
 
@@ -149,8 +148,8 @@ class _Finish(torch.autograd.Function):
         return received.view_as(received)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        _checks.refuse_second_derivatives(ctx.transfer.operation)
         ctx.transfer.send(grad, backward=True)
         # Only to be of the shape that autograd expects: the gradient comes out of `_Start`.
         return grad, None

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from unimoe_kernels import _checks
 
 
 class Pieces:
@@ -59,8 +60,8 @@ class _Cut(torch.autograd.Function):
         return pieces._views(rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        _checks.refuse_second_derivatives("dispatch of experts")
         return ctx.pieces._put_together(grads), None
 
 
@@ -71,6 +72,6 @@ class _Join(torch.autograd.Function):
         return pieces._put_together(parts)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[None, *tuple[Tensor, ...]]:
+        _checks.refuse_second_derivatives("dispatch of experts")
         return None, *ctx.pieces._views(grad)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from unimoe_kernels._files import atomic_write
 from unimoe_kernels.distributed.failure import collective
-from unimoe_kernels.distributed.world import is_first, meet
+from unimoe_kernels.distributed.world import is_first, write_once
+from unimoe_kernels.layers.expert_lora import ExpertLoRADict
 
 
 @torch.no_grad()
@@ -45,19 +46,16 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
     path = Path(path)
     weights = whole_state_dict(model)
-    if is_first():
+
+    def write() -> None:
         places = {}
         for name, tensor in model.state_dict().items():
             places.setdefault(_place(name, tensor), name)
         kept = {name: weights[name] for name in places.values()}
-        partial = path.with_name(path.name + ".new")
-        # safetensors makes its files readable by their owner alone; the umask decides instead.
-        partial.touch()
-        mode = partial.stat().st_mode & 0o777
-        save_file(kept, partial, metadata={"format": "pt"})
-        partial.chmod(mode)
-        os.replace(partial, path)
-    meet(f"save of {path}")
+        with atomic_write(path) as partial:
+            save_file(kept, partial, metadata={"format": "pt"})
+
+    write_once(f"save of {path}", write)
 
 
 @torch.no_grad()
@@ -88,6 +86,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             _check(path, state, shapes)
             for name, file in sources.items():
                 _read(file, name, state[name])
+            for module in model.modules():
+                if isinstance(module, ExpertLoRADict):
+                    module.refresh()
     except (OSError, SafetensorError) as error:
         raise ValueError(f"weights ({path}) cannot be read: {error}") from error
 

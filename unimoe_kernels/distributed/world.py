@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 
-from unimoe_kernels.distributed.failure import collective
+from unimoe_kernels.distributed.failure import CollectiveError, collective
 
 
 def is_distributed() -> bool:
@@ -26,3 +28,26 @@ def meet(operation: str) -> None:
     if is_distributed():
         with collective(operation):
             dist.barrier()
+
+
+def write_once(operation: str, write: Callable[[], None]) -> None:
+    """Runs a function on rank 0; returns on all ranks once it is done, or raises on all of them.
+
+    Raises:
+        CollectiveError: On the other ranks if the function raises on rank 0, or if a rank dies or
+            does not come in time.
+    """
+    failure = None
+    if is_first():
+        try:
+            write()
+        except Exception as error:
+            failure = error
+    if is_distributed():
+        told = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+        with collective(operation):
+            dist.broadcast_object_list(told, src=0)
+        if told[0] is not None and failure is None:
+            raise CollectiveError(operation, f"rank 0 could not write: {told[0]}")
+    if failure is not None:
+        raise failure

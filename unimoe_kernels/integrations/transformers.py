@@ -6,7 +6,11 @@ import re
 import torch
 
 from unimoe_kernels.integrations.activations import activation_name
-from unimoe_kernels.layers.expert_lora import add_lora_of_down, add_lora_of_first
+from unimoe_kernels.layers.expert_lora import (
+    add_lora_of_down,
+    add_lora_of_first,
+    unmerged_lora,
+)
 from unimoe_kernels.ops import expert_sort, grouped_mm, moe_mlp, permute, swiglu, unpermute
 
 _NAME = "unimoe"
@@ -104,7 +108,7 @@ def unimoe_experts_forward(
     scores_TK = top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
     activation = plain_gate(experts)
-    lora = None if getattr(experts, "expert_lora_merged", True) else experts.expert_lora
+    lora = unmerged_lora(experts)
     if activation is not None and lora is None:
         y_TD = moe_mlp(
             x_TD,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from unimoe_kernels import _checks
 from unimoe_kernels.integrations.activations import activation_name
 from unimoe_kernels.layers import MoE
 
@@ -94,44 +95,62 @@ def upcycle(
 
 
 def load_upcycled(folder: str | Path, **kwargs) -> nn.Module:
-    """Loads what `save_pretrained` wrote of an upcycled model.
+    """Loads what `save_pretrained` wrote of an upcycled model, as `from_pretrained` would.
 
     Args:
         folder: holds config.json and safetensors files.
-        **kwargs: for `AutoModelForCausalLM.from_config`, such as dtype.
+        **kwargs: for `from_pretrained` of transformers, such as `dtype` (the saved one by default)
+            and `device_map`.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode, with the generation settings that were saved.
 
     Raises:
         ImportError: if transformers is missing.
         FileNotFoundError: if the folder has no safetensors file.
-        ValueError: if its config is not that of an upcycled model.
+        ValueError: if its config is not that of an upcycled model, or `output_loading_info` is
+            among the arguments.
         RuntimeError: if weights are missing or left over.
     """
     import transformers
-    from safetensors.torch import load_file
 
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
+    if "output_loading_info" in kwargs:
+        raise ValueError("output_loading_info must not be given: weights that do not fit raise")
+    if not any(Path(folder).glob("[!.]*.safetensors")):
         raise FileNotFoundError(f"folder ({folder}) holds no safetensors file")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(folder)
     record = getattr(config, _RECORD, None)
     if record is None:
         raise ValueError(f"folder ({folder}) holds no upcycled model: its config lacks {_RECORD}")
-    model = upcycle(transformers.AutoModelForCausalLM.from_config(config, **kwargs), **record)
-    left = model.load_state_dict(
-        {key: value for file in files for key, value in load_file(file).items()}, strict=False
+    dense = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, report = _upcycled_class(dense, record).from_pretrained(
+        folder, config=config, output_loading_info=True, **kwargs
     )
-    model.tie_weights()
-    tied = set(model.all_tied_weights_keys)
-    missing = [key for key in left.missing_keys if key not in tied]
-    if missing or left.unexpected_keys:
+    model.__class__ = dense
+    if report["missing_keys"] or report["unexpected_keys"]:
         raise RuntimeError(
-            f"folder ({folder}): weights are missing ({missing}) or left over "
-            f"({left.unexpected_keys})"
+            f"folder ({folder}): weights are missing ({sorted(report['missing_keys'])}) or left "
+            f"over ({sorted(report['unexpected_keys'])})"
         )
-    return model.eval()
+    return model
+
+
+def _upcycled_class(dense: type[nn.Module], record: dict) -> type[nn.Module]:
+    """A class that `from_pretrained` can make and fill: the dense one, upcycled as it is built."""
+
+    class Upcycled(dense):
+        _keep_in_fp32_modules_strict = (
+            *(dense._keep_in_fp32_modules_strict or ()),
+            "correction_bias",
+        )
+
+        def __init__(self, config, *args, **kwargs):
+            super().__init__(config, *args, **kwargs)
+            upcycle(self, **record)
+
+    # transformers reads the kind of loss from the name.
+    Upcycled.__name__ = Upcycled.__qualname__ = dense.__name__
+    return Upcycled
 
 
 def _is_ffn(module: nn.Module) -> bool:
@@ -147,6 +166,8 @@ def _check(name: str, ffn: nn.Module) -> None:
         raise ValueError(f"{name} has the parameters {parameters}, it must have three weights only")
     if activation_name(ffn.act_fn) is None:
         raise ValueError(f"{name}.act_fn ({ffn.act_fn!r}) is none of the activations of swiglu")
+    for key in parameters:
+        _checks.refuse_sharded(f"{name}.{key}", ffn.get_parameter(key))
 
 
 def _indices(layers: Iterable[int], number: int) -> list[int]:

@@ -1,6 +1,9 @@
-"""LoRA on the stacked weights of experts, without building what it adds to them."""
+"""LoRA on the stacked weights of experts: what it computes, and how it goes on, in and off."""
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +86,8 @@ class ExpertLoRA(nn.Module):
             rows: `[N, in]` in expert order.
             expert_offsets: `[E + 1]`, int32, as `expert_sort` gives it.
         """
+        if self.training and torch.is_grad_enabled() and not self.lora_B.requires_grad:
+            _warn_of_frozen()
         rows = F.dropout(rows, self.dropout, self.training)
         lora_A, lora_B = (local_part(w).to(rows.dtype) for w in (self.lora_A, self.lora_B))
         return grouped_lora(rows, lora_A, lora_B, expert_offsets, self.scale)
@@ -96,6 +101,116 @@ class ExpertLoRA(nn.Module):
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses."""
         return f"r={self.rank}, scale={self.scale}, dropout={self.dropout}"
+
+
+class ExpertLoRADict(nn.ModuleDict):
+    """The LoRA of one module of experts: an `ExpertLoRA` for each target, by name.
+
+    Whether the weights hold the LoRA already is part of the state, as the buffer `merged`, so that
+    weights and LoRA of a state dict are never added up twice or left out. A state dict of such a
+    module that lacks the buffer counts as not merged.
+
+    Attributes:
+        merged: 0 or 1, uint8 without dimensions.
+    """
+
+    def __init__(self, loras: Mapping[str, ExpertLoRA]) -> None:
+        super().__init__(loras)
+        device = next(iter(loras.values())).lora_A.device
+        self.register_buffer("merged", torch.zeros((), dtype=torch.uint8, device=device))
+        self._is_merged = False
+        self._seen: tuple[Tensor, int] | None = None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the weights hold the LoRA.
+
+        The buffer is read where it was written or replaced since the last time, so that forwards
+        do not wait for its device.
+        """
+        buffer = self.merged
+        if torch.compiler.is_compiling() or buffer.is_meta:
+            return self._is_merged
+        version = 0 if buffer.is_inference() else buffer._version
+        if self._seen is None or self._seen[0] is not buffer or self._seen[1] != version:
+            self._is_merged, self._seen = bool(buffer), (buffer, version)
+        return self._is_merged
+
+    @is_merged.setter
+    def is_merged(self, value: bool) -> None:
+        self._is_merged, self._seen = value, None
+        with torch.no_grad():
+            self.merged.fill_(value)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        key = f"{prefix}merged"
+        if key not in state_dict:
+            experts = prefix.removesuffix("expert_lora.")
+            touched = any(name.startswith(experts) for name in state_dict)
+            value = torch.zeros_like(self.merged) if touched else self.merged
+            state_dict = {**state_dict, key: value}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # Read now: what torch.compile traces cannot read it.
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the buffer now, after it was written in place, for forwards that are compiled."""
+        _ = self.is_merged
+
+
+def _warn_of_frozen() -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "expert LoRA is in training and frozen, as peft leaves it that is applied later:"
+            " train_expert_lora(model) lets it train again",
+            stacklevel=2,
+        )
+
+
+def check_attachable(experts: nn.Module, name: str = "experts") -> None:
+    """Raises RuntimeError unless experts have no LoRA, and all of their weights on this rank.
+
+    LoRA that is added to sharded weights would start otherwise on each rank, and stay otherwise:
+    nothing adds up its gradients.
+    """
+    if getattr(experts, "expert_lora", None) is not None:
+        raise RuntimeError(f"{name} has LoRA already; merge it or take it off first")
+    for key, weight in experts.named_parameters(recurse=False):
+        if hasattr(weight, "full_tensor"):
+            raise RuntimeError(
+                f"{name}.{key} is sharded: LoRA of experts must be added or loaded before"
+                " fully_shard, parallelize_moe or a distributed plan of transformers"
+            )
+
+
+def attach(experts: nn.Module, loras: Mapping[str, ExpertLoRA]) -> None:
+    """Gives experts that pass `check_attachable` their LoRA, not merged."""
+    experts.expert_lora = ExpertLoRADict(loras).train(experts.training)
+
+
+def detach(experts: nn.Module) -> None:
+    """Takes LoRA off experts; what it added to the weights stays there."""
+    experts.expert_lora = None
+
+
+@torch.no_grad()
+def merge(experts: nn.Module) -> None:
+    """Adds what the LoRA of experts stands for to their weights, in place, rounding once."""
+    _add_deltas(experts, 1.0)
+    experts.expert_lora.is_merged = True
+
+
+@torch.no_grad()
+def unmerge(experts: nn.Module) -> None:
+    """Undoes `merge`, up to rounding."""
+    _add_deltas(experts, -1.0)
+    experts.expert_lora.is_merged = False
+
+
+def unmerged_lora(experts: nn.Module) -> ExpertLoRADict | None:
+    """The LoRA that a forward has to add, or None."""
+    lora = getattr(experts, "expert_lora", None)
+    return None if lora is None or lora.is_merged else lora
 
 
 def add_lora_of_first(
@@ -137,9 +252,7 @@ def weight_of(experts: nn.Module, target: str) -> Tensor:
     return weight_EOI.chunk(2, dim=1)[HALVES.index(target)] if target in HALVES else weight_EOI
 
 
-@torch.no_grad()
-def add_deltas(experts: nn.Module, sign: float) -> None:
-    """Adds `sign` times what the LoRA of experts stands for to their weights, in place."""
+def _add_deltas(experts: nn.Module, sign: float) -> None:
     for target, lora in experts.expert_lora.items():
         weight_EOI, delta_EOI = weight_of(experts, target), lora.delta()
         weight_EOI.copy_(weight_EOI.to(delta_EOI.dtype) + sign * delta_EOI)

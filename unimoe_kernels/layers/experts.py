@@ -11,9 +11,13 @@ from unimoe_kernels.layers._inputs import autocasts, check_hidden, check_positiv
 from unimoe_kernels.layers.expert_lora import (
     HALVES,
     ExpertLoRA,
-    add_deltas,
     add_lora_of_down,
     add_lora_of_first,
+    attach,
+    check_attachable,
+    detach,
+    merge,
+    unmerged_lora,
 )
 from unimoe_kernels.ops import expert_sort, grouped_mm, moe_mlp, permute, swiglu, unpermute
 
@@ -29,8 +33,8 @@ class GroupedExperts(nn.Module):
         down_proj: `[E, D, F]`.
         gate_up_bias: `[E, 2F]`, or None without bias.
         down_bias: `[E, D]`, or None without bias.
-        expert_lora: an `ExpertLoRA` a target, by name, or None without LoRA.
-        expert_lora_merged: whether the weights hold the LoRA already, which then is left out.
+        expert_lora: an `ExpertLoRADict`, or None without LoRA. Where it `is_merged` the weights
+            hold the LoRA, and it is left out.
         dispatcher: None, or what takes rows to experts of other ranks and back
             (`unimoe_kernels.distributed`). Then the weights are DTensors, of which each rank holds
             the part of its experts, and ids mean the experts of all ranks.
@@ -78,7 +82,6 @@ class GroupedExperts(nn.Module):
         self.intermediate_size = intermediate_size
         self.activation = activation
         self.initializer_range = initializer_range
-        self.expert_lora_merged = False
         self.dispatcher: Callable[..., torch.Tensor] | None = None
         self.register_module("expert_lora", None)
 
@@ -145,7 +148,7 @@ class GroupedExperts(nn.Module):
         x, gate_up_proj, down_proj, gate_up_bias, down_bias = map(
             self._cast, (x, *(local_part(getattr(self, name)) for name in names))
         )
-        lora = None if self.expert_lora_merged else self.expert_lora
+        lora = unmerged_lora(self)
         if lora is None:
             return moe_mlp(
                 x,
@@ -188,8 +191,7 @@ class GroupedExperts(nn.Module):
 
         Raises:
             ValueError: if rank is below 1.
-            RuntimeError: if the experts have LoRA already, or lie on several ranks: LoRA comes
-                first.
+            RuntimeError: if the experts have LoRA already, or are sharded: LoRA comes first.
 
         Reference:
             LoRA, arXiv 2106.09685.
@@ -201,21 +203,21 @@ class GroupedExperts(nn.Module):
             )
         if self.dispatcher is not None:
             raise RuntimeError("LoRA must be added before the experts are split between ranks")
+        check_attachable(self)
         if freeze_base:
             for base in self.parameters():
                 base.requires_grad_(False)
         like = {"device": self.gate_up_proj.device, "dtype": self.gate_up_proj.dtype}
         E, D, inner = self.num_experts, self.hidden_size, self.intermediate_size
         rows = dict.fromkeys(HALVES, inner) if split_gate_up else {"gate_up_proj": 2 * inner}
-        self.expert_lora = nn.ModuleDict(
+        attach(
+            self,
             {
                 **{name: ExpertLoRA(E, D, n, rank, alpha, **like) for name, n in rows.items()},
                 "down_proj": ExpertLoRA(E, inner, D, rank, alpha, **like),
-            }
-        ).train(self.training)
-        self.expert_lora_merged = False
+            },
+        )
 
-    @torch.no_grad()
     def merge_lora(self) -> None:
         """Adds the LoRA products to the weights in place and removes the LoRA parameters.
 
@@ -227,8 +229,9 @@ class GroupedExperts(nn.Module):
         """
         if self.lora_rank == 0:
             raise RuntimeError("the experts have no LoRA to merge; call add_lora() first")
-        add_deltas(self, 1.0)
-        self.expert_lora = None
+        if not self.expert_lora.is_merged:
+            merge(self)
+        detach(self)
 
     def _cast(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """X, a weight or a bias in the dtype of torch.autocast where that is on."""

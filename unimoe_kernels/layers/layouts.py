@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from unimoe_kernels import _checks
+
 FFN_KEYS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
@@ -22,7 +24,8 @@ def stack_experts(ffns: Sequence[nn.Module | Mapping[str, Tensor]]) -> tuple[Ten
         `gate_up_proj` `[E, 2F, D]`, gate rows first, and `down_proj` `[E, D, F]`, in new memory.
 
     Raises:
-        ValueError: if ffns is empty, or keys, shapes, dtypes or devices do not fit.
+        ValueError: if ffns is empty, or keys, shapes, dtypes or devices do not fit, or weights are
+            sharded between ranks.
     """
     weights = ffn_weights(ffns)
     with torch.no_grad():
@@ -41,8 +44,10 @@ def unstack_experts(gate_up_proj: Tensor, down_proj: Tensor) -> list[dict[str, T
         The state dict of each expert's FFN, with the keys that `stack_experts` takes; views.
 
     Raises:
-        ValueError: if the shapes do not fit each other.
+        ValueError: if the shapes do not fit each other, or weights are sharded between ranks.
     """
+    _checks.refuse_sharded("gate_up_proj", gate_up_proj)
+    _checks.refuse_sharded("down_proj", down_proj)
     if gate_up_proj.dim() != 3 or gate_up_proj.shape[1] % 2:
         raise ValueError(f"gate_up_proj (shape {tuple(gate_up_proj.shape)}) must be [E, 2F, D]")
     num_experts, double_size, hidden_size = gate_up_proj.shape
@@ -69,6 +74,7 @@ def ffn_weights(
     expected = [gate_FD.shape, gate_FD.shape, gate_FD.shape[::-1]]
     for index, own in enumerate(weights):
         for key, weight, shape in zip(FFN_KEYS, own, expected, strict=True):
+            _checks.refuse_sharded(f"ffns[{index}] {key}", weight)
             if weight.shape != shape or (weight.dtype, weight.device) != like:
                 raise ValueError(
                     f"ffns[{index}] {key} is {tuple(weight.shape)} {weight.dtype} on "

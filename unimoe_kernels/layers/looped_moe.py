@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unimoe_kernels import _checks
 from unimoe_kernels.layers._inputs import check_hidden, check_positive, check_top_k, unflatten
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ class LoopedMoE(nn.Module):
         for name, (value, needed) in expected.items():
             if value != needed:
                 raise ValueError(f"{name} ({value!r}) must be {needed!r} to convert to LoopedMoE")
+        for name, weight in moe.named_parameters():
+            _checks.refuse_sharded(name, weight)
         like = {"device": moe_router.weight.device, "dtype": moe_router.weight.dtype}
         looped = cls(
             moe_router.hidden_size,

@@ -1,6 +1,7 @@
 """Reads and writes recordings."""
 
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -34,8 +35,20 @@ def resample(
         from scipy.signal import resample_poly
 
     ratio = Fraction(new_rate, rate)
-    result = resample_poly(waveform, ratio.numerator, ratio.denominator, axis=0)
-    return result.astype(np.float32)
+    up, down = ratio.numerator, ratio.denominator
+    low_pass = _low_pass(up, down)
+    if np.issubdtype(waveform.dtype, np.floating):
+        low_pass = low_pass.astype(waveform.dtype)
+    return resample_poly(waveform, up, down, axis=0, window=low_pass).astype(np.float32)
+
+
+@lru_cache(maxsize=16)
+def _low_pass(up: int, down: int) -> NDArray[np.float64]:
+    """The filter that `resample_poly` would design anew in each call, which takes long."""
+    from scipy.signal import firwin
+
+    widest = max(up, down)
+    return firwin(20 * widest + 1, 1 / widest, window=("kaiser", 5.0))
 
 
 def whole_rate(rate: SupportsFloat, name: str) -> int:

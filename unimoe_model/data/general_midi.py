@@ -146,8 +146,8 @@ class Sampler:
         return np.concatenate([held, released])
 
     def _generate(self, samples: int) -> NDArray[np.float32]:
-        stereo = np.frombuffer(self.synth.generate(samples), dtype=np.float32)
-        return stereo.reshape(samples, 2).mean(axis=1)
+        left, right = np.frombuffer(self.synth.generate(samples), np.float32).reshape(-1, 2).T
+        return (left + right) / 2
 
 
 def render(program: int, pitch: int, velocity: int) -> NDArray[np.float32]:

@@ -65,8 +65,8 @@ class _Block(nn.Module):
         self.is_residual = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = self.project(F.relu6(self.depthwise(y)))
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = self.project(F.relu6(self.depthwise(y), inplace=True))
         return x + y if self.is_residual else y
 
 
@@ -124,8 +124,8 @@ class EfficientNetLite0(FrozenEncoder):
             )
         # A permuted [B, H, W, 3] is already channels-last memory, the fast layout on CPUs.
         x = images.permute(0, 3, 1, 2).to(self.stem.weight)
-        x = F.relu6(self.stem((x - 127) / 128))
-        return F.relu6(self.head(self.blocks(x)))
+        x = F.relu6(self.stem((x - 127) / 128), inplace=True)
+        return F.relu6(self.head(self.blocks(x)), inplace=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of pictures, one token for each 32 x 32 pixels, row by row.

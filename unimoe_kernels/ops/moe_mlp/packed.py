@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unimoe_kernels import _backends, _extension
+from unimoe_kernels import _backends, _checks, _extension
 
 _PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,7 +55,8 @@ def pack_weights(module: nn.Module) -> int:
         not multiply bfloat16 or the weights are float16; panels that are not full come on top.
 
     Raises:
-        ValueError: if there are no such weights in module, or they are on another device.
+        ValueError: if there are no such weights in module, or they are on another device or sharded
+            between ranks.
         TypeError: if they have another dtype.
         RuntimeError: if the C++ extension is not compiled.
     """
@@ -66,6 +67,7 @@ def pack_weights(module: nn.Module) -> int:
             "down_proj [E, D, F]"
         )
     for name, weight, _ in weights:
+        _checks.refuse_sharded(name, weight)
         if weight.device.type != "cpu":
             raise ValueError(f"{name} (on {weight.device}) must be on the CPU")
         if weight.dtype not in _PACKABLE:

@@ -1,0 +1,298 @@
+"""Adapter folders of peft that hold the LoRA of experts, and of linear layers beside it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unimoe_kernels._files import atomic_write
+from unimoe_kernels.integrations.expert_lora import (
+    attach_all,
+    attachable_experts,
+    innermost,
+    new_lora,
+    with_lora,
+)
+from unimoe_kernels.integrations.peft_linears import (
+    PREFIX,
+    check_kind,
+    linear_adapter,
+    linears_of,
+    load_linears,
+    rank_and_scale,
+    whole,
+)
+from unimoe_kernels.layers.expert_lora import HALVES, ExpertLoRA, weight_of
+
+
+def save_expert_lora(model: nn.Module, folder: str | Path) -> None:
+    """Writes the expert LoRA as an adapter that peft loads, and peft's own LoRA with it.
+
+    `adapter_model.safetensors` holds what peft's `target_parameters` route calls by these names.
+    Halves of the gate become one adapter of rank 2r, B block-diagonal, and `down_proj` is filled up
+    with zeros to that rank. peft cannot drop inputs there: the file says dropout 0, whatever was
+    trained with. LoRA that peft has put on linear layers, such as those of the attention, goes into
+    the same adapter.
+
+    Where weights are sharded every rank calls it; they are gathered, and rank 0 writes.
+
+    Args:
+        model: with LoRA by `add_expert_lora` or `load_expert_lora`; may be wrapped by peft,
+            `torch.compile` or `DistributedDataParallel`.
+        folder: made if it is not there; each file appears whole or not at all.
+
+    Raises:
+        RuntimeError: if the model has no expert LoRA.
+        ValueError: if ranks or scales differ between experts modules, or peft's adapter is not
+            plain LoRA. Nothing is written then.
+    """
+    _save(model, Path(folder), None)
+
+
+def load_expert_lora(model: nn.Module, folder: str | Path, dropout: float = 0.0) -> nn.Module:
+    """Gives a model the LoRA of an adapter that peft or `save_expert_lora` wrote.
+
+    What the adapter holds for experts becomes expert LoRA. What it holds for linear layers is put
+    there by peft, or copied into the LoRA that peft has put there before.
+
+    Args:
+        model: without expert LoRA; changed in place, everything else is frozen.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        dropout: as for `add_expert_lora`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the adapter holds anything but LoRA that fits this model: names, ranks,
+            alpha, number of experts and widths are checked before anything is changed.
+        RuntimeError: if experts have LoRA already, or weights are sharded or replicated.
+        ImportError: if the adapter holds LoRA of linear layers and peft is missing.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    check_kind(folder, config)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    made = []
+    for name, experts in attachable_experts(model):
+        loras = {}
+        keys = _targeted(config, name, experts)
+        for index, key in enumerate(keys):
+            stem = f"{PREFIX}{name}.{'base_layer.' * (len(keys) - 1 - index)}lora_"
+            pair = tensors.pop(f"{stem}A.weight", None), tensors.pop(f"{stem}B.weight", None)
+            if None in pair:
+                raise ValueError(f"folder ({folder}) has no {stem}A.weight and {stem}B.weight")
+            rank, scale = rank_and_scale(config, f"{name}.{key}")
+            loras[key] = _from_peft(folder, experts, f"{name}.{key}", *pair, rank, scale, dropout)
+        if loras:
+            made.append((experts, loras))
+    if not made:
+        raise ValueError(f"folder ({folder}) holds no LoRA on these experts: {sorted(tensors)}")
+    linears = linears_of(folder, config, model, tensors)
+    if linears:
+        load_linears(folder, config, model, linears)
+    attach_all(model, made)
+    return model
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Makes `save_pretrained` of a model, and of models in it, keep LoRA that is not merged.
+
+    Without it transformers writes the weights below the LoRA, and peft its own adapter alone: both
+    would come back as another model without a word.
+    """
+    modules = {id(module): module for module in (*model.modules(), *innermost(model).modules())}
+    for module in modules.values():
+        if hasattr(type(module), "save_pretrained") and _has_lora(module):
+            module.save_pretrained = functools.partial(_save_pretrained, module)
+
+
+def _save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwargs) -> Any:
+    """`save_pretrained`, with the adapter in the same folder where expert LoRA is not merged.
+
+    transformers loads such a folder as the model with its adapter, and what the weights' own file
+    holds of the LoRA serves to go on training.
+    """
+    result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    merged = all(experts.expert_lora.is_merged for _, experts in with_lora(model))
+    if not merged and kwargs.get("is_main_process", True):
+        _save(model, Path(save_directory), kwargs.get("state_dict"))
+    return result
+
+
+def _has_lora(model: nn.Module) -> bool:
+    return any(getattr(module, "expert_lora", None) is not None for module in model.modules())
+
+
+def _save(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+    from safetensors.torch import save_file
+
+    from unimoe_kernels.distributed.world import write_once
+
+    adapter = _expert_adapter(model, state)
+    sharded = state is None and any(
+        hasattr(parameter, "full_tensor") for parameter in model.parameters()
+    )
+    linears, theirs = linear_adapter(model)
+    config, tensors = _joined(adapter, theirs), adapter.tensors | linears
+    config["base_model_name_or_path"] = getattr(
+        getattr(innermost(model), "config", None), "name_or_path", None
+    )
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            atomic_write(folder / "adapter_config.json") as config_path,
+            atomic_write(folder / "adapter_model.safetensors") as weights_path,
+        ):
+            config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, weights_path, metadata={"format": "pt"})
+
+    if sharded:
+        write_once(f"save of {folder}", write)
+    else:
+        write()
+
+
+class _Adapter(NamedTuple):
+    """Expert LoRA in peft's form: tensors by name, the parameters that they change, their sizes."""
+
+    tensors: dict[str, Tensor]
+    names: list[str]
+    rank: int
+    scale: float
+
+
+def _expert_adapter(model: nn.Module, state: Mapping[str, Tensor] | None) -> _Adapter:
+    tensors, names, ranks, scales = {}, [], set(), set()
+    for name, experts in with_lora(model):
+        adapters = _as_peft(name, experts.expert_lora, state)
+        keys = [key for key, _ in experts.named_parameters(recurse=False) if key in adapters]
+        for index, key in enumerate(keys):
+            lora_A, lora_B, scale = adapters[key]
+            # peft wraps one parameter after the other, the last one outermost.
+            inner = "base_layer." * (len(keys) - 1 - index)
+            tensors[f"{PREFIX}{name}.{inner}lora_A.weight"] = lora_A.flatten(0, 1).contiguous()
+            # Columns of B run over experts first.
+            tensors[f"{PREFIX}{name}.{inner}lora_B.weight"] = (
+                lora_B.permute(1, 2, 0).flatten(1).contiguous()
+            )
+            names.append(f"{name}.{key}")
+            ranks.add(lora_A.shape[1])
+            scales.add(scale)
+    if len(ranks) > 1 or len(scales) > 1:
+        raise ValueError(
+            f"LoRA of ranks {sorted(ranks)} and scales {sorted(scales)} must be of one rank and "
+            "scale to be saved as one adapter"
+        )
+    (rank,), (scale,) = ranks, scales
+    return _Adapter(tensors, names, rank, scale)
+
+
+def _joined(adapter: _Adapter, theirs: dict[str, Any] | None) -> dict[str, Any]:
+    if theirs is None:
+        return {
+            "peft_type": "LORA",
+            "r": adapter.rank,
+            "lora_alpha": adapter.scale * adapter.rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": [],
+            "target_parameters": adapter.names,
+            "inference_mode": True,
+            "task_type": None,
+        }
+    alpha = adapter.scale * (adapter.rank**0.5 if theirs.get("use_rslora") else adapter.rank)
+    kept = {key: value for key, value in theirs.items() if _is_json(value)}
+    return kept | {
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+        "target_parameters": adapter.names,
+        "rank_pattern": {**theirs["rank_pattern"], **dict.fromkeys(adapter.names, adapter.rank)},
+        "alpha_pattern": {**theirs["alpha_pattern"], **dict.fromkeys(adapter.names, alpha)},
+    }
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _targeted(config: dict[str, Any], name: str, experts: nn.Module) -> list[str]:
+    """The parameters of an experts module that an adapter changes."""
+    targets = config.get("target_parameters") or []
+    return [
+        key
+        for key, _ in experts.named_parameters(recurse=False)
+        if any(f"{name}.{key}" == one or f"{name}.{key}".endswith(f".{one}") for one in targets)
+    ]
+
+
+def _as_peft(
+    name: str, lora: nn.ModuleDict, state: Mapping[str, Tensor] | None
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and scale of each stacked weight; halves of the gate joined, all of one rank."""
+
+    def read(key: str, part: str) -> Tensor:
+        saved = (state or {}).get(f"{name}.expert_lora.{key}.{part}")
+        return whole(getattr(lora[key], part) if saved is None else saved).cpu()
+
+    adapters = {
+        key: (read(key, "lora_A"), read(key, "lora_B"), one.scale) for key, one in lora.items()
+    }
+    halves = [key for key in HALVES if key in adapters]
+    if not halves:
+        return adapters
+    (A, B, scale), rank = adapters[halves[0]], lora[halves[0]].rank
+    joined_A = A.new_zeros(A.shape[0], 2 * rank, A.shape[2])
+    joined_B = B.new_zeros(B.shape[0], 2 * B.shape[1], 2 * rank)
+    for key in halves:
+        A, B, _ = adapters.pop(key)
+        second = HALVES.index(key)
+        joined_A[:, second * rank : (second + 1) * rank] = A
+        rows = slice(second * B.shape[1], (second + 1) * B.shape[1])
+        joined_B[:, rows, second * rank : (second + 1) * rank] = B
+    if "down_proj" in adapters:
+        A, B, _ = adapters["down_proj"]
+        zeros_A, zeros_B = torch.zeros_like(A), torch.zeros_like(B)
+        filled = torch.cat((A, zeros_A), dim=1), torch.cat((B, zeros_B), dim=2)
+        adapters["down_proj"] = (*filled, scale)
+    return adapters | {"gate_up_proj": (joined_A, joined_B, scale)}
+
+
+def _from_peft(
+    folder: Path,
+    experts: nn.Module,
+    name: str,
+    A: Tensor,
+    B: Tensor,
+    rank: int,
+    scale: float,
+    dropout: float,
+) -> ExpertLoRA:
+    key = name.rpartition(".")[2]
+    num_experts, rows, columns = weight_of(experts, key).shape
+    expected = (num_experts * rank, columns), (rows, num_experts * rank)
+    if (A.shape, B.shape) != expected:
+        raise ValueError(
+            f"folder ({folder}): LoRA of {name} (A {list(A.shape)}, B {list(B.shape)}) must be"
+            f" A {list(expected[0])}, B {list(expected[1])}: rank {rank} of adapter_config.json,"
+            f" {num_experts} experts with {rows} rows and {columns} columns"
+        )
+    lora = new_lora(experts, key, rank, scale * rank, dropout)
+    with torch.no_grad():
+        lora.lora_A.copy_(A.view(num_experts, rank, columns))
+        lora.lora_B.copy_(B.view(rows, rank, num_experts).permute(2, 0, 1))
+    return lora
