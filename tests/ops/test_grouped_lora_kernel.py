@@ -63,8 +63,9 @@ def test_columns_are_shared_out(monkeypatch, launched, case, processors):
 
 
 @pytest.mark.parametrize("case", COUNTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("rank", [3, 20])
+@pytest.mark.parametrize(
+    ("dtype", "rank"), [(torch.float32, 20), (torch.float64, 3)], ids=["float32-20", "float64-3"]
+)
 def test_long_sums_are_shared_out(monkeypatch, launched, case, dtype, rank):
     from unimoe_kernels.ops.grouped_lora import kernel
 

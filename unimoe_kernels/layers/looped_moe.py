@@ -159,14 +159,15 @@ class LoopedMoE(nn.Module):
                 raise ValueError(f"{name} ({value!r}) must be {needed!r} to convert to LoopedMoE")
         for name, weight in moe.named_parameters():
             _checks.refuse_sharded(name, weight)
-        like = {"device": moe_router.weight.device, "dtype": moe_router.weight.dtype}
+        # To draw weights that are replaced takes longer than all else here.
         looped = cls(
             moe_router.hidden_size,
             moe_experts.intermediate_size,
             moe_router.num_experts,
             moe_router.top_k,
-            **like,
-        )
+            device="meta",
+            dtype=moe_router.weight.dtype,
+        ).to_empty(device=moe_router.weight.device)
         looped.gate.weight.copy_(moe_router.weight)
         for expert, gate_up_FD, down_DF in zip(
             looped.experts, moe_experts.gate_up_proj, moe_experts.down_proj, strict=True
