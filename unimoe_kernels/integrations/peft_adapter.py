@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,7 +212,7 @@ def _joined(adapter: _Adapter, theirs: dict[str, Any] | None) -> dict[str, Any]:
             "inference_mode": True,
             "task_type": None,
         }
-    alpha = adapter.scale * (adapter.rank**0.5 if theirs.get("use_rslora") else adapter.rank)
+    alpha = adapter.scale * (math.sqrt(adapter.rank) if theirs.get("use_rslora") else adapter.rank)
     kept = {key: value for key, value in theirs.items() if _is_json(value)}
     return kept | {
         "lora_dropout": 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def rank_and_scale(config: dict[str, Any], name: str) -> tuple[int, float]:
         return config[default]
 
     rank, alpha = chosen("rank_pattern", "r"), chosen("alpha_pattern", "lora_alpha")
-    return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -77,13 +78,13 @@ def linears_of(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of linear layers, by the layers' names, checked against the model."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    inner, left = innermost(model), dict(tensors)
+    inner, layers, left = innermost(model), peft_layers(model), dict(tensors)
     for key in sorted(tensors):
         if not key.endswith(".lora_A.weight"):
             continue
         name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         A, B = left.pop(key), left.pop(key.replace(".lora_A.", ".lora_B."), None)
-        layer = peft_layers(model).get(name) or _submodule(inner, name)
+        layer = layers.get(name) or _submodule(inner, name)
         weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
         rank, _ = rank_and_scale(config, name)
         shapes = None if weight is None else ((rank, weight.shape[-1]), (weight.shape[0], rank))

@@ -45,7 +45,8 @@ def resample(
 @lru_cache(maxsize=16)
 def _low_pass(up: int, down: int) -> NDArray[np.float64]:
     """The filter that `resample_poly` would design anew in each call, which takes long."""
-    from scipy.signal import firwin
+    with needed_by("resampling sound"):
+        from scipy.signal import firwin
 
     widest = max(up, down)
     return firwin(20 * widest + 1, 1 / widest, window=("kaiser", 5.0))
