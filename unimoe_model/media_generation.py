@@ -18,11 +18,17 @@ class MediaGenerationMixin(GenerationMixin):
     """Repeats media for beams, and gives them to the step whose tokens hold their placeholders."""
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
-        """As transformers' own.
+        """As transformers' own; `cache` and `past_key_values` are the same in every version of it.
 
         Raises:
-            ValueError: If media are given together with `prefill_chunk_size`.
+            ValueError: If media are given together with `prefill_chunk_size`, or both `cache` and
+                `past_key_values`.
         """
+        cache, older = kwargs.pop("cache", None), kwargs.pop("past_key_values", None)
+        if cache is not None and older is not None:
+            raise ValueError("give cache or past_key_values, not both")
+        if cache is not None or older is not None:
+            kwargs[CACHE] = older if cache is None else cache
         settings = generation_config or self.generation_config
         chunk = kwargs.get("prefill_chunk_size", settings.prefill_chunk_size)
         given = sorted(_media(kwargs))

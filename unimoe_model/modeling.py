@@ -29,7 +29,7 @@ class UniMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["LlamaDecoderLayer", "UniMoEDecoderLayer"]
     _keep_in_fp32_modules_strict: ClassVar = ["correction_bias"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar = ["cache", "past_key_values"]
     _supports_sdpa = True
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **options):

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-SIZES_ARE_FOR = "5.23."
+SIZES_ARE_FOR = "5.24."
 # Where a configuration has a field of that name, it gets this value.
 _SMALL = {
     "vocab_size": 64,
@@ -84,8 +84,24 @@ _SPECIAL = {
     },
     "granitemoehybrid": {**_HYBRID, "mamba_n_heads": 8},
     "hunyuan_v1_moe": {"moe_topk": 2},
+    "hy_v4_vl": {
+        **_ALL_SPARSE,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 1, 1],
+        },
+    },
+    "inkling2_loop": {
+        "layer_types": ["hybrid", "hybrid_sliding"],
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "loop_num_passes": 2,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _HYBRID,
+    "lara_mini": _HYBRID,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "qwen3_5_moe": _HYBRID,

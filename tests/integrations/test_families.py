@@ -10,12 +10,15 @@ import torch
 import transformers
 from families import FAMILIES, SIZES_ARE_FOR, experts_of, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import unimoe_kernels
 import unimoe_kernels.integrations.transformers as seam
 from unimoe_kernels.testing import relative_error
 
 unimoe_kernels.register_with_transformers()
+# What transformers calls the cache of keys and values from 5.24 on, and before.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
 README = Path(__file__).parents[2] / "README.md"
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -73,12 +76,21 @@ def test_model_answers_and_learns_as_on_eager(family, monkeypatch):
     assert grads.keys() == expected_grads.keys()
     experts = [name for name in grads if ".experts." in name]
     assert any(name.endswith("down_proj") for name in experts)
+    far = []
     for name, grad in expected_grads.items():
         if grad.abs().max() > 1e-5:
-            assert relative_error(grads[name], grad) < 1e-4, name
+            if relative_error(grads[name], grad) >= 1e-4:
+                far.append(name)
         else:
             # Of a router whose scores do not depend on it, rounding is all there is.
             assert grads[name].abs().max() < 2e-5, name
+    if far:
+        # What is left of a sum that cancels is mostly rounding, in eager's own gradient as well.
+        _, exact, *_ = run(copy.deepcopy(model).double(), "eager")
+        for name in far:
+            eager_error = relative_error(expected_grads[name], exact[name])
+            assert eager_error > 1e-4, name
+            assert relative_error(grads[name], exact[name]) < 2 * eager_error, name
     assert all(expected_grads[name].abs().max() > 1e-6 for name in experts)
     op = "moe_mlp" if "moe_mlp" in forward else "grouped_mm"
     assert forward[op] > 0
@@ -98,10 +110,10 @@ def test_cached_step(family):
         model.set_experts_implementation(implementation)
         with torch.no_grad():
             first = output(model, IDS[:, :-1], use_cache=True)
-            cache = getattr(first, "past_key_values", None)
+            cache = getattr(first, CACHE, None)
             if cache is None:
                 pytest.skip("keeps no cache")
-            steps[implementation] = output(model, IDS[:, -1:], past_key_values=cache)
+            steps[implementation] = output(model, IDS[:, -1:], **{CACHE: cache})
     assert relative_error(steps["unimoe"], steps["eager"]) < 1e-5
 
 
@@ -223,7 +235,7 @@ def test_short_dtypes_lose_no_more_than_elsewhere(family, way):
 def test_all_families_were_found():
     assert len({family.experts_name for family in FAMILIES}) == len(FAMILIES)
     if transformers.__version__.startswith(SIZES_ARE_FOR):
-        assert len(FAMILIES) == 65
+        assert len(FAMILIES) == 68
 
 
 @pytest.mark.skipif(not README.exists(), reason="tests without the checkout")

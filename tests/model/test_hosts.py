@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from unimoe_kernels.testing import relative_error
+from unimoe_model.media_generation import CACHE
 
 NEW = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 
@@ -141,13 +142,18 @@ def test_logits_of_chosen_positions(tiny_model, llama, media_prompt):
 
 def test_decoding_goes_on_from_a_cache_that_is_given(tiny_model, llama, media_prompt):
     ids = media_prompt()
-    for model in (tiny_model(), llama):
+    # Ours takes both names that transformers has for it.
+    for model, names in ((tiny_model(), ("cache", "past_key_values")), (llama, (CACHE,))):
         expected = model.generate(ids, **NEW)
-        assert torch.equal(model.generate(ids, **NEW, past_key_values=DynamicCache()), expected)
-        cache = DynamicCache()
-        with torch.no_grad():
-            model(ids[:, :4], past_key_values=cache, use_cache=True)
-        assert torch.equal(model.generate(ids, **NEW, past_key_values=cache), expected)
+        for name in names:
+            assert torch.equal(model.generate(ids, **NEW, **{name: DynamicCache()}), expected)
+            cache = DynamicCache()
+            with torch.no_grad():
+                model(ids[:, :4], **{name: cache}, use_cache=True)
+            assert torch.equal(model.generate(ids, **NEW, **{name: cache}), expected)
+    both = {"cache": DynamicCache(), "past_key_values": DynamicCache()}
+    with pytest.raises(ValueError, match="give cache or past_key_values, not both"):
+        tiny_model().generate(ids, **NEW, **both)
 
 
 @pytest.mark.parametrize("given", ["all", "rest"])
