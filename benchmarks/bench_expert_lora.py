@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from unimoe_kernels import LoopedMoE, MoE, SwiGLUFFN, add_expert_lora, stack_experts
+from unimoe_kernels import MoE, SwiGLUFFN, add_expert_lora, stack_experts
 from unimoe_kernels.testing import relative_error
 
 from .candidates import Candidate, UnavailableError, Work
@@ -142,7 +142,7 @@ class LoraProblem:
         with torch.no_grad():
             for target, (lora_A, lora_B) in pairs.items():
                 getattr(merged.experts, target).add_(lora_B @ lora_A)
-        looped = LoopedMoE.from_moe(merged)
+        looped = merged.to_looped()
         x = base.x.detach().double().requires_grad_()
         y = looped(x)
         y.backward(base.grad.double())

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from unimoe_kernels import LoopedMoE
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 
@@ -121,7 +120,7 @@ def _looped(model: UniMoEForConditionalGeneration) -> UniMoEForConditionalGenera
     """The same model on the published layers."""
     looped = copy.deepcopy(model)
     for layer in looped.model.language_model.layers:
-        layer.mlp = _IgnoresMask(LoopedMoE.from_moe(layer.mlp))
+        layer.mlp = _IgnoresMask(layer.mlp.to_looped())
     return looped
 
 

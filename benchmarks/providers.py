@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import unimoe_kernels
-from unimoe_kernels import LoopedMoE, SwiGLUFFN, _extension
+from unimoe_kernels import SwiGLUFFN, _extension
 
 from .candidates import Candidate, Provider, UnavailableError, in_turns, own_gradients
 from .problem import Problem
@@ -63,7 +63,7 @@ def _dense(problem: Problem) -> Candidate:
 
 def _looped(problem: Problem) -> Candidate:
     """The published layer, a Python loop over experts."""
-    return problem.candidate("looped", LoopedMoE.from_moe(problem.moe))
+    return problem.candidate("looped", problem.moe.to_looped())
 
 
 def _ours(problem: Problem, backend: str | None = None) -> Candidate:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from unimoe_kernels import LoopedMoE, SwiGLUFFN
+from unimoe_kernels import SwiGLUFFN
 from unimoe_kernels.distributed import (
     Transfer,
     count_traffic,
@@ -218,7 +218,7 @@ def deepspeed_layer(problem: Problem, rank: int, world: int) -> nn.Module:
             top2_2nd_expert_sampling=False,
         )
         layer.set_deepspeed_parallelism()
-    looped = LoopedMoE.from_moe(problem.moe)
+    looped = problem.moe.to_looped()
     with torch.no_grad():
         layer.deepspeed_moe.gate.wg.weight.copy_(looped.gate.weight)
         for place, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):

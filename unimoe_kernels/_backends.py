@@ -20,12 +20,12 @@ of its own whose result is differentiated again (`create_graph=True`).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,29 +33,59 @@ from torch import Tensor
 from unimoe_kernels import _checks, _extension
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
+EXTENSION = "unimoe_kernels._C"
 _OVERLOAD_OF = {"reference": "reference", "cpp": "default", "cuda": "default", "triton": "triton"}
 
-_EXTENSION = "unimoe_kernels._C"
-
 _library = torch.library.Library("unimoe", "FRAGMENT")
-_overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}
-# op -> device type -> backends that run there, the automatic choice first
-_available: dict[str, dict[str, tuple[str, ...]]] = {}
-_plain: dict[str, Callable] = {}
-_differentiable: set[str] = set()
-_parts: dict[str, tuple[str, ...]] = {}
-_fused: dict[str, bool] = {}
-_public: list[str] = []
 _forced: str | None = None
 
 
-class BackendChoice(NamedTuple):
-    """The backend that an operator takes on a device, and why."""
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """An operator of the `unimoe` namespace, as `declare` registered it.
 
-    op: str
-    device: str
-    backend: str
-    reason: str
+    Attributes:
+        name: of the operator.
+        overloads: by name: `"default"`, `"reference"` and, where it has kernels, `"triton"`.
+        plain: the same in operations that every transform of torch goes through.
+        parts: operators that this one is composed of.
+        fused: whether `"triton"` is more than its parts one after the other.
+        public: whether it has a function of its own, and is listed.
+        differentiable: whether it has a gradient formula.
+        available: by device type, the backends that run there, the automatic choice first; filled
+            by `find_kernels`.
+    """
+
+    name: str
+    overloads: dict[str, torch._ops.OpOverload]
+    plain: Callable
+    parts: tuple[str, ...]
+    fused: bool
+    public: bool
+    differentiable: bool
+    available: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def overload(self, name: str) -> torch._ops.OpOverload:
+        """Returns an overload by name, or for lack of it the reference."""
+        return self.overloads.get(name, self.overloads["reference"])
+
+    def backends_on(self, device_type: str) -> tuple[str, ...]:
+        """Returns the backends that run on a device type, the automatic choice first."""
+        return self.available.get(device_type, ("reference",))
+
+    def backend_on(self, device_type: str) -> str:
+        """Returns the backend that a call on a device type takes."""
+        available = self.backends_on(device_type)
+        return _forced if _forced in available else available[0]
+
+    def is_compiled_for(self, device_type: str) -> bool:
+        """Returns whether the extension has a kernel for it."""
+        return torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"unimoe::{self.name}", device_type.upper()
+        )
+
+
+_operators: dict[str, Operator] = {}
 
 
 def declare(
@@ -91,12 +121,12 @@ def declare(
         setup_context: As in `torch.library.register_autograd`.
         backward: As there, with the name of the overload put first. Without it a gradient through
             the operator itself is refused.
-        public: Whether the operator is listed by `report`.
+        public: Whether the operator has a public function.
     """
     implementations = {"default": native or reference, "reference": reference}
     if triton is not None:
         implementations["triton"] = triton
-    _overloads[op] = {}
+    overloads = {}
     for overload, implementation in implementations.items():
         name = op if overload == "default" else f"{op}.{overload}"
         _library.define(name + schema)
@@ -108,14 +138,10 @@ def declare(
             setup_context=setup_context,
             lib=_library,
         )
-        _overloads[op][overload] = getattr(getattr(torch.ops.unimoe, op), overload)
-    _plain[op] = plain or reference
-    if backward is not None:
-        _differentiable.add(op)
-    _parts[op] = parts
-    _fused[op] = fused
-    if public:
-        _public.append(op)
+        overloads[overload] = getattr(getattr(torch.ops.unimoe, op), overload)
+    _operators[op] = Operator(
+        op, overloads, plain or reference, parts, fused, public, backward is not None
+    )
 
 
 def _refuse(op: str, ctx: object, *grads: Tensor) -> None:
@@ -133,30 +159,27 @@ def find_kernels() -> None:
     To be called after the last `declare`: a composed operator may come before its parts.
     """
     global _forced
-    for op in _overloads:
-        _available[op] = {"cpu": _order(op, "cpu"), "cuda": _order(op, "cuda")}
+    for operator in _operators.values():
+        operator.available.update({device: _order(operator, device) for device in ("cpu", "cuda")})
     if forced := os.environ.get("UNIMOE_BACKEND"):  # empty counts as unset
         _require("UNIMOE_BACKEND", forced)
         _forced = forced
 
 
-def _order(op: str, device: str) -> tuple[str, ...]:
+def _order(operator: Operator, device: str) -> tuple[str, ...]:
+    parts = [operator, *(_operators[part] for part in operator.parts)]
     native = "cuda" if device == "cuda" else "cpp"
-    native = native if any(_is_compiled(part, device) for part in (op, *_parts[op])) else None
-    triton = "triton" if _triton_runs_on(device) and "triton" in _overloads[op] else None
+    native = native if any(part.is_compiled_for(device) for part in parts) else None
+    triton = "triton" if _triton_runs_on(device) and "triton" in operator.overloads else None
     if device != "cuda":
         order = (native, "reference", triton)
-    elif _is_compiled(op, device):
+    elif operator.is_compiled_for(device):
         order = (native, triton, "reference")
     else:
         # Matmuls have Triton kernels and no CUDA ones: with CUDA parts alone they would run in
         # plain torch.
         order = (triton, native, "reference")
     return tuple(backend for backend in order if backend is not None)
-
-
-def _is_compiled(op: str, device: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"unimoe::{op}", device.upper())
 
 
 def _triton_runs_on(device: str) -> bool:
@@ -166,38 +189,45 @@ def _triton_runs_on(device: str) -> bool:
     return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def overload(op: str, name: str) -> torch._ops.OpOverload:
-    """Returns overload `"default"`, `"triton"` or, also for lack of it, `"reference"` of `op`."""
-    overloads = _overloads[op]
-    return overloads.get(name, overloads["reference"])
+def operators(public: bool | None = None) -> list[Operator]:
+    """Returns all operators in order of their names, or those that are public or are not."""
+    found = [one for one in _operators.values() if public is None or one.public == public]
+    return sorted(found, key=lambda operator: operator.name)
+
+
+def forced() -> str | None:
+    """Returns the backend that `use_backend` or `UNIMOE_BACKEND` asks for."""
+    return _forced
 
 
 def backend_of(op: str, tensor: Tensor) -> str:
     """Returns the backend that a call of `op` on the device of `tensor` takes."""
-    available = _available[op].get(tensor.device.type, ("reference",))
-    return _forced if _forced in available else available[0]
-
-
-def select(op: str, tensor: Tensor) -> torch._ops.OpOverload:
-    """Returns the overload of `op` that a call on the device of `tensor` takes."""
-    return _overloads[op][_OVERLOAD_OF[backend_of(op, tensor)]]
+    return _operators[op].backend_on(tensor.device.type)
 
 
 def call(op: str, *args: object) -> object:
-    """Calls the overload of `op` that `select` picks by its first argument, a tensor."""
+    """Calls the overload of `op` for the device of its first argument, a tensor."""
+    operator = _operators[op]
     if _checks.transformed():
-        return _in_plain_torch(op, *args)
-    return _dispatch(select(op, args[0]), *args)
+        return _in_plain_torch(operator, *args)
+    backend = operator.backend_on(args[0].device.type)
+    return _dispatch(operator.overloads[_OVERLOAD_OF[backend]], *args)
 
 
-def run(name: str, op: str, *args: object) -> object:
-    """Calls overload `name` of `op`, for gradient formulas and operators composed of others.
+def run(overload: str, op: str, *args: object) -> object:
+    """Calls an overload of `op`, for gradient formulas and operators composed of others.
 
     Unlike the overload alone it gives the right derivatives of any order, in any mode.
+
+    Args:
+        overload: `"default"`, `"triton"` or, also for lack of it, `"reference"`.
+        op: Name of the operator.
+        *args: Its arguments.
     """
-    if _checks.transformed() or (op not in _differentiable and needs_gradient(*args)):
-        return _in_plain_torch(op, *args)
-    return _dispatch(overload(op, name), *args)
+    operator = _operators[op]
+    if _checks.transformed() or (not operator.differentiable and needs_gradient(*args)):
+        return _in_plain_torch(operator, *args)
+    return _dispatch(operator.overload(overload), *args)
 
 
 def _dispatch(chosen: torch._ops.OpOverload, *args: object) -> object:
@@ -212,13 +242,13 @@ def _dispatch(chosen: torch._ops.OpOverload, *args: object) -> object:
         return chosen(*args)
 
 
-def _in_plain_torch(op: str, *args: object) -> object:
+def _in_plain_torch(operator: Operator, *args: object) -> object:
     device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
     if not torch.amp.is_autocast_available(device_type):
-        return _plain[op](*args)
+        return operator.plain(*args)
     # The operator itself computes in the dtypes that it is given.
     with torch.autocast(device_type, enabled=False):
-        return _plain[op](*args)
+        return operator.plain(*args)
 
 
 def is_recorded(*args: object) -> bool:
@@ -243,11 +273,12 @@ def available_backends(op: str, device: str | torch.device | None = None) -> tup
     Raises:
         ValueError: If there is no such operator.
     """
-    if op not in _public:
-        raise ValueError(f"op ({op!r}) must be one of {', '.join(_public)}")
+    names = [operator.name for operator in operators(public=True)]
+    if op not in names:
+        raise ValueError(f"op ({op!r}) must be one of {', '.join(names)}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _available[op].get(torch.device(device).type, ("reference",))
+    return _operators[op].backends_on(torch.device(device).type)
 
 
 @contextmanager
@@ -280,36 +311,9 @@ def use_backend(name: str) -> Iterator[None]:
 def _require(source: str, name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"{source} ({name!r}) must be one of {', '.join(BACKENDS)}")
-    if any(name in order for op in _public for order in _available[op].values()):
+    if any(name in order for one in operators(public=True) for order in one.available.values()):
         return
     missing = "the package triton is not installed"
     if name != "triton":
-        missing = _extension.error or f"{_EXTENSION} is compiled without it"
+        missing = _extension.error or f"{EXTENSION} is compiled without it"
     raise RuntimeError(f"{source} ({name!r}) must be a backend of this installation: {missing}")
-
-
-def report() -> list[BackendChoice]:
-    """Lists for every operator and device type the backend that a call takes, with the reason."""
-    return [
-        BackendChoice(op, device, *_explain(op, device, order))
-        for op in sorted(_public)
-        for device, order in _available[op].items()
-    ]
-
-
-def _explain(op: str, device: str, order: tuple[str, ...]) -> tuple[str, str]:
-    if _forced in order:
-        return _forced, "asked for by use_backend or UNIMOE_BACKEND"
-    backend = order[0]
-    own = _fused[op] if backend == "triton" else _is_compiled(op, device)
-    if _parts[op] and not own:
-        having = [part for part in _parts[op] if backend in _available[part][device]]
-        if backend == "reference":
-            return backend, "none of its parts has a kernel here"
-        return backend, f"composed; {backend} runs {', '.join(having)}"
-    if backend == "triton":
-        return backend, "no CUDA kernel in the extension"
-    if backend == "reference":
-        wanted = "C++" if device == "cpu" else "CUDA or Triton"
-        return backend, f"plain torch: there is no {wanted} kernel"
-    return backend, f"compiled into {_EXTENSION}"

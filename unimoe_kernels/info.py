@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,45 @@ import unimoe_kernels
 from unimoe_kernels import _backends, _extension
 
 _PACKAGES = ("triton", "transformers", "numpy")
+
+
+class BackendChoice(NamedTuple):
+    """The backend that an operator takes on a device, and why."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+def backend_choices() -> list[BackendChoice]:
+    """Lists for every operator and device type the backend that a call takes, with the reason."""
+    return [
+        BackendChoice(operator.name, device, operator.backend_on(device), _reason(operator, device))
+        for operator in _backends.operators(public=True)
+        for device in operator.available
+    ]
+
+
+def _reason(operator: _backends.Operator, device: str) -> str:
+    backend = operator.backend_on(device)
+    if backend == _backends.forced():
+        return "asked for by use_backend or UNIMOE_BACKEND"
+    compiled = operator.is_compiled_for(device)
+    if operator.parts and not (operator.fused if backend == "triton" else compiled):
+        having = [
+            part.name
+            for part in _backends.operators()
+            if part.name in operator.parts and backend in part.backends_on(device)
+        ]
+        if backend == "reference":
+            return "none of its parts has a kernel here"
+        return f"composed; {backend} runs {', '.join(having)}"
+    if backend == "triton":
+        return "no CUDA kernel in the extension"
+    if backend == "reference":
+        return f"plain torch: there is no {'C++' if device == 'cpu' else 'CUDA or Triton'} kernel"
+    return f"compiled into {_backends.EXTENSION}"
 
 
 def _version(package: str) -> str:
@@ -81,7 +121,7 @@ def describe() -> str:
         ("Triton tiles", _describe_tiles()),
     ]
     choices = [("operator", "device", "backend", "reason")]
-    choices += [(row.op, row.device, row.backend, row.reason) for row in _backends.report()]
+    choices += [(row.op, row.device, row.backend, row.reason) for row in backend_choices()]
     return "\n".join([*_columns(facts), "", *_columns(choices)])
 
 

@@ -223,7 +223,7 @@ def merged_lora(r):
             adapter.lora_B.normal_()
         expected = moe(x)
         parallelize_moe(moe, r.mesh)
-        moe.experts.merge_lora()
+        moe.experts.merge_and_unload_lora()
         refused.append(message(lambda: moe.experts.add_lora(3)))
         return [relative_error(moe(x), expected), *refused]
 

@@ -17,7 +17,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from unimoe_kernels import (
-    LoopedMoE,
     MoE,
     add_expert_lora,
     load_expert_lora,
@@ -120,7 +119,7 @@ def refusals(folder, mesh):
         experts = model.moe.experts
         for name, read in {
             "pack_weights": lambda model=model: pack_weights(model.moe),
-            "from_moe": lambda model=model: LoopedMoE.from_moe(model.moe),
+            "from_moe": lambda model=model: model.moe.to_looped(),
             "unstack_experts": lambda e=experts: unstack_experts(e.gate_up_proj, e.down_proj),
         }.items():
             found[f"{name} after {kind}"] = refused(read)

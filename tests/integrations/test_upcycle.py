@@ -87,7 +87,7 @@ def test_saved_and_loaded(tmp_path, tied):
     (tmp_path / "._model.safetensors").write_bytes(b"attributes that macOS leaves")
     loaded = load_upcycled(tmp_path)
     assert torch.equal(logits_of(loaded), logits_of(model))
-    assert loaded.model.layers[1].mlp.router.router_dtype == torch.float64
+    assert loaded.model.layers[1].mlp.router.config.router_dtype == torch.float64
     generated = loaded.generate(IDS[:1], max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, IDS.shape[1] + 3)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unimoe_kernels import GroupedExperts
+from unimoe_kernels import GroupedExperts, merge_lora_weight
 from unimoe_kernels.testing import relative_error
 
 TARGETS = ("gate_up_proj", "down_proj")
@@ -97,7 +97,7 @@ def test_add_lora_can_leave_the_base_trainable():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
-def test_merge_lora_folds_the_products_into_the_weights(randn, dtype):
+def test_merging_folds_the_products_into_the_weights(randn, dtype):
     experts = make_experts(randn, lora_rank=3, lora_alpha=6).to(dtype)
     ids, scores = routing(randn)
     scores = scores if dtype == torch.float64 else scores.float()
@@ -105,7 +105,7 @@ def test_merge_lora_folds_the_products_into_the_weights(randn, dtype):
     before = experts(x, ids, scores)
     down = experts.expert_lora["down_proj"]
     merged_weight = experts.down_proj + 2 * down.lora_B @ down.lora_A
-    experts.merge_lora()
+    experts.merge_and_unload_lora()
     assert experts.lora_rank == 0
     assert set(experts.state_dict()) == {"gate_up_proj", "down_proj"}
     tolerance = {torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
@@ -161,7 +161,7 @@ def test_experts_reject():
     with pytest.raises(ValueError, match=r"rank \(0\) must be at least 1"):
         experts.add_lora(0)
     with pytest.raises(RuntimeError, match="no LoRA to merge"):
-        experts.merge_lora()
+        experts.merge_and_unload_lora()
     ids, scores = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
     with pytest.raises(ValueError, match=r"x \(shape \(3, 5\)\)"):
         experts(torch.zeros(3, 5), ids, scores)
@@ -174,3 +174,23 @@ def test_experts_reject():
     experts.add_lora(2)
     with pytest.raises(RuntimeError, match="LoRA of rank 2"):
         experts.add_lora(2)
+
+
+def test_old_name_of_merging_warns(randn):
+    experts = make_experts(randn, lora_rank=3)
+    with pytest.warns(
+        DeprecationWarning, match="use GroupedExperts.merge_and_unload_lora"
+    ) as warned:
+        experts.merge_lora()
+    assert warned[0].filename == __file__
+    assert experts.lora_rank == 0
+
+
+def test_merge_lora_weight_rounds_once(randn):
+    weight, lora_A, lora_B = randn(3, 5, 4), randn(3, 2, 4), randn(3, 5, 2)
+    exact = weight.double() + 0.5 * lora_B.double() @ lora_A.double()
+    assert relative_error(merge_lora_weight(weight, lora_A, lora_B, 0.5), exact) < 1e-6
+    parts = [part.bfloat16() for part in (weight, lora_A, lora_B)]
+    weight, lora_A, lora_B = (part.double() for part in parts)
+    merged = merge_lora_weight(*parts, 0.5)
+    assert torch.equal(merged, (weight + 0.5 * lora_B @ lora_A).bfloat16())

@@ -127,7 +127,7 @@ def test_conversion_round_trip_changes_no_bit(make_looped):
         "experts.gate_up_proj",
         "experts.down_proj",
     }
-    back = LoopedMoE.from_moe(moe)
+    back = moe.to_looped()
     assert not moe.training
     assert not back.training
     assert list(back.state_dict()) == list(looped.state_dict())
@@ -137,6 +137,28 @@ def test_conversion_round_trip_changes_no_bit(make_looped):
     again = MoE.from_looped(back)
     for name, value in moe.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_old_name_of_the_conversion_warns(make_looped):
+    moe = MoE.from_looped(make_looped())
+    with pytest.warns(DeprecationWarning, match=r"use moe.to_looped\(\)") as warned:
+        looped = LoopedMoE.from_moe(moe)
+    assert warned[0].filename == __file__
+    assert torch.equal(looped.gate.weight, moe.router.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_shared_experts": 1}, r"num_shared_experts \(1\) must be 0"),
+        ({"num_null_experts": 1}, r"router.config.num_null_experts \(1\) must be 0"),
+        ({"top_p": 0.5}, r"router.config.top_p \(0.5\) must be None"),
+        ({"capacity_factor": 1.0}, r"router.config.capacity_factor \(1.0\) must be None"),
+    ],
+)
+def test_options_that_the_published_layer_lacks_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoE(8, 8, 4, 2, **options).to_looped()
 
 
 def test_converted_layers_share_no_memory(make_looped):
@@ -279,20 +301,22 @@ def test_forward_rejects(make_looped):
 
 
 def test_conversions_reject(make_looped):
-    with pytest.raises(ValueError, match=r"router.mode \('sigmoid'\) must be 'topk_softmax'"):
-        LoopedMoE.from_moe(MoE(8, 8, 2, 1, mode="sigmoid"))
+    with pytest.raises(
+        ValueError, match=r"router.config.mode \('sigmoid'\) must be 'topk_softmax'"
+    ):
+        MoE(8, 8, 2, 1, mode="sigmoid").to_looped()
     with pytest.raises(ValueError, match=r"experts.activation \('gelu'\) must be 'silu'"):
-        LoopedMoE.from_moe(MoE(8, 8, 2, 1, activation="gelu"))
-    with pytest.raises(ValueError, match=r"router.top_groups \(1\) must be 2"):
-        LoopedMoE.from_moe(MoE(8, 8, 4, 1, num_groups=2, top_groups=1))
-    with pytest.raises(ValueError, match=r"router.scale \(2.5\) must be 1.0"):
-        LoopedMoE.from_moe(MoE(8, 8, 4, 1, scale=2.5))
+        MoE(8, 8, 2, 1, activation="gelu").to_looped()
+    with pytest.raises(ValueError, match=r"router.config.top_groups \(1\) must be 2"):
+        MoE(8, 8, 4, 1, num_groups=2, top_groups=1).to_looped()
+    with pytest.raises(ValueError, match=r"router.config.scale \(2.5\) must be 1.0"):
+        MoE(8, 8, 4, 1, scale=2.5).to_looped()
     with pytest.raises(ValueError, match=r"experts.bias \(True\) must be False"):
-        LoopedMoE.from_moe(MoE(8, 8, 4, 1, bias=True))
+        MoE(8, 8, 4, 1, bias=True).to_looped()
     moe = MoE(8, 8, 2, 1)
     moe.experts.add_lora(2)
     with pytest.raises(ValueError, match=r"experts.lora_rank \(2\) must be 0"):
-        LoopedMoE.from_moe(moe)
+        moe.to_looped()
     with pytest.raises(ValueError, match="ffns is empty"):
         MoE.from_ffns([], top_k=1)
     with pytest.raises(ValueError, match=r"ffns\[1\] has the keys \['weight'\]"):

@@ -1,17 +1,22 @@
 """Options of MoE and its router beside a plain loop over tokens, choices and experts."""
 
 import copy
+import dataclasses
+import inspect
 import io
 import math
+import typing
 from collections import Counter
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unimoe_kernels import MoE, TopKRouter
-from unimoe_kernels.layers.choice import expert_capacity, within_capacity
+from unimoe_kernels import MoE, RouterConfig, TopKRouter
+from unimoe_kernels.layers.router_config import RouterOptions
+from unimoe_kernels.layers.selection import expert_capacity, within_capacity
 from unimoe_kernels.testing import relative_error
 
 D, F, E, K = 6, 10, 4, 2
@@ -77,12 +82,12 @@ def chosen(router, logits, top_k):
     """The experts of one token, and their scores, by the definitions."""
     left = sorted(range(len(logits)), key=lambda e: (-logits[e].item(), e))[:top_k]
     probability = logits.softmax(0)
-    if router.top_p is not None:
+    if router.config.top_p is not None:
         needed = 1
-        while needed < top_k and sum(probability[e] for e in left[:needed]) < router.top_p:
+        while needed < top_k and sum(probability[e] for e in left[:needed]) < router.config.top_p:
             needed += 1
         left = left[:needed]
-    if router.mode.startswith("sparsemixer"):
+    if router.config.mode.startswith("sparsemixer"):
         scores = []
         for k, e in enumerate(left):
             rivals = [
@@ -90,22 +95,22 @@ def chosen(router, logits, top_k):
                 for j in range(len(logits))
                 if j not in left[:k]
                 and (logits[e] - logits[j]) / max(abs(logits[e]), abs(logits[j]))
-                <= 2 * router.sparsemixer_eps
+                <= 2 * router.config.sparsemixer_eps
             ]
             scores.append(logits[e].exp() / sum(rivals))
-    elif router.mode == "sigmoid":
+    elif router.config.mode == "sigmoid":
         scores = [logits[e].sigmoid() for e in left]
     else:
         scores = [probability[e] for e in left]
-    if router.mode in ("topk_softmax", "sparsemixer_renorm"):
+    if router.config.mode in ("topk_softmax", "sparsemixer_renorm"):
         scores = [score / sum(scores) for score in scores]
-    return {e: router.scale * score for e, score in zip(left, scores, strict=True)}
+    return {e: router.config.scale * score for e, score in zip(left, scores, strict=True)}
 
 
 def served(router, choices):
     """What is left of all tokens' choices when experts have a capacity."""
-    room = math.ceil(len(choices) * router.top_k / E * router.capacity_factor)
-    room = max(room, router.min_capacity)
+    room = math.ceil(len(choices) * router.top_k / E * router.config.capacity_factor)
+    room = max(room, router.config.min_capacity)
     taken, kept = Counter(), [{} for _ in choices]
     for k in range(router.top_k):
         for choice, keeps in zip(choices, kept, strict=True):
@@ -114,7 +119,7 @@ def served(router, choices):
                 if e >= E or taken[e] < room:
                     keeps[e] = choice[e]
                     taken[e] += 1
-    if router.capacity_renorm:
+    if router.config.capacity_renorm:
         for choice, keeps in zip(choices, kept, strict=True):
             factor = sum(choice.values()) / sum(keeps.values()) if keeps else 1
             keeps.update({e: score * factor for e, score in keeps.items()})
@@ -124,10 +129,10 @@ def served(router, choices):
 def plain(moe, x):
     """Output of the layer, and the choices of its router, in a loop."""
     router, shared = moe.router, moe.shared_experts
-    num_choices = E + router.num_null_experts
+    num_choices = E + router.config.num_null_experts
     logits = x @ router.weight.T
     choices = [chosen(router, row[:num_choices], router.top_k) for row in logits]
-    if router.capacity_factor is not None:
+    if router.config.capacity_factor is not None:
         choices = served(router, choices)
     y = []
     for x_D, row, choice in zip(x, logits, choices, strict=True):
@@ -174,16 +179,21 @@ def test_router_says_who_answers(name, randn):
     _, routed = moe(x, return_router=True)
     _, choices = plain(moe, x)
     router = moe.router
-    num_shared, num_choices = router.num_weighed_experts, router.num_choices
-    nobody = num_choices + num_shared
-    assert routed.ids.shape == routed.scores.shape == (13, router.top_k + num_shared)
+    num_choices = router.num_choices
+    assert routed.ids.shape == routed.scores.shape == (13, router.top_k)
     assert routed.ids.dtype == torch.int32
+    if router.num_weighed_experts:
+        assert routed.shared_scores.shape == (13, router.num_weighed_experts)
+    else:
+        assert routed.shared_scores is None
     count = Counter(e for choice in choices for e in choice)
     assert routed.tokens_per_expert.tolist() == [count[e] for e in range(num_choices)]
     for ids, scores, choice in zip(routed.ids.tolist(), routed.scores, choices, strict=True):
-        assert [e for e in ids[: router.top_k] if e != nobody] == list(choice)
-        assert ids[router.top_k :] == list(range(num_choices, nobody))
-        assert not any(score for e, score in zip(ids, scores, strict=True) if e == nobody)
+        assert [e for e in ids if e != num_choices] == list(choice)
+        assert not any(score for e, score in zip(ids, scores, strict=True) if e == num_choices)
+    assert routed.num_experts == E
+    assert torch.equal(routed.is_dropped, routed.ids == num_choices)
+    assert torch.equal(routed.is_null, (routed.ids >= E) & (routed.ids < num_choices))
     dropped = any(len(choice) < router.top_k for choice in choices)
     assert dropped == ("top p" in name or "capacity" in name or "DCMoE" in name)
 
@@ -255,7 +265,8 @@ def test_tokens_of_the_mask_take_no_room(randn):
     y = moe(x, token_mask=mask)
     assert not y[~mask].any()
     # Same room for fewer tokens.
-    moe.router.capacity_factor *= 2
+    config = moe.router.config
+    moe.router.config = dataclasses.replace(config, capacity_factor=2 * config.capacity_factor)
     assert relative_error(y[mask], moe(x[mask])) < 1e-12
 
 
@@ -378,6 +389,46 @@ def test_rejects(options, message):
         MoE(D, F, E, **{"top_k": K, **options})
 
 
-def test_unknown_option_is_refused():
-    with pytest.raises(TypeError, match="capacity_facto"):
-        MoE(D, F, E, K, capacity_facto=1.0)
+@pytest.mark.parametrize(
+    "layer", [lambda **o: MoE(D, F, E, K, **o), lambda **o: TopKRouter(D, E, K, **o)]
+)
+def test_unknown_option_is_refused(layer):
+    with pytest.raises(TypeError, match="has no option 'capcity_factor'; did you mean 'capacity_f"):
+        layer(capcity_factor=1.0)
+    with pytest.raises(TypeError, match=r"router_config \(dict\) must be a RouterConfig"):
+        layer(router_config={"top_p": 0.5})
+
+
+def test_config_and_options_make_the_same_router(randn):
+    config = RouterConfig(mode="softmax_topk", top_p=0.4, scale=2.0)
+    given = MoE(D, F, E, K, router_config=config, scale=3.0)
+    spelled = MoE(D, F, E, K, mode="softmax_topk", top_p=0.4, scale=3.0)
+    assert given.router.config == spelled.router.config
+    assert config.scale == 2.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.scale = 3.0
+    spelled.load_state_dict(given.state_dict())
+    x = randn(5, D)
+    assert torch.equal(given(x), spelled(x))
+
+
+@pytest.mark.parametrize("layer", [MoE, TopKRouter])
+def test_every_option_is_in_the_signature_and_typed(layer):
+    fields = {field.name: field for field in dataclasses.fields(RouterConfig)}
+    assert typing.get_type_hints(RouterOptions).keys() == fields.keys()
+    hints = typing.get_type_hints(RouterConfig)
+    assert typing.get_type_hints(RouterOptions) == {name: hints[name] for name in fields}
+    shown = inspect.signature(layer).parameters
+    for name, field in fields.items():
+        assert shown[name].default == field.default, name
+        assert name in RouterConfig.__doc__
+
+
+def test_options_of_the_router_are_in_its_config():
+    router = TopKRouter(D, E, K, top_p=0.5)
+    with pytest.warns(DeprecationWarning, match=r"use TopKRouter.config.top_p"):
+        assert router.top_p == 0.5
+    with pytest.warns(DeprecationWarning, match=r"use TopKRouter.config = ") as warned:
+        router.top_p = 0.25
+    assert warned[0].filename == __file__
+    assert router.config.top_p == 0.25

@@ -15,7 +15,7 @@ from unimoe_model.training.assemble import (
     assemble_moe,
     ffn_state,
     lora_parameters,
-    merge_lora,
+    merge_and_unload_lora,
 )
 from unimoe_model.training.trainer import answer_loss
 
@@ -130,7 +130,7 @@ def test_lora_starts_as_nothing_and_merges_to_what_it_was(tiny_model, inputs, tm
     fill_lora(model)
     tuned = logits_of(model, inputs)
     assert relative_error(tuned, plain) > 1e-2
-    merge_lora(model)
+    merge_and_unload_lora(model)
     assert relative_error(logits_of(model, inputs), tuned) < 1e-5
     assert model.state_dict().keys() == keys
     assert not lora_parameters(model)
@@ -157,7 +157,7 @@ def test_lora_can_be_on_the_ffns_alone(tiny_model, inputs):
     add_lora(model, 2, 4, FFN_LORA)
     assert all(".mlp." in name for name in lora_parameters(model))
     assert len(lora_parameters(model)) == 2 * 3 * 2
-    merge_lora(model)
+    merge_and_unload_lora(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         add_lora(model, 2, 4)

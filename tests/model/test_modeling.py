@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unimoe_kernels import LoopedMoE, MoE
+from unimoe_kernels import MoE
 from unimoe_kernels.testing import relative_error
 
 KINDS = ("image", "video", "speech", "audio")
@@ -20,7 +20,7 @@ class IgnoresMask(torch.nn.Module):
 
 def with_looped_layers(model):
     for index, moe in list(model.moe_layers()):
-        looped = IgnoresMask(LoopedMoE.from_moe(moe))
+        looped = IgnoresMask(moe.to_looped())
         model.model.language_model.layers[index].mlp = looped
     return model
 

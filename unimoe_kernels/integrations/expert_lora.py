@@ -16,10 +16,10 @@ from unimoe_kernels.layers.expert_lora import (
     ExpertLoRA,
     attach,
     check_attachable,
-    detach,
     merge,
+    merge_and_unload,
+    new_lora,
     unmerge,
-    weight_of,
 )
 
 # What wrappers put into the names of parameters.
@@ -137,9 +137,7 @@ def merge_and_unload_expert_lora(model: nn.Module) -> nn.Module:
         RuntimeError: if the model has no expert LoRA.
     """
     for _, experts in list(with_lora(model)):
-        if not experts.expert_lora.is_merged:
-            merge(experts)
-        detach(experts)
+        merge_and_unload(experts)
     for module in model.modules():
         module.__dict__.pop("save_pretrained", None)
     return model
@@ -212,14 +210,6 @@ def with_lora(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def clean(name: str) -> str:
     """A module's name without what wrappers inside of the model put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def new_lora(experts: nn.Module, key: str, r: int, alpha: float, dropout: float) -> ExpertLoRA:
-    """LoRA for one of the stacked weights, or for a half of the gate's, on its device."""
-    weight_EOI = weight_of(experts, key)
-    num_experts, rows, columns = weight_EOI.shape
-    like = {"device": weight_EOI.device, "dtype": weight_EOI.dtype}
-    return ExpertLoRA(num_experts, columns, rows, r, alpha, dropout, **like)
 
 
 def attach_all(model: nn.Module, made: list[tuple[nn.Module, dict[str, ExpertLoRA]]]) -> None:

@@ -17,7 +17,6 @@ from unimoe_kernels.integrations.expert_lora import (
     attach_all,
     attachable_experts,
     innermost,
-    new_lora,
     with_lora,
 )
 from unimoe_kernels.integrations.peft_linears import (
@@ -29,7 +28,7 @@ from unimoe_kernels.integrations.peft_linears import (
     rank_and_scale,
     whole,
 )
-from unimoe_kernels.layers.expert_lora import HALVES, ExpertLoRA, weight_of
+from unimoe_kernels.layers.expert_lora import HALVES, ExpertLoRA, new_lora, weight_of
 
 
 def save_expert_lora(model: nn.Module, folder: str | Path) -> None:

@@ -6,12 +6,8 @@ import re
 import torch
 
 from unimoe_kernels.integrations.activations import activation_name
-from unimoe_kernels.layers.expert_lora import (
-    add_lora_of_down,
-    add_lora_of_first,
-    unmerged_lora,
-)
-from unimoe_kernels.ops import expert_sort, grouped_mm, moe_mlp, permute, swiglu, unpermute
+from unimoe_kernels.layers.expert_lora import unmerged_lora
+from unimoe_kernels.ops import ExpertWeights, run_experts
 
 _NAME = "unimoe"
 _MIN_VERSION = (5, 17)
@@ -101,44 +97,33 @@ def unimoe_experts_forward(
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
     elif type(experts).__name__ in _IN_FLOAT32:
         dtype = torch.promote_types(dtype, torch.float32)
-    operands = (hidden_states, first_proj, first_bias, down_proj, down_bias)
-    x_TD, first_proj, first_bias, down_proj, down_bias = (
-        operand if operand is None else operand.to(dtype) for operand in operands
-    )
-    scores_TK = top_k_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    operands = (first_proj, down_proj, first_bias, down_bias)
+    weights = ExpertWeights(*(None if one is None else one.to(dtype) for one in operands))
 
-    activation = plain_gate(experts)
-    lora = unmerged_lora(experts)
-    if activation is not None and lora is None:
-        y_TD = moe_mlp(
-            x_TD,
-            first_proj,
-            down_proj,
-            top_k_index,
-            scores_TK,
-            activation=activation,
-            gate_up_bias=first_bias,
-            down_bias=down_bias,
-        )
-        return y_TD.to(hidden_states.dtype)
-
-    top_k = top_k_index.shape[-1]
-    sort = expert_sort(top_k_index, first_proj.shape[0])
-    rows_ND = permute(x_TD, sort, top_k)
-    hidden = grouped_mm(rows_ND, first_proj, sort.expert_offsets, first_bias)
-    hidden = add_lora_of_first(lora, hidden, rows_ND, sort.expert_offsets)
-    if activation is not None:
-        act_NF = swiglu(hidden, activation)
-    else:
+    def own_activation(hidden: torch.Tensor) -> torch.Tensor:
         # Code of the model runs in the model's dtype, which under autocast is the wider one.
         hidden = hidden.to(torch.promote_types(dtype, hidden_states.dtype))
-        act_NF = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-    act_NF = act_NF.to(dtype)
-    out_ND = grouped_mm(act_NF, down_proj, sort.expert_offsets, down_bias)
-    out_ND = add_lora_of_down(lora, out_ND, act_NF, sort.expert_offsets)
-    if _has_post_expert_norm(experts):
-        out_ND = experts.post_expert_norm(out_ND)
-    return unpermute(out_ND, sort, top_k, scores_TK).to(hidden_states.dtype)
+        return experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+
+    lora, has_norm = unmerged_lora(experts), _has_post_expert_norm(experts)
+
+    def correct_down(
+        out: torch.Tensor, rows: torch.Tensor, expert_offsets: torch.Tensor
+    ) -> torch.Tensor:
+        if lora is not None:
+            out = lora.correct_down(out, rows, expert_offsets)
+        return experts.post_expert_norm(out) if has_norm else out
+
+    y_TD = run_experts(
+        hidden_states.to(dtype),
+        top_k_index,
+        top_k_weights,
+        weights,
+        plain_gate(experts) or own_activation,
+        correct_first=None if lora is None else lora.correct_first,
+        correct_down=correct_down if lora is not None or has_norm else None,
+    )
+    return y_TD.to(hidden_states.dtype)
 
 
 def _weight_and_bias(

@@ -92,12 +92,6 @@ class ExpertLoRA(nn.Module):
         lora_A, lora_B = (local_part(w).to(rows.dtype) for w in (self.lora_A, self.lora_B))
         return grouped_lora(rows, lora_A, lora_B, expert_offsets, self.scale)
 
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """What the correction adds to the weight, `[E, out, in]` in at least float32."""
-        wide = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
-        return self.scale * (self.lora_B.to(wide) @ self.lora_A.to(wide))
-
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses."""
         return f"r={self.rank}, scale={self.scale}, dropout={self.dropout}"
@@ -157,6 +151,28 @@ class ExpertLoRADict(nn.ModuleDict):
         """Reads the buffer now, after it was written in place, for forwards that are compiled."""
         _ = self.is_merged
 
+    def correct_first(self, hidden: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
+        """Adds the corrections of `gate_up_proj`, or of its two halves, to its product `[N, 2F]`.
+
+        Args:
+            hidden: `[N, 2F]`, the product.
+            rows: `[N, D]`, what was multiplied, in expert order.
+            expert_offsets: `[E + 1]`, int32.
+        """
+        if "gate_up_proj" in self:
+            return hidden + self["gate_up_proj"](rows, expert_offsets)
+        halves = {name: self[name](rows, expert_offsets) for name in HALVES if name in self}
+        if not halves:
+            return hidden
+        zeros = hidden.new_zeros(hidden.shape[0], hidden.shape[1] // 2)
+        return hidden + torch.cat([halves.get(name, zeros) for name in HALVES], dim=1)
+
+    def correct_down(self, out: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
+        """Adds the correction of `down_proj` to its product `[N, D]`; `rows` is `[N, F]`."""
+        if "down_proj" not in self:
+            return out
+        return out + self["down_proj"](rows, expert_offsets)
+
 
 def _warn_of_frozen() -> None:
     if not torch.compiler.is_compiling():
@@ -183,6 +199,20 @@ def check_attachable(experts: nn.Module, name: str = "experts") -> None:
             )
 
 
+def new_lora(
+    experts: nn.Module, target: str, rank: int, alpha: float, dropout: float = 0.0
+) -> ExpertLoRA:
+    """LoRA for one target of experts, on the device and in the dtype of its weight.
+
+    Raises:
+        ValueError: if the experts have no such weight, rank is below 1 or dropout is out of range.
+    """
+    weight_EOI = weight_of(experts, target)
+    num_experts, rows, columns = weight_EOI.shape
+    like = {"device": weight_EOI.device, "dtype": weight_EOI.dtype}
+    return ExpertLoRA(num_experts, columns, rows, rank, alpha, dropout, **like)
+
+
 def attach(experts: nn.Module, loras: Mapping[str, ExpertLoRA]) -> None:
     """Gives experts that pass `check_attachable` their LoRA, not merged."""
     experts.expert_lora = ExpertLoRADict(loras).train(experts.training)
@@ -193,18 +223,23 @@ def detach(experts: nn.Module) -> None:
     experts.expert_lora = None
 
 
-@torch.no_grad()
 def merge(experts: nn.Module) -> None:
     """Adds what the LoRA of experts stands for to their weights, in place, rounding once."""
-    _add_deltas(experts, 1.0)
+    _add_products(experts, 1.0)
     experts.expert_lora.is_merged = True
 
 
-@torch.no_grad()
 def unmerge(experts: nn.Module) -> None:
     """Undoes `merge`, up to rounding."""
-    _add_deltas(experts, -1.0)
+    _add_products(experts, -1.0)
     experts.expert_lora.is_merged = False
+
+
+def merge_and_unload(experts: nn.Module) -> None:
+    """Merges the LoRA of experts, unless it is merged, and takes it off."""
+    if not experts.expert_lora.is_merged:
+        merge(experts)
+    detach(experts)
 
 
 def unmerged_lora(experts: nn.Module) -> ExpertLoRADict | None:
@@ -213,28 +248,27 @@ def unmerged_lora(experts: nn.Module) -> ExpertLoRADict | None:
     return None if lora is None or lora.is_merged else lora
 
 
-def add_lora_of_first(
-    lora: nn.ModuleDict | None, hidden: Tensor, rows: Tensor, expert_offsets: Tensor
-) -> Tensor:
-    """Adds the corrections of `gate_up_proj`, or of its two halves, to its product `[N, 2F]`."""
-    if lora is None:
-        return hidden
-    if "gate_up_proj" in lora:
-        return hidden + lora["gate_up_proj"](rows, expert_offsets)
-    halves = {name: lora[name](rows, expert_offsets) for name in HALVES if name in lora}
-    if not halves:
-        return hidden
-    zeros = hidden.new_zeros(hidden.shape[0], hidden.shape[1] // 2)
-    return hidden + torch.cat([halves.get(name, zeros) for name in HALVES], dim=1)
+@torch.no_grad()
+def merge_lora_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """The weight that a low-rank correction makes of another: `W + scale * B @ A`.
 
+    The product is formed in float32 (float64 for float64 factors) and rounded once.
 
-def add_lora_of_down(
-    lora: nn.ModuleDict | None, out: Tensor, rows: Tensor, expert_offsets: Tensor
-) -> Tensor:
-    """Adds the correction of `down_proj` to its product `[N, D]`."""
-    if lora is None or "down_proj" not in lora:
-        return out
-    return out + lora["down_proj"](rows, expert_offsets)
+    Args:
+        weight: `[..., out, in]`, floating point.
+        lora_A: `[..., r, in]`.
+        lora_B: `[..., out, r]`.
+        scale: `alpha / r`; negative to take the correction off again.
+
+    Returns:
+        `[..., out, in]`, dtype of weight, in new memory.
+
+    Reference:
+        LoRA, arXiv 2106.09685.
+    """
+    wide = torch.float32 if torch.float64 not in (lora_A.dtype, weight.dtype) else torch.float64
+    product = scale * (lora_B.to(wide) @ lora_A.to(wide))
+    return (weight.to(wide) + product).to(weight.dtype)
 
 
 def weight_of(experts: nn.Module, target: str) -> Tensor:
@@ -252,7 +286,7 @@ def weight_of(experts: nn.Module, target: str) -> Tensor:
     return weight_EOI.chunk(2, dim=1)[HALVES.index(target)] if target in HALVES else weight_EOI
 
 
-def _add_deltas(experts: nn.Module, sign: float) -> None:
+def _add_products(experts: nn.Module, sign: float) -> None:
     for target, lora in experts.expert_lora.items():
-        weight_EOI, delta_EOI = weight_of(experts, target), lora.delta()
-        weight_EOI.copy_(weight_EOI.to(delta_EOI.dtype) + sign * delta_EOI)
+        weight_EOI = weight_of(experts, target)
+        weight_EOI.copy_(merge_lora_weight(weight_EOI, lora.lora_A, lora.lora_B, sign * lora.scale))

@@ -7,19 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from unimoe_kernels._renamed import warn_renamed
 from unimoe_kernels.layers._inputs import autocasts, check_hidden, check_positive, local_part
 from unimoe_kernels.layers.expert_lora import (
     HALVES,
-    ExpertLoRA,
-    add_lora_of_down,
-    add_lora_of_first,
     attach,
     check_attachable,
-    detach,
-    merge,
+    merge_and_unload,
+    new_lora,
     unmerged_lora,
 )
-from unimoe_kernels.ops import expert_sort, grouped_mm, moe_mlp, permute, swiglu, unpermute
+from unimoe_kernels.ops import ExpertWeights, run_experts, swiglu
 
 
 class GroupedExperts(nn.Module):
@@ -144,30 +142,18 @@ class GroupedExperts(nn.Module):
 
     def _answer(self, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`forward` by the experts held here, whose ids start at 0."""
-        names = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
-        x, gate_up_proj, down_proj, gate_up_bias, down_bias = map(
-            self._cast, (x, *(local_part(getattr(self, name)) for name in names))
-        )
+        weights = (self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias)
+        weights = ExpertWeights(*map(local_part, weights))
         lora = unmerged_lora(self)
-        if lora is None:
-            return moe_mlp(
-                x,
-                gate_up_proj,
-                down_proj,
-                ids,
-                scores,
-                activation=self.activation,
-                gate_up_bias=gate_up_bias,
-                down_bias=down_bias,
-            )
-        sort = expert_sort(ids, gate_up_proj.shape[0])
-        offsets_E1 = sort.expert_offsets
-        rows_ND = permute(x, sort, ids.shape[1])
-        gate_up_N2F = grouped_mm(rows_ND, gate_up_proj, offsets_E1, gate_up_bias)
-        act_NF = swiglu(add_lora_of_first(lora, gate_up_N2F, rows_ND, offsets_E1), self.activation)
-        out_ND = grouped_mm(act_NF, down_proj, offsets_E1, down_bias)
-        out_ND = add_lora_of_down(lora, out_ND, act_NF, offsets_E1)
-        return unpermute(out_ND, sort, ids.shape[1], scores)
+        return run_experts(
+            x,
+            ids,
+            scores,
+            weights,
+            self.activation,
+            correct_first=None if lora is None else lora.correct_first,
+            correct_down=None if lora is None else lora.correct_down,
+        )
 
     def add_lora(
         self,
@@ -199,7 +185,8 @@ class GroupedExperts(nn.Module):
         check_positive(rank=rank)
         if self.lora_rank > 0:
             raise RuntimeError(
-                f"the experts already have LoRA of rank {self.lora_rank}; call merge_lora() first"
+                f"the experts already have LoRA of rank {self.lora_rank}; call"
+                " merge_and_unload_lora() first"
             )
         if self.dispatcher is not None:
             raise RuntimeError("LoRA must be added before the experts are split between ranks")
@@ -207,18 +194,10 @@ class GroupedExperts(nn.Module):
         if freeze_base:
             for base in self.parameters():
                 base.requires_grad_(False)
-        like = {"device": self.gate_up_proj.device, "dtype": self.gate_up_proj.dtype}
-        E, D, inner = self.num_experts, self.hidden_size, self.intermediate_size
-        rows = dict.fromkeys(HALVES, inner) if split_gate_up else {"gate_up_proj": 2 * inner}
-        attach(
-            self,
-            {
-                **{name: ExpertLoRA(E, D, n, rank, alpha, **like) for name, n in rows.items()},
-                "down_proj": ExpertLoRA(E, inner, D, rank, alpha, **like),
-            },
-        )
+        targets = (*(HALVES if split_gate_up else ("gate_up_proj",)), "down_proj")
+        attach(self, {target: new_lora(self, target, rank, alpha) for target in targets})
 
-    def merge_lora(self) -> None:
+    def merge_and_unload_lora(self) -> None:
         """Adds the LoRA products to the weights in place and removes the LoRA parameters.
 
         The product is formed in float32 (float64 for float64 weights) and rounded once to the
@@ -229,15 +208,18 @@ class GroupedExperts(nn.Module):
         """
         if self.lora_rank == 0:
             raise RuntimeError("the experts have no LoRA to merge; call add_lora() first")
-        if not self.expert_lora.is_merged:
-            merge(self)
-        detach(self)
+        merge_and_unload(self)
 
-    def _cast(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """X, a weight or a bias in the dtype of torch.autocast where that is on."""
-        if tensor is None or not autocasts(tensor, self.gate_up_proj):
-            return tensor
-        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    def merge_lora(self) -> None:
+        """Deprecated name of `merge_and_unload_lora`."""
+        warn_renamed("GroupedExperts.merge_lora", "GroupedExperts.merge_and_unload_lora")
+        self.merge_and_unload_lora()
+
+    def _cast(self, x: torch.Tensor) -> torch.Tensor:
+        """X in the dtype of torch.autocast where that is on, so that it travels in it."""
+        if not autocasts(x, self.gate_up_proj):
+            return x
+        return x.to(torch.get_autocast_dtype(x.device.type))
 
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unimoe_kernels import _checks
+from unimoe_kernels._renamed import warn_renamed
 from unimoe_kernels.layers._inputs import check_hidden, check_positive, check_top_k, unflatten
-
-if TYPE_CHECKING:
-    from unimoe_kernels.layers.moe import MoE
 
 
 class SwiGLUFFN(nn.Module):
@@ -133,47 +130,15 @@ class LoopedMoE(nn.Module):
             y_TD[token] += rows.to(y_TD.dtype)
         return unflatten(y_TD, x.shape)
 
-    @classmethod
-    @torch.no_grad()
-    def from_moe(cls, moe: MoE) -> LoopedMoE:
-        """Copies the weights of a `MoE` into a new layer, bit for bit.
+    @staticmethod
+    def from_moe(moe: ConvertsToLooped) -> LoopedMoE:
+        """Deprecated name of `MoE.to_looped`."""
+        warn_renamed("LoopedMoE.from_moe(moe)", "moe.to_looped()")
+        return moe.to_looped()
 
-        Args:
-            moe: mode `"topk_softmax"`, activation `"silu"`, no biases, and no LoRA that is not
-                merged: the published layer has none of the others.
 
-        Raises:
-            ValueError: if the published layer cannot express moe.
-        """
-        moe_router, moe_experts = moe.router, moe.experts
-        expected = {
-            "router.mode": (moe_router.mode, "topk_softmax"),
-            "router.scale": (moe_router.scale, 1.0),
-            "router.top_groups": (moe_router.top_groups, moe_router.num_groups),
-            "experts.activation": (moe_experts.activation, "silu"),
-            "experts.bias": (moe_experts.gate_up_bias is not None, False),
-            "experts.lora_rank": (moe_experts.lora_rank, 0),
-        }
-        for name, (value, needed) in expected.items():
-            if value != needed:
-                raise ValueError(f"{name} ({value!r}) must be {needed!r} to convert to LoopedMoE")
-        for name, weight in moe.named_parameters():
-            _checks.refuse_sharded(name, weight)
-        # To draw weights that are replaced takes longer than all else here.
-        looped = cls(
-            moe_router.hidden_size,
-            moe_experts.intermediate_size,
-            moe_router.num_experts,
-            moe_router.top_k,
-            device="meta",
-            dtype=moe_router.weight.dtype,
-        ).to_empty(device=moe_router.weight.device)
-        looped.gate.weight.copy_(moe_router.weight)
-        for expert, gate_up_FD, down_DF in zip(
-            looped.experts, moe_experts.gate_up_proj, moe_experts.down_proj, strict=True
-        ):
-            gate_FD, up_FD = gate_up_FD.chunk(2)
-            expert.gate_proj.weight.copy_(gate_FD)
-            expert.up_proj.weight.copy_(up_FD)
-            expert.down_proj.weight.copy_(down_DF)
-        return looped.train(moe.training)
+class ConvertsToLooped(Protocol):
+    """A layer such as `MoE`."""
+
+    def to_looped(self) -> LoopedMoE:
+        """Returns a copy."""

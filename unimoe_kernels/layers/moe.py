@@ -3,28 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import torch
 from torch import nn
 
+from unimoe_kernels import _checks
 from unimoe_kernels.layers._inputs import check_at_least_zero, unflatten
 from unimoe_kernels.layers.aux_loss import inject_aux_loss
 from unimoe_kernels.layers.experts import GroupedExperts
-from unimoe_kernels.layers.layouts import ffn_weights
+from unimoe_kernels.layers.layouts import ffn_weights, unstack_experts
 from unimoe_kernels.layers.looped_moe import LoopedMoE
 from unimoe_kernels.layers.router import TopKRouter
-from unimoe_kernels.ops import RouterOutput
+from unimoe_kernels.layers.router_config import (
+    RouterConfig,
+    RouterOptions,
+    config_with,
+    shows_router_options,
+)
+from unimoe_kernels.layers.router_output import RouterOutput
 
 _AUX_LOSS_MODES = ("return", "inject")
 _SHARED_SCORES = ("one", "sigmoid", "softmax")
 
 
+class MoEOptions(RouterOptions, total=False):
+    """Keyword arguments of `MoE` that do not follow from given FFNs, for type checkers."""
+
+    router_config: RouterConfig | None
+    activation: str
+    load_balancing_coef: float
+    router_z_coef: float
+    aux_loss: str
+    num_shared_experts: int
+    shared_intermediate_size: int | None
+    shared_scores: str
+    initializer_range: float
+
+
+@shows_router_options
 class MoE(nn.Module):
     """A drop-in replacement for a feed-forward block: `[..., D] -> [..., D]`.
 
-    `moe(x)` routes every token to `top_k` of `num_experts` experts and returns the weighted sum of
-    their answers. With the default options it computes what `LoopedMoE` does; others make it the
-    layer of most published mixture-of-experts models:
+    A forward takes five steps:
+
+    1. The router scores all experts for every token and selects `top_k` of `num_experts`.
+    2. The routed rows are sorted by expert, so that each expert finds its rows side by side.
+    3. Every expert computes its feed-forward block on its rows, in two grouped matmuls.
+    4. The rows go back to their tokens, are weighted by score and summed.
+    5. Shared experts, which take every token, add theirs; auxiliary losses are returned or
+       injected.
+
+    With the default options it computes what `LoopedMoE` does; others make it the layer of most
+    published mixture-of-experts models:
 
     ================================  ===========================================================
     options                           layer of
@@ -70,6 +101,7 @@ class MoE(nn.Module):
         intermediate_size: F, the width of one expert.
         num_experts: E, at least 1.
         top_k: K, between 1 and E.
+        router_config: options of the router; None for the defaults.
         activation: of the experts' gate, see `swiglu`.
         bias: whether experts have biases.
         load_balancing_coef: at least 0.
@@ -82,8 +114,8 @@ class MoE(nn.Module):
         initializer_range: standard deviation of all initial weights, 0.02 as in LLaMA.
         device: device of the weights.
         dtype: dtype of the weights.
-        **router_options: all other options of `TopKRouter`, such as `mode`, `num_null_experts`,
-            `top_p`, `capacity_factor`, `jitter` and `router_dtype`.
+        **router_options: fields of `RouterConfig`, such as `mode`, `num_null_experts`, `top_p`,
+            `capacity_factor`, `jitter` and `router_dtype`, which replace those of router_config.
 
     Raises:
         ValueError: if a size is below 1, top_k is above num_experts, a coefficient is negative, or
@@ -102,6 +134,7 @@ class MoE(nn.Module):
         num_experts: int,
         top_k: int,
         *,
+        router_config: RouterConfig | None = None,
         activation: str = "silu",
         bias: bool = False,
         load_balancing_coef: float = 0.0,
@@ -113,9 +146,10 @@ class MoE(nn.Module):
         initializer_range: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **router_options,
+        **router_options: Unpack[RouterOptions],
     ) -> None:
         super().__init__()
+        router_config = config_with(type(self).__name__, router_config, router_options)
         check_at_least_zero(
             load_balancing_coef=load_balancing_coef,
             router_z_coef=router_z_coef,
@@ -134,8 +168,8 @@ class MoE(nn.Module):
             hidden_size,
             num_experts,
             top_k,
+            router_config=router_config,
             num_weighed_experts=num_shared_experts if shared_scores == "softmax" else 0,
-            **router_options,
             **common,
         )
         common |= {"activation": activation, "bias": bias}
@@ -161,6 +195,30 @@ class MoE(nn.Module):
                 part.reset_parameters()
         if self.shared_gate is not None:
             nn.init.normal_(self.shared_gate.weight, std=self.router.initializer_range)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            x: torch.Tensor,
+            token_mask: torch.Tensor | None = None,
+            return_router: Literal[False] = False,
+            router_input: torch.Tensor | None = None,
+        ) -> torch.Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            x: torch.Tensor,
+            token_mask: torch.Tensor | None = None,
+            *,
+            return_router: Literal[True],
+            router_input: torch.Tensor | None = None,
+        ) -> tuple[torch.Tensor, RouterOutput]: ...
+
+        def __call__(self, *args, **kwargs):
+            """Applies the layer; see `forward`."""
 
     def forward(
         self,
@@ -195,12 +253,9 @@ class MoE(nn.Module):
             )
         routed = self.router(x if router_input is None else router_input, token_mask)
         x_TD = x.reshape(-1, x.shape[-1])
-        ids_TK, scores_TK, top_k = routed.ids, routed.scores, self.router.top_k
-        if self.router.num_weighed_experts > 0:
-            ids_TK, scores_TK = ids_TK[:, :top_k], scores_TK[:, :top_k]
-        y_TD = self.experts(x_TD, ids_TK, scores_TK)
+        y_TD = self.experts(x_TD, routed.ids, routed.scores)
         if self.shared_experts is not None:
-            y_TD = y_TD + self._shared(x_TD, routed.scores[:, top_k:])
+            y_TD = y_TD + self._shared(x_TD, routed)
         y = unflatten(y_TD, x.shape)
         if self.aux_loss == "inject":
             if self.load_balancing_coef > 0 or self.router_z_coef > 0:
@@ -211,13 +266,15 @@ class MoE(nn.Module):
             )
         return (y, routed) if return_router else y
 
-    def _shared(self, x_TD: torch.Tensor, weights_TS: torch.Tensor) -> torch.Tensor:
+    def _shared(self, x_TD: torch.Tensor, routed: RouterOutput) -> torch.Tensor:
         num_shared = self.shared_experts.num_experts
         ids_S = torch.arange(num_shared, dtype=torch.int32, device=x_TD.device)
-        if self.shared_scores == "one":
-            weights_TS = weights_TS.new_ones(x_TD.shape[0], num_shared)
+        if self.shared_scores == "softmax":
+            weights_TS = routed.shared_scores
         elif self.shared_scores == "sigmoid":
-            weights_TS = self.shared_gate(x_TD).sigmoid().to(weights_TS.dtype)
+            weights_TS = self.shared_gate(x_TD).sigmoid().to(routed.scores.dtype)
+        else:
+            weights_TS = routed.scores.new_ones(x_TD.shape[0], num_shared)
         return self.shared_experts(x_TD, ids_S.expand(x_TD.shape[0], -1), weights_TS)
 
     def aux_loss_of(self, routed: RouterOutput) -> torch.Tensor:
@@ -228,7 +285,7 @@ class MoE(nn.Module):
         )
 
     @classmethod
-    def from_looped(cls, looped: LoopedMoE, **options) -> MoE:
+    def from_looped(cls, looped: LoopedMoE, **options: Unpack[MoEOptions]) -> MoE:
         """Copies the weights of a `LoopedMoE` into a new layer, bit for bit.
 
         Args:
@@ -240,12 +297,54 @@ class MoE(nn.Module):
             moe.router.weight.copy_(looped.gate.weight)
         return moe.train(looped.training)
 
+    @torch.no_grad()
+    def to_looped(self) -> LoopedMoE:
+        """Copies the weights into a new `LoopedMoE`, bit for bit.
+
+        Raises:
+            ValueError: if the published layer cannot express this one: it has mode
+                `"topk_softmax"`, activation `"silu"`, no biases, no shared or null experts, and no
+                LoRA that is not merged; or if weights are sharded.
+        """
+        router, config, experts = self.router, self.router.config, self.experts
+        expected = {
+            "router.config.mode": (config.mode, "topk_softmax"),
+            "router.config.scale": (config.scale, 1.0),
+            "router.config.top_groups": (config.top_groups, config.num_groups),
+            "router.config.num_null_experts": (config.num_null_experts, 0),
+            "router.config.top_p": (config.top_p, None),
+            "router.config.capacity_factor": (config.capacity_factor, None),
+            "num_shared_experts": (getattr(self.shared_experts, "num_experts", 0), 0),
+            "experts.activation": (experts.activation, "silu"),
+            "experts.bias": (experts.gate_up_bias is not None, False),
+            "experts.lora_rank": (experts.lora_rank, 0),
+        }
+        for name, (value, needed) in expected.items():
+            if value != needed:
+                raise ValueError(f"{name} ({value!r}) must be {needed!r} to convert to LoopedMoE")
+        for name, weight in self.named_parameters():
+            _checks.refuse_sharded(name, weight)
+        # To draw weights that are replaced takes longer than all else here.
+        looped = LoopedMoE(
+            router.hidden_size,
+            experts.intermediate_size,
+            router.num_experts,
+            router.top_k,
+            device="meta",
+            dtype=router.weight.dtype,
+        ).to_empty(device=router.weight.device)
+        looped.gate.weight.copy_(router.weight)
+        ffns = unstack_experts(experts.gate_up_proj.detach(), experts.down_proj.detach())
+        for expert, weights in zip(looped.experts, ffns, strict=True):
+            expert.load_state_dict(weights)
+        return looped.train(self.training)
+
     @classmethod
     def from_ffns(
         cls,
         ffns: Sequence[nn.Module | Mapping[str, torch.Tensor]],
         top_k: int,
-        **options,
+        **options: Unpack[MoEOptions],
     ) -> MoE:
         """Assembles a layer whose experts are given dense SwiGLU blocks, with a new router.
 

@@ -1,6 +1,9 @@
 """The learned router: one bias-free projection, the top-k operator, and limits on its choice."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -13,39 +16,35 @@ from unimoe_kernels.layers._inputs import (
     check_top_k,
     flatten_mask,
 )
-from unimoe_kernels.layers.choice import (
+from unimoe_kernels.layers.router_config import (
+    RouterConfig,
+    RouterOptions,
+    config_with,
+    moved_to_config,
+    shows_router_options,
+)
+from unimoe_kernels.layers.router_output import RouterOutput
+from unimoe_kernels.layers.selection import (
     expert_capacity,
-    load_balancing_loss,
-    shares_of_losses,
+    share,
     sparsemixer_scores,
     within_capacity,
     within_top_p,
 )
-from unimoe_kernels.ops import RouterOutput, expert_sort, topk_router
-
-_SPARSEMIXER = ("sparsemixer", "sparsemixer_renorm")
-# Scores of a token add up to `scale`, and do so again after some choices are given up.
-_RENORMALISED = ("topk_softmax", "softmax_topk_renorm", "sigmoid_renorm", "sparsemixer_renorm")
+from unimoe_kernels.ops import expert_sort, router_losses, topk_router
 
 
+@shows_router_options
 class TopKRouter(nn.Module):
     """Chooses up to `top_k` of `num_experts` experts for every token.
 
     `logits = x @ weight.T`, then `topk_router`, which works in float32 (float64 for float64 inputs)
-    and breaks ties towards the lower expert. Ids say who answers:
-
-    ==============================  ==============================================================
-    id                              stands for
-    ==============================  ==============================================================
-    0 to E - 1                      the experts
-    E to E + Z - 1                  null experts: chosen like all others, and answer zero
-    then S                          shared experts that the router weighs, in the last S columns
-    E + Z + S                       nobody: a choice given up for `top_p` or want of room
-    ==============================  ==============================================================
-
-    All of E and more are skipped by `GroupedExperts` and `moe_mlp`.
+    and breaks ties towards the lower expert. Ids of E to E + Z - 1 are null experts, E + Z is a
+    choice that was given up; `GroupedExperts` and `moe_mlp` skip both.
 
     Attributes:
+        config: the `RouterConfig`, frozen; assign another one to change options other than
+            `correction_bias` and `num_null_experts`, on which the shapes of the weights depend.
         weight: `[E + Z + S, D]` parameter, normal with standard deviation `initializer_range`.
         correction_bias: `[E + Z]` buffer of zeros, or None. It stays float32, whatever the layer is
             cast to. It takes part in the choice of experts and never in their scores;
@@ -59,42 +58,21 @@ class TopKRouter(nn.Module):
         hidden_size: D.
         num_experts: E, at least 1.
         top_k: K, between 1 and E + Z.
-        mode: `"topk_softmax"` (Uni-MoE, Mixtral), `"softmax_topk"`, `"softmax_topk_renorm"`,
-            `"sigmoid"` or `"sigmoid_renorm"` (DeepSeek-V3); see `topk_router`. Or `"sparsemixer"`
-            (Phi-3.5-MoE; not the sampling of its training) and `"sparsemixer_renorm"` (DCMoE).
-        correction_bias: whether to hold the buffer of that name; not for `"topk_softmax"` and the
-            sparsemixer modes.
-        num_groups: groups that experts are split into for the group-limited choice.
-        top_groups: groups a token may choose from.
-        scale: factor on the scores.
-        balance: `"all"` counts all K choices in the load-balancing loss, `"first"` the first one.
-        num_null_experts: Z. A token that chooses one takes fewer real experts.
+        router_config: options; None for the defaults.
         num_weighed_experts: S, shared experts that every token goes to. Their scores and those of
             the choice come from one softmax, in which the choice keeps its inner proportions.
-        top_p: a token gives up all choices beyond those that hold this much of the softmax
-            probability together, so that K is only the most it takes. None keeps all. Not for the
-            sigmoid modes.
-        capacity_factor: an expert answers at most `max(ceil(K * T / E * capacity_factor),
-            min_capacity)` rows; first choices find room before second ones. Tokens that token_mask
-            leaves out find none. None is dropless.
-        min_capacity: see there.
-        capacity_renorm: whether the choices that found room take over the scores of the others.
-        jitter: in training, the router reads x times a uniform factor from `1 - jitter` to
-            `1 + jitter`. The experts do not.
-        sparsemixer_eps: see `sparsemixer_scores`.
-        router_dtype: dtype of the projection, whatever x, the weight and torch.autocast have, such
-            as torch.float32 or its name. None is the dtype of the layer.
         initializer_range: standard deviation of the initial weight, 0.02 as in LLaMA.
         device: device of the weight.
         dtype: dtype of the weight.
+        **router_options: fields of `RouterConfig`, which replace those of router_config.
 
     Raises:
         ValueError: if a size is below 1, an option out of its range, top_k above the number of
             experts, or `topk_router` refuses the mode, groups or balance.
+        TypeError: if an option has an unknown name.
 
     Reference:
-        Null experts, top_p and weighed shared experts: Uni-MoE-2.0, arXiv 2511.12609. Capacity:
-        GShard, arXiv 2006.16668. Jitter: Switch Transformers, arXiv 2101.03961.
+        Weighed shared experts: Uni-MoE-2.0, arXiv 2511.12609.
     """
 
     def __init__(
@@ -103,61 +81,24 @@ class TopKRouter(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        mode: str = "topk_softmax",
-        correction_bias: bool = False,
-        num_groups: int = 1,
-        top_groups: int = 1,
-        scale: float = 1.0,
-        balance: str = "all",
-        num_null_experts: int = 0,
+        router_config: RouterConfig | None = None,
         num_weighed_experts: int = 0,
-        top_p: float | None = None,
-        capacity_factor: float | None = None,
-        min_capacity: int = 4,
-        capacity_renorm: bool = False,
-        jitter: float = 0.0,
-        sparsemixer_eps: float = 0.01,
-        router_dtype: torch.dtype | str | None = None,
         initializer_range: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **router_options: Unpack[RouterOptions],
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, num_experts=num_experts)
-        check_at_least_zero(
-            num_null_experts=num_null_experts,
-            num_weighed_experts=num_weighed_experts,
-            min_capacity=min_capacity,
-            jitter=jitter,
-            sparsemixer_eps=sparsemixer_eps,
-        )
-        if num_null_experts == 0:
+        check_at_least_zero(num_weighed_experts=num_weighed_experts)
+        config = config_with(type(self).__name__, router_config, router_options)
+        if config.num_null_experts == 0:
             check_top_k(top_k, num_experts)
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p ({top_p}) must be above 0 and at most 1")
-        if top_p is not None and mode.startswith("sigmoid"):
-            raise ValueError(f"mode ({mode!r}) must be one with a softmax for top_p ({top_p})")
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(f"capacity_factor ({capacity_factor}) must be above 0")
-        if mode in _SPARSEMIXER and correction_bias:
-            raise ValueError(f"mode ({mode!r}) must be another one with a correction_bias")
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
-        self.mode = mode
-        self.num_groups = num_groups
-        self.top_groups = top_groups
-        self.scale = scale
-        self.balance = balance
-        self.num_null_experts = num_null_experts
+        self.config = config
         self.num_weighed_experts = num_weighed_experts
-        self.top_p = top_p
-        self.capacity_factor = capacity_factor
-        self.min_capacity = min_capacity
-        self.capacity_renorm = capacity_renorm
-        self.jitter = jitter
-        self.sparsemixer_eps = sparsemixer_eps
-        self.router_dtype = _floating_dtype(router_dtype)
         self.initializer_range = initializer_range
         self.weight = nn.Parameter(
             torch.empty(
@@ -166,7 +107,7 @@ class TopKRouter(nn.Module):
         )
         # In 16 bits steps of an update are lost from 0.5 on.
         wide = {"device": device, "dtype": torch.float32}
-        bias = torch.zeros(self.num_choices, **wide) if correction_bias else None
+        bias = torch.zeros(self.num_choices, **wide) if config.correction_bias else None
         self.register_buffer("correction_bias", bias)
         self.sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
         # The operator itself refuses options that do not go together, here on no tokens.
@@ -177,7 +118,7 @@ class TopKRouter(nn.Module):
     @property
     def num_choices(self) -> int:
         """E + Z: how many experts, null ones included, take part in the choice."""
-        return self.num_experts + self.num_null_experts
+        return self.num_experts + self.config.num_null_experts
 
     def reset_parameters(self) -> None:
         """Draws the weight anew and zeroes the correction bias."""
@@ -210,9 +151,9 @@ class TopKRouter(nn.Module):
                 a capacity. None means all True.
 
         Returns:
-            RouterOutput: scores `[T, K + S]`, ids `[T, K + S]` int32, tokens_per_expert `[E + Z]`
-            int32, load_balancing_loss `()`, router_z_loss `()`. With top_p the load-balancing
-            loss counts the choices kept; room plays no part in it.
+            RouterOutput: scores `[T, K]`, ids `[T, K]` int32, tokens_per_expert `[E + Z]` int32,
+            load_balancing_loss `()`, router_z_loss `()`, shared_scores `[T, S]` or None. With
+            top_p the load-balancing loss counts the choices kept; room plays no part in it.
 
         Raises:
             ValueError: if the shape or device of x, or the shape of token_mask is wrong.
@@ -226,10 +167,12 @@ class TopKRouter(nn.Module):
         routed = self._limit(self._choose(logits_TE, mask_T), logits_TE, mask_T)
         if shared_TS is not None:
             routed = self._weigh(routed, logits_TE, shared_TS)
-        if self.router_dtype is not None:
+        if self.config.router_dtype is not None:
             # What the experts take, be router_dtype wider or narrower than they are.
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            routed = routed._replace(scores=routed.scores.to(wide))
+            scores, shared = routed.scores.to(wide), routed.shared_scores
+            shared = None if shared is None else shared.to(wide)
+            routed = routed._replace(scores=scores, shared_scores=shared)
         return routed
 
     @torch.no_grad()
@@ -262,121 +205,111 @@ class TopKRouter(nn.Module):
         self.correction_bias += rate * torch.sign(load_E.mean() - load_E)
 
     def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        if self.router_dtype is not None:
-            x_TD = x_TD.to(self.router_dtype)
-        if self.training and self.jitter > 0:
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-        if self.router_dtype is None:
+        dtype, jitter = self.config.router_dtype, self.config.jitter
+        if dtype is not None:
+            x_TD = x_TD.to(dtype)
+        if self.training and jitter > 0:
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
+        if dtype is None:
             return F.linear(x_TD, self.weight)
         with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD, self.weight.to(self.router_dtype))
+            return F.linear(x_TD, self.weight.to(dtype))
 
     def _choose(self, logits_TE: torch.Tensor, mask_T: torch.Tensor | None) -> RouterOutput:
-        bias_E = self.correction_bias
-        return topk_router(
+        config, bias_E = self.config, self.correction_bias
+        chosen = topk_router(
             logits_TE,
             self.top_k,
-            mode="softmax_topk" if self.mode in _SPARSEMIXER else self.mode,
+            mode="softmax_topk" if config.is_sparsemixer else config.mode,
             correction_bias=None if bias_E is None else bias_E.to(logits_TE.device),
-            num_groups=self.num_groups,
-            top_groups=self.top_groups,
-            scale=self.scale,
+            num_groups=config.num_groups,
+            top_groups=config.top_groups,
+            scale=config.scale,
             token_mask=mask_T,
-            balance=self.balance,
+            balance=config.balance,
         )
+        return RouterOutput(*chosen, num_null_experts=config.num_null_experts)
 
     def _limit(
         self, routed: RouterOutput, logits_TE: torch.Tensor, mask_T: torch.Tensor | None
     ) -> RouterOutput:
         """Other scores where the mode asks for them, and choices given up."""
-        scores_TK, ids_TK, tokens_per_expert, balancing, z_loss = routed
-        if self.mode in _SPARSEMIXER:
-            mixed_TK = sparsemixer_scores(
-                logits_TE.to(scores_TK.dtype), ids_TK.long(), self.sparsemixer_eps
-            )
-            scores_TK = self.scale * self._renormalise(mixed_TK, 1.0)
-        if self.top_p is not None:
-            wide_TE = logits_TE.to(scores_TK.dtype)
-            keep_TK = within_top_p(wide_TE, ids_TK.long(), self.top_p)
+        config, scores_TK, ids_TK = self.config, routed.scores, routed.ids
+        gives_up = config.top_p is not None or config.capacity_factor is not None
+        if not gives_up and not config.is_sparsemixer and self.sum_over_ranks is None:
+            return routed
+        logits_TE = logits_TE.to(scores_TK.dtype)
+        if config.is_sparsemixer:
+            mixed_TK = sparsemixer_scores(logits_TE, ids_TK.long(), config.sparsemixer_eps)
+            scores_TK = config.scale * self._renormalise(mixed_TK, 1.0)
+        if config.top_p is not None:
+            keep_TK = within_top_p(logits_TE, ids_TK.long(), config.top_p)
             ids_TK, scores_TK = self._give_up(ids_TK, scores_TK, keep_TK)
-            scores_TK = self._renormalise(scores_TK, self.scale)
-            if self.balance == "all":
-                balancing = load_balancing_loss(wide_TE, ids_TK, mask_T)
-        if self.sum_over_ranks is not None and torch.is_grad_enabled():
-            balancing, z_loss = shares_of_losses(
-                logits_TE.to(scores_TK.dtype),
-                ids_TK[:, :1] if self.balance == "first" else ids_TK,
-                mask_T,
-                self.mode.startswith("sigmoid"),
-                self.sum_over_ranks,
-            )
-        if self.capacity_factor is not None:
+            scores_TK = self._renormalise(scores_TK, config.scale)
+        routed = self._balance(routed, logits_TE, ids_TK, mask_T)
+        if config.capacity_factor is not None:
             capacity = expert_capacity(
-                ids_TK.numel(), self.num_experts, self.capacity_factor, self.min_capacity
+                ids_TK.numel(), self.num_experts, config.capacity_factor, config.min_capacity
             )
             total_T1 = scores_TK.sum(1, keepdim=True)
             keep_TK = within_capacity(ids_TK, self.num_experts, capacity, mask_T)
             ids_TK, scores_TK = self._give_up(ids_TK, scores_TK, keep_TK)
-            if self.capacity_renorm:
-                scores_TK = _share(scores_TK) * total_T1
-        if self.top_p is not None or self.capacity_factor is not None:
+            if config.capacity_renorm:
+                scores_TK = share(scores_TK) * total_T1
+        if gives_up:
             tokens_per_expert = expert_sort(ids_TK, self.num_choices).tokens_per_expert
-        return RouterOutput(scores_TK, ids_TK, tokens_per_expert, balancing, z_loss)
+            routed = routed._replace(tokens_per_expert=tokens_per_expert)
+        return routed._replace(scores=scores_TK, ids=ids_TK)
+
+    def _balance(
+        self,
+        routed: RouterOutput,
+        logits_TE: torch.Tensor,
+        ids_TK: torch.Tensor,
+        mask_T: torch.Tensor | None,
+    ) -> RouterOutput:
+        """The losses anew where the operator could not know them: of kept choices, of all ranks."""
+        config = self.config
+        sum_over_ranks = self.sum_over_ranks if torch.is_grad_enabled() else None
+        all_choices_kept = config.top_p is None or config.balance == "first"
+        if sum_over_ranks is None and all_choices_kept:
+            return routed
+        ids_TK = ids_TK[:, :1] if config.balance == "first" else ids_TK
+        balancing, z_loss = router_losses(
+            logits_TE, ids_TK, mask_T, config.is_sigmoid, sum_over_ranks
+        )
+        if sum_over_ranks is None:
+            z_loss = routed.router_z_loss
+        return routed._replace(load_balancing_loss=balancing, router_z_loss=z_loss)
 
     def _give_up(
         self, ids_TK: torch.Tensor, scores_TK: torch.Tensor, keep_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        nobody = self.num_choices + self.num_weighed_experts
-        return ids_TK.masked_fill(~keep_TK, nobody), scores_TK.masked_fill(~keep_TK, 0)
+        return ids_TK.masked_fill(~keep_TK, self.num_choices), scores_TK.masked_fill(~keep_TK, 0)
 
     def _renormalise(self, scores_TK: torch.Tensor, total: float) -> torch.Tensor:
-        return total * _share(scores_TK) if self.mode in _RENORMALISED else scores_TK
+        return total * share(scores_TK) if self.config.renormalises else scores_TK
 
     def _weigh(
         self, routed: RouterOutput, logits_TE: torch.Tensor, shared_TS: torch.Tensor
     ) -> RouterOutput:
-        """Adds the shared experts: one softmax over the choices kept and them."""
-        scores_TK, ids_TK = routed.scores, routed.ids
-        num_shared = self.num_weighed_experts
-        shared_ids_S = self.num_choices + torch.arange(
-            num_shared, dtype=ids_TK.dtype, device=ids_TK.device
-        )
-        given_up_TK = ids_TK >= self.num_choices
-        kept_TK = logits_TE.gather(1, ids_TK.long().masked_fill(given_up_TK, 0))
-        union = torch.cat([kept_TK.masked_fill(given_up_TK, -torch.inf), shared_TS], dim=1)
-        weights = union.to(scores_TK.dtype).softmax(1)
-        chosen_TK, shared_TS = weights.split([ids_TK.shape[1], num_shared], dim=1)
-        scores = torch.cat([scores_TK * chosen_TK.sum(1, keepdim=True), shared_TS], dim=1)
-        ids = torch.cat([ids_TK, shared_ids_S.expand(ids_TK.shape[0], -1)], dim=1)
-        return routed._replace(scores=scores, ids=ids)
+        """Adds the scores of shared experts: one softmax over the choices kept and them."""
+        dropped_TK = routed.is_dropped
+        kept_TK = logits_TE.gather(1, routed.ids.long().masked_fill(dropped_TK, 0))
+        union = torch.cat([kept_TK.masked_fill(dropped_TK, -torch.inf), shared_TS], dim=1)
+        weights = union.to(routed.scores.dtype).softmax(1)
+        chosen_TK, shared_TS = weights.split([kept_TK.shape[1], shared_TS.shape[1]], dim=1)
+        scores = routed.scores * chosen_TK.sum(1, keepdim=True)
+        return routed._replace(scores=scores, shared_scores=shared_TS)
 
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses: options that differ from the usual."""
-        shown = ["hidden_size", "num_experts", "top_k", "mode"]
-        shown += [name for name, usual in _USUAL.items() if getattr(self, name) != usual]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        shown = {name: getattr(self, name) for name in ("hidden_size", "num_experts", "top_k")}
+        shown |= {"mode": self.config.mode} | self.config.unusual()
+        if self.num_weighed_experts:
+            shown["num_weighed_experts"] = self.num_weighed_experts
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-def _floating_dtype(router_dtype: torch.dtype | str | None) -> torch.dtype | None:
-    dtype = getattr(torch, router_dtype, None) if isinstance(router_dtype, str) else router_dtype
-    if router_dtype is not None and not getattr(dtype, "is_floating_point", False):
-        raise ValueError(f"router_dtype ({router_dtype}) must be a floating point dtype")
-    return dtype
-
-
-def _share(scores_TK: torch.Tensor) -> torch.Tensor:
-    """Scores over their sum; a token without any keeps zeros."""
-    sum_T1 = scores_TK.sum(1, keepdim=True)
-    return scores_TK / sum_T1.masked_fill(sum_T1 == 0, 1)
-
-
-_USUAL = {
-    "num_groups": 1,
-    "scale": 1.0,
-    "num_null_experts": 0,
-    "num_weighed_experts": 0,
-    "top_p": None,
-    "capacity_factor": None,
-    "jitter": 0.0,
-    "router_dtype": None,
-}
+for _name in RouterOptions.__annotations__.keys() - {"correction_bias"}:
+    setattr(TopKRouter, _name, moved_to_config(_name))

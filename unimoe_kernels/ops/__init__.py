@@ -4,33 +4,45 @@
 specification in plain torch; `plain.py`, where that is another one, what transforms of torch go
 through; `kernel.py` and `kernel_backward.py` the Triton kernels. An operator that is composed of
 others has `composition.py` instead of a reference; `moe_mlp/fused.py` is what Triton runs in its
-place, `moe_mlp/packed.py` keeps weights packed.
+place, `moe_mlp/packed.py` keeps weights packed. `moe_mlp/run_experts.py` serves experts that
+`moe_mlp` does not cover too, and `topk_router/losses.py` has both losses of a router.
 """
 
 from unimoe_kernels import _backends
 from unimoe_kernels.ops.expert_sort.op import ExpertSort, expert_sort
 from unimoe_kernels.ops.grouped_lora.op import grouped_lora
 from unimoe_kernels.ops.grouped_mm.op import grouped_mm
+from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights
 from unimoe_kernels.ops.moe_mlp.op import moe_mlp
-from unimoe_kernels.ops.moe_mlp.packed import pack_weights, unpack_weights
+from unimoe_kernels.ops.moe_mlp.packed import (
+    PACKABLE,
+    forget_expert_weight,
+    pack_expert_weight,
+)
+from unimoe_kernels.ops.moe_mlp.run_experts import run_experts
 from unimoe_kernels.ops.permute.op import permute
 from unimoe_kernels.ops.swiglu.op import swiglu
-from unimoe_kernels.ops.topk_router.op import RouterOutput, topk_router
+from unimoe_kernels.ops.topk_router.losses import router_losses
+from unimoe_kernels.ops.topk_router.op import TopKRouterOutput, topk_router
 from unimoe_kernels.ops.unpermute.op import unpermute
 
 _backends.find_kernels()
 
 __all__ = [
+    "PACKABLE",
     "ExpertSort",
-    "RouterOutput",
+    "ExpertWeights",
+    "TopKRouterOutput",
     "expert_sort",
+    "forget_expert_weight",
     "grouped_lora",
     "grouped_mm",
     "moe_mlp",
-    "pack_weights",
+    "pack_expert_weight",
     "permute",
+    "router_losses",
+    "run_experts",
     "swiglu",
     "topk_router",
-    "unpack_weights",
     "unpermute",
 ]

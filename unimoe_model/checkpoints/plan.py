@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from unimoe_kernels import merge_lora_weight
 from unimoe_model.checkpoints.names import (
     LORA,
     aside_reason,
@@ -67,9 +67,8 @@ class Matrix:
         """The tensor, corrections merged in at least float32."""
         value = source.read(self.name)
         for lora in self.loras:
-            wide = torch.promote_types(value.dtype, torch.float32)
-            product = source.read(lora.b).to(wide) @ source.read(lora.a).to(wide)
-            value = (value.to(wide) + lora.scale * product).to(value.dtype)
+            lora_A, lora_B = source.read(lora.a), source.read(lora.b)
+            value = merge_lora_weight(value, lora_A, lora_B, lora.scale)
         return value
 
 

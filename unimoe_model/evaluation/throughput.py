@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from unimoe_kernels import LoopedMoE, MoE, SwiGLUFFN
+from unimoe_kernels import MoE, SwiGLUFFN
 
 
 def layer_throughput(
@@ -48,7 +48,7 @@ def layer_throughput(
     moe = MoE(hidden_size, intermediate_size, num_experts, top_k).to(device, dtype)
     layers: dict[str, nn.Module] = {
         "moe": moe,
-        "looped": LoopedMoE.from_moe(moe),
+        "looped": moe.to_looped(),
         "dense": SwiGLUFFN(hidden_size, top_k * intermediate_size).to(device, dtype),
     }
     with torch.no_grad():

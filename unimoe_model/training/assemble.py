@@ -120,13 +120,13 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def merge_lora(model: UniMoEForConditionalGeneration) -> None:
+def merge_and_unload_lora(model: UniMoEForConditionalGeneration) -> None:
     """Adds every LoRA product to its weight and removes the LoRA, in place."""
     for parent, name, child in list(_lora_linears(model)):
         child.merge()
         setattr(parent, name, child.get_base_layer())
     for _, moe in model.moe_layers():
-        moe.experts.merge_lora()
+        moe.experts.merge_and_unload_lora()
     # peft's mark of a model that has adapters; it warns where it finds one.
     del model.peft_config
 

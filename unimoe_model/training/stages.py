@@ -29,7 +29,7 @@ from unimoe_model.training.assemble import (
     assemble_moe,
     ffn_state,
     lora_parameters,
-    merge_lora,
+    merge_and_unload_lora,
 )
 from unimoe_model.training.base import dense_config, widen_ffns
 from unimoe_model.training.checkpoint import completed_run, fingerprint
@@ -234,7 +234,7 @@ class Trainer:
         add_lora(model, settings.expert_lora_rank, settings.expert_lora_alpha, FFN_LORA)
         model.to(self._device)
         self._stage(name, model, lora_parameters(model) | connectors, batch_of, stage)
-        merge_lora(model)
+        merge_and_unload_lora(model)
 
     def _tune(
         self, model: UniMoEForConditionalGeneration, collator: Collator
@@ -252,7 +252,7 @@ class Trainer:
         self._history += [settings.lora_rank, settings.lora_alpha]
         batches = self._batches(settings.tune, 2 + len(MEDIA_KINDS), collator)
         self._stage("tune", model, parameters, batches, settings.tune)
-        merge_lora(model)
+        merge_and_unload_lora(model)
         model.set_attn_implementation("sdpa")
         return model.requires_grad_(False).eval()
 

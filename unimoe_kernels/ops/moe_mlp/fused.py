@@ -1,7 +1,8 @@
 """`moe_mlp` in Triton: the formulas of `composition.py` in fewer, larger kernels.
 
 Forward: rows are gathered from tokens inside the first matmul, whose sums are activated before they
-are written; the second matmul writes rows in expert order, and one pass gathers and sums them.
+are written; the second matmul writes rows in expert order, and one pass gathers and sums them. The
+sort and the last pass run on the backend that `expert_sort` and `unpermute` take on their own.
 
 Backward: one matmul gives the gradients of scores and pre-activations and the weighted activations;
 x and dy are gathered inside the matmuls that need them. Rows of another rank are not written, and
@@ -12,90 +13,70 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from unimoe_kernels.ops.expert_sort import kernel as expert_sort
+from unimoe_kernels import _backends
 from unimoe_kernels.ops.grouped_mm import kernel as grouped_mm
 from unimoe_kernels.ops.moe_mlp import kernel, kernel_backward
+from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights, Gate, Grads, Needs, Rows, Saved
+from unimoe_kernels.ops.moe_mlp.pipeline import sort_rows
 from unimoe_kernels.ops.unpermute import kernel as unpermute
 
 
 def forward(
     x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
     ids: Tensor,
     scores: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    limit: float,
-    alpha: float,
+    weights: ExpertWeights,
+    gate: Gate,
     keep_hidden: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Rows]:
     """Returns what `composition.forward` returns."""
-    top_k, gate = ids.shape[1], (activation, limit, alpha)
-    row_order, inverse_order, _, offsets = expert_sort.expert_sort(
-        ids.view(-1), gate_up_proj.shape[0]
-    )
+    top_k = ids.shape[1]
+    rows = sort_rows(_backends.call, ids, weights.first.shape[0])
     a_NF, h_NG = kernel.gated(
-        x, gate_up_proj, gate_up_bias, offsets, row_order, top_k, gate, keep_hidden
+        x, weights.first, weights.first_bias, rows.offsets, rows.order, top_k, gate, keep_hidden
     )
-    y_ND = grouped_mm.grouped_mm(a_NF, down_proj, offsets, down_bias, tail=False)
-    y_TD = unpermute.unpermute(y_ND, inverse_order, offsets, scores, top_k)
-    return y_TD, h_NG, row_order, inverse_order, offsets
+    y_ND = grouped_mm.grouped_mm(a_NF, weights.down, rows.offsets, weights.down_bias, tail=False)
+    y_TD = _backends.call("unpermute", y_ND, rows.inverse, rows.offsets, scores, top_k)
+    return y_TD, h_NG, rows
 
 
-def backward(
-    grad_TD: Tensor,
-    x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    scores: Tensor,
-    h_NG: Tensor,
-    row_order: Tensor,
-    inverse_order: Tensor,
-    offsets: Tensor,
-    down_bias: Tensor | None,
-    activation: str,
-    limit: float,
-    alpha: float,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
+def backward(grad_TD: Tensor, saved: Saved, gate: Gate, needs: Needs) -> Grads:
     """Returns what `composition.backward` returns."""
-    needs_x, needs_gate_up, needs_down, needs_scores, needs_gate_up_bias, needs_down_bias = needs
-    top_k = scores.shape[1]
-    grad_x, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = (
+    x, scores, weights, h_NG, rows = saved
+    offsets, top_k = rows.offsets, scores.shape[1]
+    grad_x, grad_first, grad_down, grad_first_bias, grad_down_bias = (
         x.new_empty(0) for _ in range(5)
     )
     grad_scores, grad_h_NG, weighted_NF = kernel_backward.gated_backward(
         grad_TD,
-        down_proj,
-        down_bias,
+        weights.down,
+        weights.down_bias,
         scores,
         h_NG,
         offsets,
-        row_order,
-        (activation, limit, alpha),
-        needs_scores,
-        needs_x or needs_gate_up or needs_gate_up_bias,
-        needs_down or needs_down_bias,
+        rows.order,
+        gate,
+        needs.scores,
+        needs.x or needs.first or needs.first_bias,
+        needs.down or needs.down_bias,
     )
-    if needs_down or needs_down_bias:
+    if needs.down or needs.down_bias:
         grad_down, grad_down_bias = grouped_mm.grouped_mm_wgrad(
             grad_TD,
             weighted_NF,
             offsets,
-            needs_down_bias,
-            row_order,
+            needs.down_bias,
+            rows.order,
             grad_top_k=top_k,
             scores=scores,
         )
-    if needs_gate_up or needs_gate_up_bias:
-        grad_gate_up, grad_gate_up_bias = grouped_mm.grouped_mm_wgrad(
-            grad_h_NG, x, offsets, needs_gate_up_bias, row_order, x_top_k=top_k
+    if needs.first or needs.first_bias:
+        grad_first, grad_first_bias = grouped_mm.grouped_mm_wgrad(
+            grad_h_NG, x, offsets, needs.first_bias, rows.order, x_top_k=top_k
         )
-    if needs_x:
+    if needs.x:
         grad_x_ND = grouped_mm.grouped_mm(
-            grad_h_NG, gate_up_proj.transpose(1, 2), offsets, None, tail=False
+            grad_h_NG, weights.first.transpose(1, 2), offsets, None, tail=False
         )
-        grad_x = unpermute.unpermute(grad_x_ND, inverse_order, offsets, None, top_k)
-    return grad_x, grad_gate_up, grad_down, grad_scores, grad_gate_up_bias, grad_down_bias
+        grad_x = unpermute.unpermute(grad_x_ND, rows.inverse, offsets, None, top_k)
+    return Grads(grad_x, grad_first, grad_down, grad_scores, grad_first_bias, grad_down_bias)

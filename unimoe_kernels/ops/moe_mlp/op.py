@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
 from unimoe_kernels.ops.moe_mlp import composition, packed
+from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights, Gate, Grads, Needs, Rows, Saved
+from unimoe_kernels.ops.moe_mlp.checks import check_experts
+from unimoe_kernels.ops.moe_mlp.pipeline import pre_activations
 from unimoe_kernels.ops.swiglu.op import ACTIVATIONS
 
 
@@ -59,56 +63,20 @@ def moe_mlp(
         Differentiable in everything but `ids`; deterministic. Keeps for the backward `x`, the
         pre-activations `[N, 2F]`, the scores, two int32 orders `[N]` and the offsets.
     """
-    x, gate_up_proj, down_proj, gate_up_bias, down_bias = _checks.autocast(
-        x, gate_up_proj, down_proj, gate_up_bias, down_bias
-    )
-    _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias)
-    differentiable = (x, gate_up_proj, down_proj, scores, gate_up_bias, down_bias)
-    keep_hidden = _backends.is_recorded(*differentiable)
-    x, ids = x.contiguous(), _checks.narrow_ids(ids, gate_up_proj.shape[0]).contiguous()
-    scores = scores.to(_checks.accumulation_dtype(x.dtype)).contiguous()
-    weights = (gate_up_proj, down_proj)
-    options = (ids, scores, gate_up_bias, down_bias, activation, limit, alpha)
-    if not keep_hidden and not torch.compiler.is_compiling():
-        panels = packed.panels_of(*weights)
-        if panels is not None and _backends.backend_of("moe_mlp", x) == "cpp":
-            return torch.ops.unimoe.moe_mlp_packed(x, *weights, *panels, *options)
-    return _backends.call("moe_mlp", x, *weights, *options, keep_hidden)[0]
-
-
-def _check(x, gate_up_proj, down_proj, ids, scores, activation, gate_up_bias, down_bias):
-    _checks.check_tensor("x", x, "[T, D]")
-    _checks.check_tensor("gate_up_proj", gate_up_proj, "[E, 2F, D]")
-    num_experts, double_width, _ = gate_up_proj.shape
-    _checks.check_positive("E of gate_up_proj", num_experts)
-    if double_width % 2:
-        shape = tuple(gate_up_proj.shape)
-        raise ValueError(f"gate_up_proj (shape {shape}) must have an even size in dimension 1")
-    _checks.check_size("gate_up_proj", gate_up_proj, 2, x.shape[1], "D of x")
-    _checks.check_same("gate_up_proj", gate_up_proj, "x", x)
-    _checks.check_tensor("down_proj", down_proj, "[E, D, F]")
-    _checks.check_size("down_proj", down_proj, 0, num_experts, "E of gate_up_proj")
-    _checks.check_size("down_proj", down_proj, 1, x.shape[1], "D of x")
-    _checks.check_size("down_proj", down_proj, 2, double_width // 2, "F of gate_up_proj")
-    _checks.check_same("down_proj", down_proj, "x", x)
-    _checks.check_tensor("ids", ids, "[T, K]", _checks.INTEGERS)
-    _checks.check_size("ids", ids, 0, x.shape[0], "T of x")
-    _checks.check_positive("K of ids", ids.shape[1])
-    _checks.check_device("ids", ids, "x", x)
-    _checks.check_tensor("scores", scores, "[T, K]")
-    _checks.check_size("scores", scores, 0, x.shape[0], "T of x")
-    _checks.check_size("scores", scores, 1, ids.shape[1], "K of ids")
-    _checks.check_device("scores", scores, "x", x)
+    x, *weights = _checks.autocast(x, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    weights = ExpertWeights(*weights)
+    check_experts(x, ids, scores, weights)
     _checks.check_choice("activation", activation, ACTIVATIONS)
-    for name, bias, width in (
-        ("gate_up_bias", gate_up_bias, double_width),
-        ("down_bias", down_bias, x.shape[1]),
-    ):
-        if bias is not None:
-            _checks.check_tensor(name, bias, "[E, 2F]" if name == "gate_up_bias" else "[E, D]")
-            _checks.check_size(name, bias, 0, num_experts, "E of gate_up_proj")
-            _checks.check_size(name, bias, 1, width, "width of its projection")
-            _checks.check_same(name, bias, "x", x)
+    keep_hidden = _backends.is_recorded(x, scores, *weights)
+    x, ids = x.contiguous(), _checks.narrow_ids(ids, weights.first.shape[0]).contiguous()
+    scores = scores.to(_checks.accumulation_dtype(x.dtype)).contiguous()
+    projections, biases = weights[:2], weights[2:]
+    options = (ids, scores, *biases, activation, limit, alpha)
+    if not keep_hidden and not torch.compiler.is_compiling():
+        panels = packed.panels_of(*projections)
+        if panels is not None and _backends.backend_of("moe_mlp", x) == "cpp":
+            return torch.ops.unimoe.moe_mlp_packed(x, *projections, *panels, *options)
+    return _backends.call("moe_mlp", x, *projections, *options, keep_hidden)[0]
 
 
 def _fake(
@@ -136,32 +104,36 @@ def _fake(
 
 
 def _setup_context(ctx, inputs, output):
-    x, gate_up_proj, down_proj, _, scores, gate_up_bias, down_bias, *ctx.gate, _ = inputs
-    _, *saved = output
-    ctx.mark_non_differentiable(*saved)
+    x, first, down, _, scores, first_bias, down_bias, *gate, _ = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, gate_up_proj, down_proj, scores, *saved, down_bias, gate_up_bias)
+    ctx.gate = Gate(*gate)
+    ctx.save_for_backward(x, scores, first, down, first_bias, down_bias, *kept)
 
 
 def _backward(backend, ctx, grad, *_):
     if grad is None:
         return (None,) * 11
+    x, scores, first, down, first_bias, down_bias, hidden, *rows = ctx.saved_tensors
+    weights, rows = ExpertWeights(first, down, first_bias, down_bias), Rows(*rows)
     n = ctx.needs_input_grad
-    needs = [n[0], n[1], n[2], n[4], n[5], n[6]]
-    *saved, gate_up_bias = ctx.saved_tensors
-    backward = partial(_backends.run, backend, "moe_mlp_backward")
-    if _backends.is_recorded(grad, *saved, gate_up_bias):
+    needs = Needs(x=n[0], first=n[1], down=n[2], scores=n[4], first_bias=n[5], down_bias=n[6])
+    grad = grad.contiguous()
+    if _backends.is_recorded(grad, x, scores, *weights, hidden):
         # Nothing tells of the pre-activations that were kept what they depend on.
-        x, gate_up_proj, _, scores, _, row_order, _, offsets, _ = saved
-        saved[4] = composition.pre_activations(
-            backend, x, gate_up_proj, gate_up_bias, row_order, offsets, scores.shape[1]
-        )
-        backward = partial(composition.backward, backend)
-    grads = backward(grad.contiguous(), *saved, *ctx.gate, needs)
-    x, gate_up, down, scores, gate_up_bias, down_bias = (
+        run = partial(_backends.run, backend)
+        _, hidden = pre_activations(run, x, weights, rows, scores.shape[1])
+        saved = Saved(x, scores, weights, hidden, rows)
+        grads = composition.backward(backend, grad, saved, ctx.gate, needs)
+    else:
+        tensors = (x, first, down, scores, hidden, *rows, down_bias)
+        flat = _backends.run(backend, "moe_mlp_backward", grad, *tensors, *ctx.gate, list(needs))
+        grads = Grads(*flat)
+    x, first, down, scores, first_bias, down_bias = (
         grad if needed else None for grad, needed in zip(grads, needs, strict=True)
     )
-    return x, gate_up, down, None, scores, gate_up_bias, down_bias, None, None, None, None
+    return x, first, down, None, scores, first_bias, down_bias, None, None, None, None
 
 
 def _backward_fake(
@@ -193,6 +165,52 @@ def _backward_fake(
     )
 
 
+def _forward(
+    implementation: Callable,
+    x,
+    gate_up_proj,
+    down_proj,
+    ids,
+    scores,
+    gate_up_bias,
+    down_bias,
+    activation,
+    limit,
+    alpha,
+    keep_hidden,
+):
+    """Calls an implementation with the arguments of the schema."""
+    weights = ExpertWeights(gate_up_proj, down_proj, gate_up_bias, down_bias)
+    gate = Gate(activation, limit, alpha)
+    y, hidden, rows = implementation(x, ids, scores, weights, gate, keep_hidden)
+    return y, hidden, *rows
+
+
+def _backward_of(
+    implementation: Callable,
+    grad,
+    x,
+    gate_up_proj,
+    down_proj,
+    scores,
+    gate_up_rows,
+    row_order,
+    inverse_order,
+    offsets,
+    down_bias,
+    activation,
+    limit,
+    alpha,
+    needs,
+):
+    """Calls an implementation of the backward with the arguments of its schema."""
+    weights = ExpertWeights(gate_up_proj, down_proj, None, down_bias)
+    rows = Rows(row_order, inverse_order, offsets)
+    saved = Saved(x, scores, weights, gate_up_rows, rows)
+    gate = Gate(activation, limit, alpha)
+    return tuple(implementation(grad, saved, gate, Needs(*needs)))
+
+
 def _triton(*args):
     from unimoe_kernels.ops.moe_mlp import fused
 
@@ -212,9 +230,9 @@ _backends.declare(
     "Tensor? down_bias, str activation, float limit, float alpha, bool[] needs) -> (Tensor grad_x, "
     "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_scores, "
     "Tensor grad_gate_up_bias, Tensor grad_down_bias)",
-    reference=partial(composition.backward, "reference"),
-    native=partial(composition.backward, "default"),
-    triton=_backward_triton,
+    reference=partial(_backward_of, partial(composition.backward, "reference")),
+    native=partial(_backward_of, partial(composition.backward, "default")),
+    triton=partial(_backward_of, _backward_triton),
     parts=composition.PARTS,
     fused=True,
     fake=_backward_fake,
@@ -226,9 +244,9 @@ _backends.declare(
     "Tensor? gate_up_bias, Tensor? down_bias, str activation, float limit, float alpha, "
     "bool keep_hidden) -> (Tensor y, Tensor gate_up_rows, Tensor row_order, "
     "Tensor inverse_order, Tensor expert_offsets)",
-    reference=partial(composition.forward, "reference"),
-    native=partial(composition.forward, "default"),
-    triton=_triton,
+    reference=partial(_forward, partial(composition.forward, "reference")),
+    native=partial(_forward, partial(composition.forward, "default")),
+    triton=partial(_forward, _triton),
     parts=composition.PARTS,
     fused=True,
     fake=_fake,

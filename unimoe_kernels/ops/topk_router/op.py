@@ -14,7 +14,7 @@ MODES = ("topk_softmax", "softmax_topk", "softmax_topk_renorm", "sigmoid", "sigm
 BALANCES = ("all", "first")
 
 
-class RouterOutput(NamedTuple):
+class TopKRouterOutput(NamedTuple):
     """Where each token goes and how even the load is.
 
     Attributes:
@@ -44,7 +44,7 @@ def topk_router(
     scale: float = 1.0,
     token_mask: Tensor | None = None,
     balance: str = "all",
-) -> RouterOutput:
+) -> TopKRouterOutput:
     """Chooses the `top_k` experts of each token, exactly: among equals the lower id wins.
 
     ======================  =======================  ======================================
@@ -79,7 +79,7 @@ def topk_router(
         balance: `"all"` counts all K choices of a token in `f_e`, `"first"` only its best.
 
     Returns:
-        A `RouterOutput` on the device of `logits`.
+        A `TopKRouterOutput` on the device of `logits`.
 
     Raises:
         ValueError: If `logits` is not 2-D, `top_k`, `num_groups` or `top_groups` do not fit E,
@@ -108,7 +108,7 @@ def topk_router(
         scale,
         balance,
     )
-    return RouterOutput(*outputs)
+    return TopKRouterOutput(*outputs)
 
 
 def _check(logits, top_k, mode, correction_bias, num_groups, top_groups, token_mask, balance):

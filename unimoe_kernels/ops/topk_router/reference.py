@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Keeps the renormalised sigmoid scores finite when all of them underflow, as DeepSeek-V3 does.
-TINY = 1e-20
+from unimoe_kernels.ops.topk_router.losses import (
+    TINY,
+    choices_of,
+    counted,
+    fractions,
+    router_losses,
+)
 
 
 def topk_router(
@@ -22,17 +27,15 @@ def topk_router(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns scores, ids, tokens_per_expert, load_balancing_loss and router_z_loss."""
     logits_TE = _accumulate(logits)
-    num_experts = logits_TE.shape[1]
     choice_TE = _choice(logits_TE, correction_bias, mode, num_groups, top_groups)
     ids_TK = choice_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     scores_TK = _scores(logits_TE, ids_TK, mode) * scale
-    mask_T, num_tokens = _counted(logits_TE, token_mask)
-    fraction_E = _fraction(ids_TK, mask_T, num_tokens, num_experts, balance, logits_TE.dtype)
-    probability_TE = _probability(logits_TE, mode).masked_fill(~mask_T.unsqueeze(1), 0)
-    balancing = num_experts * (fraction_E * (probability_TE.sum(0) / num_tokens)).sum()
-    z_T = logits_TE.logsumexp(1).square().masked_fill(~mask_T, 0)
-    tokens_per_expert = _one_hot(ids_TK, num_experts).sum((0, 1), dtype=torch.int32)
-    return scores_TK, ids_TK.int(), tokens_per_expert, balancing, z_T.sum() / num_tokens
+    losses = router_losses(
+        logits_TE, _balanced(ids_TK, balance), token_mask, mode.startswith("sigmoid")
+    )
+    everyone = counted(logits_TE, None)
+    tokens_per_expert = choices_of(ids_TK, everyone, logits_TE.shape[1]).int()
+    return scores_TK, ids_TK.int(), tokens_per_expert, *losses
 
 
 def topk_router_backward(
@@ -49,9 +52,10 @@ def topk_router_backward(
     """Returns the gradient of the scores and both losses in the logits."""
     logits_TE, ids_TK = _accumulate(logits), ids.long()
     num_experts = logits_TE.shape[1]
-    mask_T, num_tokens = _counted(logits_TE, token_mask)
-    counted_T1 = mask_T.unsqueeze(1)
-    fraction_E = _fraction(ids_TK, mask_T, num_tokens, num_experts, balance, logits_TE.dtype)
+    mask_T = counted(logits_TE, token_mask)
+    counted_T1, num_tokens = mask_T.unsqueeze(1), mask_T.sum().clamp(min=1)
+    choices_E = choices_of(_balanced(ids_TK, balance), mask_T, num_experts)
+    fraction_E = fractions(choices_E, logits_TE.dtype)
     grad_probability_E = grad_balancing * num_experts * fraction_E / num_tokens
     grad_probability_TE = grad_probability_E.expand_as(logits_TE).masked_fill(~counted_T1, 0)
     softmax_TE = logits_TE.softmax(1)
@@ -119,36 +123,9 @@ def _scores(logits_TE: Tensor, ids_TK: Tensor, mode: str) -> Tensor:
     return scores_TK
 
 
-def _probability(logits_TE: Tensor, mode: str) -> Tensor:
-    if not mode.startswith("sigmoid"):
-        return logits_TE.softmax(1)
-    sigmoid_TE = logits_TE.sigmoid()
-    return sigmoid_TE / (sigmoid_TE.sum(1, keepdim=True) + TINY)
-
-
-def _counted(logits_TE: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns which tokens the losses count, and their number but at least 1."""
-    if token_mask is None:
-        token_mask = torch.ones_like(logits_TE[:, 0], dtype=torch.bool)
-    return token_mask, token_mask.sum(dtype=logits_TE.dtype).clamp(min=1)
-
-
-def _fraction(
-    ids_TK: Tensor,
-    mask_T: Tensor,
-    num_tokens: Tensor,
-    num_experts: int,
-    balance: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    if balance == "first":
-        ids_TK = ids_TK[:, :1]
-    counted_TKE = _one_hot(ids_TK, num_experts) & mask_T.view(-1, 1, 1)
-    return counted_TKE.sum((0, 1), dtype=dtype) / (num_tokens * ids_TK.shape[1])
-
-
-def _one_hot(ids_TK: Tensor, num_experts: int) -> Tensor:
-    return ids_TK.unsqueeze(2) == torch.arange(num_experts, device=ids_TK.device)
+def _balanced(ids_TK: Tensor, balance: str) -> Tensor:
+    """Returns the choices that the load-balancing loss counts."""
+    return ids_TK[:, :1] if balance == "first" else ids_TK
 
 
 def _spread(values_TK: Tensor, ids_TK: Tensor, like_TE: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""Checks of the arguments that every way to run a layer's experts has."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from unimoe_kernels import _checks
+from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights
+
+# What the four weights are called in errors of `moe_mlp`.
+NAMES = ExpertWeights("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+
+
+def check_experts(
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    weights: ExpertWeights,
+    names: ExpertWeights = NAMES,
+    gated: bool = True,
+) -> None:
+    """Checks that shapes, dtypes and devices fit each other.
+
+    Args:
+        x: `[T, D]`.
+        ids: `[T, K]`, int32 or int64.
+        scores: `[T, K]`.
+        weights: `[E, G, D]`, `[E, D, F]`, and biases of the same widths.
+        names: of the weights, for errors.
+        gated: whether G must be 2F. Otherwise the activation decides what F is.
+
+    Raises:
+        ValueError: If shapes do not fit or devices differ.
+        TypeError: If dtypes differ, or are none that the operators take.
+    """
+    _checks.check_tensor("x", x, "[T, D]")
+    _checks.check_tensor(names.first, weights.first, "[E, 2F, D]" if gated else "[E, G, D]")
+    num_experts, width, _ = weights.first.shape
+    _checks.check_positive(f"E of {names.first}", num_experts)
+    if gated and width % 2:
+        shape = tuple(weights.first.shape)
+        raise ValueError(f"{names.first} (shape {shape}) must have an even size in dimension 1")
+    _checks.check_size(names.first, weights.first, 2, x.shape[1], "D of x")
+    _checks.check_same(names.first, weights.first, "x", x)
+    _checks.check_tensor(names.down, weights.down, "[E, D, F]")
+    _checks.check_size(names.down, weights.down, 0, num_experts, f"E of {names.first}")
+    _checks.check_size(names.down, weights.down, 1, x.shape[1], "D of x")
+    if gated:
+        _checks.check_size(names.down, weights.down, 2, width // 2, f"F of {names.first}")
+    _checks.check_same(names.down, weights.down, "x", x)
+    _checks.check_tensor("ids", ids, "[T, K]", _checks.INTEGERS)
+    _checks.check_size("ids", ids, 0, x.shape[0], "T of x")
+    _checks.check_positive("K of ids", ids.shape[1])
+    _checks.check_device("ids", ids, "x", x)
+    _checks.check_tensor("scores", scores, "[T, K]")
+    _checks.check_size("scores", scores, 0, x.shape[0], "T of x")
+    _checks.check_size("scores", scores, 1, ids.shape[1], "K of ids")
+    _checks.check_device("scores", scores, "x", x)
+    for name, bias, of, shape in (
+        (names.first_bias, weights.first_bias, width, "[E, 2F]" if gated else "[E, G]"),
+        (names.down_bias, weights.down_bias, x.shape[1], "[E, D]"),
+    ):
+        if bias is not None:
+            _checks.check_tensor(name, bias, shape)
+            _checks.check_size(name, bias, 0, num_experts, f"E of {names.first}")
+            _checks.check_size(name, bias, 1, of, "width of its projection")
+            _checks.check_same(name, bias, "x", x)

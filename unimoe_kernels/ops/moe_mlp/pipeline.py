@@ -1,0 +1,66 @@
+"""The steps of a layer's experts, written once for every way to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights, Rows
+
+# Calls an operator by name, such as `functools.partial(_backends.run, "default")`.
+Run = Callable[..., object]
+# Given the product `[N, out]` of a projection, its input `[N, in]` and the expert offsets.
+Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def sort_rows(run: Run, ids: Tensor, num_experts: int) -> Rows:
+    """Sorts the routed rows `[T, K]` of ids by expert."""
+    order, inverse, _, offsets = run("expert_sort", ids.view(-1), num_experts)
+    return Rows(order, inverse, offsets)
+
+
+def pre_activations(
+    run: Run, x: Tensor, weights: ExpertWeights, rows: Rows, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the rows `[N, D]` in expert order, and their product `[N, G]` with `first`."""
+    x_ND = run("permute", x, rows.order, rows.offsets, top_k)
+    return x_ND, run("grouped_mm", x_ND, weights.first, rows.offsets, weights.first_bias)
+
+
+def run_pipeline(
+    run: Run,
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    weights: ExpertWeights,
+    activate: Callable[[Tensor], Tensor],
+    correct_first: Correction | None = None,
+    correct_down: Correction | None = None,
+) -> tuple[Tensor, Tensor, Rows]:
+    """Sorts, permutes, multiplies, activates, multiplies and sums.
+
+    Args:
+        run: calls the operators.
+        x: `[T, D]`, contiguous.
+        ids: `[T, K]`, int32, contiguous.
+        scores: `[T, K]`, in the dtype that sums are kept in, contiguous.
+        weights: of the experts, dtype of `x`.
+        activate: maps pre-activations `[N, G]` to `[N, F]`, contiguous, dtype of `x`.
+        correct_first: None, or what the product of `first` becomes.
+        correct_down: None, or what the product of `down` becomes.
+
+    Returns:
+        The output `[T, D]`, the pre-activations `[N, G]`, and where the rows lie.
+    """
+    top_k = ids.shape[1]
+    rows = sort_rows(run, ids, weights.first.shape[0])
+    x_ND, hidden_NG = pre_activations(run, x, weights, rows, top_k)
+    if correct_first is not None:
+        hidden_NG = correct_first(hidden_NG, x_ND, rows.offsets)
+    act_NF = activate(hidden_NG)
+    out_ND = run("grouped_mm", act_NF, weights.down, rows.offsets, weights.down_bias)
+    if correct_down is not None:
+        out_ND = correct_down(out_ND, act_NF, rows.offsets).contiguous()
+    y_TD = run("unpermute", out_ND, rows.inverse, rows.offsets, scores, top_k)
+    return y_TD, hidden_NG, rows

@@ -1,0 +1,86 @@
+"""`run_experts`: the experts of any layer, through `moe_mlp` where it covers them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from unimoe_kernels import _backends, _checks
+from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights
+from unimoe_kernels.ops.moe_mlp.checks import check_experts
+from unimoe_kernels.ops.moe_mlp.op import moe_mlp
+from unimoe_kernels.ops.moe_mlp.pipeline import Correction, run_pipeline
+from unimoe_kernels.ops.swiglu.op import swiglu
+
+_NAMES = ExpertWeights(*(f"weights.{name}" for name in ExpertWeights._fields))
+
+
+def run_experts(
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    weights: ExpertWeights,
+    activation: str | Callable[[Tensor], Tensor],
+    *,
+    correct_first: Correction | None = None,
+    correct_down: Correction | None = None,
+) -> Tensor:
+    """Runs each token through its K experts and sums the results, weighted by score.
+
+    As `moe_mlp`, for experts that it does not cover as well: with another activation, and with a
+    correction of either product, such as LoRA or a norm.
+
+    Args:
+        x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.
+        ids: `[T, K]`, int32 or int64. A value of E or more drops this choice: it adds 0.
+        scores: `[T, K]`, any floating dtype, used in float32 (float64 for float64 `x`).
+        weights: of the experts, dtype and device of `x`.
+        activation: a name that `swiglu` knows, or a function of the pre-activations `[N, G]`, in
+            expert order, to `[N, F]`.
+        correct_first: None, or a function of the product `[N, G]` of the first projection, its
+            input `[N, D]` and the expert offsets, to what takes its place.
+        correct_down: likewise of the product `[N, D]` of the second projection, its input `[N, F]`
+            and the expert offsets.
+
+    Returns:
+        `[T, D]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous.
+
+    Raises:
+        ValueError: If shapes do not fit each other, devices differ or `activation` is unknown.
+        TypeError: If dtypes differ, or are none of those above.
+    """
+    corrected = correct_first is not None or correct_down is not None
+    if isinstance(activation, str) and not corrected:
+        return moe_mlp(
+            x,
+            weights.first,
+            weights.down,
+            ids,
+            scores,
+            activation=activation,
+            gate_up_bias=weights.first_bias,
+            down_bias=weights.down_bias,
+        )
+    x, *cast = _checks.autocast(x, *weights)
+    weights = ExpertWeights(*cast)
+    check_experts(x, ids, scores, weights, _NAMES, gated=isinstance(activation, str))
+
+    def activate(hidden_NG: Tensor) -> Tensor:
+        if isinstance(activation, str):
+            return swiglu(hidden_NG, activation)
+        act_NF = activation(hidden_NG).to(x.dtype).contiguous()
+        _checks.check_size(_NAMES.down, weights.down, 2, act_NF.shape[1], "F of the activation")
+        return act_NF
+
+    y_TD, _, _ = run_pipeline(
+        _backends.call,
+        x.contiguous(),
+        _checks.narrow_ids(ids, weights.first.shape[0]).contiguous(),
+        scores.to(_checks.accumulation_dtype(x.dtype)).contiguous(),
+        weights,
+        activate,
+        correct_first,
+        correct_down,
+    )
+    return y_TD
