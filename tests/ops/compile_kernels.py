@@ -11,13 +11,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 
-import kernel_launches
+import cases
+import kernels
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from unimoe_kernels._triton import launch, tiles
@@ -45,23 +46,6 @@ INSTRUCTIONS = {
     "cp_async": r"cp\.async\.c[ag]",
     "tma": r"cp\.async\.bulk\.tensor",
 }
-
-
-def record_launches(run):
-    """Runs a function and lists what it launches: kernel, arguments by name, options."""
-    launches = []
-
-    def record(kernel, *args, grid, warmup, **kwargs):
-        names = [parameter.name for parameter in kernel.params]
-        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
-        launches.append((kernel, dict(zip(names, args, strict=False)) | kwargs, options))
-
-    original, JITFunction.run = JITFunction.run, record
-    try:
-        run()
-    finally:
-        JITFunction.run = original
-    return launches
 
 
 def source_of(kernel, arguments):
@@ -95,8 +79,8 @@ def main(archs, everything):
     for arch in archs:
         launch.STAND_IN = DEVICES[arch]
         done = set()
-        for case, run in kernel_launches.cases(everything):
-            for kernel, arguments, options in record_launches(run):
+        for case, run in cases.all_launches(everything):
+            for kernel, arguments, options, _ in kernels.record_launches(run):
                 source = source_of(kernel, arguments)
                 key = (source.hash(), tuple(sorted(options.items())))
                 if key in done:
@@ -105,7 +89,7 @@ def main(archs, everything):
                 compiled = triton.compile(
                     source, target=GPUTarget("cuda", arch, 32), options=options
                 )
-                name = kernel.__name__.removesuffix("_kernel")
+                name = kernels.short_name(kernel)
                 row = {"kernel": name, "case": case, "arch": arch, **options}
                 row["descriptors"] = [
                     parameter
@@ -155,11 +139,13 @@ def print_variants(counts):
     """Prints for each number of tokens which variants of the kernels it would compile."""
     launch.STAND_IN = DEVICES[90]
     for count in counts:
-        shape = kernel_launches.SHAPES[0]._replace(tokens=count)
+        shape = cases.SHAPES[0]._replace(tokens=count)
         variants = {
             f"{kernel.__name__} {source_of(kernel, arguments).hash()} {sorted(options.items())}"
-            for run in kernel_launches.EVERY_TOKEN
-            for kernel, arguments, options in record_launches(lambda run=run, s=shape: run(s))
+            for module in cases.with_launches()
+            for kernel, arguments, options, _ in kernels.record_launches(
+                partial(module.launch, shape)
+            )
         }
         print(json.dumps({"tokens": count, "variants": sorted(variants)}))
 

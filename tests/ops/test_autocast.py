@@ -1,56 +1,49 @@
 """Operators under `torch.autocast`: those that multiply follow it as torch's matmuls do."""
 
+import cases
 import pytest
 import torch
 
-from unimoe_kernels import (
-    available_backends,
-    expert_sort,
-    grouped_lora,
-    grouped_mm,
-    moe_mlp,
-    swiglu,
-    use_backend,
-)
+from unimoe_kernels import available_backends, use_backend
 from unimoe_kernels.testing import relative_error, sample_routing
 
-T, D, F, E, K, R = 5, 8, 6, 3, 2, 2
-IDS, SCORES = sample_routing("uniform", T, K, E)
-OFFSETS = expert_sort(IDS, E).expert_offsets
+SIZES = cases.Sizes(T=5, D=8, F=6, E=3, K=2, R=2)
+IDS, _ = sample_routing("uniform", SIZES.T, SIZES.K, SIZES.E)
 
 
-def experts(x, gate_up, down, gate_up_bias, down_bias):
-    biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
-    return moe_mlp(x, gate_up, down, IDS, SCORES, **biases)
+def follows(op):
+    return getattr(cases.of(op), "FOLLOWS_AUTOCAST", False)
 
 
-CASES = {
-    "grouped_mm": (
-        lambda x, weight, bias: grouped_mm(x, weight, OFFSETS, bias),
-        ((T * K, D), (E, F, D), (E, F)),
-    ),
-    "grouped_lora": (
-        lambda x, lora_A, lora_B: grouped_lora(x, lora_A, lora_B, OFFSETS),
-        ((T * K, D), (E, R, D), (E, F, R)),
-    ),
-    "moe_mlp": (experts, ((T, D), (E, 2 * F, D), (E, D, F), (E, 2 * F), (E, D))),
-}
+def calls(following):
+    """Every call of the operators that follow autocast, or that do not."""
+    return [
+        pytest.param(op, case, id=f"{op}-{case.name}")
+        for op in cases.operators()
+        for case in cases.cases(op)
+        if follows(op) == following
+    ]
 
 
 def runs():
-    return [(op, name) for op in CASES for name in available_backends(op, "cpu")]
+    for param in calls(True):
+        for name in available_backends(param.values[0], "cpu"):
+            yield pytest.param(param.values[1], name, id=f"{param.id}-{name}")
 
 
-def inputs(shapes, x_dtype):
-    first, *others = (torch.randn(shape) for shape in shapes)
+def function_of(case):
+    return lambda *inputs: case.function(IDS, SIZES.E, *inputs)
+
+
+def inputs(case, x_dtype=torch.float32):
+    first, *others = (torch.randn(shape) for shape in case.shapes(SIZES))
     return [value.requires_grad_() for value in (first.to(x_dtype), *others)]
 
 
-@pytest.mark.parametrize(("op", "name"), runs())
+@pytest.mark.parametrize(("case", "name"), list(runs()))
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_run_in_the_dtype_of_autocast(op, name, x_dtype):
-    function, shapes = CASES[op]
-    given = inputs(shapes, x_dtype)
+def test_products_run_in_the_dtype_of_autocast(case, name, x_dtype):
+    function, given = function_of(case), inputs(case, x_dtype)
     with use_backend(name), torch.autocast("cpu", torch.bfloat16):
         y = function(*given)
     assert y.dtype == torch.bfloat16
@@ -64,10 +57,10 @@ def test_products_run_in_the_dtype_of_autocast(op, name, x_dtype):
         assert relative_error(grad, other) < 6e-2
 
 
-@pytest.mark.parametrize("op", CASES)
-def test_float64_is_left_alone_and_not_mixed(op):
-    function, shapes = CASES[op]
-    given = [value.detach().double() for value in inputs(shapes, torch.float32)]
+@pytest.mark.parametrize(("op", "case"), calls(True))
+def test_float64_is_left_alone_and_not_mixed(op, case):
+    function = function_of(case)
+    given = [value.detach().double() for value in inputs(case)]
     with torch.autocast("cpu", torch.bfloat16):
         assert function(*given).dtype == torch.float64
         given[1] = given[1].float()
@@ -75,25 +68,29 @@ def test_float64_is_left_alone_and_not_mixed(op):
             function(*given)
 
 
-def test_what_does_not_multiply_keeps_its_dtype():
+@pytest.mark.parametrize(("op", "case"), calls(False))
+def test_what_does_not_multiply_keeps_its_dtype(op, case):
+    function, given = function_of(case), inputs(case) if case.shapes(SIZES) else []
     with torch.autocast("cpu", torch.bfloat16):
-        assert swiglu(torch.randn(2, 4)).dtype == torch.float32
+        result = function(*given)
+    results = result if isinstance(result, tuple) else (result,)
+    assert {value.dtype for value in results} <= {torch.float32, torch.int32}
 
 
-@pytest.mark.parametrize("op", CASES)
-def test_transforms_follow_autocast_too(op):
-    function, shapes = CASES[op]
-    given = tuple(value.detach() for value in inputs(shapes, torch.float32))
+@pytest.mark.parametrize(("op", "case"), calls(True))
+def test_transforms_follow_autocast_too(op, case):
+    function = function_of(case)
+    given = tuple(value.detach() for value in inputs(case))
     with torch.autocast("cpu", torch.bfloat16):
         expected, (actual, _) = function(*given), torch.func.jvp(function, given, given)
     assert actual.dtype == torch.bfloat16
     assert relative_error(actual, expected.double()) < 3e-2
 
 
-@pytest.mark.parametrize("op", CASES)
-def test_compiled_operators_follow_autocast(op):
-    function, shapes = CASES[op]
-    given = tuple(value.detach() for value in inputs(shapes, torch.float32))
+@pytest.mark.parametrize(("op", "case"), calls(True))
+def test_compiled_operators_follow_autocast(op, case):
+    function = function_of(case)
+    given = tuple(value.detach() for value in inputs(case))
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert compiled(*given).equal(function(*given))

@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 
+import cases
 import pytest
+import registry
 import torch
 
 from unimoe_kernels import (
@@ -19,16 +21,7 @@ from unimoe_kernels import (
 )
 from unimoe_kernels.testing import sample_routing
 
-OPS = [
-    "expert_sort",
-    "grouped_lora",
-    "grouped_mm",
-    "moe_mlp",
-    "permute",
-    "swiglu",
-    "topk_router",
-    "unpermute",
-]
+OPS = cases.operators()
 
 
 def called(function):
@@ -117,7 +110,7 @@ def test_use_backend_restores_the_choice():
 
 
 def test_operators_without_the_backend_keep_their_choice(monkeypatch):
-    monkeypatch.setitem(_backends._available, "swiglu", {"cpu": ("reference",), "cuda": ("cuda",)})
+    registry.set_available(monkeypatch, "swiglu", {"cpu": ("reference",), "cuda": ("cuda",)})
     x, sort, _ = inputs()
     with use_backend("cuda"):
         _, names = called(lambda: permute(x, sort, 2))
@@ -130,7 +123,7 @@ def test_use_backend_rejects_what_it_cannot_do(monkeypatch):
     with pytest.raises(ValueError, match=message), use_backend("gpu"):
         pass
     for op in OPS:
-        monkeypatch.setitem(_backends._available, op, {"cpu": ("reference",)})
+        registry.set_available(monkeypatch, op, {"cpu": ("reference",)})
     monkeypatch.setattr(_extension, "error", None)
     for name, reason in {
         "cuda": "unimoe_kernels._C is compiled without it",

@@ -2,6 +2,7 @@
 
 import shutil
 
+import cases
 import pytest
 import torch
 
@@ -17,8 +18,10 @@ from unimoe_kernels import (
     unpermute,
     use_backend,
 )
+from unimoe_kernels.testing import sample_routing
 
-D, F, E, K, R = 8, 6, 4, 2, 3
+SIZES = cases.Sizes(T=5, D=8, F=6, E=4, K=2, R=3)
+_, D, F, E, K, R = SIZES
 COUNTS = (5, 7, 2, 33, 64)
 
 
@@ -91,6 +94,55 @@ def test_one_recompilation_serves_all_token_counts(layer, name, compilations):
             for actual, expected in zip(results(compiled, x, w), results(layer, x, w), strict=True):
                 torch.testing.assert_close(actual, expected)
     assert len(counter) <= 2
+
+
+def calls():
+    """Every call of every operator with every backend; in Triton's interpreter the first alone."""
+    for op in cases.operators():
+        for index, case in enumerate(cases.cases(op)):
+            for name in available_backends(op, "cpu"):
+                if name != "triton" or index == 0:
+                    yield pytest.param(op, case, name, id=f"{op}-{case.name}-{name}")
+
+
+def outcome(function, ids, inputs):
+    """Outputs, and gradients where there are any."""
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    result = function(ids, E, *leaves)
+    outputs = result if isinstance(result, tuple) else (result,)
+    loss = sum(value.square().sum() for value in outputs if value.requires_grad)
+    return [*outputs, *(torch.autograd.grad(loss, leaves) if leaves else ())]
+
+
+def assert_same_compiled(case, compiler):
+    """Compares a call with itself as compiled, over token counts of which the last is dynamic."""
+    compiled = torch.compile(case.function, fullgraph=True, backend=compiler)
+    for num_tokens in (3, 2, 4):
+        ids, _ = sample_routing("uniform", num_tokens, K, E)
+        ids[-1, -1] = E
+        shapes = case.shapes(SIZES._replace(T=num_tokens))
+        inputs = [torch.randn(shape) for shape in shapes]
+        actual, expected = (outcome(f, ids, inputs) for f in (compiled, case.function))
+        for ours, others in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, others)
+
+
+@pytest.mark.parametrize(("op", "case", "name"), list(calls()))
+def test_each_operator_is_traced_for_all_token_counts(op, case, name, compilations):
+    counter, compiler = compilations
+    with use_backend(name):
+        assert_same_compiled(case, compiler)
+    assert len(counter) <= 2
+    targets = {str(node.target) for graph in counter for node in graph.graph.nodes}
+    overload = {"cpp": "default"}.get(name, name)
+    assert f"unimoe.{op}.{overload}" in targets
+
+
+@pytest.mark.parametrize("op", cases.operators())
+def test_each_operator_is_traced_forward_and_backward(op, compilations):
+    for case in cases.cases(op):
+        torch._dynamo.reset()
+        assert_same_compiled(case, "aot_eager")
 
 
 @pytest.mark.parametrize("layer", [every_operator, fused])

@@ -3,27 +3,18 @@
 import importlib
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from unimoe_kernels import (
-    available_backends,
-    grouped_lora,
-    grouped_mm,
-    moe_mlp,
-    permute,
-    swiglu,
-    topk_router,
-    unpermute,
-)
-from unimoe_kernels import expert_sort as sort_by_expert
+from unimoe_kernels import available_backends, grouped_mm, moe_mlp, topk_router
 
 pytestmark = pytest.mark.skipif(
     available_backends("moe_mlp", "cpu")[0] != "cpp", reason="needs the compiled extension"
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-T, D, F, E, K = 400, 96, 160, 3, 2
+SIZES = cases.Sizes(T=800, D=96, F=160, E=3, K=2, R=8)
 
 
 @pytest.fixture
@@ -33,24 +24,28 @@ def threads():
     torch.set_num_threads(before)
 
 
+def fan_in(shape):
+    return shape[-1] if len(shape) == 3 else 1
+
+
 def everything(dtype):
-    """Outputs and gradients of all operators, on sizes that several threads share."""
+    """Outputs and gradients of each call of all operators, on sizes that several threads share."""
     torch.manual_seed(0)
-    routed = topk_router(logits := torch.randn(T, E, requires_grad=True), K)
-    sort = sort_by_expert(routed.ids, E)
-    x = torch.randn(T, D).to(dtype).requires_grad_()
-    up, down, lora_a, lora_b = (
-        (torch.randn(*shape) * shape[-1] ** -0.5).to(dtype).requires_grad_()
-        for shape in ((E, 2 * F, D), (E, D, F), (E, 8, D), (E, 2 * F, 8))
-    )
-    rows = permute(x, sort, K)
-    hidden = grouped_mm(rows, up, sort.expert_offsets)
-    hidden = hidden + grouped_lora(rows, lora_a, lora_b, sort.expert_offsets)
-    y = grouped_mm(swiglu(hidden), down, sort.expert_offsets)
-    y = unpermute(y, sort, K, routed.scores) + moe_mlp(x, up, down, routed.ids, routed.scores)
-    loss = (y * torch.randn_like(y)).sum() + routed.load_balancing_loss + routed.router_z_loss
-    leaves = (logits, x, up, down, lora_a, lora_b)
-    return [y, *routed, *torch.autograd.grad(loss, leaves)]
+    ids = topk_router(torch.randn(SIZES.T, SIZES.E), SIZES.K).ids
+    results = []
+    for op in cases.operators():
+        for case in cases.cases(op):
+            shapes = case.shapes(SIZES)
+            inputs = [(torch.randn(shape) * fan_in(shape) ** -0.5).to(dtype) for shape in shapes]
+            inputs = [value.requires_grad_() for value in inputs]
+            result = case.function(ids, SIZES.E, *inputs)
+            outputs = result if isinstance(result, tuple) else (result,)
+            loss = sum(
+                (value * torch.randn_like(value)).sum() for value in outputs if value.requires_grad
+            )
+            grads = torch.autograd.grad(loss, inputs) if inputs else ()
+            results.append((op, [*outputs, *grads]))
+    return results
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,9 +54,11 @@ def test_results_are_the_same_to_the_bit_on_any_number_of_threads(threads, dtype
     for number in (1, 2, 2, 1):
         threads(number)
         results.append(everything(dtype))
-    assert results[0][0].abs().max() > 1
+    for op, values in results[0]:
+        assert any(value.abs().max() > 1 for value in values), op
     for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+        for (op, values), (_, others) in zip(results[0], other, strict=True):
+            assert all(map(torch.equal, values, others)), op
 
 
 def test_ten_thousand_calls_leave_memory_flat():
@@ -84,16 +81,22 @@ def test_ten_thousand_calls_leave_memory_flat():
     assert calls(10_000) - before < 2**20
 
 
+def all_values():
+    """All of them in one tensor."""
+    values = [value for _, values in everything(torch.float32) for value in values]
+    return torch.cat([value.detach().double().flatten() for value in values])
+
+
 class RoutesInItsWorker(Dataset):
     def __len__(self):
         return 3
 
     def __getitem__(self, index):
-        return everything(torch.float32)[0].detach()
+        return all_values()
 
 
 def test_works_in_forked_data_loaders():
-    expected = everything(torch.float32)[0]
+    expected = all_values()
     loader = DataLoader(
         RoutesInItsWorker(), num_workers=2, multiprocessing_context="fork", timeout=60
     )

@@ -1,28 +1,46 @@
 """Every declared operator: derivatives of first and second order, in every mode that torch has.
 
-Nothing here names an operator: they come from the registry, their inputs from `derivative_cases`.
+Nothing here names an operator: they and their calls come from `cases`.
 """
 
-import derivative_cases
+from typing import NamedTuple
+
+import cases
 import pytest
+import registry
 import torch
 from torch.autograd import forward_ad
 
-from unimoe_kernels import _backends, available_backends, use_backend
+from unimoe_kernels import available_backends, use_backend
 
-OPS = sorted(_backends._public)
-DIFFERENTIABLE = [op for op in OPS if op not in derivative_cases.WITHOUT]
-# Backward operators that are differentiated in plain torch, above them.
-REFUSING = sorted(set(_backends._overloads) - _backends._differentiable)
+SIZES = cases.Sizes(T=3, D=2, F=2, E=3, K=2, R=2)
+# One choice is another rank's.
+IDS = torch.tensor([[0, 2], [2, SIZES.E], [0, 2]], dtype=torch.int32)
+# Backward operators that are differentiated in plain torch, above them, and what has no gradient.
+REFUSING = [op for op in registry.declared() if not registry.differentiable(op)]
+
+
+class Call(NamedTuple):
+    """A call of an operator on small inputs of float64."""
+
+    op: str
+    case: cases.Case
+
+    def function(self, *inputs):
+        return self.case.function(IDS, SIZES.E, *inputs)
+
+    def inputs(self):
+        """Draws the inputs."""
+        return tuple(torch.randn(shape, dtype=torch.float64) for shape in self.case.shapes(SIZES))
 
 
 def runs():
     """Every case with every backend of the CPU; in Triton's interpreter the first one alone."""
-    for op in DIFFERENTIABLE:
-        for index, case in enumerate(derivative_cases.CASES.get(op, [])):
+    for op in filter(registry.differentiable, cases.operators()):
+        for index, case in enumerate(cases.cases(op)):
             for name in available_backends(op, "cpu"):
                 if name != "triton" or index == 0:
-                    yield pytest.param(case, name, id=f"{op}-{case.name}-{name}")
+                    yield pytest.param(Call(op, case), name, id=f"{op}-{case.name}-{name}")
 
 
 case_and_backend = pytest.mark.parametrize(("case", "name"), list(runs()))
@@ -36,15 +54,6 @@ def first(result):
     """A scalar of all outputs, each of its own weight."""
     results = result if isinstance(result, tuple) else (result,)
     return sum((index + 1) * value.pow(2).sum() for index, value in enumerate(results))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_every_operator_has_cases(op):
-    if op in derivative_cases.WITHOUT:
-        assert op not in _backends._differentiable
-        return
-    assert op in _backends._differentiable, f"{op}: declare it with backward, or list it in WITHOUT"
-    assert derivative_cases.CASES.get(op), f"{op} must have a case in derivative_cases.CASES"
 
 
 @case_and_backend
@@ -135,12 +144,12 @@ def test_a_dual_level_is_seen_before_autograd_is_stepped_over(case, name):
 def test_operators_without_a_formula_refuse(op):
     """A gradient through an operator itself is an error, never zeros."""
     with pytest.raises(NotImplementedError, match=f"unimoe::{op} is not differentiable"):
-        _backends._refuse(op, None, None)
+        registry.refuse(op)
 
 
 def test_backward_operators_refuse_when_called_directly():
     gate_up = torch.randn(2, 4, requires_grad=True)
-    for overload in _backends._overloads["swiglu_backward"].values():
+    for overload in registry.overloads("swiglu_backward").values():
         y = overload(torch.randn(2, 2), gate_up, "silu", 7.0, 1.702)
         with pytest.raises(NotImplementedError, match="unimoe::swiglu_backward is not different"):
             y.sum().backward()

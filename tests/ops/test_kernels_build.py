@@ -10,40 +10,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = {
-    "count",
-    "count_choices",
-    "gated",
-    "gated_backward",
-    "grouped_lora",
-    "grouped_lora_partial",
-    "grouped_lora_wgrad",
-    "grouped_mm",
-    "grouped_mm_wgrad",
-    "grouped_sum",
-    "permute",
-    "place",
-    "reduce",
-    "score_grad",
-    "sort_small",
-    "swiglu",
-    "swiglu_backward",
-    "topk_router",
-    "topk_router_backward",
-    "unpermute",
-    "unpermute_backward",
+import kernels
+
+KERNELS = {kernels.short_name(kernel) for kernel in kernels.kernels()}
+MATMULS = {kernels.short_name(kernel) for kernel in kernels.kernels() if kernels.multiplies(kernel)}
+DESCRIBED = {
+    kernels.short_name(kernel) for kernel in kernels.kernels() if kernels.takes_descriptors(kernel)
 }
-MATMULS = {
-    "gated",
-    "gated_backward",
-    "grouped_lora",
-    "grouped_lora_partial",
-    "grouped_lora_wgrad",
-    "grouped_mm",
-    "grouped_mm_wgrad",
-}
-# Those that can read through tensor descriptors.
-DESCRIBED = {"gated", "gated_backward", "grouped_mm", "grouped_mm_wgrad"}
 # Bytes that a block may have, by compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 

@@ -14,42 +14,42 @@ from triton.tools.ragged_tma import load_ragged
 
 
 @triton.jit
-def source_rows(rows, row_order_ptr, TOP_K: tl.constexpr):
+def source_rows(offs_m, row_order_ptr, TOP_K: tl.constexpr):
     """Returns where rows are read: at the token of each (`TOP_K > 0`), or in place."""
     if TOP_K > 0:
-        rows = tl.load(row_order_ptr + rows) // TOP_K
-    return rows.to(tl.int64)
+        offs_m = tl.load(row_order_ptr + offs_m) // TOP_K
+    return offs_m.to(tl.int64)
 
 
 @triton.jit
-def load_rows(ptrs, known, EVEN_K: tl.constexpr):
-    """Loads `[M, K]` of which the columns `known` exist; rows must all exist."""
+def load_rows(ptrs, mask_k, EVEN_K: tl.constexpr):
+    """Loads `[M, K]` of which the columns `mask_k` exist; rows must all exist."""
     if EVEN_K:
         return tl.load(ptrs)
     else:
-        return tl.load(ptrs, mask=known[None, :], other=0)
+        return tl.load(ptrs, mask=mask_k[None, :], other=0)
 
 
 @triton.jit
-def load_weight(ptrs, known, inside, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
-    """Loads `[K, N]` of which the rows `known` and the columns `inside` exist."""
+def load_weight(ptrs, mask_k, mask_n, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
+    """Loads `[K, N]` of which the rows `mask_k` and the columns `mask_n` exist."""
     if EVEN_K and EVEN_N:
         return tl.load(ptrs)
     elif EVEN_K:
-        return tl.load(ptrs, mask=inside[None, :], other=0)
+        return tl.load(ptrs, mask=mask_n[None, :], other=0)
     elif EVEN_N:
-        return tl.load(ptrs, mask=known[:, None], other=0)
+        return tl.load(ptrs, mask=mask_k[:, None], other=0)
     else:
-        return tl.load(ptrs, mask=known[:, None] & inside[None, :], other=0)
+        return tl.load(ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0)
 
 
 @triton.jit
 def place_rows(
     source,
-    first_row,
-    end_row,
-    step,
-    stride,
+    start_m,
+    end_m,
+    offs_k,
+    stride_m,
     row_order_ptr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,29 +61,29 @@ def place_rows(
     and nothing of them is stored.
     """
     if FORM == "pointers":
-        row = tl.minimum(first_row + tl.arange(0, BLOCK_M), end_row - 1)
-        row = source_rows(row, row_order_ptr, TOP_K)
-        return source + row[:, None] * stride + step[None, :]
+        offs_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), end_m - 1)
+        offs_m = source_rows(offs_m, row_order_ptr, TOP_K)
+        return source + offs_m[:, None] * stride_m + offs_k[None, :]
     else:
-        return first_row
+        return start_m
 
 
 @triton.jit
-def read_rows(source, place, k, known, EVEN_K: tl.constexpr, FORM: tl.constexpr):
-    """Reads `[M, K]` at step k of the sum, through whatever `FORM` is."""
+def read_rows(source, place, start_k, mask_k, EVEN_K: tl.constexpr, FORM: tl.constexpr):
+    """Reads `[M, K]` from `start_k` on along the sum, through whatever `FORM` is."""
     if FORM == "pointers":
-        return load_rows(place, known, EVEN_K)
+        return load_rows(place, mask_k, EVEN_K)
     else:
-        return source.load([place, k])
+        return source.load([place, start_k])
 
 
 @triton.jit
-def place_weight(source, expert, column, step, stride_e, stride_n, stride_k, FORM: tl.constexpr):
+def place_weight(source, expert, offs_n, offs_k, stride_e, stride_n, stride_k, FORM: tl.constexpr):
     """Returns pointers `[K, N]` to the start of columns, or for a descriptor the expert."""
     if FORM == "pointers":
         ptrs = source + expert.to(tl.int64) * stride_e
-        ptrs += column.to(tl.int64)[None, :] * stride_n
-        return ptrs + step.to(tl.int64)[:, None] * stride_k
+        ptrs += offs_n.to(tl.int64)[None, :] * stride_n
+        return ptrs + offs_k.to(tl.int64)[:, None] * stride_k
     else:
         return expert
 
@@ -92,22 +92,22 @@ def place_weight(source, expert, column, step, stride_e, stride_n, stride_k, FOR
 def read_weight(
     source,
     place,
-    first_column,
-    k,
-    known,
-    inside,
+    start_n,
+    start_k,
+    mask_k,
+    mask_n,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """Reads `[K, N]` at step k of the sum, through whatever `FORM` is."""
+    """Reads `[K, N]` from `start_k` on along the sum, through whatever `FORM` is."""
     if FORM == "by_column":  # [E, N, K]
-        block = source.load([place, first_column, k])
-        return block.reshape(inside.shape[0], known.shape[0]).T
+        weight_NK = source.load([place, start_n, start_k])
+        return weight_NK.reshape(mask_n.shape[0], mask_k.shape[0]).T
     elif FORM == "by_row":  # [E, K, N]
-        return source.load([place, k, first_column]).reshape(known.shape[0], inside.shape[0])
+        return source.load([place, start_k, start_n]).reshape(mask_k.shape[0], mask_n.shape[0])
     else:
-        return load_weight(place, known, inside, EVEN_K, EVEN_N)
+        return load_weight(place, mask_k, mask_n, EVEN_K, EVEN_N)
 
 
 @triton.jit
@@ -122,26 +122,29 @@ def advance(place, by, FORM: tl.constexpr):
 @triton.jit
 def read_owned(
     source,
-    begin,
-    end,
-    first,
-    first_column,
+    begin_k,
+    end_k,
+    start_k,
+    start_n,
     row_order_ptr,
     width,
     TOP_K: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """Reads `[K, N]`: rows from `first` on of an expert that owns `begin` to `end`, else zeros."""
+    """Reads `[K, N]`: rows from `start_k` on of an expert that owns `begin_k` to `end_k`.
+
+    Rows of another expert are zeros.
+    """
     if FORM != "pointers":
-        return load_ragged(source, begin, end - begin, [first - begin, first_column])
+        return load_ragged(source, begin_k, end_k - begin_k, [start_k - begin_k, start_n])
     else:
-        row = first + tl.arange(0, BLOCK_K)
-        column = first_column + tl.arange(0, BLOCK_N)
-        mask = (row < end)[:, None]
-        if not EVEN:
-            mask = mask & (column < width)[None, :]
-        row = source_rows(tl.minimum(row, end - 1), row_order_ptr, TOP_K)
-        return tl.load(source + row[:, None] * width + column[None, :], mask=mask, other=0)
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_kn = (offs_k < end_k)[:, None]
+        if not EVEN_N:
+            mask_kn = mask_kn & (offs_n < width)[None, :]
+        offs_k = source_rows(tl.minimum(offs_k, end_k - 1), row_order_ptr, TOP_K)
+        return tl.load(source + offs_k[:, None] * width + offs_n[None, :], mask=mask_kn, other=0)

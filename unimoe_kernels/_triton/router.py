@@ -15,114 +15,114 @@ BLOCK_ELEMENTS = 2048  # logits that a program holds: 16 a thread, not tuned on 
 
 
 @triton.jit
-def order_of(value):
+def order_of(value_TE):
     """Returns integers in the order of the values: NaN above infinity, -0 equal to 0."""
-    value = tl.where(value == 0, 0, value).to(value.dtype)
-    if value.dtype == tl.float64:
-        bits = value.to(tl.int64, bitcast=True)
-        order = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-        return tl.where(value != value, 0x7FFFFFFFFFFFFFFF, order)
+    value_TE = tl.where(value_TE == 0, 0, value_TE).to(value_TE.dtype)
+    if value_TE.dtype == tl.float64:
+        bits_TE = value_TE.to(tl.int64, bitcast=True)
+        order_TE = bits_TE ^ ((bits_TE >> 63) & 0x7FFFFFFFFFFFFFFF)
+        return tl.where(value_TE != value_TE, 0x7FFFFFFFFFFFFFFF, order_TE)
     else:
-        bits = value.to(tl.int32, bitcast=True)
-        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        return tl.where(value != value, 0x7FFFFFFF, order).to(tl.int64)
+        bits_TE = value_TE.to(tl.int32, bitcast=True)
+        order_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
+        return tl.where(value_TE != value_TE, 0x7FFFFFFF, order_TE).to(tl.int64)
 
 
 @triton.jit
-def keys_of(value, exists, WIDE: tl.constexpr):
+def keys_of(value_TE, mask_e, WIDE: tl.constexpr):
     """Returns keys of `[tokens, candidates]` whose maximum is the best candidate.
 
     The order of a float64 fills a key, so that its ties are settled by `take_best`.
     """
-    order = order_of(value)
+    order_TE = order_of(value_TE)
     if not WIDE:
-        lowness = 0x7FFFFFFF - tl.arange(0, value.shape[1])
-        order = (order << 32) | lowness.to(tl.int64)[None, :]
-    return tl.where(exists[None, :], order, NOTHING)
+        lowness_E = 0x7FFFFFFF - tl.arange(0, value_TE.shape[1])
+        order_TE = (order_TE << 32) | lowness_E.to(tl.int64)[None, :]
+    return tl.where(mask_e[None, :], order_TE, NOTHING)
 
 
 @triton.jit
-def take_best(keys, candidate, WIDE: tl.constexpr):
+def take_best(keys_TE, offs_e, WIDE: tl.constexpr):
     """Returns the best candidate of each token, and the keys without it."""
-    best = tl.max(keys, axis=1)
+    best_T = tl.max(keys_TE, axis=1)
     if WIDE:
-        tied = tl.where(keys == best[:, None], candidate[None, :], 0x7FFFFFFF)
-        chosen = tl.min(tied, axis=1)
+        tied_TE = tl.where(keys_TE == best_T[:, None], offs_e[None, :], 0x7FFFFFFF)
+        chosen_T = tl.min(tied_TE, axis=1)
     else:
-        chosen = (0x7FFFFFFF - (best & 0x7FFFFFFF)).to(tl.int32)
-    return chosen, tl.where(candidate[None, :] == chosen[:, None], NOTHING, keys)
+        chosen_T = (0x7FFFFFFF - (best_T & 0x7FFFFFFF)).to(tl.int32)
+    return chosen_T, tl.where(offs_e[None, :] == chosen_T[:, None], NOTHING, keys_TE)
 
 
 @triton.jit
-def pick(value, candidate, chosen):
+def pick(value_TE, offs_e, chosen_T):
     """Returns the value of the chosen candidate of each token."""
-    return tl.sum(tl.where(candidate[None, :] == chosen[:, None], value, 0), axis=1)
+    return tl.sum(tl.where(offs_e[None, :] == chosen_T[:, None], value_TE, 0), axis=1)
 
 
 @triton.jit
 def close_groups(
-    choice,
-    expert,
+    choice_TE,
+    offs_e,
     num_experts,
     NUM_GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BEST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Returns the choice with `-inf` in all but the best groups of each token."""
-    group = tl.arange(0, GROUPS)
-    group_of_expert = expert // GROUP_SIZE
-    rank = tl.zeros((choice.shape[0], GROUPS), dtype=choice.dtype)
+    offs_g = tl.arange(0, BLOCK_G)
+    group_E = offs_e // GROUP_SIZE
+    rank_TG = tl.zeros((choice_TE.shape[0], BLOCK_G), dtype=choice_TE.dtype)
     for g in range(NUM_GROUPS):
-        keys = keys_of(choice, (group_of_expert == g) & (expert < num_experts), WIDE)
-        chosen, keys = take_best(keys, expert, WIDE)
-        value = pick(choice, expert, chosen)
+        keys_TE = keys_of(choice_TE, (group_E == g) & (offs_e < num_experts), WIDE)
+        chosen_T, keys_TE = take_best(keys_TE, offs_e, WIDE)
+        value_T = pick(choice_TE, offs_e, chosen_T)
         if BEST == 2:
-            chosen, keys = take_best(keys, expert, WIDE)
-            value += pick(choice, expert, chosen)
-        rank = tl.where((group == g)[None, :], value[:, None], rank)
-    keys = keys_of(rank, group < NUM_GROUPS, WIDE)
-    closed = tl.full(choice.shape, 1, dtype=tl.int1)
+            chosen_T, keys_TE = take_best(keys_TE, offs_e, WIDE)
+            value_T += pick(choice_TE, offs_e, chosen_T)
+        rank_TG = tl.where((offs_g == g)[None, :], value_T[:, None], rank_TG)
+    keys_TE = keys_of(rank_TG, offs_g < NUM_GROUPS, WIDE)
+    closed_TE = tl.full(choice_TE.shape, 1, dtype=tl.int1)
     for _ in range(TOP_GROUPS):
-        chosen, keys = take_best(keys, group, WIDE)
-        closed = closed & (group_of_expert[None, :] != chosen[:, None])
-    return tl.where(closed, float("-inf"), choice)
+        chosen_T, keys_TE = take_best(keys_TE, offs_g, WIDE)
+        closed_TE = closed_TE & (group_E[None, :] != chosen_T[:, None])
+    return tl.where(closed_TE, float("-inf"), choice_TE)
 
 
 @triton.jit
-def read_tokens(logits_ptr, mask_ptr, token, num_tokens, expert, num_experts, HAS_MASK, ACC):
+def read_tokens(logits_ptr, mask_ptr, offs_t, num_tokens, offs_e, num_experts, HAS_MASK, ACC):
     """Returns logits `[tokens, experts]`, 0 where there are none, and which tokens count."""
-    known = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
-    address = token.to(tl.int64)[:, None] * num_experts + expert[None, :]
-    logits = tl.load(logits_ptr + address, mask=known, other=0).to(ACC)
-    counted = token < num_tokens
+    mask_te = (offs_t < num_tokens)[:, None] & (offs_e < num_experts)[None, :]
+    logits_offs_te = offs_t.to(tl.int64)[:, None] * num_experts + offs_e[None, :]
+    logits_TE = tl.load(logits_ptr + logits_offs_te, mask=mask_te, other=0).to(ACC)
+    counted_T = offs_t < num_tokens
     if HAS_MASK:
-        counted = tl.load(mask_ptr + token, mask=counted, other=0).to(tl.int1)
-    return logits, counted
+        counted_T = tl.load(mask_ptr + offs_t, mask=counted_T, other=0).to(tl.int1)
+    return logits_TE, counted_T
 
 
 @triton.jit
-def softmax_of(logits, exists):
+def softmax_of(logits_TE, mask_e):
     """Returns the softmax over the experts that exist, and its logarithm's denominator."""
     # A comparison alone would let a NaN pass for -inf.
-    largest = tl.max(tl.where(exists[None, :], logits, float("-inf")), axis=1)
-    power = tl.where(exists[None, :], tl.exp(logits - largest[:, None]), 0)
-    total = tl.sum(power, axis=1)
-    return power / total[:, None], largest + tl.log(total)
+    largest_T = tl.max(tl.where(mask_e[None, :], logits_TE, float("-inf")), axis=1)
+    power_TE = tl.where(mask_e[None, :], tl.exp(logits_TE - largest_T[:, None]), 0)
+    sum_T = tl.sum(power_TE, axis=1)
+    return power_TE / sum_T[:, None], largest_T + tl.log(sum_T)
 
 
 @triton.jit
-def sigmoid_of(logits, exists):
+def sigmoid_of(logits_TE, mask_e):
     """Returns the sigmoid of the experts that exist and its sum."""
-    share = tl.where(exists[None, :], sigmoid(logits), 0)
-    return share, tl.sum(share, axis=1) + TINY
+    share_TE = tl.where(mask_e[None, :], sigmoid(logits_TE), 0)
+    return share_TE, tl.sum(share_TE, axis=1) + TINY
 
 
 def program_shape(num_experts: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Returns the experts as a power of 2, and the tokens and warps of a program."""
-    experts = triton.next_power_of_2(num_experts)
-    block = max(1, min(64, BLOCK_ELEMENTS // experts))
-    words = experts * block * (2 if dtype == torch.float64 else 1)
-    return experts, block, max(4, min(16, words // 512))
+    block_e = triton.next_power_of_2(num_experts)
+    block_t = max(1, min(64, BLOCK_ELEMENTS // block_e))
+    words = block_e * block_t * (2 if dtype == torch.float64 else 1)
+    return block_e, block_t, max(4, min(16, words // 512))

@@ -19,48 +19,48 @@ def count_row_tiles(
     offsets_ptr,
     num_rows,
     num_experts,
-    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Returns the running number of row tiles `[EXPERTS]` and that of each expert.
+    """Returns the running number of row tiles `[BLOCK_E]` and that of each expert.
 
     With `TAIL` the rows that no expert owns count as those of an expert number `num_experts`.
     """
-    expert = tl.arange(0, EXPERTS)
-    begin = tl.load(offsets_ptr + expert, mask=expert <= num_experts, other=0)
-    end = tl.load(offsets_ptr + expert + 1, mask=expert < num_experts, other=0)
+    offs_e = tl.arange(0, BLOCK_E)
+    begin_E = tl.load(offsets_ptr + offs_e, mask=offs_e <= num_experts, other=0)
+    end_E = tl.load(offsets_ptr + offs_e + 1, mask=offs_e < num_experts, other=0)
     if TAIL:
-        end = tl.where(expert == num_experts, num_rows, end)
-    tiles = tl.where(end > begin, (end - begin + BLOCK_M - 1) // BLOCK_M, 0)
-    return tl.cumsum(tiles, axis=0), tiles
+        end_E = tl.where(offs_e == num_experts, num_rows, end_E)
+    tiles_E = tl.where(end_E > begin_E, (end_E - begin_E + BLOCK_M - 1) // BLOCK_M, 0)
+    return tl.cumsum(tiles_E, axis=0), tiles_E
 
 
 @triton.jit
-def locate_tile(tile, num_row_tiles, num_column_tiles, GROUP_M: tl.constexpr):
+def locate_tile(tile, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
     """Returns row tile and column tile of a tile of output."""
-    tiles_in_group = GROUP_M * num_column_tiles
-    first = tile // tiles_in_group * GROUP_M
-    height = tl.minimum(num_row_tiles - first, GROUP_M)
+    tiles_in_group = GROUP_M * num_tiles_n
+    start_m = tile // tiles_in_group * GROUP_M
+    tiles_high = tl.minimum(num_tiles_m - start_m, GROUP_M)
     within = tile % tiles_in_group
-    return first + within % height, within // height
+    return start_m + within % tiles_high, within // tiles_high
 
 
 @triton.jit
 def locate_rows(
-    row_tile,
-    ends,
-    tiles,
+    tile_m,
+    ends_E,
+    tiles_E,
     offsets_ptr,
     num_rows,
     num_experts,
-    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """Returns the expert of a row tile, the first row of the tile and the end of its rows."""
-    before = ends <= row_tile
-    expert = tl.sum(before.to(tl.int32), axis=0)
-    first_tile = tl.sum(tl.where(before, tiles, 0), axis=0)
-    begin = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1, mask=expert < num_experts, other=num_rows)
-    return expert, begin + (row_tile - first_tile) * BLOCK_M, end
+    before_E = ends_E <= tile_m
+    expert = tl.sum(before_E.to(tl.int32), axis=0)
+    first_tile_m = tl.sum(tl.where(before_E, tiles_E, 0), axis=0)
+    start_m = tl.load(offsets_ptr + expert)
+    end_m = tl.load(offsets_ptr + expert + 1, mask=expert < num_experts, other=num_rows)
+    return expert, start_m + (tile_m - first_tile_m) * BLOCK_M, end_m

@@ -15,32 +15,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 256  # ids a program
+BLOCK_M = 256  # ids a program
 SMALL_ROWS = 1024  # up to which one program sorts alone, not tuned on a GPU
-CHUNK = 16  # buckets compared at a time: BLOCK * CHUNK comparisons are held in registers
+BLOCK_E = 16  # buckets compared at a time: BLOCK_M * BLOCK_E comparisons are held in registers
 
 
 @triton.jit
-def _load_buckets(ids_ptr, row, num_rows, num_experts):
-    bucket = tl.load(ids_ptr + row, mask=row < num_rows, other=num_experts)
-    return tl.where((bucket < 0) | (bucket > num_experts), num_experts, bucket)
+def _load_buckets(ids_ptr, offs_m, num_rows, num_experts):
+    bucket_M = tl.load(ids_ptr + offs_m, mask=offs_m < num_rows, other=num_experts)
+    return tl.where((bucket_M < 0) | (bucket_M > num_experts), num_experts, bucket_M)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def count_kernel(
-    ids_ptr, counts_ptr, num_rows, num_experts, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+    ids_ptr, counts_ptr, num_rows, num_experts, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
 ):
-    """Writes `counts[bucket, block]`."""
-    block = tl.program_id(0)
-    num_blocks = tl.num_programs(0)
-    row = block * BLOCK + tl.arange(0, BLOCK)
-    bucket = _load_buckets(ids_ptr, row, num_rows, num_experts)
-    for first in range(0, num_experts + 1, CHUNK):
-        candidate = first + tl.arange(0, CHUNK)
-        hit = (bucket[:, None] == candidate[None, :]) & (row < num_rows)[:, None]
-        count = tl.sum(hit.to(tl.int32), axis=0)
-        address = candidate.to(tl.int64) * num_blocks + block
-        tl.store(counts_ptr + address, count, mask=candidate <= num_experts)
+    """Writes `counts[bucket, program]`."""
+    pid_m = tl.program_id(0)
+    num_programs_m = tl.num_programs(0)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    bucket_M = _load_buckets(ids_ptr, offs_m, num_rows, num_experts)
+    for start_e in range(0, num_experts + 1, BLOCK_E):
+        offs_e = start_e + tl.arange(0, BLOCK_E)
+        hit_ME = (bucket_M[:, None] == offs_e[None, :]) & (offs_m < num_rows)[:, None]
+        count_E = tl.sum(hit_ME.to(tl.int32), axis=0)
+        counts_offs_e = offs_e.to(tl.int64) * num_programs_m + pid_m
+        tl.store(counts_ptr + counts_offs_e, count_E, mask=offs_e <= num_experts)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -52,26 +52,26 @@ def place_kernel(
     inverse_order_ptr,
     num_rows,
     num_experts,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     """Writes each row of the block to its sorted position; `ends` is the scan of `counts`."""
-    block = tl.program_id(0)
-    num_blocks = tl.num_programs(0)
-    row = block * BLOCK + tl.arange(0, BLOCK)
-    bucket = _load_buckets(ids_ptr, row, num_rows, num_experts)
-    position = tl.zeros((BLOCK,), dtype=tl.int32)
-    for first in range(0, num_experts + 1, CHUNK):
-        candidate = first + tl.arange(0, CHUNK)
-        known = candidate <= num_experts
-        address = candidate.to(tl.int64) * num_blocks + block
-        start = tl.load(ends_ptr + address, mask=known, other=0)
-        start -= tl.load(counts_ptr + address, mask=known, other=0)
-        hit = (bucket[:, None] == candidate[None, :]).to(tl.int32)
-        rank = tl.cumsum(hit, axis=0) - 1
-        position += tl.sum(hit * (rank + start[None, :]), axis=1)
-    tl.store(row_order_ptr + position, row, mask=row < num_rows)
-    tl.store(inverse_order_ptr + row, position, mask=row < num_rows)
+    pid_m = tl.program_id(0)
+    num_programs_m = tl.num_programs(0)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    bucket_M = _load_buckets(ids_ptr, offs_m, num_rows, num_experts)
+    position_M = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    for start_e in range(0, num_experts + 1, BLOCK_E):
+        offs_e = start_e + tl.arange(0, BLOCK_E)
+        mask_e = offs_e <= num_experts
+        counts_offs_e = offs_e.to(tl.int64) * num_programs_m + pid_m
+        start_E = tl.load(ends_ptr + counts_offs_e, mask=mask_e, other=0)
+        start_E -= tl.load(counts_ptr + counts_offs_e, mask=mask_e, other=0)
+        hit_ME = (bucket_M[:, None] == offs_e[None, :]).to(tl.int32)
+        rank_ME = tl.cumsum(hit_ME, axis=0) - 1
+        position_M += tl.sum(hit_ME * (rank_ME + start_E[None, :]), axis=1)
+    tl.store(row_order_ptr + position_M, offs_m, mask=offs_m < num_rows)
+    tl.store(inverse_order_ptr + offs_m, position_M, mask=offs_m < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -83,27 +83,27 @@ def sort_small_kernel(
     offsets_ptr,
     num_rows,
     num_experts,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """Sorts at most `BLOCK` rows in one program."""
-    row = tl.arange(0, BLOCK)
-    bucket = _load_buckets(ids_ptr, row, num_rows, num_experts)
-    position = tl.zeros((BLOCK,), dtype=tl.int32)
+    """Sorts at most `BLOCK_M` rows in one program."""
+    offs_m = tl.arange(0, BLOCK_M)
+    bucket_M = _load_buckets(ids_ptr, offs_m, num_rows, num_experts)
+    position_M = tl.zeros((BLOCK_M,), dtype=tl.int32)
     earlier = tl.zeros((1,), dtype=tl.int32)
-    for first in range(0, num_experts + 1, CHUNK):
-        candidate = first + tl.arange(0, CHUNK)
-        hit = (bucket[:, None] == candidate[None, :]) & (row < num_rows)[:, None]
-        hit = hit.to(tl.int32)
-        count = tl.sum(hit, axis=0)
-        start = earlier + tl.cumsum(count, axis=0) - count
-        rank = tl.cumsum(hit, axis=0) - 1
-        position += tl.sum(hit * (rank + start[None, :]), axis=1)
-        tl.store(offsets_ptr + candidate, start, mask=candidate <= num_experts)
-        tl.store(tokens_per_expert_ptr + candidate, count, mask=candidate < num_experts)
-        earlier += tl.sum(count, axis=0)
-    tl.store(row_order_ptr + position, row, mask=row < num_rows)
-    tl.store(inverse_order_ptr + row, position, mask=row < num_rows)
+    for start_e in range(0, num_experts + 1, BLOCK_E):
+        offs_e = start_e + tl.arange(0, BLOCK_E)
+        hit_ME = (bucket_M[:, None] == offs_e[None, :]) & (offs_m < num_rows)[:, None]
+        hit_ME = hit_ME.to(tl.int32)
+        count_E = tl.sum(hit_ME, axis=0)
+        start_E = earlier + tl.cumsum(count_E, axis=0) - count_E
+        rank_ME = tl.cumsum(hit_ME, axis=0) - 1
+        position_M += tl.sum(hit_ME * (rank_ME + start_E[None, :]), axis=1)
+        tl.store(offsets_ptr + offs_e, start_E, mask=offs_e <= num_experts)
+        tl.store(tokens_per_expert_ptr + offs_e, count_E, mask=offs_e < num_experts)
+        earlier += tl.sum(count_E, axis=0)
+    tl.store(row_order_ptr + position_M, offs_m, mask=offs_m < num_rows)
+    tl.store(inverse_order_ptr + offs_m, position_M, mask=offs_m < num_rows)
 
 
 def expert_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -115,7 +115,7 @@ def expert_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
         return row_order, inverse_order, ids.new_zeros(num_experts), zeros
     if num_rows <= SMALL_ROWS:
         tokens_per_expert, offsets = ids.new_empty(num_experts), ids.new_empty(num_experts + 1)
-        block = max(64, triton.next_power_of_2(num_rows))
+        block_m = max(64, triton.next_power_of_2(num_rows))
         with torch.cuda.device_of(ids):
             sort_small_kernel[(1,)](
                 ids,
@@ -125,16 +125,18 @@ def expert_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
                 offsets,
                 num_rows,
                 num_experts,
-                BLOCK=block,
-                CHUNK=CHUNK,
-                num_warps=max(4, block // 128),
+                BLOCK_M=block_m,
+                BLOCK_E=BLOCK_E,
+                num_warps=max(4, block_m // 128),
             )
         return row_order, inverse_order, tokens_per_expert, offsets
-    num_blocks = triton.cdiv(num_rows, BLOCK)
+    num_blocks = triton.cdiv(num_rows, BLOCK_M)
     counts = ids.new_empty(num_experts + 1, num_blocks)
     offsets = ids.new_zeros(num_experts + 1)
     with torch.cuda.device_of(ids):
-        count_kernel[(num_blocks,)](ids, counts, num_rows, num_experts, BLOCK=BLOCK, CHUNK=CHUNK)
+        count_kernel[(num_blocks,)](
+            ids, counts, num_rows, num_experts, BLOCK_M=BLOCK_M, BLOCK_E=BLOCK_E
+        )
         ends = counts.view(-1).cumsum(0, dtype=torch.int32).view_as(counts)
         place_kernel[(num_blocks,)](
             ids,
@@ -144,8 +146,8 @@ def expert_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
             inverse_order,
             num_rows,
             num_experts,
-            BLOCK=BLOCK,
-            CHUNK=CHUNK,
+            BLOCK_M=BLOCK_M,
+            BLOCK_E=BLOCK_E,
         )
         offsets[1:] = ends[:-1, -1]
         return row_order, inverse_order, offsets.diff(), offsets

@@ -50,16 +50,16 @@ WIDE_SHARE = 8
 
 
 @triton.jit
-def load_block(ptrs, rows, columns, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
-    """Loads the `rows` and `columns` of a block that exist, zeros elsewhere."""
-    if EVEN_ROWS and EVEN_COLUMNS:
+def load_block(ptrs, mask_m, mask_n, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr):
+    """Loads the rows `mask_m` and columns `mask_n` of a block that exist, zeros elsewhere."""
+    if EVEN_M and EVEN_N:
         return tl.load(ptrs)
-    elif EVEN_COLUMNS:
-        return tl.load(ptrs, mask=rows[:, None], other=0)
-    elif EVEN_ROWS:
-        return tl.load(ptrs, mask=columns[None, :], other=0)
+    elif EVEN_N:
+        return tl.load(ptrs, mask=mask_m[:, None], other=0)
+    elif EVEN_M:
+        return tl.load(ptrs, mask=mask_n[None, :], other=0)
     else:
-        return tl.load(ptrs, mask=rows[:, None] & columns[None, :], other=0)
+        return tl.load(ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0)
 
 
 @triton.jit
@@ -67,40 +67,40 @@ def narrow_product(
     x_ptr,
     narrow_ptr,
     expert,
-    row,
-    exists,
-    begin,
-    end,
+    offs_m,
+    mask_m,
+    begin_k,
+    end_k,
     inner: tl.constexpr,
     rank: tl.constexpr,
-    stride_e,
-    stride_r: tl.constexpr,
-    stride_k: tl.constexpr,
+    stride_narrow_e,
+    stride_narrow_r: tl.constexpr,
+    stride_narrow_k: tl.constexpr,
     EVEN_K: tl.constexpr,
-    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Returns `[M, RANK]`: rows of x times narrow, summed over columns from begin to end."""
-    step = begin + tl.arange(0, BLOCK_K)
-    column = tl.arange(0, RANK)
-    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * inner + step[None, :]
-    narrow_ptrs = narrow_ptr + expert.to(tl.int64) * stride_e
-    narrow_ptrs += column.to(tl.int64)[None, :] * stride_r
-    narrow_ptrs += step.to(tl.int64)[:, None] * stride_k
-    total = tl.zeros((row.shape[0], RANK), dtype=ACC)
-    for k in range(begin, end, BLOCK_K):
-        known = step < inner - (k - begin)
-        x = load_block(x_ptrs, exists, known, False, EVEN_K)
-        narrow = load_block(narrow_ptrs, known, column < rank, EVEN_K, rank == RANK)
+    """Returns `[M, R]`: rows of x times narrow, summed over columns from `begin_k` to `end_k`."""
+    offs_k = begin_k + tl.arange(0, BLOCK_K)
+    offs_r = tl.arange(0, BLOCK_R)
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * inner + offs_k[None, :]
+    narrow_ptrs = narrow_ptr + expert.to(tl.int64) * stride_narrow_e
+    narrow_ptrs += offs_r.to(tl.int64)[None, :] * stride_narrow_r
+    narrow_ptrs += offs_k.to(tl.int64)[:, None] * stride_narrow_k
+    acc_MR = tl.zeros((offs_m.shape[0], BLOCK_R), dtype=ACC)
+    for start_k in range(begin_k, end_k, BLOCK_K):
+        mask_k = offs_k < inner - (start_k - begin_k)
+        x_MK = load_block(x_ptrs, mask_m, mask_k, False, EVEN_K)
+        narrow_KR = load_block(narrow_ptrs, mask_k, offs_r < rank, EVEN_K, rank == BLOCK_R)
         if UPCAST:
-            x, narrow = x.to(ACC), narrow.to(ACC)
-        total = tl.dot(x, narrow, total, input_precision=PRECISION, out_dtype=ACC)
+            x_MK, narrow_KR = x_MK.to(ACC), narrow_KR.to(ACC)
+        acc_MR = tl.dot(x_MK, narrow_KR, acc_MR, input_precision=PRECISION, out_dtype=ACC)
         x_ptrs += BLOCK_K
-        narrow_ptrs += BLOCK_K * stride_k
-    return total
+        narrow_ptrs += BLOCK_K * stride_narrow_k
+    return acc_MR
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -116,48 +116,50 @@ def grouped_lora_partial_kernel(
     stride_narrow_e,
     stride_narrow_r: tl.constexpr,
     stride_narrow_k: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    CHUNK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     EVEN_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    RANK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Writes `partial[c, i] = narrow[e] @ x[i]` over chunk c of `CHUNK` columns of x."""
-    ends, tiles = count_row_tiles(offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M, False)
-    num_units = tl.max(ends, axis=0) * CHUNKS
+    """Writes `partial[c, i] = narrow[e] @ x[i]` over part c of `CHUNK_K` columns of x."""
+    ends_E, tiles_E = count_row_tiles(offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M, False)
+    num_units = tl.max(ends_E, axis=0) * BLOCK_C
     for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
-        expert, first_row, end_row = locate_rows(
-            unit // CHUNKS, ends, tiles, offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M
+        expert, start_m, end_m = locate_rows(
+            unit // BLOCK_C, ends_E, tiles_E, offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M
         )
-        chunk = unit % CHUNKS
-        row = first_row + tl.arange(0, BLOCK_M)
-        total = narrow_product(
+        tile_c = unit % BLOCK_C
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        acc_MR = narrow_product(
             x_ptr,
             narrow_ptr,
             expert,
-            row,
-            row < end_row,
-            chunk * CHUNK,
-            tl.minimum(chunk * CHUNK + CHUNK, inner),
+            offs_m,
+            offs_m < end_m,
+            tile_c * CHUNK_K,
+            tl.minimum(tile_c * CHUNK_K + CHUNK_K, inner),
             inner,
             rank,
             stride_narrow_e,
             stride_narrow_r,
             stride_narrow_k,
             EVEN_K,
-            RANK,
+            BLOCK_R,
             BLOCK_K,
             ACC,
             PRECISION,
             UPCAST,
         )
-        place = (chunk.to(tl.int64) * num_rows + row)[:, None] * RANK + tl.arange(0, RANK)[None, :]
-        tl.store(partial_ptr + place, total, mask=(row < end_row)[:, None])
+        partial_offs_mr = (tile_c.to(tl.int64) * num_rows + offs_m)[:, None] * BLOCK_R + tl.arange(
+            0, BLOCK_R
+        )[None, :]
+        tl.store(partial_ptr + partial_offs_mr, acc_MR, mask=(offs_m < end_m)[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows", "scale_bits"])
@@ -182,12 +184,12 @@ def grouped_lora_kernel(
     stride_wide_e,
     stride_wide_n: tl.constexpr,
     stride_wide_r: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     NEEDS_Y: tl.constexpr,
     EVEN_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PROCESSORS: tl.constexpr,
-    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -197,38 +199,40 @@ def grouped_lora_kernel(
 ):
     """Writes `low[i] = narrow[e] @ x[i]` and `y[i] = scale * wide[e] @ low[i]`.
 
-    Rows of no expert get zeros. With `CHUNKS > 0` the narrow products come from as many partial
+    Rows of no expert get zeros. With `BLOCK_C > 0` the narrow products come from as many partial
     sums. Low is rounded to its dtype before it is multiplied, so that a backward which reads it
     sees what the forward has used; the scale meets sums that are not rounded yet.
     """
     scale = bits_to_float(scale_bits, ACC)
-    ends, tiles = count_row_tiles(offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M, True)
-    num_row_tiles = tl.max(ends, axis=0)
-    column_tiles = tl.cdiv(width, BLOCK_N)
-    splits = tl.minimum(tl.maximum(PROCESSORS // num_row_tiles, 1), most_splits)
-    tiles_of_split = tl.cdiv(column_tiles, splits)
-    splits = tl.cdiv(column_tiles, tiles_of_split)
-    narrow_column = tl.arange(0, RANK)
-    for unit in range(tl.program_id(0), num_row_tiles * splits, tl.num_programs(0)):
-        expert, first_row, end_row = locate_rows(
-            unit // splits, ends, tiles, offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M
+    ends_E, tiles_E = count_row_tiles(offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M, True)
+    num_tiles_m = tl.max(ends_E, axis=0)
+    num_tiles_n = tl.cdiv(width, BLOCK_N)
+    splits = tl.minimum(tl.maximum(PROCESSORS // num_tiles_m, 1), most_splits)
+    tiles_of_split = tl.cdiv(num_tiles_n, splits)
+    splits = tl.cdiv(num_tiles_n, tiles_of_split)
+    offs_r = tl.arange(0, BLOCK_R)
+    for unit in range(tl.program_id(0), num_tiles_m * splits, tl.num_programs(0)):
+        expert, start_m, end_m = locate_rows(
+            unit // splits, ends_E, tiles_E, offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M
         )
         owned = expert < num_experts
-        row = first_row + tl.arange(0, BLOCK_M)
-        exists = row < end_row
-        if CHUNKS > 0:
-            chunk = tl.arange(0, CHUNKS).to(tl.int64)
-            place = (chunk[:, None] * num_rows + row[None, :])[:, :, None] * RANK
-            place += narrow_column[None, None, :]
-            mask = (row < tl.where(owned, end_row, 0))[None, :, None]
-            low = tl.sum(tl.load(partial_ptr + place, mask=mask, other=0), axis=0)
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < end_m
+        if BLOCK_C > 0:
+            offs_c = tl.arange(0, BLOCK_C).to(tl.int64)
+            partial_offs_cmr = (offs_c[:, None] * num_rows + offs_m[None, :])[:, :, None] * BLOCK_R
+            partial_offs_cmr += offs_r[None, None, :]
+            partial_mask_cmr = (offs_m < tl.where(owned, end_m, 0))[None, :, None]
+            low_MR = tl.sum(
+                tl.load(partial_ptr + partial_offs_cmr, mask=partial_mask_cmr, other=0), axis=0
+            )
         else:
-            low = narrow_product(
+            low_MR = narrow_product(
                 x_ptr,
                 narrow_ptr,
                 expert,
-                row,
-                exists,
+                offs_m,
+                mask_m,
                 0,
                 tl.where(owned, inner, 0),
                 inner,
@@ -237,43 +241,43 @@ def grouped_lora_kernel(
                 stride_narrow_r,
                 stride_narrow_k,
                 EVEN_K,
-                RANK,
+                BLOCK_R,
                 BLOCK_K,
                 ACC,
                 PRECISION,
                 UPCAST,
             )
-        low = low.to(low_ptr.dtype.element_ty)
+        low_MR = low_MR.to(low_ptr.dtype.element_ty)
         split = unit % splits
         # One of those that share a row tile writes low; a mask is not worth a branch.
-        kept = (row < tl.where(split == 0, end_row, 0))[:, None] & (narrow_column < rank)[None, :]
-        low_ptrs = low_ptr + row.to(tl.int64)[:, None] * rank + narrow_column[None, :]
-        tl.store(low_ptrs, low, mask=kept)
+        low_mask_mr = (offs_m < tl.where(split == 0, end_m, 0))[:, None] & (offs_r < rank)[None, :]
+        low_ptrs = low_ptr + offs_m.to(tl.int64)[:, None] * rank + offs_r[None, :]
+        tl.store(low_ptrs, low_MR, mask=low_mask_mr)
         if NEEDS_Y:
             if UPCAST:
-                low = low.to(ACC)
+                low_MR = low_MR.to(ACC)
             wide_ptrs = wide_ptr + expert.to(tl.int64) * stride_wide_e
-            wide_ptrs += narrow_column.to(tl.int64)[:, None] * stride_wide_r
-            y_ptrs = y_ptr + row.to(tl.int64)[:, None] * width
-            first_tile = split * tiles_of_split
-            last_tile = tl.minimum(first_tile + tiles_of_split, column_tiles)
-            for column_tile in range(first_tile, last_tile):
-                column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            wide_ptrs += offs_r.to(tl.int64)[:, None] * stride_wide_r
+            y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * width
+            first_tile_n = split * tiles_of_split
+            last_tile_n = tl.minimum(first_tile_n + tiles_of_split, num_tiles_n)
+            for tile_n in range(first_tile_n, last_tile_n):
+                offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
                 # No weight is read for rows of no expert.
-                inside = column < tl.where(owned, width, 0)
-                wide = load_block(
-                    wide_ptrs + column.to(tl.int64)[None, :] * stride_wide_n,
-                    narrow_column < rank,
-                    inside,
-                    rank == RANK,
+                wide_mask_n = offs_n < tl.where(owned, width, 0)
+                wide_RN = load_block(
+                    wide_ptrs + offs_n.to(tl.int64)[None, :] * stride_wide_n,
+                    offs_r < rank,
+                    wide_mask_n,
+                    rank == BLOCK_R,
                     False,
                 )
                 if UPCAST:
-                    wide = wide.to(ACC)
-                total = tl.dot(low, wide, input_precision=PRECISION, out_dtype=ACC)
-                y = (total * scale).to(y_ptr.dtype.element_ty)
+                    wide_RN = wide_RN.to(ACC)
+                acc_MN = tl.dot(low_MR, wide_RN, input_precision=PRECISION, out_dtype=ACC)
+                y_MN = (acc_MN * scale).to(y_ptr.dtype.element_ty)
                 tl.store(
-                    y_ptrs + column[None, :], y, mask=exists[:, None] & (column < width)[None, :]
+                    y_ptrs + offs_n[None, :], y_MN, mask=mask_m[:, None] & (offs_n < width)[None, :]
                 )
 
 
@@ -320,8 +324,8 @@ def grouped_lora(
     tile = choose(problem, device)
     sizes = {
         "EVEN_K": inner % tile.block_k == 0,
-        "EXPERTS": triton.next_power_of_2(num_experts + 1),
-        "RANK": rank_columns(rank),
+        "BLOCK_E": triton.next_power_of_2(num_experts + 1),
+        "BLOCK_R": rank_columns(rank),
         "BLOCK_M": tile.block_m,
         "BLOCK_K": tile.block_k,
         "num_warps": tile.num_warps,
@@ -337,7 +341,7 @@ def grouped_lora(
     with torch.cuda.device_of(x):
         if chunks:
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            partial = x.new_empty(chunks, num_rows, sizes["RANK"], dtype=dtype)
+            partial = x.new_empty(chunks, num_rows, sizes["BLOCK_R"], dtype=dtype)
             programs = num_programs(problem, tile, row_tiles * chunks, device)
             grouped_lora_partial_kernel[(programs,)](
                 x,
@@ -349,8 +353,8 @@ def grouped_lora(
                 inner,
                 rank,
                 *narrow.stride(),
-                CHUNK=triton.cdiv(inner, chunks * tile.block_k) * tile.block_k,
-                CHUNKS=chunks,
+                CHUNK_K=triton.cdiv(inner, chunks * tile.block_k) * tile.block_k,
+                BLOCK_C=chunks,
                 **sizes,
             )
         num_units = min(row_tiles * most_splits, max(row_tiles, device.processors))
@@ -371,7 +375,7 @@ def grouped_lora(
             rank,
             *narrow.stride(),
             *wide.stride(),
-            CHUNKS=chunks,
+            BLOCK_C=chunks,
             NEEDS_Y=needs_y,
             PROCESSORS=device.processors,
             BLOCK_N=tile.block_n,

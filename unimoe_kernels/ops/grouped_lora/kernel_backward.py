@@ -29,46 +29,46 @@ def low_rank_gradient(
     low_ptr,
     out_ptr,
     expert,
-    column_tile,
-    begin,
-    end,
+    tile_m,
+    begin_k,
+    end_k,
     scale,
     width: tl.constexpr,
     rank: tl.constexpr,
-    stride_n: tl.constexpr,
-    stride_r: tl.constexpr,
-    RANK: tl.constexpr,
+    stride_out_m: tl.constexpr,
+    stride_out_r: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Writes some columns of `scale * rows.T @ low`, summed over rows from begin to end."""
-    column = column_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    low_column, step = tl.arange(0, RANK), tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_M, RANK), dtype=ACC)
-    for first in range(begin, end, BLOCK_K):
-        row = first + step
-        owned = row < end
-        row = row.to(tl.int64)
+    """Writes some columns of `scale * rows.T @ low`, summed over rows from `begin_k` to `end_k`."""
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r, offs_in_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
+    acc_MR = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
+    for start_k in range(begin_k, end_k, BLOCK_K):
+        offs_k = start_k + offs_in_k
+        mask_k = offs_k < end_k
+        offs_k = offs_k.to(tl.int64)
         # What is past the end belongs to other experts, or is not there at all.
-        rows_mask, low_mask = owned[None, :], owned[:, None]
+        rows_mask_mk, low_mask_kr = mask_k[None, :], mask_k[:, None]
         if width % BLOCK_M != 0:
-            rows_mask = rows_mask & (column < width)[:, None]
-        if rank != RANK:
-            low_mask = low_mask & (low_column < rank)[None, :]
-        rows_ptrs = rows_ptr + row[None, :] * width + column[:, None]
-        rows = tl.load(rows_ptrs, mask=rows_mask, other=0)
-        low_ptrs = low_ptr + row[:, None] * rank + low_column[None, :]
-        low = tl.load(low_ptrs, mask=low_mask, other=0)
+            rows_mask_mk = rows_mask_mk & (offs_m < width)[:, None]
+        if rank != BLOCK_R:
+            low_mask_kr = low_mask_kr & (offs_r < rank)[None, :]
+        rows_ptrs = rows_ptr + offs_k[None, :] * width + offs_m[:, None]
+        rows_MK = tl.load(rows_ptrs, mask=rows_mask_mk, other=0)
+        low_ptrs = low_ptr + offs_k[:, None] * rank + offs_r[None, :]
+        low_KR = tl.load(low_ptrs, mask=low_mask_kr, other=0)
         if UPCAST:
-            rows, low = rows.to(ACC), low.to(ACC)
-        total = tl.dot(rows, low, total, input_precision=PRECISION, out_dtype=ACC)
+            rows_MK, low_KR = rows_MK.to(ACC), low_KR.to(ACC)
+        acc_MR = tl.dot(rows_MK, low_KR, acc_MR, input_precision=PRECISION, out_dtype=ACC)
     out_ptrs = out_ptr + expert.to(tl.int64) * (width * rank)
-    out_ptrs += column[:, None] * stride_n + low_column[None, :] * stride_r
-    mask = (column < width)[:, None] & (low_column < rank)[None, :]
-    tl.store(out_ptrs, (total * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    out_ptrs += offs_m[:, None] * stride_out_m + offs_r[None, :] * stride_out_r
+    mask_mr = (offs_m < width)[:, None] & (offs_r < rank)[None, :]
+    tl.store(out_ptrs, (acc_MR * scale).to(out_ptr.dtype.element_ty), mask=mask_mr)
 
 
 @triton.jit(do_not_specialize=["scale_bits"])
@@ -85,7 +85,7 @@ def grouped_lora_wgrad_kernel(
     inner: tl.constexpr,
     width: tl.constexpr,
     rank: tl.constexpr,
-    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
@@ -101,23 +101,23 @@ def grouped_lora_wgrad_kernel(
     tiles_of_expert = tiles_of_A + tl.cdiv(width, BLOCK_M)
     for tile in range(tl.program_id(0), num_experts * tiles_of_expert, tl.num_programs(0)):
         expert = tile // tiles_of_expert
-        column_tile = tile % tiles_of_expert
-        begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
-        if column_tile < tiles_of_A:
+        tile_m = tile % tiles_of_expert
+        begin_k, end_k = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+        if tile_m < tiles_of_A:
             low_rank_gradient(
                 x_ptr,
                 grad_low_ptr,
                 grad_A_ptr,
                 expert,
-                column_tile,
-                begin,
-                end,
+                tile_m,
+                begin_k,
+                end_k,
                 scale,
                 inner,
                 rank,
                 1,
                 inner,
-                RANK,
+                BLOCK_R,
                 BLOCK_M,
                 BLOCK_K,
                 ACC,
@@ -130,15 +130,15 @@ def grouped_lora_wgrad_kernel(
                 low_ptr,
                 grad_B_ptr,
                 expert,
-                column_tile - tiles_of_A,
-                begin,
-                end,
+                tile_m - tiles_of_A,
+                begin_k,
+                end_k,
                 scale,
                 width,
                 rank,
                 rank,
                 1,
-                RANK,
+                BLOCK_R,
                 BLOCK_M,
                 BLOCK_K,
                 ACC,
@@ -189,7 +189,7 @@ def grouped_lora_wgrad(
             inner,
             width,
             rank,
-            RANK=rank_columns(rank),
+            BLOCK_R=rank_columns(rank),
             BLOCK_M=tile.block_m,
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,

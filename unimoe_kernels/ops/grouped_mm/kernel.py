@@ -52,7 +52,7 @@ def grouped_mm_kernel(
     TAIL: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -62,59 +62,61 @@ def grouped_mm_kernel(
     UPCAST: tl.constexpr,
 ):
     """Writes `y[i] = weight[e] @ x[i] + bias[e]`; with `TAIL` zeros for rows of no expert."""
-    ends, tiles = count_row_tiles(offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M, TAIL)
-    num_row_tiles = tl.max(ends, axis=0)
-    num_column_tiles = tl.cdiv(width, BLOCK_N)
-    step = tl.arange(0, BLOCK_K)
-    for tile in range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = locate_tile(tile, num_row_tiles, num_column_tiles, GROUP_M)
-        expert, first_row, end_row = locate_rows(
-            row_tile, ends, tiles, offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M
+    ends_E, tiles_E = count_row_tiles(offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M, TAIL)
+    num_tiles_m = tl.max(ends_E, axis=0)
+    num_tiles_n = tl.cdiv(width, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = locate_tile(tile, num_tiles_m, num_tiles_n, GROUP_M)
+        expert, start_m, end_m = locate_rows(
+            tile_m, ends_E, tiles_E, offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M
         )
-        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = column < width
+        offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < width
         x_place = place_rows(
-            x_source, first_row, end_row, step, inner, row_order_ptr, TOP_K, BLOCK_M, X_FORM
+            x_source, start_m, end_m, offs_k, inner, row_order_ptr, TOP_K, BLOCK_M, X_FORM
         )
         weight_place = place_weight(
             weight_source,
             expert,
-            column,
-            step,
+            offs_n,
+            offs_k,
             stride_weight_e,
             stride_weight_n,
             stride_weight_k,
             WEIGHT_FORM,
         )
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         # Nothing is read for rows of no expert.
-        for k in range(0, tl.where(expert < num_experts, inner, 0), BLOCK_K):
-            known = step < inner - k
-            x = read_rows(x_source, x_place, k, known, EVEN_K, X_FORM)
-            weight = read_weight(
+        for start_k in range(0, tl.where(expert < num_experts, inner, 0), BLOCK_K):
+            mask_k = offs_k < inner - start_k
+            x_MK = read_rows(x_source, x_place, start_k, mask_k, EVEN_K, X_FORM)
+            weight_KN = read_weight(
                 weight_source,
                 weight_place,
-                column_tile * BLOCK_N,
-                k,
-                known,
-                inside,
+                tile_n * BLOCK_N,
+                start_k,
+                mask_k,
+                mask_n,
                 EVEN_K,
                 EVEN_N,
                 WEIGHT_FORM,
             )
             if UPCAST:
-                x, weight = x.to(ACC), weight.to(ACC)
-            total = tl.dot(x, weight, total, input_precision=PRECISION, out_dtype=ACC)
+                x_MK, weight_KN = x_MK.to(ACC), weight_KN.to(ACC)
+            acc_MN = tl.dot(x_MK, weight_KN, acc_MN, input_precision=PRECISION, out_dtype=ACC)
             x_place = advance(x_place, BLOCK_K, X_FORM)
             weight_place = advance(weight_place, BLOCK_K * stride_weight_k, WEIGHT_FORM)
         if HAS_BIAS:
-            wanted = column < tl.where(expert < num_experts, width, 0)
-            bias = tl.load(bias_ptr + expert.to(tl.int64) * width + column, mask=wanted, other=0)
-            total += bias.to(ACC)[None, :]
-        row = first_row + tl.arange(0, BLOCK_M)
-        y_ptrs = y_ptr + row.to(tl.int64)[:, None] * width + column[None, :]
-        mask = (row < end_row)[:, None] & inside[None, :]
-        tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
+            bias_mask_n = offs_n < tl.where(expert < num_experts, width, 0)
+            bias_N = tl.load(
+                bias_ptr + expert.to(tl.int64) * width + offs_n, mask=bias_mask_n, other=0
+            )
+            acc_MN += bias_N.to(ACC)[None, :]
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * width + offs_n[None, :]
+        mask_mn = (offs_m < end_m)[:, None] & mask_n[None, :]
+        tl.store(y_ptrs, acc_MN.to(y_ptr.dtype.element_ty), mask=mask_mn)
 
 
 @triton.jit
@@ -131,7 +133,7 @@ def grouped_mm_wgrad_kernel(
     X_FORM: tl.constexpr,
     GRAD_TOP_K: tl.constexpr,
     X_TOP_K: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN_MN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -141,53 +143,51 @@ def grouped_mm_wgrad_kernel(
     UPCAST: tl.constexpr,
 ):
     """Writes `grad_weight[e] = grad.T @ x` over the rows of expert e: zeros where it has none."""
-    num_row_tiles, num_column_tiles = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    tiles_of_expert = num_row_tiles * num_column_tiles
+    num_tiles_m, num_tiles_n = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    tiles_of_expert = num_tiles_m * num_tiles_n
     for tile in range(tl.program_id(0), num_experts * tiles_of_expert, tl.num_programs(0)):
         expert = tile // tiles_of_expert
-        row_tile, column_tile = locate_tile(
-            tile % tiles_of_expert, num_row_tiles, num_column_tiles, GROUP_M
-        )
-        begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-        for first in range(begin, end, BLOCK_K):
-            grad = read_owned(
+        tile_m, tile_n = locate_tile(tile % tiles_of_expert, num_tiles_m, num_tiles_n, GROUP_M)
+        begin_k, end_k = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+        acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        for start_k in range(begin_k, end_k, BLOCK_K):
+            grad_MK = read_owned(
                 grad_source,
-                begin,
-                end,
-                first,
-                row_tile * BLOCK_M,
+                begin_k,
+                end_k,
+                start_k,
+                tile_m * BLOCK_M,
                 row_order_ptr,
                 height,
                 GRAD_TOP_K,
-                EVEN,
+                EVEN_MN,
                 BLOCK_K,
                 BLOCK_M,
                 GRAD_FORM,
             ).T
-            x = read_owned(
+            x_KN = read_owned(
                 x_source,
-                begin,
-                end,
-                first,
-                column_tile * BLOCK_N,
+                begin_k,
+                end_k,
+                start_k,
+                tile_n * BLOCK_N,
                 row_order_ptr,
                 width,
                 X_TOP_K,
-                EVEN,
+                EVEN_MN,
                 BLOCK_K,
                 BLOCK_N,
                 X_FORM,
             )
             if UPCAST:
-                grad, x = grad.to(ACC), x.to(ACC)
-            total = tl.dot(grad, x, total, input_precision=PRECISION, out_dtype=ACC)
-        out_row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        out_ptrs = grad_weight_ptr + expert.to(tl.int64) * height * width
-        out_ptrs += out_row.to(tl.int64)[:, None] * width + column[None, :]
-        mask = (out_row < height)[:, None] & (column < width)[None, :]
-        tl.store(out_ptrs, total.to(grad_weight_ptr.dtype.element_ty), mask=mask)
+                grad_MK, x_KN = grad_MK.to(ACC), x_KN.to(ACC)
+            acc_MN = tl.dot(grad_MK, x_KN, acc_MN, input_precision=PRECISION, out_dtype=ACC)
+        offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        grad_weight_ptrs = grad_weight_ptr + expert.to(tl.int64) * height * width
+        grad_weight_ptrs += offs_m.to(tl.int64)[:, None] * width + offs_n[None, :]
+        mask_mn = (offs_m < height)[:, None] & (offs_n < width)[None, :]
+        tl.store(grad_weight_ptrs, acc_MN.to(grad_weight_ptr.dtype.element_ty), mask=mask_mn)
 
 
 @triton.jit
@@ -205,24 +205,26 @@ def grouped_sum_kernel(
 ):
     """Sums the rows of an expert, those gathered by token (`TOP_K > 0`) times their scores."""
     expert = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = column < width
-    begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
-    total = tl.zeros((BLOCK_K, BLOCK_N), dtype=ACC)
-    for first in range(begin, end, BLOCK_K):
-        row = first + tl.arange(0, BLOCK_K)
-        owned = row < end
-        source = source_rows(tl.minimum(row, end - 1), row_order_ptr, TOP_K)
-        mask = owned[:, None] & inside[None, :]
-        grad = tl.load(grad_ptr + source[:, None] * width + column[None, :], mask=mask, other=0)
-        grad = grad.to(ACC)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < width
+    begin_k, end_k = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    acc_KN = tl.zeros((BLOCK_K, BLOCK_N), dtype=ACC)
+    for start_k in range(begin_k, end_k, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < end_k
+        source_k = source_rows(tl.minimum(offs_k, end_k - 1), row_order_ptr, TOP_K)
+        mask_kn = mask_k[:, None] & mask_n[None, :]
+        grad_KN = tl.load(
+            grad_ptr + source_k[:, None] * width + offs_n[None, :], mask=mask_kn, other=0
+        )
+        grad_KN = grad_KN.to(ACC)
         if TOP_K > 0:
-            routed = tl.load(row_order_ptr + row, mask=owned, other=0)
-            score = tl.load(scores_ptr + routed, mask=owned, other=0)
-            grad *= score.to(ACC)[:, None]
-        total += grad
-    result = tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + expert.to(tl.int64) * width + column, result, mask=inside)
+            routed_K = tl.load(row_order_ptr + offs_k, mask=mask_k, other=0)
+            score_K = tl.load(scores_ptr + routed_K, mask=mask_k, other=0)
+            grad_KN *= score_K.to(ACC)[:, None]
+        acc_KN += grad_KN
+    sum_N = tl.sum(acc_KN, axis=0).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + expert.to(tl.int64) * width + offs_n, sum_N, mask=mask_n)
 
 
 def grouped_mm(
@@ -282,7 +284,7 @@ def grouped_mm(
             TAIL=tail,
             EVEN_N=width % tile.block_n == 0,
             EVEN_K=inner % tile.block_k == 0,
-            EXPERTS=triton.next_power_of_2(num_experts + 1),
+            BLOCK_E=triton.next_power_of_2(num_experts + 1),
             **tile.constants(),
             **matmul_constants(x.dtype),
         )
@@ -342,7 +344,7 @@ def grouped_mm_wgrad(
                 X_FORM=x_form,
                 GRAD_TOP_K=grad_top_k,
                 X_TOP_K=x_top_k,
-                EVEN=height % tile.block_m == 0 and width % tile.block_n == 0,
+                EVEN_MN=height % tile.block_m == 0 and width % tile.block_n == 0,
                 **tile.constants(),
                 **matmul_constants(x.dtype),
             )

@@ -34,7 +34,7 @@ def gated_kernel(
     stride_weight_e,
     stride_weight_n,
     stride_weight_k,
-    to_up,
+    stride_weight_up,
     WEIGHT_FORM: tl.constexpr,
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -44,7 +44,7 @@ def gated_kernel(
     ALPHA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -57,81 +57,83 @@ def gated_kernel(
 
     What is kept is zero for rows of no expert: a saved tensor has nothing in it by chance.
     """
-    ends, tiles = count_row_tiles(offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M, KEEP_HIDDEN)
-    num_row_tiles = tl.max(ends, axis=0)
-    num_column_tiles = tl.cdiv(width, BLOCK_N)
-    step = tl.arange(0, BLOCK_K)
-    for tile in range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = locate_tile(tile, num_row_tiles, num_column_tiles, GROUP_M)
-        expert, first_row, end_row = locate_rows(
-            row_tile, ends, tiles, offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M
+    ends_E, tiles_E = count_row_tiles(
+        offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M, KEEP_HIDDEN
+    )
+    num_tiles_m = tl.max(ends_E, axis=0)
+    num_tiles_n = tl.cdiv(width, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = locate_tile(tile, num_tiles_m, num_tiles_n, GROUP_M)
+        expert, start_m, end_m = locate_rows(
+            tile_m, ends_E, tiles_E, offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M
         )
         owned = expert < num_experts
-        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = column < width
+        offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < width
         x_place = place_rows(
-            x_ptr, first_row, end_row, step, inner, row_order_ptr, TOP_K, BLOCK_M, "pointers"
+            x_ptr, start_m, end_m, offs_k, inner, row_order_ptr, TOP_K, BLOCK_M, "pointers"
         )
         gate_place = place_weight(
             weight_source,
             expert,
-            column,
-            step,
+            offs_n,
+            offs_k,
             stride_weight_e,
             stride_weight_n,
             stride_weight_k,
             WEIGHT_FORM,
         )
-        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-        for k in range(0, tl.where(owned, inner, 0), BLOCK_K):
-            known = step < inner - k
-            x = read_rows(x_ptr, x_place, k, known, EVEN_K, "pointers")
-            gate_weight = read_weight(
+        gate_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        up_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        for start_k in range(0, tl.where(owned, inner, 0), BLOCK_K):
+            mask_k = offs_k < inner - start_k
+            x_MK = read_rows(x_ptr, x_place, start_k, mask_k, EVEN_K, "pointers")
+            gate_KN = read_weight(
                 weight_source,
                 gate_place,
-                column_tile * BLOCK_N,
-                k,
-                known,
-                inside,
+                tile_n * BLOCK_N,
+                start_k,
+                mask_k,
+                mask_n,
                 EVEN_K,
                 EVEN_N,
                 WEIGHT_FORM,
             )
-            up_weight = read_weight(
+            up_KN = read_weight(
                 weight_source,
-                advance(gate_place, to_up, WEIGHT_FORM),
-                width + column_tile * BLOCK_N,
-                k,
-                known,
-                inside,
+                advance(gate_place, stride_weight_up, WEIGHT_FORM),
+                width + tile_n * BLOCK_N,
+                start_k,
+                mask_k,
+                mask_n,
                 EVEN_K,
                 EVEN_N,
                 WEIGHT_FORM,
             )
             if UPCAST:
-                x, gate_weight, up_weight = x.to(ACC), gate_weight.to(ACC), up_weight.to(ACC)
-            gate = tl.dot(x, gate_weight, gate, input_precision=PRECISION, out_dtype=ACC)
-            up = tl.dot(x, up_weight, up, input_precision=PRECISION, out_dtype=ACC)
+                x_MK, gate_KN, up_KN = x_MK.to(ACC), gate_KN.to(ACC), up_KN.to(ACC)
+            gate_MN = tl.dot(x_MK, gate_KN, gate_MN, input_precision=PRECISION, out_dtype=ACC)
+            up_MN = tl.dot(x_MK, up_KN, up_MN, input_precision=PRECISION, out_dtype=ACC)
             x_place = advance(x_place, BLOCK_K, "pointers")
             gate_place = advance(gate_place, BLOCK_K * stride_weight_k, WEIGHT_FORM)
         if HAS_BIAS:
-            bias_ptrs = bias_ptr + expert.to(tl.int64) * (2 * width) + column
-            wanted = column < tl.where(owned, width, 0)
-            gate += tl.load(bias_ptrs, mask=wanted, other=0).to(ACC)[None, :]
-            up += tl.load(bias_ptrs + width, mask=wanted, other=0).to(ACC)[None, :]
-        row = first_row + tl.arange(0, BLOCK_M)
-        mask = (row < end_row)[:, None] & inside[None, :]
-        activated_mask = (row < tl.where(owned, end_row, 0))[:, None] & inside[None, :]
-        row = row.to(tl.int64)[:, None]
+            bias_ptrs = bias_ptr + expert.to(tl.int64) * (2 * width) + offs_n
+            bias_mask_n = offs_n < tl.where(owned, width, 0)
+            gate_MN += tl.load(bias_ptrs, mask=bias_mask_n, other=0).to(ACC)[None, :]
+            up_MN += tl.load(bias_ptrs + width, mask=bias_mask_n, other=0).to(ACC)[None, :]
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_mn = (offs_m < end_m)[:, None] & mask_n[None, :]
+        out_mask_mn = (offs_m < tl.where(owned, end_m, 0))[:, None] & mask_n[None, :]
+        offs_m = offs_m.to(tl.int64)[:, None]
         dtype = out_ptr.dtype.element_ty
         if KEEP_HIDDEN:
-            hidden_ptrs = hidden_ptr + row * (2 * width) + column[None, :]
-            tl.store(hidden_ptrs, gate.to(dtype), mask=mask)
-            tl.store(hidden_ptrs + width, up.to(dtype), mask=mask)
-        out = activate(gate, up, ACTIVATION, LIMIT, ALPHA)
-        out_ptrs = out_ptr + row * width + column[None, :]
-        tl.store(out_ptrs, out.to(dtype), mask=activated_mask)
+            hidden_ptrs = hidden_ptr + offs_m * (2 * width) + offs_n[None, :]
+            tl.store(hidden_ptrs, gate_MN.to(dtype), mask=mask_mn)
+            tl.store(hidden_ptrs + width, up_MN.to(dtype), mask=mask_mn)
+        out_MN = activate(gate_MN, up_MN, ACTIVATION, LIMIT, ALPHA)
+        out_ptrs = out_ptr + offs_m * width + offs_n[None, :]
+        tl.store(out_ptrs, out_MN.to(dtype), mask=out_mask_mn)
 
 
 def gated(
@@ -193,7 +195,7 @@ def gated(
             **gate_constants(gate),
             EVEN_N=width % tile.block_n == 0,
             EVEN_K=inner % tile.block_k == 0,
-            EXPERTS=triton.next_power_of_2(num_experts + 1),
+            BLOCK_E=triton.next_power_of_2(num_experts + 1),
             **tile.constants(),
             **matmul_constants(x.dtype),
         )

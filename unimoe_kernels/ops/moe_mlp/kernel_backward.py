@@ -19,22 +19,22 @@ from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate
 from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
 
 SCORE_BLOCK = 32  # rows whose score gradients one program sums
-SCORE_BLOCK_D = 64
+SCORE_BLOCK_K = 64
 
 
 @triton.jit
-def halves(tile, M: tl.constexpr, N: tl.constexpr):
+def halves(tile_MN, M: tl.constexpr, N: tl.constexpr):
     """Returns the left and the right half of a tile `[M, N]`."""
-    return tile.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+    return tile_MN.reshape(M, 2, N // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def finish_gated_backward(
-    grad,
-    score,
-    row,
-    end_row,
-    column,
+    grad_MN,
+    score_M,
+    offs_m,
+    end_m,
+    offs_n,
     width,
     hidden_ptr,
     grad_hidden_ptr,
@@ -48,27 +48,27 @@ def finish_gated_backward(
     ACC: tl.constexpr,
 ):
     """Writes what comes of some columns of dA'; returns the sum of `dA' * A` over them."""
-    mask = (row < end_row)[:, None] & (column < width)[None, :]
-    row = row.to(tl.int64)[:, None]
-    hidden = row * (2 * width) + column[None, :]
-    gate = tl.load(hidden_ptr + hidden, mask=mask, other=0).to(ACC)
-    up = tl.load(hidden_ptr + hidden + width, mask=mask, other=0).to(ACC)
+    mask_mn = (offs_m < end_m)[:, None] & (offs_n < width)[None, :]
+    offs_m = offs_m.to(tl.int64)[:, None]
+    hidden_offs_mn = offs_m * (2 * width) + offs_n[None, :]
+    gate_MN = tl.load(hidden_ptr + hidden_offs_mn, mask=mask_mn, other=0).to(ACC)
+    up_MN = tl.load(hidden_ptr + hidden_offs_mn + width, mask=mask_mn, other=0).to(ACC)
     dtype = hidden_ptr.dtype.element_ty
-    partial = tl.zeros(score.shape, dtype=ACC)
+    partial_M = tl.zeros(score_M.shape, dtype=ACC)
     if NEEDS_SCORES or NEEDS_ACTIVATED:
-        activated = activate(gate, up, ACTIVATION, LIMIT, ALPHA)
+        activated_MN = activate(gate_MN, up_MN, ACTIVATION, LIMIT, ALPHA)
         if NEEDS_SCORES:
-            partial = tl.sum(grad * activated, axis=1)
+            partial_M = tl.sum(grad_MN * activated_MN, axis=1)
         if NEEDS_ACTIVATED:
-            out = (score[:, None] * activated).to(dtype)
-            tl.store(activated_ptr + row * width + column[None, :], out, mask=mask)
+            out_MN = (score_M[:, None] * activated_MN).to(dtype)
+            tl.store(activated_ptr + offs_m * width + offs_n[None, :], out_MN, mask=mask_mn)
     if NEEDS_HIDDEN:
-        grad_gate, grad_up = activate_backward(
-            score[:, None] * grad, gate, up, ACTIVATION, LIMIT, ALPHA
+        grad_gate_MN, grad_up_MN = activate_backward(
+            score_M[:, None] * grad_MN, gate_MN, up_MN, ACTIVATION, LIMIT, ALPHA
         )
-        tl.store(grad_hidden_ptr + hidden, grad_gate.to(dtype), mask=mask)
-        tl.store(grad_hidden_ptr + hidden + width, grad_up.to(dtype), mask=mask)
-    return partial
+        tl.store(grad_hidden_ptr + hidden_offs_mn, grad_gate_MN.to(dtype), mask=mask_mn)
+        tl.store(grad_hidden_ptr + hidden_offs_mn + width, grad_up_MN.to(dtype), mask=mask_mn)
+    return partial_M
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -99,7 +99,7 @@ def gated_backward_kernel(
     ALPHA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -113,67 +113,69 @@ def gated_backward_kernel(
     `partial[column tile, row]` gets the sum of `dA' * A` over the columns of the tile,
     `grad_hidden` `act'(H)[score * dA']`, and `activated` `score * A`.
     """
-    ends, tiles = count_row_tiles(offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M, False)
-    num_row_tiles = tl.max(ends, axis=0)
-    num_column_tiles = tl.cdiv(width, BLOCK_N)
-    step = tl.arange(0, BLOCK_K)
-    for tile in range(tl.program_id(0), num_row_tiles * num_column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = locate_tile(tile, num_row_tiles, num_column_tiles, GROUP_M)
-        expert, first_row, end_row = locate_rows(
-            row_tile, ends, tiles, offsets_ptr, num_rows, num_experts, EXPERTS, BLOCK_M
+    ends_E, tiles_E = count_row_tiles(offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M, False)
+    num_tiles_m = tl.max(ends_E, axis=0)
+    num_tiles_n = tl.cdiv(width, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_tiles_m * num_tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = locate_tile(tile, num_tiles_m, num_tiles_n, GROUP_M)
+        expert, start_m, end_m = locate_rows(
+            tile_m, ends_E, tiles_E, offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M
         )
-        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = column < width
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < width
+        acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         if NEEDS_SCORES or NEEDS_HIDDEN:
             grad_place = place_rows(
-                grad_ptr, first_row, end_row, step, inner, row_order_ptr, TOP_K, BLOCK_M, "pointers"
+                grad_ptr, start_m, end_m, offs_k, inner, row_order_ptr, TOP_K, BLOCK_M, "pointers"
             )
             weight_place = place_weight(
                 weight_source,
                 expert,
-                column,
-                step,
+                offs_n,
+                offs_k,
                 stride_weight_e,
                 stride_weight_n,
                 stride_weight_k,
                 WEIGHT_FORM,
             )
-            for k in range(0, inner, BLOCK_K):
-                known = step < inner - k
-                grad = read_rows(grad_ptr, grad_place, k, known, EVEN_K, "pointers")
-                weight = read_weight(
+            for start_k in range(0, inner, BLOCK_K):
+                mask_k = offs_k < inner - start_k
+                grad_MK = read_rows(grad_ptr, grad_place, start_k, mask_k, EVEN_K, "pointers")
+                weight_KN = read_weight(
                     weight_source,
                     weight_place,
-                    column_tile * BLOCK_N,
-                    k,
-                    known,
-                    inside,
+                    tile_n * BLOCK_N,
+                    start_k,
+                    mask_k,
+                    mask_n,
                     EVEN_K,
                     EVEN_N,
                     WEIGHT_FORM,
                 )
                 if UPCAST:
-                    grad, weight = grad.to(ACC), weight.to(ACC)
-                total = tl.dot(grad, weight, total, input_precision=PRECISION, out_dtype=ACC)
+                    grad_MK, weight_KN = grad_MK.to(ACC), weight_KN.to(ACC)
+                acc_MN = tl.dot(
+                    grad_MK, weight_KN, acc_MN, input_precision=PRECISION, out_dtype=ACC
+                )
                 grad_place = advance(grad_place, BLOCK_K, "pointers")
                 weight_place = advance(weight_place, BLOCK_K * stride_weight_k, WEIGHT_FORM)
-        row = first_row + tl.arange(0, BLOCK_M)
-        known_row = tl.minimum(row, end_row - 1)
-        score = tl.load(scores_ptr + tl.load(row_order_ptr + known_row)).to(ACC)
-        partial = tl.zeros((BLOCK_M,), dtype=ACC)
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        known_m = tl.minimum(offs_m, end_m - 1)
+        score_M = tl.load(scores_ptr + tl.load(row_order_ptr + known_m)).to(ACC)
+        partial_M = tl.zeros((BLOCK_M,), dtype=ACC)
         # Quarter by quarter: sums and both halves of H would not fit into the registers at once.
-        left, right = halves(total, BLOCK_M, BLOCK_N)
+        left_MN, right_MN = halves(acc_MN, BLOCK_M, BLOCK_N)
         for half in tl.static_range(2):
-            first, second = halves(left if half == 0 else right, BLOCK_M, BLOCK_N // 2)
+            first_MN, second_MN = halves(left_MN if half == 0 else right_MN, BLOCK_M, BLOCK_N // 2)
             for quarter in tl.static_range(2):
-                start = column_tile * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4)
-                partial += finish_gated_backward(
-                    first if quarter == 0 else second,
-                    score,
-                    row,
-                    end_row,
-                    start + tl.arange(0, BLOCK_N // 4),
+                start_n = tile_n * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4)
+                partial_M += finish_gated_backward(
+                    first_MN if quarter == 0 else second_MN,
+                    score_M,
+                    offs_m,
+                    end_m,
+                    start_n + tl.arange(0, BLOCK_N // 4),
                     width,
                     hidden_ptr,
                     grad_hidden_ptr,
@@ -187,8 +189,8 @@ def gated_backward_kernel(
                     ACC,
                 )
         if NEEDS_SCORES:
-            address = column_tile.to(tl.int64) * num_rows + row
-            tl.store(partial_ptr + address, partial, mask=row < end_row)
+            partial_offs_m = tile_n.to(tl.int64) * num_rows + offs_m
+            tl.store(partial_ptr + partial_offs_m, partial_M, mask=offs_m < end_m)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -205,33 +207,33 @@ def score_grad_kernel(
     inner,
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Sums the partial sums of a row in order, and with a bias adds `dO * b2`."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    routed = row < tl.load(offsets_ptr + num_experts)
-    total = tl.zeros((BLOCK,), dtype=ACC)
-    partial_ptrs = partial_ptr + row
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < tl.load(offsets_ptr + num_experts)
+    acc_M = tl.zeros((BLOCK_M,), dtype=ACC)
+    partial_ptrs = partial_ptr + offs_m
     for _ in range(0, num_partials):
-        total += tl.load(partial_ptrs, mask=routed, other=0)
+        acc_M += tl.load(partial_ptrs, mask=mask_m, other=0)
         partial_ptrs += num_rows
-    target = tl.load(row_order_ptr + row, mask=row < num_rows, other=0)
+    target_M = tl.load(row_order_ptr + offs_m, mask=offs_m < num_rows, other=0)
     if HAS_BIAS:
-        candidate = tl.arange(0, EXPERTS)
-        end = tl.load(offsets_ptr + candidate + 1, mask=candidate < num_experts, other=2**31 - 1)
-        expert = tl.sum((end[None, :] <= row[:, None]).to(tl.int32), axis=1).to(tl.int64)
-        token = (target // TOP_K).to(tl.int64)
-        for first in range(0, inner, BLOCK_D):
-            column = first + tl.arange(0, BLOCK_D)
-            mask = routed[:, None] & (column < inner)[None, :]
-            grad_ptrs = grad_ptr + token[:, None] * inner + column[None, :]
-            bias_ptrs = bias_ptr + expert[:, None] * inner + column[None, :]
-            grad = tl.load(grad_ptrs, mask=mask, other=0).to(ACC)
-            total += tl.sum(grad * tl.load(bias_ptrs, mask=mask, other=0).to(ACC), axis=1)
-    tl.store(grad_scores_ptr + target, total, mask=row < num_rows)
+        offs_e = tl.arange(0, BLOCK_E)
+        end_E = tl.load(offsets_ptr + offs_e + 1, mask=offs_e < num_experts, other=2**31 - 1)
+        expert_M = tl.sum((end_E[None, :] <= offs_m[:, None]).to(tl.int32), axis=1).to(tl.int64)
+        token_M = (target_M // TOP_K).to(tl.int64)
+        for start_k in range(0, inner, BLOCK_K):
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            mask_mk = mask_m[:, None] & (offs_k < inner)[None, :]
+            grad_ptrs = grad_ptr + token_M[:, None] * inner + offs_k[None, :]
+            bias_ptrs = bias_ptr + expert_M[:, None] * inner + offs_k[None, :]
+            grad_MK = tl.load(grad_ptrs, mask=mask_mk, other=0).to(ACC)
+            acc_M += tl.sum(grad_MK * tl.load(bias_ptrs, mask=mask_mk, other=0).to(ACC), axis=1)
+    tl.store(grad_scores_ptr + target_M, acc_M, mask=offs_m < num_rows)
 
 
 def gated_backward(
@@ -306,7 +308,7 @@ def gated_backward(
                 **gate_constants(gate),
                 EVEN_N=width % tile.block_n == 0,
                 EVEN_K=inner % tile.block_k == 0,
-                EXPERTS=experts,
+                BLOCK_E=experts,
                 **tile.constants(),
                 **matmul_constants(grad.dtype),
             )
@@ -324,9 +326,9 @@ def gated_backward(
                 inner,
                 TOP_K=top_k,
                 HAS_BIAS=down_bias is not None,
-                EXPERTS=experts,
-                BLOCK=SCORE_BLOCK,
-                BLOCK_D=SCORE_BLOCK_D,
+                BLOCK_E=experts,
+                BLOCK_M=SCORE_BLOCK,
+                BLOCK_K=SCORE_BLOCK_K,
                 ACC=accumulator(grad.dtype),
             )
     return grad_scores, grad_hidden, activated

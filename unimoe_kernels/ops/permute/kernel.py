@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_BLOCK_D = 1024
+MAX_BLOCK_N = 1024
 BLOCK_ELEMENTS = 2048  # of a program: 8 elements a thread with 8 warps, not tuned on a GPU
 
 
@@ -20,19 +20,19 @@ def permute_kernel(
     num_rows,
     width,
     TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    """Copies `BLOCK_N` rows, `BLOCK_D` columns; rows past the routed ones become zero."""
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    routed = row < tl.load(num_routed_ptr)
-    token = tl.load(row_order_ptr + row, mask=routed, other=0) // TOP_K
-    inside = (column < width)[None, :]
-    source = token.to(tl.int64)[:, None] * width + column[None, :]
-    value = tl.load(x_ptr + source, mask=routed[:, None] & inside, other=0)
-    target = row.to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(out_ptr + target, value, mask=(row < num_rows)[:, None] & inside)
+    """Copies `BLOCK_M` rows, `BLOCK_N` columns; rows past the routed ones become zero."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    routed_mask_m = offs_m < tl.load(num_routed_ptr)
+    token_M = tl.load(row_order_ptr + offs_m, mask=routed_mask_m, other=0) // TOP_K
+    mask_n = (offs_n < width)[None, :]
+    source_offs_mn = token_M.to(tl.int64)[:, None] * width + offs_n[None, :]
+    x_MN = tl.load(x_ptr + source_offs_mn, mask=routed_mask_m[:, None] & mask_n, other=0)
+    out_offs_mn = offs_m.to(tl.int64)[:, None] * width + offs_n[None, :]
+    tl.store(out_ptr + out_offs_mn, x_MN, mask=(offs_m < num_rows)[:, None] & mask_n)
 
 
 def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:
@@ -41,9 +41,9 @@ def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) ->
     out = x.new_empty(num_rows, width)
     if out.numel() == 0:
         return out
-    block_d = min(triton.next_power_of_2(width), MAX_BLOCK_D)
-    block_n = BLOCK_ELEMENTS // block_d
-    grid = (triton.cdiv(num_rows, block_n), triton.cdiv(width, block_d))
+    block_n = min(triton.next_power_of_2(width), MAX_BLOCK_N)
+    block_m = BLOCK_ELEMENTS // block_n
+    grid = (triton.cdiv(num_rows, block_m), triton.cdiv(width, block_n))
     with torch.cuda.device_of(x):
         permute_kernel[grid](
             x,
@@ -53,7 +53,7 @@ def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) ->
             num_rows,
             width,
             TOP_K=top_k,
+            BLOCK_M=block_m,
             BLOCK_N=block_n,
-            BLOCK_D=block_d,
         )
     return out

@@ -10,7 +10,7 @@ from torch import Tensor
 from unimoe_kernels._triton.activation import activate, activate_backward, gate_constants
 from unimoe_kernels._triton.launch import accumulator
 
-MAX_BLOCK_F = 1024
+MAX_BLOCK_N = 1024
 BLOCK_ELEMENTS = 2048  # of a program: 16 elements a thread with 4 warps, not tuned on a GPU
 
 
@@ -24,18 +24,18 @@ def swiglu_kernel(
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
 ):
     """Writes `act(gate) * up`."""
-    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    mask = (row < num_rows)[:, None] & (column < width)[None, :]
-    gate_ptrs = gate_up_ptr + row[:, None] * (2 * width) + column[None, :]
-    gate = tl.load(gate_ptrs, mask=mask, other=0).to(ACC)
-    up = tl.load(gate_ptrs + width, mask=mask, other=0).to(ACC)
-    out = activate(gate, up, ACTIVATION, LIMIT, ALPHA).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row[:, None] * width + column[None, :], out, mask=mask)
+    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_mn = (offs_m < num_rows)[:, None] & (offs_n < width)[None, :]
+    gate_ptrs = gate_up_ptr + offs_m[:, None] * (2 * width) + offs_n[None, :]
+    gate_MN = tl.load(gate_ptrs, mask=mask_mn, other=0).to(ACC)
+    up_MN = tl.load(gate_ptrs + width, mask=mask_mn, other=0).to(ACC)
+    out_MN = activate(gate_MN, up_MN, ACTIVATION, LIMIT, ALPHA).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offs_m[:, None] * width + offs_n[None, :], out_MN, mask=mask_mn)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -49,22 +49,22 @@ def swiglu_backward_kernel(
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
 ):
     """Writes the gradients of gate and up."""
-    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    mask = (row < num_rows)[:, None] & (column < width)[None, :]
-    address = row[:, None] * (2 * width) + column[None, :]
-    gate = tl.load(gate_up_ptr + address, mask=mask, other=0).to(ACC)
-    up = tl.load(gate_up_ptr + address + width, mask=mask, other=0).to(ACC)
-    grad_ptrs = grad_ptr + row[:, None] * width + column[None, :]
-    grad = tl.load(grad_ptrs, mask=mask, other=0).to(ACC)
-    grad_gate, grad_up = activate_backward(grad, gate, up, ACTIVATION, LIMIT, ALPHA)
+    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_mn = (offs_m < num_rows)[:, None] & (offs_n < width)[None, :]
+    gate_offs_mn = offs_m[:, None] * (2 * width) + offs_n[None, :]
+    gate_MN = tl.load(gate_up_ptr + gate_offs_mn, mask=mask_mn, other=0).to(ACC)
+    up_MN = tl.load(gate_up_ptr + gate_offs_mn + width, mask=mask_mn, other=0).to(ACC)
+    grad_ptrs = grad_ptr + offs_m[:, None] * width + offs_n[None, :]
+    grad_MN = tl.load(grad_ptrs, mask=mask_mn, other=0).to(ACC)
+    grad_gate_MN, grad_up_MN = activate_backward(grad_MN, gate_MN, up_MN, ACTIVATION, LIMIT, ALPHA)
     dtype = grad_gate_up_ptr.dtype.element_ty
-    tl.store(grad_gate_up_ptr + address, grad_gate.to(dtype), mask=mask)
-    tl.store(grad_gate_up_ptr + address + width, grad_up.to(dtype), mask=mask)
+    tl.store(grad_gate_up_ptr + gate_offs_mn, grad_gate_MN.to(dtype), mask=mask_mn)
+    tl.store(grad_gate_up_ptr + gate_offs_mn + width, grad_up_MN.to(dtype), mask=mask_mn)
 
 
 def swiglu(gate_up: Tensor, activation: str, limit: float, alpha: float) -> Tensor:
@@ -95,15 +95,15 @@ def _launch(
 ) -> None:
     if num_rows == 0 or width == 0:
         return
-    block_f = min(triton.next_power_of_2(width), MAX_BLOCK_F)
-    block_n = BLOCK_ELEMENTS // block_f
+    block_n = min(triton.next_power_of_2(width), MAX_BLOCK_N)
+    block_m = BLOCK_ELEMENTS // block_n
     with torch.cuda.device_of(tensors[0]):
-        kernel[(triton.cdiv(num_rows, block_n), triton.cdiv(width, block_f))](
+        kernel[(triton.cdiv(num_rows, block_m), triton.cdiv(width, block_n))](
             *tensors,
             num_rows,
             width,
             **gate_constants((activation, limit, alpha)),
             ACC=accumulator(tensors[0].dtype),
+            BLOCK_M=block_m,
             BLOCK_N=block_n,
-            BLOCK_F=block_f,
         )

@@ -49,89 +49,89 @@ def topk_router_kernel(
     HAS_MASK: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BEST: tl.constexpr,
-    TOPS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     ACC: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Writes scores and ids, and for the losses counts and sums of this program's tokens."""
     SIGMOID: tl.constexpr = MODE == "sigmoid" or MODE == "sigmoid_renorm"
-    expert = tl.arange(0, EXPERTS)
-    exists = expert < num_experts
-    top = tl.arange(0, TOPS)
-    chosen_total = tl.zeros((EXPERTS,), dtype=tl.int32)
-    counted_total = tl.zeros((EXPERTS,), dtype=tl.int32)
-    probability_total = tl.zeros((EXPERTS,), dtype=ACC)
-    square_total = tl.zeros((BLOCK,), dtype=ACC)
-    token_total = tl.zeros((BLOCK,), dtype=tl.int32)
-    for first in range(tl.program_id(0) * BLOCK, num_tokens, tl.num_programs(0) * BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        known = token < num_tokens
-        logits, counted = read_tokens(
-            logits_ptr, mask_ptr, token, num_tokens, expert, num_experts, HAS_MASK, ACC
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < num_experts
+    offs_k = tl.arange(0, BLOCK_K)
+    chosen_E = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    counted_E = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    probability_E = tl.zeros((BLOCK_E,), dtype=ACC)
+    square_T = tl.zeros((BLOCK_T,), dtype=ACC)
+    tokens_T = tl.zeros((BLOCK_T,), dtype=tl.int32)
+    for start_t in range(tl.program_id(0) * BLOCK_T, num_tokens, tl.num_programs(0) * BLOCK_T):
+        offs_t = start_t + tl.arange(0, BLOCK_T)
+        mask_t = offs_t < num_tokens
+        logits_TE, counted_T = read_tokens(
+            logits_ptr, mask_ptr, offs_t, num_tokens, offs_e, num_experts, HAS_MASK, ACC
         )
-        softmax, logsumexp = softmax_of(logits, exists)
-        choice = logits
+        softmax_TE, logsumexp_T = softmax_of(logits_TE, mask_e)
+        choice_TE = logits_TE
         if SIGMOID:
-            share, share_total = sigmoid_of(logits, exists)
-            choice = share
+            share_TE, share_sum_T = sigmoid_of(logits_TE, mask_e)
+            choice_TE = share_TE
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + expert, mask=exists, other=0).to(ACC)
-            choice = (share if SIGMOID else softmax) + bias[None, :]
+            bias_E = tl.load(bias_ptr + offs_e, mask=mask_e, other=0).to(ACC)
+            choice_TE = (share_TE if SIGMOID else softmax_TE) + bias_E[None, :]
         if NUM_GROUPS != TOP_GROUPS:
-            choice = close_groups(
-                choice,
-                expert,
+            choice_TE = close_groups(
+                choice_TE,
+                offs_e,
                 num_experts,
                 NUM_GROUPS,
                 TOP_GROUPS,
-                GROUPS,
+                BLOCK_G,
                 GROUP_SIZE,
                 BEST,
                 WIDE,
             )
-        keys = keys_of(choice, exists, WIDE)
-        ids = tl.zeros((BLOCK, TOPS), dtype=tl.int32)
-        scores = tl.full((BLOCK, TOPS), 0, dtype=ACC)
+        keys_TE = keys_of(choice_TE, mask_e, WIDE)
+        ids_TK = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
+        scores_TK = tl.full((BLOCK_T, BLOCK_K), 0, dtype=ACC)
         for k in range(TOP_K):
-            chosen, keys = take_best(keys, expert, WIDE)
+            chosen_T, keys_TE = take_best(keys_TE, offs_e, WIDE)
             if SIGMOID:
-                value = pick(share, expert, chosen)
+                value_T = pick(share_TE, offs_e, chosen_T)
             elif MODE == "softmax_topk":
-                value = pick(softmax, expert, chosen)
+                value_T = pick(softmax_TE, offs_e, chosen_T)
             else:
-                value = pick(logits, expert, chosen)
-            ids = tl.where((top == k)[None, :], chosen[:, None], ids)
-            scores = tl.where((top == k)[None, :], value[:, None], scores)
-            hit = (expert[None, :] == chosen[:, None]) & known[:, None]
-            chosen_total += tl.sum(hit.to(tl.int32), axis=0)
+                value_T = pick(logits_TE, offs_e, chosen_T)
+            ids_TK = tl.where((offs_k == k)[None, :], chosen_T[:, None], ids_TK)
+            scores_TK = tl.where((offs_k == k)[None, :], value_T[:, None], scores_TK)
+            hit_TE = (offs_e[None, :] == chosen_T[:, None]) & mask_t[:, None]
+            chosen_E += tl.sum(hit_TE.to(tl.int32), axis=0)
             if CHOICES > 1 or k == 0:
-                counted_total += tl.sum((hit & counted[:, None]).to(tl.int32), axis=0)
+                counted_E += tl.sum((hit_TE & counted_T[:, None]).to(tl.int32), axis=0)
         if MODE == "sigmoid_renorm":
-            scores = scores / (tl.sum(scores, axis=1) + TINY)[:, None]
+            scores_TK = scores_TK / (tl.sum(scores_TK, axis=1) + TINY)[:, None]
         elif MODE == "topk_softmax" or MODE == "softmax_topk_renorm":
             # The softmax over all, renormalised over the chosen, is the softmax over these.
-            scores, _ = softmax_of(scores, top < TOP_K)
-        address = token.to(tl.int64)[:, None] * TOP_K + top[None, :]
-        wanted = known[:, None] & (top < TOP_K)[None, :]
-        tl.store(ids_ptr + address, ids, mask=wanted)
-        tl.store(scores_ptr + address, scores * SCALE, mask=wanted)
-        probability = share / share_total[:, None] if SIGMOID else softmax
+            scores_TK, _ = softmax_of(scores_TK, offs_k < TOP_K)
+        choices_offs_tk = offs_t.to(tl.int64)[:, None] * TOP_K + offs_k[None, :]
+        mask_tk = mask_t[:, None] & (offs_k < TOP_K)[None, :]
+        tl.store(ids_ptr + choices_offs_tk, ids_TK, mask=mask_tk)
+        tl.store(scores_ptr + choices_offs_tk, scores_TK * SCALE, mask=mask_tk)
+        probability_TE = share_TE / share_sum_T[:, None] if SIGMOID else softmax_TE
         # Tokens that do not count may be NaN.
-        probability = tl.where(counted[:, None], probability, 0)
-        probability_total += tl.sum(probability, axis=0)
-        square_total += tl.where(counted, logsumexp * logsumexp, 0)
-        token_total += counted.to(tl.int32)
-    address = tl.program_id(0).to(tl.int64) * num_experts + expert
-    tl.store(chosen_ptr + address, chosen_total, mask=exists)
-    tl.store(counted_ptr + address, counted_total, mask=exists)
-    tl.store(probability_ptr + address, probability_total, mask=exists)
-    tl.store(sums_ptr + 2 * tl.program_id(0), tl.sum(square_total, axis=0))
-    tl.store(sums_ptr + 2 * tl.program_id(0) + 1, tl.sum(token_total, axis=0).to(ACC))
+        probability_TE = tl.where(counted_T[:, None], probability_TE, 0)
+        probability_E += tl.sum(probability_TE, axis=0)
+        square_T += tl.where(counted_T, logsumexp_T * logsumexp_T, 0)
+        tokens_T += counted_T.to(tl.int32)
+    parts_offs_e = tl.program_id(0).to(tl.int64) * num_experts + offs_e
+    tl.store(chosen_ptr + parts_offs_e, chosen_E, mask=mask_e)
+    tl.store(counted_ptr + parts_offs_e, counted_E, mask=mask_e)
+    tl.store(probability_ptr + parts_offs_e, probability_E, mask=mask_e)
+    tl.store(sums_ptr + 2 * tl.program_id(0), tl.sum(square_T, axis=0))
+    tl.store(sums_ptr + 2 * tl.program_id(0) + 1, tl.sum(tokens_T, axis=0).to(ACC))
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -146,34 +146,34 @@ def reduce_kernel(
     num_parts,
     num_experts,
     CHOICES: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Adds up what the programs counted and summed, in float64, and writes the losses."""
-    expert = tl.arange(0, EXPERTS)
-    exists = expert < num_experts
-    chosen = tl.zeros((EXPERTS,), dtype=tl.int32)
-    counted = tl.zeros((EXPERTS,), dtype=tl.int32)
-    probability = tl.zeros((EXPERTS,), dtype=tl.float64)
-    square = tl.zeros((BLOCK,), dtype=tl.float64)
-    tokens = tl.zeros((BLOCK,), dtype=tl.float64)
-    for first in range(0, num_parts, BLOCK):
-        part = first + tl.arange(0, BLOCK)
-        known = part < num_parts
-        address = part[:, None] * num_experts + expert[None, :]
-        mask = known[:, None] & exists[None, :]
-        chosen += tl.sum(tl.load(chosen_ptr + address, mask=mask, other=0), axis=0)
-        counted += tl.sum(tl.load(counted_ptr + address, mask=mask, other=0), axis=0)
-        sums = tl.load(probability_ptr + address, mask=mask, other=0)
-        probability += tl.sum(sums.to(tl.float64), axis=0)
-        square += tl.load(sums_ptr + 2 * part, mask=known, other=0).to(tl.float64)
-        tokens += tl.load(sums_ptr + 2 * part + 1, mask=known, other=0).to(tl.float64)
-    total = tl.maximum(tl.sum(tokens, axis=0), 1)
-    tl.store(tokens_per_expert_ptr + expert, chosen, mask=exists)
-    shares = counted.to(tl.float64) / (total * CHOICES) * (probability / total)
-    tl.store(balancing_ptr, (tl.sum(shares, axis=0) * num_experts).to(ACC))
-    tl.store(z_ptr, (tl.sum(square, axis=0) / total).to(ACC))
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < num_experts
+    chosen_E = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    counted_E = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    probability_E = tl.zeros((BLOCK_E,), dtype=tl.float64)
+    square_C = tl.zeros((BLOCK_C,), dtype=tl.float64)
+    tokens_C = tl.zeros((BLOCK_C,), dtype=tl.float64)
+    for start_c in range(0, num_parts, BLOCK_C):
+        offs_c = start_c + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < num_parts
+        parts_offs_ce = offs_c[:, None] * num_experts + offs_e[None, :]
+        mask_ce = mask_c[:, None] & mask_e[None, :]
+        chosen_E += tl.sum(tl.load(chosen_ptr + parts_offs_ce, mask=mask_ce, other=0), axis=0)
+        counted_E += tl.sum(tl.load(counted_ptr + parts_offs_ce, mask=mask_ce, other=0), axis=0)
+        probability_CE = tl.load(probability_ptr + parts_offs_ce, mask=mask_ce, other=0)
+        probability_E += tl.sum(probability_CE.to(tl.float64), axis=0)
+        square_C += tl.load(sums_ptr + 2 * offs_c, mask=mask_c, other=0).to(tl.float64)
+        tokens_C += tl.load(sums_ptr + 2 * offs_c + 1, mask=mask_c, other=0).to(tl.float64)
+    total = tl.maximum(tl.sum(tokens_C, axis=0), 1)
+    tl.store(tokens_per_expert_ptr + offs_e, chosen_E, mask=mask_e)
+    shares_E = counted_E.to(tl.float64) / (total * CHOICES) * (probability_E / total)
+    tl.store(balancing_ptr, (tl.sum(shares_E, axis=0) * num_experts).to(ACC))
+    tl.store(z_ptr, (tl.sum(square_C, axis=0) / total).to(ACC))
 
 
 def topk_router(
@@ -194,8 +194,8 @@ def topk_router(
     ids = logits.new_empty(num_tokens, top_k, dtype=torch.int32)
     tokens_per_expert = logits.new_empty(num_experts, dtype=torch.int32)
     balancing, z = (logits.new_empty((), dtype=dtype) for _ in range(2))
-    experts, block, num_warps = program_shape(num_experts, logits.dtype)
-    num_parts = max(1, min(triton.cdiv(num_tokens, block), device_of(logits).processors))
+    block_e, block_t, num_warps = program_shape(num_experts, logits.dtype)
+    num_parts = max(1, min(triton.cdiv(num_tokens, block_t), device_of(logits).processors))
     chosen, counted = (
         logits.new_empty(num_parts, num_experts, dtype=torch.int32) for _ in range(2)
     )
@@ -224,13 +224,13 @@ def topk_router(
             HAS_MASK=token_mask is not None,
             NUM_GROUPS=num_groups,
             TOP_GROUPS=top_groups,
-            GROUPS=triton.next_power_of_2(num_groups),
+            BLOCK_G=triton.next_power_of_2(num_groups),
             GROUP_SIZE=group_size,
             # DeepSeek-V2 ranks groups by their best expert; V3, which has the bias, by two.
             BEST=1 if correction_bias is None else min(2, group_size),
-            TOPS=triton.next_power_of_2(top_k),
-            EXPERTS=experts,
-            BLOCK=block,
+            BLOCK_K=triton.next_power_of_2(top_k),
+            BLOCK_E=block_e,
+            BLOCK_T=block_t,
             ACC=accumulator(logits.dtype),
             WIDE=logits.dtype == torch.float64,
             num_warps=num_warps,
@@ -246,8 +246,8 @@ def topk_router(
             num_parts,
             num_experts,
             CHOICES=choices,
-            EXPERTS=experts,
-            BLOCK=max(1, REDUCE_ELEMENTS // experts),
+            BLOCK_E=block_e,
+            BLOCK_C=max(1, REDUCE_ELEMENTS // block_e),
             ACC=accumulator(logits.dtype),
             num_warps=num_warps,
         )

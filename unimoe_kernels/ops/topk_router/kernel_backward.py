@@ -33,22 +33,22 @@ def count_choices_kernel(
     TOP_K: tl.constexpr,
     CHOICES: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """Adds to `counts[e]` the counted choices of expert e, and to `counts[E]` the tokens."""
-    expert = tl.arange(0, EXPERTS)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    counted = token < num_tokens
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    counted_T = offs_t < num_tokens
     if HAS_MASK:
-        counted = tl.load(mask_ptr + token, mask=counted, other=0).to(tl.int1)
-    total = tl.zeros((EXPERTS,), dtype=tl.int32)
+        counted_T = tl.load(mask_ptr + offs_t, mask=counted_T, other=0).to(tl.int1)
+    count_E = tl.zeros((BLOCK_E,), dtype=tl.int32)
     for k in range(CHOICES):
-        chosen = tl.load(ids_ptr + token.to(tl.int64) * TOP_K + k, mask=counted, other=-1)
-        total += tl.sum((expert[None, :] == chosen[:, None]).to(tl.int32), axis=0)
+        chosen_T = tl.load(ids_ptr + offs_t.to(tl.int64) * TOP_K + k, mask=counted_T, other=-1)
+        count_E += tl.sum((offs_e[None, :] == chosen_T[:, None]).to(tl.int32), axis=0)
     # Integers: the sum is the same in any order.
-    tl.atomic_add(counts_ptr + expert, total, mask=(expert < num_experts) & (total > 0))
-    tl.atomic_add(counts_ptr + num_experts, tl.sum(counted.to(tl.int32), axis=0))
+    tl.atomic_add(counts_ptr + offs_e, count_E, mask=(offs_e < num_experts) & (count_E > 0))
+    tl.atomic_add(counts_ptr + num_experts, tl.sum(counted_T.to(tl.int32), axis=0))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -68,79 +68,85 @@ def topk_router_backward_kernel(
     CHOICES: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    TOPS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Writes the gradient in the logits of some tokens."""
     SIGMOID: tl.constexpr = MODE == "sigmoid" or MODE == "sigmoid_renorm"
-    expert = tl.arange(0, EXPERTS)
-    exists = expert < num_experts
-    top = tl.arange(0, TOPS)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    known = token < num_tokens
-    logits, counted = read_tokens(
-        logits_ptr, mask_ptr, token, num_tokens, expert, num_experts, HAS_MASK, ACC
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < num_experts
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_tokens
+    logits_TE, counted_T = read_tokens(
+        logits_ptr, mask_ptr, offs_t, num_tokens, offs_e, num_experts, HAS_MASK, ACC
     )
-    softmax, logsumexp = softmax_of(logits, exists)
-    total = tl.maximum(tl.load(counts_ptr + num_experts), 1).to(ACC)
-    fraction = tl.load(counts_ptr + expert, mask=exists, other=0).to(ACC) / (total * CHOICES)
-    grad_probability = tl.load(grad_balancing_ptr) * num_experts * fraction / total
-    grad_probability = tl.where(counted[:, None], grad_probability[None, :], 0)
+    softmax_TE, logsumexp_T = softmax_of(logits_TE, mask_e)
+    num_counted = tl.maximum(tl.load(counts_ptr + num_experts), 1).to(ACC)
+    fraction_E = tl.load(counts_ptr + offs_e, mask=mask_e, other=0).to(ACC) / (
+        num_counted * CHOICES
+    )
+    grad_probability_E = tl.load(grad_balancing_ptr) * num_experts * fraction_E / num_counted
+    grad_probability_TE = tl.where(counted_T[:, None], grad_probability_E[None, :], 0)
 
-    address = token.to(tl.int64)[:, None] * TOP_K + top[None, :]
-    wanted = known[:, None] & (top < TOP_K)[None, :]
-    ids = tl.load(ids_ptr + address, mask=wanted, other=-1)
-    grad_scores = tl.load(grad_scores_ptr + address, mask=wanted, other=0) * SCALE
+    choices_offs_tk = offs_t.to(tl.int64)[:, None] * TOP_K + offs_k[None, :]
+    mask_tk = mask_t[:, None] & (offs_k < TOP_K)[None, :]
+    ids_TK = tl.load(ids_ptr + choices_offs_tk, mask=mask_tk, other=-1)
+    grad_scores_TK = tl.load(grad_scores_ptr + choices_offs_tk, mask=mask_tk, other=0) * SCALE
     if SIGMOID:
-        share, share_total = sigmoid_of(logits, exists)
-        inner = tl.sum(grad_probability * share, axis=1) / share_total
-        grad = (grad_probability - inner[:, None]) / share_total[:, None]
+        share_TE, share_sum_T = sigmoid_of(logits_TE, mask_e)
+        inner_T = tl.sum(grad_probability_TE * share_TE, axis=1) / share_sum_T
+        grad_TE = (grad_probability_TE - inner_T[:, None]) / share_sum_T[:, None]
         if MODE == "sigmoid_renorm":
-            chosen = gather_chosen(share, expert, ids, top, TOP_K)
-            chosen_total = tl.sum(chosen, axis=1) + TINY
-            inner = tl.sum(grad_scores * chosen, axis=1) / chosen_total
-            grad_scores = (grad_scores - inner[:, None]) / chosen_total[:, None]
-        grad += scatter_chosen(grad_scores, expert, ids, top, TOP_K)
-        grad = grad * share * (1 - share)
+            chosen_TK = gather_chosen(share_TE, offs_e, ids_TK, offs_k, TOP_K)
+            chosen_sum_T = tl.sum(chosen_TK, axis=1) + TINY
+            inner_T = tl.sum(grad_scores_TK * chosen_TK, axis=1) / chosen_sum_T
+            grad_scores_TK = (grad_scores_TK - inner_T[:, None]) / chosen_sum_T[:, None]
+        grad_TE += scatter_chosen(grad_scores_TK, offs_e, ids_TK, offs_k, TOP_K)
+        grad_TE = grad_TE * share_TE * (1 - share_TE)
     else:
         if MODE == "softmax_topk":
-            grad_probability += scatter_chosen(grad_scores, expert, ids, top, TOP_K)
-        inner = tl.sum(grad_probability * softmax, axis=1)
-        grad = softmax * (grad_probability - inner[:, None])
+            grad_probability_TE += scatter_chosen(grad_scores_TK, offs_e, ids_TK, offs_k, TOP_K)
+        inner_T = tl.sum(grad_probability_TE * softmax_TE, axis=1)
+        grad_TE = softmax_TE * (grad_probability_TE - inner_T[:, None])
         if MODE != "softmax_topk":
-            chosen = gather_chosen(logits, expert, ids, top, TOP_K)
-            scores, _ = softmax_of(chosen, top < TOP_K)
-            inner = tl.sum(grad_scores * scores, axis=1)
-            grad_scores = scores * (grad_scores - inner[:, None])
-            grad += scatter_chosen(grad_scores, expert, ids, top, TOP_K)
-    slope = 2 * logsumexp * (tl.load(grad_z_ptr) / total)
-    grad += softmax * tl.where(counted, slope, 0)[:, None]
-    address = token.to(tl.int64)[:, None] * num_experts + expert[None, :]
-    out = grad.to(grad_logits_ptr.dtype.element_ty)
-    tl.store(grad_logits_ptr + address, out, mask=known[:, None] & exists[None, :])
+            chosen_TK = gather_chosen(logits_TE, offs_e, ids_TK, offs_k, TOP_K)
+            scores_TK, _ = softmax_of(chosen_TK, offs_k < TOP_K)
+            inner_T = tl.sum(grad_scores_TK * scores_TK, axis=1)
+            grad_scores_TK = scores_TK * (grad_scores_TK - inner_T[:, None])
+            grad_TE += scatter_chosen(grad_scores_TK, offs_e, ids_TK, offs_k, TOP_K)
+    slope_T = 2 * logsumexp_T * (tl.load(grad_z_ptr) / num_counted)
+    grad_TE += softmax_TE * tl.where(counted_T, slope_T, 0)[:, None]
+    logits_offs_te = offs_t.to(tl.int64)[:, None] * num_experts + offs_e[None, :]
+    grad_logits_TE = grad_TE.to(grad_logits_ptr.dtype.element_ty)
+    tl.store(
+        grad_logits_ptr + logits_offs_te, grad_logits_TE, mask=mask_t[:, None] & mask_e[None, :]
+    )
 
 
 @triton.jit
-def gather_chosen(value, expert, ids, top, TOP_K: tl.constexpr):
+def gather_chosen(value_TE, offs_e, ids_TK, offs_k, TOP_K: tl.constexpr):
     """Returns `[tokens, tops]`, the values of the chosen experts."""
-    chosen = tl.zeros(ids.shape, dtype=value.dtype)
+    chosen_TK = tl.zeros(ids_TK.shape, dtype=value_TE.dtype)
     for k in range(TOP_K):
-        own = tl.sum(tl.where((top == k)[None, :], ids, 0), axis=1)
-        chosen = tl.where((top == k)[None, :], pick(value, expert, own)[:, None], chosen)
-    return chosen
+        own_T = tl.sum(tl.where((offs_k == k)[None, :], ids_TK, 0), axis=1)
+        chosen_TK = tl.where(
+            (offs_k == k)[None, :], pick(value_TE, offs_e, own_T)[:, None], chosen_TK
+        )
+    return chosen_TK
 
 
 @triton.jit
-def scatter_chosen(value, expert, ids, top, TOP_K: tl.constexpr):
+def scatter_chosen(value_TE, offs_e, ids_TK, offs_k, TOP_K: tl.constexpr):
     """Returns `[tokens, experts]`, the values at the chosen experts and zeros."""
-    spread = tl.zeros((value.shape[0], expert.shape[0]), dtype=value.dtype)
+    spread_TE = tl.zeros((value_TE.shape[0], offs_e.shape[0]), dtype=value_TE.dtype)
     for k in range(TOP_K):
-        own = tl.sum(tl.where((top == k)[None, :], ids, 0), axis=1)
-        part = tl.sum(tl.where((top == k)[None, :], value, 0), axis=1)
-        spread += tl.where(expert[None, :] == own[:, None], part[:, None], 0)
-    return spread
+        own_T = tl.sum(tl.where((offs_k == k)[None, :], ids_TK, 0), axis=1)
+        part_T = tl.sum(tl.where((offs_k == k)[None, :], value_TE, 0), axis=1)
+        spread_TE += tl.where(offs_e[None, :] == own_T[:, None], part_T[:, None], 0)
+    return spread_TE
 
 
 def topk_router_backward(
@@ -160,12 +166,12 @@ def topk_router_backward(
     if num_tokens == 0:
         return grad_logits
     top_k = ids.shape[1]
-    experts, block, num_warps = program_shape(num_experts, logits.dtype)
-    count_block = max(1, min(64, COUNT_ELEMENTS // experts))
+    block_e, block_t, num_warps = program_shape(num_experts, logits.dtype)
+    count_block_t = max(1, min(64, COUNT_ELEMENTS // block_e))
     counts = ids.new_zeros(num_experts + 1)
     choices = top_k if balance == "all" else 1
     with torch.cuda.device_of(logits):
-        count_choices_kernel[(triton.cdiv(num_tokens, count_block),)](
+        count_choices_kernel[(triton.cdiv(num_tokens, count_block_t),)](
             ids,
             token_mask,
             counts,
@@ -174,10 +180,10 @@ def topk_router_backward(
             TOP_K=top_k,
             CHOICES=choices,
             HAS_MASK=token_mask is not None,
-            EXPERTS=experts,
-            BLOCK=count_block,
+            BLOCK_E=block_e,
+            BLOCK_T=count_block_t,
         )
-        topk_router_backward_kernel[(triton.cdiv(num_tokens, block),)](
+        topk_router_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
             grad_scores,
             grad_balancing,
             grad_z,
@@ -193,9 +199,9 @@ def topk_router_backward(
             CHOICES=choices,
             SCALE=scale,
             HAS_MASK=token_mask is not None,
-            TOPS=triton.next_power_of_2(top_k),
-            EXPERTS=experts,
-            BLOCK=block,
+            BLOCK_K=triton.next_power_of_2(top_k),
+            BLOCK_E=block_e,
+            BLOCK_T=block_t,
             ACC=accumulator(logits.dtype),
             num_warps=num_warps,
         )

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_BLOCK_D = 1024
+from unimoe_kernels._triton.launch import accumulator
+
+MAX_BLOCK_N = 1024
 
 
 @triton.jit
@@ -20,27 +22,27 @@ def unpermute_kernel(
     width,
     TOP_K: tl.constexpr,
     HAS_SCORES: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """Sums the rows of one token in choice order, for `BLOCK_D` columns."""
+    """Sums the rows of one token in choice order, for `BLOCK_N` columns."""
     token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < width
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < width
     num_routed = tl.load(num_routed_ptr)
-    total = tl.zeros((BLOCK_D,), dtype=ACC_DTYPE)
+    acc_N = tl.zeros((BLOCK_N,), dtype=ACC)
     for k in range(TOP_K):
         position = tl.load(inverse_order_ptr + token * TOP_K + k)
         routed = position < num_routed
-        address = position.to(tl.int64) * width + column
+        rows_offs_n = position.to(tl.int64) * width + offs_n
         # No column of a row that belongs to another rank is read.
-        wanted = column < tl.where(routed, width, 0)
-        value = tl.load(rows_ptr + address, mask=wanted, other=0).to(ACC_DTYPE)
+        rows_mask_n = offs_n < tl.where(routed, width, 0)
+        rows_N = tl.load(rows_ptr + rows_offs_n, mask=rows_mask_n, other=0).to(ACC)
         if HAS_SCORES:
             score = tl.load(scores_ptr + token * TOP_K + k, mask=routed, other=0)
-            value *= score.to(ACC_DTYPE)
-        total += value
-    tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+            rows_N *= score.to(ACC)
+        acc_N += rows_N
+    tl.store(out_ptr + token * width + offs_n, acc_N.to(out_ptr.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -54,27 +56,27 @@ def unpermute_backward_kernel(
     scores_ptr,
     width,
     TOP_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """Writes the gradients of one routed row and of its score."""
     row = tl.program_id(0)
     token = (row // TOP_K).to(tl.int64)
     position = tl.load(inverse_order_ptr + row)
     routed = position < tl.load(num_routed_ptr)
-    score = tl.load(scores_ptr + row, mask=routed, other=0).to(ACC_DTYPE)
-    start = position.to(tl.int64) * width
+    score = tl.load(scores_ptr + row, mask=routed, other=0).to(ACC)
+    rows_start = position.to(tl.int64) * width
     num_columns = tl.where(routed, width, 0)
-    dot = tl.zeros((BLOCK_D,), dtype=ACC_DTYPE)
-    for first in range(0, width, BLOCK_D):
-        column = first + tl.arange(0, BLOCK_D)
-        wanted = column < num_columns
-        grad = tl.load(grad_ptr + token * width + column, mask=wanted, other=0).to(ACC_DTYPE)
-        value = tl.load(rows_ptr + start + column, mask=wanted, other=0).to(ACC_DTYPE)
-        dot += grad * value
-        grad_row = (score * grad).to(grad_rows_ptr.dtype.element_ty)
-        tl.store(grad_rows_ptr + start + column, grad_row, mask=column < width)
-    grad_score = tl.sum(dot, axis=0).to(grad_scores_ptr.dtype.element_ty)
+    acc_N = tl.zeros((BLOCK_N,), dtype=ACC)
+    for start_n in range(0, width, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        rows_mask_n = offs_n < num_columns
+        grad_N = tl.load(grad_ptr + token * width + offs_n, mask=rows_mask_n, other=0).to(ACC)
+        rows_N = tl.load(rows_ptr + rows_start + offs_n, mask=rows_mask_n, other=0).to(ACC)
+        acc_N += grad_N * rows_N
+        grad_rows_N = (score * grad_N).to(grad_rows_ptr.dtype.element_ty)
+        tl.store(grad_rows_ptr + rows_start + offs_n, grad_rows_N, mask=offs_n < width)
+    grad_score = tl.sum(acc_N, axis=0).to(grad_scores_ptr.dtype.element_ty)
     tl.store(grad_scores_ptr + row, grad_score)
 
 
@@ -90,9 +92,9 @@ def unpermute(
     out = rows.new_empty(num_tokens, width)
     if out.numel() == 0:
         return out
-    block_d = min(triton.next_power_of_2(width), MAX_BLOCK_D)
+    block_n = min(triton.next_power_of_2(width), MAX_BLOCK_N)
     with torch.cuda.device_of(rows):
-        unpermute_kernel[(num_tokens, triton.cdiv(width, block_d))](
+        unpermute_kernel[(num_tokens, triton.cdiv(width, block_n))](
             rows,
             out,
             inverse_order,
@@ -101,8 +103,8 @@ def unpermute(
             width,
             TOP_K=top_k,
             HAS_SCORES=scores is not None,
-            BLOCK_D=block_d,
-            ACC_DTYPE=_accumulator(rows),
+            BLOCK_N=block_n,
+            ACC=accumulator(rows.dtype),
         )
     return out
 
@@ -131,11 +133,7 @@ def unpermute_backward(
             scores,
             width,
             TOP_K=top_k,
-            BLOCK_D=min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK_D),
-            ACC_DTYPE=_accumulator(rows),
+            BLOCK_N=min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK_N),
+            ACC=accumulator(rows.dtype),
         )
     return grad_rows, grad_scores
-
-
-def _accumulator(rows: Tensor) -> tl.dtype:
-    return tl.float64 if rows.dtype == torch.float64 else tl.float32
