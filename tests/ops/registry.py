@@ -5,22 +5,26 @@ from unimoe_kernels import _backends
 
 def declared():
     """Names of all operators, backward operators among them."""
-    return sorted(_backends._overloads)
+    return [operator.name for operator in _backends.operators()]
 
 
 def differentiable(op):
     """Whether an operator is declared with a gradient formula."""
-    return op in _backends._differentiable
+    return _backends._operators[op].differentiable
 
 
 def overloads(op):
     """The overloads of an operator by name."""
-    return _backends._overloads[op]
+    return _backends._operators[op].overloads
 
 
 def set_available(monkeypatch, op, by_device):
     """Lets an operator have other backends: names by device type, the automatic choice first."""
-    monkeypatch.setitem(_backends._available, op, by_device)
+    available = _backends._operators[op].available
+    for device in list(available):
+        monkeypatch.delitem(available, device)
+    for device, backends in by_device.items():
+        monkeypatch.setitem(available, device, backends)
 
 
 def refuse(op):

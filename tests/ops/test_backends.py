@@ -10,7 +10,6 @@ import registry
 import torch
 
 from unimoe_kernels import (
-    _backends,
     _extension,
     available_backends,
     expert_sort,
@@ -19,6 +18,7 @@ from unimoe_kernels import (
     unpermute,
     use_backend,
 )
+from unimoe_kernels.info import backend_choices
 from unimoe_kernels.testing import sample_routing
 
 OPS = cases.operators()
@@ -55,8 +55,8 @@ def run_python(code, **environment):
 
 
 def test_every_operator_is_listed():
-    assert sorted({row.op for row in _backends.report()}) == OPS
-    assert sorted({row.device for row in _backends.report()}) == ["cpu", "cuda"]
+    assert sorted({row.op for row in backend_choices()}) == OPS
+    assert sorted({row.device for row in backend_choices()}) == ["cpu", "cuda"]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -64,7 +64,7 @@ def test_every_operator_is_listed():
 def test_every_operator_has_its_reference(op, device):
     assert "reference" in available_backends(op, device)
     assert available_backends(op, device)[0] != "triton" or device == "cuda"
-    (row,) = [row for row in _backends.report() if (row.op, row.device) == (op, device)]
+    (row,) = [row for row in backend_choices() if (row.op, row.device) == (op, device)]
     assert row.backend == available_backends(op, device)[0]
     assert row.reason
 
@@ -100,13 +100,13 @@ def test_use_backend_holds_for_composed_operators():
 
 
 def test_use_backend_restores_the_choice():
-    before = _backends.report()
+    before = backend_choices()
     with use_backend("reference"):
-        assert {row.backend for row in _backends.report()} == {"reference"}
+        assert {row.backend for row in backend_choices()} == {"reference"}
         with pytest.raises(KeyError), use_backend("reference"):
             raise KeyError
-        assert {row.backend for row in _backends.report()} == {"reference"}
-    assert _backends.report() == before
+        assert {row.backend for row in backend_choices()} == {"reference"}
+    assert backend_choices() == before
 
 
 def test_operators_without_the_backend_keep_their_choice(monkeypatch):
@@ -153,11 +153,11 @@ def test_default_overload_runs_without_a_kernel_of_its_own():
 
 
 def test_environment_sets_the_backend():
-    code = "from unimoe_kernels import _backends; print([r.backend for r in _backends.report()])"
-    count = len(_backends.report())
+    code = "from unimoe_kernels.info import backend_choices as b; print([r.backend for r in b()])"
+    count = len(backend_choices())
     assert run_python(code, UNIMOE_BACKEND="reference").stdout == f"{['reference'] * count}\n"
     empty = run_python(code, UNIMOE_BACKEND="")  # counts as unset
-    assert empty.stdout == f"{[row.backend for row in _backends.report()]}\n", empty.stderr
+    assert empty.stdout == f"{[row.backend for row in backend_choices()]}\n", empty.stderr
     failed = run_python(code, UNIMOE_BACKEND="fast")
     assert "ValueError: UNIMOE_BACKEND ('fast') must be one of reference, cpp" in failed.stderr
 

@@ -43,6 +43,7 @@ def launches(everything):
 def launch(shape):
     """Inference, then training of everything and of the input alone, with biases where F is odd."""
     from unimoe_kernels.ops.moe_mlp import fused
+    from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights, Gate, Needs, Saved
 
     dtype = shape.dtype
     x = empty(shape.tokens, shape.width, dtype=dtype)
@@ -51,13 +52,17 @@ def launch(shape):
     scores = empty(shape.tokens, shape.top_k, dtype=shape.score_dtype)
     ids = empty(shape.tokens, shape.top_k, dtype=torch.int32)
     has_bias = shape.name == "odd"
-    gate_up_bias = empty(*gate_up.shape[:2], dtype=dtype) if has_bias else None
-    down_bias = empty(*down.shape[:2], dtype=dtype) if has_bias else None
-    activation = ("swiglu_clamped" if has_bias else "silu", 7.0, 1.702)
-    inputs = (x, gate_up, down, ids, scores, gate_up_bias, down_bias, *activation)
-    fused.forward(*inputs, False)
+    weights = ExpertWeights(
+        gate_up,
+        down,
+        empty(*gate_up.shape[:2], dtype=dtype) if has_bias else None,
+        empty(*down.shape[:2], dtype=dtype) if has_bias else None,
+    )
+    gate = Gate("swiglu_clamped" if has_bias else "silu", 7.0, 1.702)
+    fused.forward(x, ids, scores, weights, gate, False)
     if shape.name.endswith("decode"):
         return
-    _, *saved = fused.forward(*inputs, True)
+    _, hidden, rows = fused.forward(x, ids, scores, weights, gate, True)
+    saved = Saved(x, scores, weights, hidden, rows)
     for needs in ([True] * 4 + [has_bias] * 2, [True, False, False, True, False, False]):
-        fused.backward(x, x, gate_up, down, scores, *saved, down_bias, *activation, needs)
+        fused.backward(x, saved, gate, Needs(*needs))
