@@ -2,12 +2,13 @@
 
 from unimoe_kernels.integrations.expert_lora import (
     add_expert_lora,
+    load_expert_lora,
     merge_and_unload_expert_lora,
     merge_expert_lora,
+    save_expert_lora,
     train_expert_lora,
     unmerge_expert_lora,
 )
-from unimoe_kernels.integrations.peft_adapter import load_expert_lora, save_expert_lora
 from unimoe_kernels.integrations.transformers import register_with_transformers
 from unimoe_kernels.integrations.upcycle import load_upcycled, upcycle
 

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from unimoe_kernels.integrations.transformers import plain_gate, register_with_transformers
+from unimoe_kernels.integrations.model_experts import (
+    attachable_experts,
+    gate_is_in_halves,
+    innermost,
+    peft_layers,
+    with_lora,
+)
+from unimoe_kernels.integrations.peft_adapter import read_adapter, write_adapter
+from unimoe_kernels.integrations.peft_linears import load_linears
+from unimoe_kernels.integrations.transformers import register_with_transformers
 from unimoe_kernels.layers import GroupedExperts
 from unimoe_kernels.layers.expert_lora import (
     HALVES,
     TARGETS,
     ExpertLoRA,
     attach,
-    check_attachable,
     merge,
     merge_and_unload,
     new_lora,
     unmerge,
 )
-
-# What wrappers put into the names of parameters.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def add_expert_lora(
@@ -86,8 +92,6 @@ def train_expert_lora(model: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: if the model has no expert LoRA.
     """
-    from unimoe_kernels.integrations.peft_adapter import guard_saving
-
     for _, experts in with_lora(model):
         experts.expert_lora.requires_grad_(True)
     guard_saving(model)
@@ -143,79 +147,90 @@ def merge_and_unload_expert_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def innermost(model: nn.Module) -> nn.Module:
-    """The model inside of wrappers: compiled, data-parallel, or peft's."""
-    peft_model = getattr(sys.modules.get("peft"), "PeftModel", ())
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, peft_model):
-            model = model.get_base_model()
-        else:
-            return model
+def save_expert_lora(model: nn.Module, folder: str | Path) -> None:
+    """Writes the expert LoRA as an adapter that peft loads, and peft's own LoRA with it.
 
+    `adapter_model.safetensors` holds what peft's `target_parameters` route calls by these names.
+    Halves of the gate become one adapter of rank 2r, B block-diagonal, and `down_proj` is filled up
+    with zeros to that rank. peft cannot drop inputs there: the file says dropout 0, whatever was
+    trained with. LoRA that peft has put on linear layers, such as those of the attention, goes into
+    the same adapter.
 
-def all_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Experts with stacked weights, by the name that they have without wrappers.
+    Where weights are sharded every rank calls it; they are gathered, and rank 0 writes.
 
-    Raises:
-        ValueError: if there are none.
-    """
-    found = [
-        (clean(name), module)
-        for name, module in innermost(model).named_modules()
-        if _is_experts(module)
-    ]
-    if not found:
-        raise ValueError(f"model ({type(model).__name__}) has no experts with stacked weights")
-    return found
-
-
-def attachable_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """`all_experts`, all of which may be given LoRA.
+    Args:
+        model: with LoRA by `add_expert_lora` or `load_expert_lora`; may be wrapped by peft,
+            `torch.compile` or `DistributedDataParallel`.
+        folder: made if it is not there; each file appears whole or not at all.
 
     Raises:
-        ValueError: if there are none.
-        RuntimeError: if some have LoRA already, or weights are sharded or replicated.
+        RuntimeError: if the model has no expert LoRA.
+        ValueError: if ranks or scales differ between experts modules, or peft's adapter is not
+            plain LoRA. Nothing is written then.
     """
-    if isinstance(model, DistributedDataParallel):
-        raise RuntimeError(
-            "model (DistributedDataParallel) adds up gradients of the parameters that it found:"
-            " LoRA of experts must be added or loaded before"
-        )
-    found = all_experts(model)
-    for name, experts in found:
-        check_attachable(experts, name)
-    return found
+    write_adapter(model, Path(folder))
 
 
-def with_lora(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Experts that have LoRA, by the name that they have without wrappers.
+def load_expert_lora(model: nn.Module, folder: str | Path, dropout: float = 0.0) -> nn.Module:
+    """Gives a model the LoRA of an adapter that peft or `save_expert_lora` wrote.
+
+    What the adapter holds for experts becomes expert LoRA. What it holds for linear layers is put
+    there by peft, or copied into the LoRA that peft has put there before.
+
+    Args:
+        model: without expert LoRA; changed in place, everything else is frozen.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        dropout: as for `add_expert_lora`.
+
+    Returns:
+        The same model.
 
     Raises:
-        RuntimeError: if there are none.
+        FileNotFoundError: if a file is missing.
+        ValueError: if the adapter holds anything but LoRA that fits this model: names, ranks,
+            alpha, number of experts and widths are checked before anything is changed.
+        RuntimeError: if experts have LoRA already, or weights are sharded or replicated.
+        ImportError: if the adapter holds LoRA of linear layers and peft is missing.
     """
-    found = [
-        (clean(name), module)
-        for name, module in innermost(model).named_modules()
-        if getattr(module, "expert_lora", None) is not None
-    ]
-    if not found:
-        raise RuntimeError("the model has no expert LoRA; call add_expert_lora() first")
-    yield from found
+    folder = Path(folder)
+    adapter = read_adapter(model, folder, dropout)
+    if adapter.linears:
+        load_linears(folder, adapter.config, model, adapter.linears)
+    attach_all(model, adapter.experts)
+    return model
 
 
-def clean(name: str) -> str:
-    """A module's name without what wrappers inside of the model put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def guard_saving(model: nn.Module) -> None:
+    """Makes `save_pretrained` of a model, and of models in it, keep LoRA that is not merged.
+
+    Without it transformers writes the weights below the LoRA, and peft its own adapter alone: both
+    would come back as another model without a word.
+    """
+    modules = {id(module): module for module in (*model.modules(), *innermost(model).modules())}
+    for module in modules.values():
+        if hasattr(type(module), "save_pretrained") and _has_lora(module):
+            module.save_pretrained = functools.partial(_save_pretrained, module)
+
+
+def _save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwargs) -> Any:
+    """`save_pretrained`, with the adapter in the same folder where expert LoRA is not merged.
+
+    transformers loads such a folder as the model with its adapter, and what the weights' own file
+    holds of the LoRA serves to go on training.
+    """
+    result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    merged = all(experts.expert_lora.is_merged for _, experts in with_lora(model))
+    if not merged and kwargs.get("is_main_process", True):
+        write_adapter(model, Path(save_directory), kwargs.get("state_dict"))
+    return result
+
+
+def _has_lora(model: nn.Module) -> bool:
+    return any(getattr(module, "expert_lora", None) is not None for module in model.modules())
 
 
 def attach_all(model: nn.Module, made: list[tuple[nn.Module, dict[str, ExpertLoRA]]]) -> None:
     """Freezes a model and gives its experts what was made for them."""
-    from unimoe_kernels.integrations.peft_adapter import guard_saving
-
     if peft_layers(model):
         for experts, _ in made:
             for weight in experts.parameters(recurse=False):
@@ -230,28 +245,6 @@ def attach_all(model: nn.Module, made: list[tuple[nn.Module, dict[str, ExpertLoR
         register_with_transformers()
         innermost(model).set_experts_implementation("unimoe")
     guard_saving(model)
-
-
-def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that peft has put into a model, by the name that they have without wrappers."""
-    tuner = sys.modules.get("peft.tuners.tuners_utils")
-    if tuner is None:
-        return {}
-    return {
-        clean(name): module
-        for name, module in innermost(model).named_modules()
-        if isinstance(module, tuner.BaseTunerLayer)
-    }
-
-
-def gate_is_in_halves(experts: nn.Module) -> bool:
-    """Whether the first F rows of the gate's weight are the gate, and the others what it gates."""
-    return isinstance(experts, GroupedExperts) or plain_gate(experts) is not None
-
-
-def _is_experts(module: nn.Module) -> bool:
-    stacked = isinstance(getattr(module, "down_proj", None), nn.Parameter)
-    return isinstance(module, GroupedExperts) or (stacked and hasattr(module, "has_gate"))
 
 
 def _check_implementation(experts: nn.Module, _inputs: tuple) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Mapping
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unimoe_kernels._files import atomic_write
-from unimoe_kernels.integrations.expert_lora import (
-    attach_all,
+from unimoe_kernels.integrations.model_experts import (
     attachable_experts,
     innermost,
     with_lora,
@@ -24,61 +22,36 @@ from unimoe_kernels.integrations.peft_linears import (
     check_kind,
     linear_adapter,
     linears_of,
-    load_linears,
     rank_and_scale,
     whole,
 )
 from unimoe_kernels.layers.expert_lora import HALVES, ExpertLoRA, new_lora, weight_of
 
 
-def save_expert_lora(model: nn.Module, folder: str | Path) -> None:
-    """Writes the expert LoRA as an adapter that peft loads, and peft's own LoRA with it.
+class LoadedAdapter(NamedTuple):
+    """What a folder holds for a model, read and checked.
 
-    `adapter_model.safetensors` holds what peft's `target_parameters` route calls by these names.
-    Halves of the gate become one adapter of rank 2r, B block-diagonal, and `down_proj` is filled up
-    with zeros to that rank. peft cannot drop inputs there: the file says dropout 0, whatever was
-    trained with. LoRA that peft has put on linear layers, such as those of the attention, goes into
-    the same adapter.
-
-    Where weights are sharded every rank calls it; they are gathered, and rank 0 writes.
-
-    Args:
-        model: with LoRA by `add_expert_lora` or `load_expert_lora`; may be wrapped by peft,
-            `torch.compile` or `DistributedDataParallel`.
-        folder: made if it is not there; each file appears whole or not at all.
-
-    Raises:
-        RuntimeError: if the model has no expert LoRA.
-        ValueError: if ranks or scales differ between experts modules, or peft's adapter is not
-            plain LoRA. Nothing is written then.
+    Attributes:
+        config: of adapter_config.json.
+        experts: modules of experts, each with its LoRA by target.
+        linears: what `linears_of` returns.
     """
-    _save(model, Path(folder), None)
+
+    config: dict[str, Any]
+    experts: list[tuple[nn.Module, dict[str, ExpertLoRA]]]
+    linears: Any
 
 
-def load_expert_lora(model: nn.Module, folder: str | Path, dropout: float = 0.0) -> nn.Module:
-    """Gives a model the LoRA of an adapter that peft or `save_expert_lora` wrote.
-
-    What the adapter holds for experts becomes expert LoRA. What it holds for linear layers is put
-    there by peft, or copied into the LoRA that peft has put there before.
-
-    Args:
-        model: without expert LoRA; changed in place, everything else is frozen.
-        folder: holds adapter_config.json and adapter_model.safetensors.
-        dropout: as for `add_expert_lora`.
-
-    Returns:
-        The same model.
+def read_adapter(model: nn.Module, folder: Path, dropout: float) -> LoadedAdapter:
+    """Reads the adapter in a folder; the model stays as it is.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the adapter holds anything but LoRA that fits this model: names, ranks,
-            alpha, number of experts and widths are checked before anything is changed.
+        ValueError: if the adapter holds anything but LoRA that fits this model.
         RuntimeError: if experts have LoRA already, or weights are sharded or replicated.
-        ImportError: if the adapter holds LoRA of linear layers and peft is missing.
     """
     from safetensors.torch import load_file
 
-    folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     check_kind(folder, config)
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -97,43 +70,23 @@ def load_expert_lora(model: nn.Module, folder: str | Path, dropout: float = 0.0)
             made.append((experts, loras))
     if not made:
         raise ValueError(f"folder ({folder}) holds no LoRA on these experts: {sorted(tensors)}")
-    linears = linears_of(folder, config, model, tensors)
-    if linears:
-        load_linears(folder, config, model, linears)
-    attach_all(model, made)
-    return model
+    return LoadedAdapter(config, made, linears_of(folder, config, model, tensors))
 
 
-def guard_saving(model: nn.Module) -> None:
-    """Makes `save_pretrained` of a model, and of models in it, keep LoRA that is not merged.
+def write_adapter(
+    model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes the LoRA of a model's experts, and peft's of its linear layers, as one adapter.
 
-    Without it transformers writes the weights below the LoRA, and peft its own adapter alone: both
-    would come back as another model without a word.
+    Args:
+        model: with expert LoRA.
+        folder: made if it is not there.
+        state: what to write in the place of the model's own tensors, where it has them by name.
+
+    Raises:
+        RuntimeError: if the model has no expert LoRA.
+        ValueError: if ranks or scales differ between experts, or peft's adapter is no plain LoRA.
     """
-    modules = {id(module): module for module in (*model.modules(), *innermost(model).modules())}
-    for module in modules.values():
-        if hasattr(type(module), "save_pretrained") and _has_lora(module):
-            module.save_pretrained = functools.partial(_save_pretrained, module)
-
-
-def _save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwargs) -> Any:
-    """`save_pretrained`, with the adapter in the same folder where expert LoRA is not merged.
-
-    transformers loads such a folder as the model with its adapter, and what the weights' own file
-    holds of the LoRA serves to go on training.
-    """
-    result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    merged = all(experts.expert_lora.is_merged for _, experts in with_lora(model))
-    if not merged and kwargs.get("is_main_process", True):
-        _save(model, Path(save_directory), kwargs.get("state_dict"))
-    return result
-
-
-def _has_lora(model: nn.Module) -> bool:
-    return any(getattr(module, "expert_lora", None) is not None for module in model.modules())
-
-
-def _save(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None) -> None:
     from safetensors.torch import save_file
 
     from unimoe_kernels.distributed.world import write_once

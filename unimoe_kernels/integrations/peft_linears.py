@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unimoe_kernels.integrations.expert_lora import innermost, peft_layers
+from unimoe_kernels.integrations.model_experts import innermost, peft_layers
 
 PREFIX = "base_model.model."
 
