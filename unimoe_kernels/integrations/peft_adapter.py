@@ -137,7 +137,7 @@ def _has_lora(model: nn.Module) -> bool:
 def _save(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None) -> None:
     from safetensors.torch import save_file
 
-    from unimoe_kernels.distributed.world import write_once
+    from unimoe_kernels.distributed.running.world import write_once
 
     adapter = _expert_adapter(model, state)
     sharded = state is None and any(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from unimoe_kernels.distributed.failure import collective
-from unimoe_kernels.distributed.world import is_distributed, is_first, meet
+from unimoe_kernels.distributed.running.failure import collective
+from unimoe_kernels.distributed.running.world import is_distributed, is_first, meet
 
 _EXTRA = "extra.json"
 
