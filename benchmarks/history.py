@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from unimoe_kernels import atomic_write
+
 from .limits import Limits, best_of
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +72,7 @@ def committed_rows(of_class: str) -> tuple[str, dict[str, Row]]:
     if names:
         texts = {name: _git("show", f"HEAD:{name}") for name in names if name.endswith(".json")}
     else:
-        texts = {str(p.relative_to(ROOT)): p.read_text() for p in FOLDER.glob("*.json")}
+        texts = {str(p.relative_to(ROOT)): p.read_text() for p in FOLDER.glob("[!.]*.json")}
     results = {name: json.loads(text) for name, text in texts.items()}
     own = {n: r for n, r in results.items() if r.get("machine", {}).get("class") == of_class}
     if not own:
@@ -119,10 +121,9 @@ class ResultsFile:
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._path.with_suffix(".new")
         content = self._head | {"limits": vars(self.limits), "rows": list(self.rows.values())}
-        fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        fresh.rename(self._path)
+        with atomic_write(self._path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def results_path(device: torch.device, shapes: str) -> Path:

@@ -5,6 +5,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from unimoe_kernels import atomic_write
+
 from .history import Row
 
 COLORS = {
@@ -116,6 +118,7 @@ def _save(figure, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    with atomic_write(path) as partial:
+        figure.savefig(partial, metadata={"Date": None})
     plt.close(figure)
     return path

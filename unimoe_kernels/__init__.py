@@ -7,6 +7,7 @@ The public API is exactly `__all__`.
 # decided when it is declared, so this comes first.
 from unimoe_kernels import _extension  # noqa: F401
 from unimoe_kernels._backends import available_backends, use_backend
+from unimoe_kernels._files import atomic_write, recover_folder, replace_folder
 from unimoe_kernels.integrations import (
     add_expert_lora,
     load_expert_lora,
@@ -61,6 +62,7 @@ __all__ = [
     "TopKRouterOutput",
     "__version__",
     "add_expert_lora",
+    "atomic_write",
     "available_backends",
     "expert_sort",
     "grouped_lora",
@@ -74,7 +76,9 @@ __all__ = [
     "moe_mlp",
     "pack_weights",
     "permute",
+    "recover_folder",
     "register_with_transformers",
+    "replace_folder",
     "save_expert_lora",
     "stack_experts",
     "swiglu",

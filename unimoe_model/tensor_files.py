@@ -7,24 +7,21 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unimoe_kernels import atomic_write
+
 
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors under another name and renames the file: a kill leaves the old or the new.
+    """Replaces a file of tensors whole or not at all (`atomic_write`).
 
     Args:
         path: the file, replaced if it exists.
         tensors: contiguous, by name.
         metadata: texts kept beside them.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(path) as partial:
         save_file(dict(tensors), partial, metadata=metadata and dict(metadata))
-        permit_as_usual(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def permit_as_usual(path: Path) -> None:

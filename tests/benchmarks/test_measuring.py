@@ -148,7 +148,7 @@ def test_results_are_kept_row_by_row_and_resumed(tmp_path):
     assert held["commands"] == ["a", "b"]
     assert not history.ResultsFile(path, head | {"commit": "other"}).rows
     assert not history.ResultsFile(path, head | {"commit": "abc+"}).rows
-    assert not list(path.parent.glob("*.new"))
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_shares_are_of_the_best_limits_seen(tmp_path):

@@ -27,7 +27,7 @@ from unimoe_kernels.distributed import (
     save_sharded,
     start_parallel,
 )
-from unimoe_kernels.distributed.all_to_all import Transfer
+from unimoe_kernels.distributed.dispatch.all_to_all import Transfer
 
 TIMEOUT = 20.0
 START_TIMEOUT = 2.0

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unimoe_kernels import expert_sort
-from unimoe_kernels.distributed.chunks import cut_evenly, order_by_chunk
+from unimoe_kernels.distributed.dispatch.chunks import cut_evenly, order_by_chunk
 
 
 @st.composite

@@ -119,13 +119,13 @@ def test_ranks_in_different_calls_all_raise(ops, place, what):
 @pytest.mark.parametrize(
     ("place", "text"),
     [
-        (4, "of layer must be a multiple of the"),
-        (5, "num_chunks (0) must be at least 1"),
-        (6, "max_rows (0) must be at least 1"),
+        (0, "of layer must be a multiple of the"),
+        (1, "num_chunks (0) must be at least 1"),
+        (2, "max_rows (0) must be at least 1"),
     ],
 )
 def test_refuses_what_does_not_fit(ops, place, text):
-    assert all(text in texts[place] for texts in ops["refusals"])
+    assert all(text in texts[place] for texts in ops["refused_dispatchers"])
 
 
 def test_refuses_a_layer_that_is_parallel_already(ops):

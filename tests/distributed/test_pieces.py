@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unimoe_kernels.distributed.pieces import Pieces
+from unimoe_kernels.distributed.dispatch.pieces import Pieces
 
 SIZES = [([3], 0), ([2, 0, 3], 0), ([1, 4], 2), ([0, 0], 3), ([0], 0)]
 

@@ -215,7 +215,7 @@ def test_report_is_one_page_with_pictures_and_metrics(results, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     for shown in (*TASK_NAMES.values(), "<b>no</b>", "is 1 < 2 & 3?", "62.5", "stands in for CLIP"):
         assert shown in page.text
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_table_and_examples_are_printed(results, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import json
+import os
 from queue import Queue
 
 import pytest
@@ -188,7 +189,7 @@ def test_kill_while_saving_leaves_the_old_checkpoint(small, monkeypatch):
     def killed(*_):
         raise Killed
 
-    for module, name in ((checkpoint, "save_tensors"), (torch, "save"), (checkpoint.os, "rename")):
+    for module, name in ((checkpoint, "save_tensors"), (torch, "save"), (os, "rename")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, killed)
             with pytest.raises(Killed):

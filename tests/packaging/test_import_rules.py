@@ -8,6 +8,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +87,23 @@ def public_names(package="unimoe_kernels"):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return set(ast.literal_eval(node.value))
     raise AssertionError(f"{package}/__init__.py has no literal __all__")
+
+
+def module_graph(pattern):
+    """The modules of the files -> those among them that each imports, lazily or not."""
+    names = {}
+    for path in files(pattern):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {
+        name: {
+            target
+            for item in imports_of(ast.parse(path.read_text()))
+            for target in item.targets()
+            if target in names
+        }
+        for name, path in names.items()
+    }
 
 
 def test_imports_of_finds_every_form():
@@ -170,7 +188,7 @@ def test_layers_import_public_ops():
     assert not violations("unimoe_kernels/layers/*.py", allowed)
 
 
-def test_distributed_imports_layers_and_ops():
+def test_dispatch_imports_layers_ops_and_running():
     def allowed(path, item):
         if is_stdlib(item) or item.top == "torch":
             return True
@@ -181,12 +199,41 @@ def test_distributed_imports_layers_and_ops():
         return (
             item.module in parts
             or lora
-            or item.module.startswith("unimoe_kernels.distributed")
+            or item.module.startswith("unimoe_kernels.distributed.dispatch.")
+            or item.module.startswith("unimoe_kernels.distributed.running.")
             or (item.module == "unimoe_kernels" and item.names == ("_checks",))
             or item.module == "unimoe_kernels._files"
         )
 
+    assert not violations("unimoe_kernels/distributed/dispatch/**/*.py", allowed)
+
+
+def test_running_imports_torch_and_its_own_modules():
+    """It knows ranks and files, and neither experts nor rows."""
+
+    def allowed(path, item):
+        own = item.module.startswith("unimoe_kernels.distributed.running.")
+        return (
+            is_stdlib(item) or item.top == "torch" or own or item.module == "unimoe_kernels._files"
+        )
+
+    assert not violations("unimoe_kernels/distributed/running/**/*.py", allowed)
+
+
+def test_distributed_itself_only_exports_its_parts():
+    def allowed(path, item):
+        return item.module.startswith(
+            ("unimoe_kernels.distributed.dispatch.", "unimoe_kernels.distributed.running.")
+        )
+
     assert not violations("unimoe_kernels/distributed/*.py", allowed)
+
+
+@pytest.mark.parametrize("pattern", ["unimoe_kernels/distributed/**/*.py", "unimoe_model/**/*.py"])
+def test_modules_form_no_circle(pattern):
+    graph = module_graph(pattern)
+    assert any(graph.values())
+    TopologicalSorter(graph).prepare()
 
 
 def test_kernel_package_imports_nothing_but_torch_when_loaded():

@@ -1,23 +1,29 @@
 """Expert parallelism on torch.distributed: experts on several ranks, besides data parallelism.
 
 Start processes with `torchrun`, then `start_parallel`, `parallelize_moe`, and train or generate as
-with one process. `docs/expert_parallelism.md` has the formulas.
+with one process. `docs/expert_parallelism.md` has the formulas. Of its two parts, `dispatch` takes
+rows to experts on several ranks and keeps their weights and gradients in step; `running` is about
+ranks alone: their start and end, failures, checkpoints.
 """
 
-from unimoe_kernels.distributed.all_to_all import Transfer, all_to_all
-from unimoe_kernels.distributed.checkpoint import discard_sharded, load_sharded, save_sharded
-from unimoe_kernels.distributed.dispatcher import DispatchReport, ExpertDispatcher
-from unimoe_kernels.distributed.failure import CollectiveError, attributed, collective
-from unimoe_kernels.distributed.norm import clip_grad_norm
-from unimoe_kernels.distributed.parallelize import (
+from unimoe_kernels.distributed.dispatch.all_to_all import Transfer, all_to_all
+from unimoe_kernels.distributed.dispatch.dispatcher import DispatchReport, ExpertDispatcher
+from unimoe_kernels.distributed.dispatch.parallelize import (
     count_over_ranks,
     parallelize_moe,
     parameter_groups,
     unparallelize_moe,
 )
-from unimoe_kernels.distributed.start import finish_parallel, start_parallel
-from unimoe_kernels.distributed.traffic import Traffic, count_traffic
-from unimoe_kernels.distributed.weights import load_weights, save_weights, whole_state_dict
+from unimoe_kernels.distributed.dispatch.traffic import Traffic, count_traffic
+from unimoe_kernels.distributed.dispatch.weights import load_weights, save_weights, whole_state_dict
+from unimoe_kernels.distributed.running.checkpoint import (
+    discard_sharded,
+    load_sharded,
+    save_sharded,
+)
+from unimoe_kernels.distributed.running.failure import CollectiveError, attributed, collective
+from unimoe_kernels.distributed.running.norm import clip_grad_norm
+from unimoe_kernels.distributed.running.start import finish_parallel, start_parallel
 
 __all__ = [
     "CollectiveError",

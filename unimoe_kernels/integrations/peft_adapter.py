@@ -89,7 +89,7 @@ def write_adapter(
     """
     from safetensors.torch import save_file
 
-    from unimoe_kernels.distributed.world import write_once
+    from unimoe_kernels.distributed.running.world import write_once
 
     adapter = _expert_adapter(model, state)
     sharded = state is None and any(

@@ -8,9 +8,9 @@ takes the process along is found there by the next run, and not tried again.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from unimoe_kernels._files import atomic_write
 from unimoe_kernels._triton.problem import Problem, Tile
 from unimoe_kernels._triton.table import parse, parse_problem, parse_tile, read
 
@@ -113,9 +113,8 @@ class Record:
     def _write(self) -> None:
         parse(self._content)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        with atomic_write(self.path) as partial:
+            partial.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
 
 
 def as_fields(problem: Problem) -> dict:

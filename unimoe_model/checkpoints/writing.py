@@ -1,7 +1,6 @@
 """Writes a folder of weights whole or not at all."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unimoe_kernels import replace_folder
 from unimoe_model.checkpoints.files import INDEX, num_bytes, write_tensors
 
 SHARD_BYTES = 5_000_000_000
@@ -37,7 +37,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        os.replace(partial, target)
+        replace_folder(target, partial, overwrite=False)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

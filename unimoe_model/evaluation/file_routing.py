@@ -58,9 +58,7 @@ def route_file(
         "shares": {modality: share.tolist() for modality, share in shares.items()},
     }
     write_whole(output / "routing.json", json.dumps(figures, indent=1) + "\n")
-    partial = output / "routing.new.png"
     config = answerer.model.config
     experts = config.expert_origins or [str(expert) for expert in range(config.num_experts)]
-    save_routing_plot(partial, shares, experts, counts.layers)
-    partial.rename(output / "routing.png")
+    save_routing_plot(output / "routing.png", shares, experts, counts.layers)
     return counts

@@ -4,12 +4,13 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from unimoe_kernels import atomic_write
+
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name and renames it: a kill leaves the old one or the new."""
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+    """Replaces a file of text whole or not at all (`atomic_write`)."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def file_digest(path: Path) -> str:

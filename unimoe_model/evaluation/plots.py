@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from unimoe_kernels import atomic_write
 from unimoe_model.extras import needed_by
 
 with needed_by("drawing plots"):
@@ -44,7 +45,7 @@ def save_loss_plot(path: Path, losses: Mapping[str, Mapping[str, Sequence[float]
         axis.legend(fontsize=7, frameon=False)
     for axis in axes[:, 0]:
         axis.set_ylabel("cross-entropy (nats a token)", fontsize=8)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def save_routing_plot(
@@ -79,7 +80,7 @@ def save_routing_plot(
         axis.set_yticks(range(rows), [str(layer) for layer in layers], fontsize=7)
     axes[0].set_ylabel("layer", fontsize=8)
     figure.colorbar(image, ax=list(axes), shrink=0.8, label="share of routed rows")
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def save_accuracy_plot(path: Path, accuracy: Mapping[str, Mapping[str, float]]) -> None:
@@ -109,7 +110,7 @@ def save_accuracy_plot(path: Path, accuracy: Mapping[str, Mapping[str, float]]) 
     axis.grid(axis="y", alpha=0.25)
     axis.set_axisbelow(True)
     axis.legend(fontsize=8, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.13))
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def _smoothed(values: Sequence[float], window: int = 15) -> np.ndarray:
@@ -121,3 +122,8 @@ def _smoothed(values: Sequence[float], window: int = 15) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=130)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from unimoe_kernels import recover_folder, replace_folder
 from unimoe_kernels.distributed import load_sharded, save_sharded
 from unimoe_model.tensor_files import save_tensors
 
@@ -63,8 +63,7 @@ def save_checkpoint(
     if not alone:
         save_sharded(folder, parameters, optimizers, {"run": run, **vars(progress)})
         return
-    fresh = folder.with_name(folder.name + ".new")
-    old = folder.with_name(folder.name + ".old")
+    fresh = _fresh(folder)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     weights = {name: p.detach().contiguous() for name, p in parameters.items()}
@@ -72,11 +71,7 @@ def save_checkpoint(
     torch.save([o.state_dict() for o in optimizers], fresh / _OPTIMIZER)
     state = {"run": run, **vars(progress)}
     (fresh / _STATE).write_text(json.dumps(state), encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(folder, fresh)
 
 
 def load_checkpoint(
@@ -97,9 +92,8 @@ def load_checkpoint(
     Raises:
         ValueError: if the checkpoint is of another configuration or cannot be read.
     """
-    old = folder.with_name(folder.name + ".old")
-    if alone and not folder.exists() and old.exists():
-        os.rename(old, folder)
+    if alone:
+        recover_folder(folder)
     if not alone or (folder / ".metadata").exists():
         return _load_sharded(folder, run, parameters, optimizers)
     if not folder.exists():
@@ -175,5 +169,10 @@ def completed_run(folder: Path, run: str) -> bool:
 
 def discard_checkpoint(folder: Path) -> None:
     """Removes a checkpoint that the stage's result has replaced."""
-    for path in (folder, folder.with_name(folder.name + ".old")):
+    recover_folder(folder)
+    for path in (folder, _fresh(folder)):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _fresh(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.new")

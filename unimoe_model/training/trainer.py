@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from unimoe_kernels import atomic_write
 from unimoe_kernels.distributed import parameter_groups
 from unimoe_model.data.collate import IGNORED
 from unimoe_model.precision import multiplies_bf16
@@ -253,7 +254,6 @@ def finish_stage(folder: Path, run: str, settings: OptimizerSettings, progress: 
         "tokens": progress.tokens,
         "losses": progress.losses,
     }
-    partial = folder / "metrics.json.new"
-    partial.write_text(json.dumps(metrics), encoding="utf-8")
-    partial.rename(folder / "metrics.json")
+    with atomic_write(folder / "metrics.json") as partial:
+        partial.write_text(json.dumps(metrics), encoding="utf-8")
     discard_checkpoint(folder / "checkpoint")

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from unimoe_kernels.distributed.dispatcher import ExpertDispatcher
-from unimoe_kernels.distributed.failure import CollectiveError, collective
-from unimoe_kernels.distributed.replicate import GradientSum
-from unimoe_kernels.distributed.start import MESH_DIMS
+from unimoe_kernels.distributed.dispatch.dispatcher import ExpertDispatcher
+from unimoe_kernels.distributed.dispatch.replicate import GradientSum
+from unimoe_kernels.distributed.running.failure import CollectiveError, collective
+from unimoe_kernels.distributed.running.start import MESH_DIMS
 from unimoe_kernels.layers import GroupedExperts, MoE
 
 DATA_MODES = ("replicate", "shard")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unimoe_kernels._files import atomic_write
-from unimoe_kernels.distributed.failure import collective
-from unimoe_kernels.distributed.world import is_first, write_once
+from unimoe_kernels.distributed.running.failure import collective
+from unimoe_kernels.distributed.running.world import is_first, write_once
 from unimoe_kernels.layers.expert_lora import ExpertLoRADict
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from unimoe_kernels.distributed.failure import (
+from unimoe_kernels.distributed.running.failure import (
     CollectiveError,
     collective,
     start_heartbeat,

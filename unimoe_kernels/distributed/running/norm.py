@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from unimoe_kernels.distributed.failure import collective
+from unimoe_kernels.distributed.running.failure import collective
 
 
 @torch.no_grad()

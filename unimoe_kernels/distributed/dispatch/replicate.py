@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from unimoe_kernels.distributed.failure import collective
+from unimoe_kernels.distributed.running.failure import collective
 
 # Gradients travel in buffers of about this size: large enough for the bandwidth of a link, small
 # beside a model.

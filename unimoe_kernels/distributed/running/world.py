@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from unimoe_kernels.distributed.failure import CollectiveError, collective
+from unimoe_kernels.distributed.running.failure import CollectiveError, collective
 
 
 def is_distributed() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from unimoe_kernels.distributed.failure import collective
-from unimoe_kernels.distributed.world import is_distributed, is_first, meet
+from unimoe_kernels._files import recover_folder, replace_folder
+from unimoe_kernels.distributed.running.failure import collective
+from unimoe_kernels.distributed.running.world import is_distributed, is_first, meet
 
 _EXTRA = "extra.json"
 
@@ -47,9 +47,9 @@ def save_sharded(
     """
     folder = Path(folder)
     state = _model_state(model) | _optimizer_state(model, optimizers)
-    fresh, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+    fresh = _fresh(folder)
     if is_first():
-        _recover(folder)
+        recover_folder(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         (fresh / _EXTRA).write_text(json.dumps(extra or {}), encoding="utf-8")
@@ -57,10 +57,7 @@ def save_sharded(
     with collective(f"save of {folder}"):
         dcp.save(state, storage_writer=dcp.FileSystemWriter(fresh), no_dist=not is_distributed())
     if is_first():
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(fresh, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(folder, fresh)
     meet(f"save of {folder}, end")
 
 
@@ -90,7 +87,7 @@ def load_sharded(
     """
     folder = Path(folder)
     if is_first():
-        _recover(folder)
+        recover_folder(folder)
     meet(f"load of {folder}")
     if not folder.exists():
         return None
@@ -118,8 +115,9 @@ def discard_sharded(folder: str | Path) -> None:
     """Removes a checkpoint; all ranks call it."""
     folder = Path(folder)
     if is_first():
-        for end in ("", ".old", ".new"):
-            shutil.rmtree(folder.with_name(folder.name + end), ignore_errors=True)
+        recover_folder(folder)
+        for path in (folder, _fresh(folder)):
+            shutil.rmtree(path, ignore_errors=True)
     meet(f"removal of {folder}")
 
 
@@ -241,9 +239,5 @@ def _empty_optimizer_state(
     return fresh
 
 
-def _recover(folder: Path) -> None:
-    """Takes the old checkpoint back if a kill came between the two renames."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)
-    shutil.rmtree(old, ignore_errors=True)
+def _fresh(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.new")

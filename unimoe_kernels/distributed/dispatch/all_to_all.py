@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from unimoe_kernels import _checks
-from unimoe_kernels.distributed.failure import CollectiveError, collective
-from unimoe_kernels.distributed.traffic import note_transfer
+from unimoe_kernels.distributed.dispatch.traffic import note_transfer
+from unimoe_kernels.distributed.running.failure import CollectiveError, collective
 
 Room = Callable[[Tensor], Tensor]
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unimoe_kernels import _checks
-from unimoe_kernels.distributed.all_to_all import Transfer
-from unimoe_kernels.distributed.chunks import cut_evenly, order_by_chunk
-from unimoe_kernels.distributed.failure import CollectiveError, collective
-from unimoe_kernels.distributed.pieces import Pieces
-from unimoe_kernels.distributed.traffic import note_counts
+from unimoe_kernels.distributed.dispatch.all_to_all import Transfer
+from unimoe_kernels.distributed.dispatch.chunks import cut_evenly, order_by_chunk
+from unimoe_kernels.distributed.dispatch.pieces import Pieces
+from unimoe_kernels.distributed.dispatch.traffic import note_counts
+from unimoe_kernels.distributed.running.failure import CollectiveError, collective
 from unimoe_kernels.ops import expert_sort, permute, unpermute
 
 Answer = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -1,0 +1,48 @@
+"""Scenarios of `test_dispatcher.py`: what `parallelize_moe` refuses, and the sum of gradients."""
+
+import torch
+from op_group import E, K, gathered, layer, message
+
+from unimoe_kernels import MoE
+from unimoe_kernels.distributed import parallelize_moe
+from unimoe_kernels.testing import relative_error
+
+
+def accumulation(r):
+    """Gradients of two backwards add up, each summed over ranks once."""
+    mesh = r.data_mesh
+    model = torch.nn.Linear(3, 2, dtype=torch.float64)
+    parallelize_moe(model, mesh)
+    numbers = [1.0 + 10 * step + r.rank for step in range(2)]
+    for number in numbers:
+        model(torch.full((1, 3), number, dtype=torch.float64)).sum().backward()
+    expected = sum(gathered(sum(numbers), r))
+    return relative_error(model.weight.grad, torch.full((2, 3), expected))
+
+
+def another_model(r):
+    """The last rank trains less; nothing is changed on any rank."""
+    moe, _ = layer(r)
+    moe.router.requires_grad_(r.rank < r.world - 1)
+    text = message(lambda: parallelize_moe(moe, r.mesh))
+    return [text, moe.experts.dispatcher is None]
+
+
+def uneven_shards(r):
+    moe = MoE(5, 7, E, K)
+    return message(lambda: parallelize_moe(moe, r.data_mesh, data="shard"))
+
+
+def meta_buffers(r):
+    moe, _ = layer(r)
+    moe.register_buffer("scratch", torch.zeros(2, device="meta"), persistent=False)
+    return message(lambda: parallelize_moe(moe, r.mesh))
+
+
+def twice(r):
+    moe, _ = layer(r)
+    parallelize_moe(moe, r.mesh)
+    return message(lambda: parallelize_moe(moe, r.mesh))
+
+
+SCENARIOS = (accumulation, another_model, uneven_shards, meta_buffers, twice)
