@@ -109,7 +109,7 @@ def mixtral_block(problem: Problem, implementation: str) -> nn.Module:
     """Mixtral's block of transformers, on one of its own ways to run the experts.
 
     Raises:
-        UnavailableError: if transformers does not import.
+        UnavailableError: If transformers does not import.
     """
     try:
         # Without this module experts are not stacked and cannot take our weights.

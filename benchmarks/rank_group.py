@@ -47,7 +47,7 @@ class RankGroup:
         peer: `"deepspeed"` runs DeepSpeed's layer on the same numbers instead of ours.
 
     Raises:
-        UnavailableError: if the peer cannot run.
+        UnavailableError: If the peer cannot run.
     """
 
     def __init__(

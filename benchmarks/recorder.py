@@ -56,7 +56,7 @@ class Recorder:
             The row, and what was timed as ours.
 
         Raises:
-            AssertionError: if an answer is wrong; nothing is timed then.
+            AssertionError: If an answer is wrong; nothing is timed then.
         """
         candidates, unavailable = checked(providers)
         functions = {name: candidate.run for name, candidate in candidates.items()}

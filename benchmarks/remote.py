@@ -30,8 +30,8 @@ class RemoteLayer:
         dtype: of weights and inputs.
 
     Raises:
-        UnavailableError: if the peer cannot be imported or does not run this case.
-        AssertionError: if its answer is wrong.
+        UnavailableError: If the peer cannot be imported or does not run this case.
+        AssertionError: If its answer is wrong.
     """
 
     def __init__(self, peer: str, case: Case, dtype: torch.dtype) -> None:

@@ -26,7 +26,7 @@ def visit(rows: Sequence[Row], processes: int, shapes: str, say: Callable[[str],
         say: is told what goes on.
 
     Raises:
-        RuntimeError: if a process fails; its output is in the message.
+        RuntimeError: If a process fails; its output is in the message.
     """
     for number in range(1, processes + 1):
         say(f"process {number} of {processes}: {len(rows)} rows again")

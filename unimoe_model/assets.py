@@ -14,10 +14,10 @@ def asset_folder(module: str) -> Path:
     """Folder of an installed package, found without importing (running) it.
 
     Args:
-        module: import name of the package, e.g. ``"easy_vqa"``.
+        module: import name of the package, e.g. `"easy_vqa"`.
 
     Raises:
-        MissingAssetError: the package is not installed.
+        MissingAssetError: If the package is not installed.
     """
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
@@ -37,7 +37,7 @@ def asset_file(module: str, *parts: str) -> Path:
         parts: path of the file below the package's folder.
 
     Raises:
-        MissingAssetError: the package is not installed, or its version lacks that file.
+        MissingAssetError: If the package is not installed, or its version lacks that file.
     """
     path = asset_folder(module).joinpath(*parts)
     if not path.is_file():

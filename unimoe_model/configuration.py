@@ -45,7 +45,7 @@ class UniMoEConfig(PreTrainedConfig):
             ids after the vocabulary. Those need no row in the embedding table.
 
     Raises:
-        ValueError: if an MoE field is out of range or a media kind has no token.
+        ValueError: If an MoE field is out of range or a media kind has no token.
 
     Reference: arXiv:2405.11273, section 3, and the released `config.json`.
     """

@@ -44,7 +44,7 @@ def run_demo(settings: RunSettings, output: Path, cache_folder: Path | None = No
         The figures of `metrics.json`.
 
     Raises:
-        RuntimeError: if a training process fails, as where `output` holds a run of another
+        RuntimeError: If a training process fails, as where `output` holds a run of another
             configuration; its message is passed on.
     """
     cache_folder = cache_folder or output / "features"

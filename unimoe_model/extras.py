@@ -16,7 +16,7 @@ def needed_by(what: str, extra: str = "demo") -> Iterator[None]:
         extra: of `pyproject.toml`.
 
     Raises:
-        ModuleNotFoundError: a package is missing; `name` is that of its module.
+        ModuleNotFoundError: If a package is missing; `name` is that of its module.
     """
     try:
         yield

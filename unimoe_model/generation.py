@@ -54,7 +54,7 @@ class Answerer:
             precision: of the model; `"auto"`, `"bf16"` or `"fp32"`, see `resolve_dtype`.
 
         Raises:
-            ValueError: if `precision` is another value, the folder is no checkpoint of a Uni-MoE,
+            ValueError: If `precision` is another value, the folder is no checkpoint of a Uni-MoE,
                 or its files are cut short or do not fit.
         """
         if precision not in PRECISIONS:
@@ -111,7 +111,7 @@ class Answerer:
             The answer, stripped of white space.
 
         Raises:
-            ValueError: if there is nothing to ask, max_new_tokens is less than 1, a file cannot be
+            ValueError: If there is nothing to ask, max_new_tokens is less than 1, a file cannot be
                 read, or the prompt is longer than the model's context.
         """
         if max_new_tokens < 1:

@@ -99,7 +99,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
             Embeddings `[B, S, D]`.
 
         Raises:
-            ValueError: if a kind's placeholders and soft tokens differ in number, or an item would
+            ValueError: If a kind's placeholders and soft tokens differ in number, or an item would
                 be split between two rows.
         """
         placeholders = {
@@ -250,7 +250,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
             `hidden_states`, `attentions`.
 
         Raises:
-            ValueError: if placeholders and media do not match in number, a feature's shape is not
+            ValueError: If placeholders and media do not match in number, a feature's shape is not
                 the connector's, or labels are not those of the positions that logits are kept of.
         """
         outputs = self._decode(
@@ -369,7 +369,7 @@ def causal_lm_loss(
         The loss, float64 for float64 logits and otherwise float32.
 
     Raises:
-        ValueError: if labels are not of the shape of the logits.
+        ValueError: If labels are not of the shape of the logits.
     """
     name = "labels" if shift_labels is None else "shift_labels"
     given = labels if shift_labels is None else shift_labels

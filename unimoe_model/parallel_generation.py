@@ -24,9 +24,9 @@ def load_in_parallel(folder: str | Path, mesh: DeviceMesh) -> UniMoEForCondition
         The model in eval mode, without gradients, on the device of this rank.
 
     Raises:
-        ValueError: if the folder cannot be read, its weights are not those of its configuration, or
+        ValueError: If the folder cannot be read, its weights are not those of its configuration, or
             the number of experts is not a multiple of the ranks of `ep`.
-        CollectiveError: if a rank dies or does not come in time.
+        CollectiveError: If a rank dies or does not come in time.
     """
     try:
         config = UniMoEConfig.from_pretrained(folder)
@@ -79,9 +79,9 @@ def generate_in_parallel(
         What `generate` returns, or None without prompts.
 
     Raises:
-        ValueError: if the cache is switched off: transformers keeps a rank that is done in step by
+        ValueError: If the cache is switched off: transformers keeps a rank that is done in step by
             its cache.
-        CollectiveError: if a rank dies or does not come in time.
+        CollectiveError: If a rank dies or does not come in time.
     """
     if options.get("use_cache", model.generation_config.use_cache) is False:
         raise ValueError("use_cache (False) must be True when ranks generate together")

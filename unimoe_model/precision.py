@@ -42,7 +42,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         `"bf16"` or `"fp32"`.
 
     Raises:
-        ValueError: if `precision` is another value.
+        ValueError: If `precision` is another value.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision ({precision!r}) must be one of {', '.join(PRECISIONS)}")
@@ -64,7 +64,7 @@ def resolve_dtype(precision: str, stored: torch.dtype, device: torch.device) -> 
         device: where the model runs.
 
     Raises:
-        ValueError: if `precision` is another value.
+        ValueError: If `precision` is another value.
     """
     if precision == "auto" and (stored.itemsize > 2 or device.type != "cpu"):
         return stored

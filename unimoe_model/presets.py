@@ -40,7 +40,7 @@ def preset(name: str, **fields) -> UniMoEConfig:
         **fields: fields of `UniMoEConfig` that differ.
 
     Raises:
-        ValueError: if there is no preset of that name.
+        ValueError: If there is no preset of that name.
     """
     if name not in PRESETS:
         raise ValueError(f"preset ({name!r}) must be one of {tuple(PRESETS)}")

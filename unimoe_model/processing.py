@@ -50,7 +50,7 @@ class UniMoEProcessor(ProcessorMixin):
             fills it up to a square; only CLIP knows the latter.
 
     Raises:
-        ValueError: if a placeholder is not one token of the tokenizer, it has no padding token, a
+        ValueError: If a placeholder is not one token of the tokenizer, it has no padding token, a
             media kind has no number of soft tokens, or image_aspect_ratio is unknown.
     """
 
@@ -97,7 +97,7 @@ class UniMoEProcessor(ProcessorMixin):
         """As transformers' own, of a folder or a repository of the Hugging Face hub.
 
         Raises:
-            ValueError: if a file of the folder is missing.
+            ValueError: If a file of the folder is missing.
         """
         folder = Path(pretrained_model_name_or_path, options.get("subfolder") or "")
         for names in _FILES if folder.is_dir() else ():
@@ -150,7 +150,7 @@ class UniMoEProcessor(ProcessorMixin):
             `audio_features_mask` too where pieces differ in length.
 
         Raises:
-            ValueError: if placeholders and media do not match in number, or an item is empty,
+            ValueError: If placeholders and media do not match in number, or an item is empty,
                 unreadable or has a wrong shape.
         """
         prompts = [text] if isinstance(text, str) else list(text)

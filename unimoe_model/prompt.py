@@ -29,7 +29,7 @@ def build_prompt(question: str, media: Sequence[str] = (), system: str = "") -> 
         system: what stands before the turn, such as `VICUNA_SYSTEM`.
 
     Raises:
-        ValueError: for an unknown kind, or if there is neither a question nor media.
+        ValueError: For an unknown kind, or if there is neither a question nor media.
     """
     unknown = [kind for kind in media if kind not in PLACEHOLDERS]
     if unknown:
@@ -56,7 +56,7 @@ def conversation_text(
         The text, and where in it each answer begins and ends, its end-of-turn token included.
 
     Raises:
-        ValueError: if there are no turns, or a turn of the user is empty.
+        ValueError: If there are no turns, or a turn of the user is empty.
     """
     if not turns or not all(user for user, _ in turns):
         raise ValueError(f"turns ({list(turns)}) must hold at least one, none of the user empty")

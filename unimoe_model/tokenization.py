@@ -42,7 +42,7 @@ class TokenizedText:
             soft_tokens: soft tokens of each item, in the order of the placeholders.
 
         Raises:
-            ValueError: if there are not as many items as placeholders.
+            ValueError: If there are not as many items as placeholders.
         """
         held = len(self.items(media_token_ids))
         if held != len(soft_tokens):
@@ -73,7 +73,7 @@ def truncated(
         The text, not expanded, and how many of its items are left, from the first one.
 
     Raises:
-        ValueError: if most is below 1, or there are not as many items as placeholders.
+        ValueError: If most is below 1, or there are not as many items as placeholders.
     """
     if most < 1:
         raise ValueError(f"most ({most}) must be at least 1")
@@ -185,8 +185,8 @@ def load_llama_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         A fast tokenizer that pads with `<unk>`, unless it has a padding token.
 
     Raises:
-        ValueError: if the folder holds no LLaMA tokenizer.
-        ModuleNotFoundError: if `tokenizer.model` cannot be read for want of a package.
+        ValueError: If the folder holds no LLaMA tokenizer.
+        ModuleNotFoundError: If `tokenizer.model` cannot be read for want of a package.
     """
     from transformers import LlamaTokenizer
 

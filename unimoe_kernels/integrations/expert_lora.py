@@ -61,9 +61,9 @@ def add_expert_lora(
         The same model.
 
     Raises:
-        ValueError: if r, dropout or target are wrong, the model has no experts, or its gate is not
+        ValueError: If r, dropout or target are wrong, the model has no experts, or its gate is not
             in halves where target splits it. Nothing is changed then.
-        RuntimeError: if experts have LoRA already, or weights are sharded or replicated.
+        RuntimeError: If experts have LoRA already, or weights are sharded or replicated.
     """
     target = tuple(target)
     if not target or set(target) - set(TARGETS):
@@ -90,7 +90,7 @@ def train_expert_lora(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        RuntimeError: if the model has no expert LoRA.
+        RuntimeError: If the model has no expert LoRA.
     """
     for _, experts in with_lora(model):
         experts.expert_lora.requires_grad_(True)
@@ -106,7 +106,7 @@ def merge_expert_lora(model: nn.Module) -> nn.Module:
     `merge_and_unload_expert_lora` is for good.
 
     Raises:
-        RuntimeError: if the model has no expert LoRA, or it is merged already.
+        RuntimeError: If the model has no expert LoRA, or it is merged already.
     """
     found = list(with_lora(model))
     for name, experts in found:
@@ -121,7 +121,7 @@ def unmerge_expert_lora(model: nn.Module) -> nn.Module:
     """Takes merged corrections off the weights again, up to the rounding of both steps.
 
     Raises:
-        RuntimeError: if the model has no expert LoRA, or it is not merged.
+        RuntimeError: If the model has no expert LoRA, or it is not merged.
     """
     found = list(with_lora(model))
     for name, experts in found:
@@ -138,7 +138,7 @@ def merge_and_unload_expert_lora(model: nn.Module) -> nn.Module:
     The model is then one that never had expert LoRA, also in what it saves.
 
     Raises:
-        RuntimeError: if the model has no expert LoRA.
+        RuntimeError: If the model has no expert LoRA.
     """
     for _, experts in list(with_lora(model)):
         merge_and_unload(experts)
@@ -164,8 +164,8 @@ def save_expert_lora(model: nn.Module, folder: str | Path) -> None:
         folder: made if it is not there; each file appears whole or not at all.
 
     Raises:
-        RuntimeError: if the model has no expert LoRA.
-        ValueError: if ranks or scales differ between experts modules, or peft's adapter is not
+        RuntimeError: If the model has no expert LoRA.
+        ValueError: If ranks or scales differ between experts modules, or peft's adapter is not
             plain LoRA. Nothing is written then.
     """
     write_adapter(model, Path(folder))
@@ -186,11 +186,11 @@ def load_expert_lora(model: nn.Module, folder: str | Path, dropout: float = 0.0)
         The same model.
 
     Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the adapter holds anything but LoRA that fits this model: names, ranks,
+        FileNotFoundError: If a file is missing.
+        ValueError: If the adapter holds anything but LoRA that fits this model: names, ranks,
             alpha, number of experts and widths are checked before anything is changed.
-        RuntimeError: if experts have LoRA already, or weights are sharded or replicated.
-        ImportError: if the adapter holds LoRA of linear layers and peft is missing.
+        RuntimeError: If experts have LoRA already, or weights are sharded or replicated.
+        ImportError: If the adapter holds LoRA of linear layers and peft is missing.
     """
     folder = Path(folder)
     adapter = read_adapter(model, folder, dropout)

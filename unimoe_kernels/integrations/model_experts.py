@@ -34,7 +34,7 @@ def all_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Experts with stacked weights, by the name that they have without wrappers.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If there are none.
     """
     found = [
         (clean(name), module)
@@ -50,8 +50,8 @@ def attachable_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """`all_experts`, all of which may be given LoRA.
 
     Raises:
-        ValueError: if there are none.
-        RuntimeError: if some have LoRA already, or weights are sharded or replicated.
+        ValueError: If there are none.
+        RuntimeError: If some have LoRA already, or weights are sharded or replicated.
     """
     if isinstance(model, DistributedDataParallel):
         raise RuntimeError(
@@ -68,7 +68,7 @@ def with_lora(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Experts that have LoRA, by the name that they have without wrappers.
 
     Raises:
-        RuntimeError: if there are none.
+        RuntimeError: If there are none.
     """
     found = [
         (clean(name), module)

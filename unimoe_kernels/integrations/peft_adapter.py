@@ -46,9 +46,9 @@ def read_adapter(model: nn.Module, folder: Path, dropout: float) -> LoadedAdapte
     """Reads the adapter in a folder; the model stays as it is.
 
     Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the adapter holds anything but LoRA that fits this model.
-        RuntimeError: if experts have LoRA already, or weights are sharded or replicated.
+        FileNotFoundError: If a file is missing.
+        ValueError: If the adapter holds anything but LoRA that fits this model.
+        RuntimeError: If experts have LoRA already, or weights are sharded or replicated.
     """
     from safetensors.torch import load_file
 
@@ -84,8 +84,8 @@ def write_adapter(
         state: what to write in the place of the model's own tensors, where it has them by name.
 
     Raises:
-        RuntimeError: if the model has no expert LoRA.
-        ValueError: if ranks or scales differ between experts, or peft's adapter is no plain LoRA.
+        RuntimeError: If the model has no expert LoRA.
+        ValueError: If ranks or scales differ between experts, or peft's adapter is no plain LoRA.
     """
     from safetensors.torch import save_file
 

@@ -38,7 +38,7 @@ def register_with_transformers() -> None:
     ranks' experts under expert parallelism are understood in both.
 
     Raises:
-        ImportError: if transformers is missing or older than 5.17, which has no such registry.
+        ImportError: If transformers is missing or older than 5.17, which has no such registry.
     """
     try:
         import transformers
@@ -80,7 +80,7 @@ def unimoe_experts_forward(
         `[T, D]`, dtype of hidden_states.
 
     Raises:
-        NotImplementedError: if the experts have something that only a newer transformers knows of.
+        NotImplementedError: If the experts have something that only a newer transformers knows of.
     """
     for name, default in _unknown_layout.items():
         if getattr(experts, name, default) != default:

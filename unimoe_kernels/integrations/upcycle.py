@@ -50,7 +50,7 @@ def upcycle(
         The same model.
 
     Raises:
-        ValueError: if the model has no such FFN or an FFN has biases, layers is empty or holds an
+        ValueError: If the model has no such FFN or an FFN has biases, layers is empty or holds an
             index beyond the FFNs, an option is refused by `MoE`, or one of them (mode, scale, null
             or shared experts, a capacity) would change what the model answers. Nothing is changed
             then.
@@ -106,11 +106,11 @@ def load_upcycled(folder: str | Path, **kwargs) -> nn.Module:
         The model in evaluation mode, with the generation settings that were saved.
 
     Raises:
-        ImportError: if transformers is missing.
-        FileNotFoundError: if the folder has no safetensors file.
-        ValueError: if its config is not that of an upcycled model, or `output_loading_info` is
+        ImportError: If transformers is missing.
+        FileNotFoundError: If the folder has no safetensors file.
+        ValueError: If its config is not that of an upcycled model, or `output_loading_info` is
             among the arguments.
-        RuntimeError: if weights are missing or left over.
+        RuntimeError: If weights are missing or left over.
     """
     import transformers
 

@@ -47,7 +47,7 @@ def inject_aux_loss(y: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         A new tensor with the values, shape and dtype of y, which the host may change in place.
 
     Raises:
-        ValueError: if loss is not a scalar.
+        ValueError: If loss is not a scalar.
 
     Reference:
         The idea of scaling auxiliary losses through autograd is that of Megatron-LM

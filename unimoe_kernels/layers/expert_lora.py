@@ -38,7 +38,7 @@ class ExpertLoRA(nn.Module):
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: if a size is below 1 or dropout is out of range.
+        ValueError: If a size is below 1 or dropout is out of range.
 
     Reference:
         LoRA, arXiv 2106.09685.
@@ -205,7 +205,7 @@ def new_lora(
     """LoRA for one target of experts, on the device and in the dtype of its weight.
 
     Raises:
-        ValueError: if the experts have no such weight, rank is below 1 or dropout is out of range.
+        ValueError: If the experts have no such weight, rank is below 1 or dropout is out of range.
     """
     weight_EOI = weight_of(experts, target)
     num_experts, rows, columns = weight_EOI.shape
@@ -275,7 +275,7 @@ def weight_of(experts: nn.Module, target: str) -> Tensor:
     """What a target's LoRA is added to, as `[E, out, in]`: a view of one of the stacked weights.
 
     Raises:
-        ValueError: if the experts have no such weight.
+        ValueError: If the experts have no such weight.
     """
     weight = getattr(experts, "gate_up_proj" if target in HALVES else target, None)
     if weight is None:

@@ -50,7 +50,7 @@ class GroupedExperts(nn.Module):
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: if a size is below 1, lora_rank is negative or the activation is unknown.
+        ValueError: If a size is below 1, lora_rank is negative or the activation is unknown.
     """
 
     def __init__(
@@ -122,9 +122,9 @@ class GroupedExperts(nn.Module):
             `[T, D]`, dtype of x, or of torch.autocast where that is on.
 
         Raises:
-            ValueError: if x is not `[T, D]` on the device of the weights, or ids or scores have
+            ValueError: If x is not `[T, D]` on the device of the weights, or ids or scores have
                 another shape than `[T, K]`.
-            TypeError: if x has another dtype than the weights.
+            TypeError: If x has another dtype than the weights.
         """
         check_hidden(x, self.gate_up_proj, self.hidden_size)
         if x.dim() != 2:
@@ -176,8 +176,8 @@ class GroupedExperts(nn.Module):
                 each, of rank r both, as where they are two linear maps.
 
         Raises:
-            ValueError: if rank is below 1.
-            RuntimeError: if the experts have LoRA already, or are sharded: LoRA comes first.
+            ValueError: If rank is below 1.
+            RuntimeError: If the experts have LoRA already, or are sharded: LoRA comes first.
 
         Reference:
             LoRA, arXiv 2106.09685.
@@ -204,7 +204,7 @@ class GroupedExperts(nn.Module):
         dtype of the weight. `requires_grad` of the weights stays as it is.
 
         Raises:
-            RuntimeError: if the experts have no LoRA.
+            RuntimeError: If the experts have no LoRA.
         """
         if self.lora_rank == 0:
             raise RuntimeError("the experts have no LoRA to merge; call add_lora() first")

@@ -24,7 +24,7 @@ def stack_experts(ffns: Sequence[nn.Module | Mapping[str, Tensor]]) -> tuple[Ten
         `gate_up_proj` `[E, 2F, D]`, gate rows first, and `down_proj` `[E, D, F]`, in new memory.
 
     Raises:
-        ValueError: if ffns is empty, or keys, shapes, dtypes or devices do not fit, or weights are
+        ValueError: If ffns is empty, or keys, shapes, dtypes or devices do not fit, or weights are
             sharded between ranks.
     """
     weights = ffn_weights(ffns)
@@ -44,7 +44,7 @@ def unstack_experts(gate_up_proj: Tensor, down_proj: Tensor) -> list[dict[str, T
         The state dict of each expert's FFN, with the keys that `stack_experts` takes; views.
 
     Raises:
-        ValueError: if the shapes do not fit each other, or weights are sharded between ranks.
+        ValueError: If the shapes do not fit each other, or weights are sharded between ranks.
     """
     _checks.refuse_sharded("gate_up_proj", gate_up_proj)
     _checks.refuse_sharded("down_proj", down_proj)

@@ -65,7 +65,7 @@ class LoopedMoE(nn.Module):
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: if a size is below 1 or top_k is above num_experts.
+        ValueError: If a size is below 1 or top_k is above num_experts.
 
     Note:
         The loop waits for the device once an expert and cannot be compiled as one graph.
@@ -115,8 +115,8 @@ class LoopedMoE(nn.Module):
             The shape and dtype of x.
 
         Raises:
-            ValueError: if the last dimension of x is not D, or x is on another device.
-            TypeError: if the dtype of x is not that of the weights.
+            ValueError: If the last dimension of x is not D, or x is on another device.
+            TypeError: If the dtype of x is not that of the weights.
         """
         check_hidden(x, self.gate.weight, self.hidden_size)
         x_TD = x.reshape(-1, self.hidden_size)

@@ -118,9 +118,9 @@ class MoE(nn.Module):
             `capacity_factor`, `jitter` and `router_dtype`, which replace those of router_config.
 
     Raises:
-        ValueError: if a size is below 1, top_k is above num_experts, a coefficient is negative, or
+        ValueError: If a size is below 1, top_k is above num_experts, a coefficient is negative, or
             an option has an unknown value.
-        TypeError: if an option has an unknown name.
+        TypeError: If an option has an unknown name.
 
     Reference:
         Uni-MoE, arXiv 2405.11273. Load-balancing loss: Switch Transformers, arXiv 2101.03961, and
@@ -242,9 +242,9 @@ class MoE(nn.Module):
             leading dimensions of x flattened.
 
         Raises:
-            ValueError: if the shape or device of x, or the shape of token_mask or router_input is
+            ValueError: If the shape or device of x, or the shape of token_mask or router_input is
                 wrong.
-            TypeError: if the dtype of x is not that of the weights, or token_mask is not bool.
+            TypeError: If the dtype of x is not that of the weights, or token_mask is not bool.
         """
         if router_input is not None and router_input.shape != x.shape:
             raise ValueError(
@@ -302,7 +302,7 @@ class MoE(nn.Module):
         """Copies the weights into a new `LoopedMoE`, bit for bit.
 
         Raises:
-            ValueError: if the published layer cannot express this one: it has mode
+            ValueError: If the published layer cannot express this one: it has mode
                 `"topk_softmax"`, activation `"silu"`, no biases, no shared or null experts, and no
                 LoRA that is not merged; or if weights are sharded.
         """
@@ -359,7 +359,7 @@ class MoE(nn.Module):
             **options: options of `MoE` except bias, device and dtype.
 
         Raises:
-            ValueError: if ffns is empty, or keys, shapes, dtypes or devices do not fit.
+            ValueError: If ffns is empty, or keys, shapes, dtypes or devices do not fit.
 
         Reference:
             Sparse Upcycling, arXiv 2212.05055; Uni-MoE, arXiv 2405.11273, section 3.3.

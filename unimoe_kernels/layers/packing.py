@@ -30,10 +30,10 @@ def pack_weights(module: nn.Module) -> int:
         not multiply bfloat16 or the weights are float16; panels that are not full come on top.
 
     Raises:
-        ValueError: if there are no such weights in module, or they are on another device or sharded
+        ValueError: If there are no such weights in module, or they are on another device or sharded
             between ranks.
-        TypeError: if they have another dtype.
-        RuntimeError: if the C++ extension is not compiled.
+        TypeError: If they have another dtype.
+        RuntimeError: If the C++ extension is not compiled.
     """
     weights = _weights_of(module)
     if not weights:

@@ -67,9 +67,9 @@ class TopKRouter(nn.Module):
         **router_options: fields of `RouterConfig`, which replace those of router_config.
 
     Raises:
-        ValueError: if a size is below 1, an option out of its range, top_k above the number of
+        ValueError: If a size is below 1, an option out of its range, top_k above the number of
             experts, or `topk_router` refuses the mode, groups or balance.
-        TypeError: if an option has an unknown name.
+        TypeError: If an option has an unknown name.
 
     Reference:
         Weighed shared experts: Uni-MoE-2.0, arXiv 2511.12609.
@@ -156,8 +156,8 @@ class TopKRouter(nn.Module):
             top_p the load-balancing loss counts the choices kept; room plays no part in it.
 
         Raises:
-            ValueError: if the shape or device of x, or the shape of token_mask is wrong.
-            TypeError: if x has another dtype than the weight, or token_mask is not bool.
+            ValueError: If the shape or device of x, or the shape of token_mask is wrong.
+            TypeError: If x has another dtype than the weight, or token_mask is not bool.
         """
         check_hidden(x, self.weight, self.hidden_size)
         mask_T = flatten_mask(token_mask, x)
@@ -188,8 +188,8 @@ class TopKRouter(nn.Module):
             rate: step of the bias.
 
         Raises:
-            RuntimeError: if the router has no correction bias.
-            ValueError: if tokens_per_expert has another shape.
+            RuntimeError: If the router has no correction bias.
+            ValueError: If tokens_per_expert has another shape.
 
         Reference:
             Auxiliary-loss-free load balancing, arXiv 2408.15664.

@@ -50,7 +50,7 @@ class RouterConfig:
             as torch.float32 or its name. None is the dtype of the layer.
 
     Raises:
-        ValueError: if an option is out of its range, or two do not go together.
+        ValueError: If an option is out of its range, or two do not go together.
 
     Reference:
         Null experts and top_p: Uni-MoE-2.0, arXiv 2511.12609. Capacity: GShard, arXiv 2006.16668.
@@ -144,7 +144,7 @@ def config_with(owner: str, config: RouterConfig | None, options: RouterOptions)
         options: by name.
 
     Raises:
-        TypeError: if there is no option of that name, or config is none.
+        TypeError: If there is no option of that name, or config is none.
     """
     for name in options:
         if name not in _USUAL:

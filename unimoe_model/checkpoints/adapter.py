@@ -30,7 +30,7 @@ def add_adapter(files: TensorFiles, folder: Path) -> dict[str, Lora]:
         The corrections, by the name of what they correct.
 
     Raises:
-        ValueError: if a file is missing or damaged, has half a LoRA, or replaces what is not there.
+        ValueError: If a file is missing or damaged, has half a LoRA, or replaces what is not there.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -55,7 +55,7 @@ def assemble(
         The configuration of the model.
 
     Raises:
-        ValueError: if a model is not dense, a tensor is missing or of another shape or dtype, or
+        ValueError: If a model is not dense, a tensor is missing or of another shape or dtype, or
             the target is there already.
     """
     refuse_existing(target)

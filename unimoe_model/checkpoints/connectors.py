@@ -35,7 +35,7 @@ def other_half(folder: Path, hears: str) -> tuple[TensorFiles, dict[str, Matrix]
         Its tensors, whose names begin with `elsewhere:`, and what becomes of them.
 
     Raises:
-        ValueError: if the folder has no aligner, or one for the same.
+        ValueError: If the folder has no aligner, or one for the same.
     """
     stems = [folder / f"mm_audio_aligner{suffix}" for suffix in (SAFETENSORS, PICKLED)]
     paths = [path for path in stems if path.is_file()][:1] or shards(folder)

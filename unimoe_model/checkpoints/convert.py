@@ -72,7 +72,7 @@ def convert_from_published(
         What was done, which `conversion.json` keeps.
 
     Raises:
-        ValueError: if a file is missing or damaged, a tensor is missing, one too many or of another
+        ValueError: If a file is missing or damaged, a tensor is missing, one too many or of another
             shape, or the target is there already.
     """
     refuse_existing(target)
@@ -166,7 +166,7 @@ def convert_to_published(
         The record of the conversion that was undone.
 
     Raises:
-        ValueError: if the source was not converted, a file is missing or damaged, or the target is
+        ValueError: If the source was not converted, a file is missing or damaged, or the target is
             there already.
     """
     refuse_existing(target)
@@ -218,7 +218,7 @@ def _checked_layout(
     """Shape and dtype of every parameter, in the order of the source.
 
     Raises:
-        ValueError: for the first one that is missing, one too many, or of another shape or dtype.
+        ValueError: For the first one that is missing, one too many, or of another shape or dtype.
     """
     layout, shapes = {}, files.shapes
     for name, recipe in plan.targets.items():

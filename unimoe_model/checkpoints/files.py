@@ -46,7 +46,7 @@ class TensorFiles:
         rename: what a tensor is called, from what its file calls it.
 
     Raises:
-        ValueError: if a file is missing, cut short, damaged, or holds something else.
+        ValueError: If a file is missing, cut short, damaged, or holds something else.
     """
 
     def __init__(self, paths: Iterable[Path], rename: Callable[[str], str] = lambda name: name):
@@ -138,7 +138,7 @@ def shards(folder: Path, stems: Iterable[str] = ("model", "pytorch_model")) -> l
     """Files of the weights of a folder: those that its index names, or the only one.
 
     Raises:
-        ValueError: if there are none, or the index cannot be read.
+        ValueError: If there are none, or the index cannot be read.
     """
     for stem in stems:
         for suffix in (SAFETENSORS, PICKLED):
@@ -159,7 +159,7 @@ def read_config(folder: Path) -> dict:
     """Contents of a folder's `config.json`.
 
     Raises:
-        ValueError: if it is missing or no JSON object.
+        ValueError: If it is missing or no JSON object.
     """
     path = folder / "config.json"
     try:
@@ -185,7 +185,7 @@ def write_tensors(
         on_tensor: is told of each one written.
 
     Raises:
-        ValueError: if a tensor has not the shape and dtype that was announced.
+        ValueError: If a tensor has not the shape and dtype that was announced.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, dtype) in layout.items():

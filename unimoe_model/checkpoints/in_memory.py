@@ -34,7 +34,7 @@ def from_published(
         The same numbers under our names, experts stacked; what has no place here is left out.
 
     Raises:
-        ValueError: if a name is unknown, or an expert or one of its weights is missing or of
+        ValueError: If a name is unknown, or an expert or one of its weights is missing or of
             another shape.
     """
     source = _Tensors(published)
@@ -55,7 +55,7 @@ def to_published(
         eight: whether experts and routers are called as in the eight-expert code.
 
     Raises:
-        ValueError: if a tensor has no published name.
+        ValueError: If a tensor has no published name.
     """
     source = _Tensors(state)
     plan = plan_to_published(source.shapes, hears, eight)

@@ -51,7 +51,7 @@ class Matrix:
         """Shape of the result.
 
         Raises:
-            ValueError: if a correction does not fit.
+            ValueError: If a correction does not fit.
         """
         shape = tuple(shapes[self.name])
         for lora in self.loras:
@@ -87,7 +87,7 @@ class Stack:
         """Shape of the result.
 
         Raises:
-            ValueError: if the matrices differ in shape.
+            ValueError: If the matrices differ in shape.
         """
         first = self.experts[0][0]
         rows, columns = first.shape(shapes)
@@ -173,7 +173,7 @@ def plan_from_published(
             highest number says.
 
     Raises:
-        ValueError: if a name is unknown, an expert or a half of a LoRA is missing, or a correction
+        ValueError: If a name is unknown, an expert or a half of a LoRA is missing, or a correction
             corrects nothing.
     """
     matrices: dict[str, Matrix] = {}
@@ -243,7 +243,7 @@ def plan_to_published(
         left_out: names that are not asked for.
 
     Raises:
-        ValueError: if a tensor has no published name.
+        ValueError: If a tensor has no published name.
     """
     targets, aside = {}, {}
     for own, shape in shapes.items():

@@ -43,7 +43,7 @@ def config_from_published(
         **overrides: fields of `UniMoEConfig` that are known better.
 
     Raises:
-        ValueError: if a field of the LLM is missing, an override is no field or of another type, or
+        ValueError: If a field of the LLM is missing, an override is no field or of another type, or
             the fields do not go together.
     """
     _check_overrides(overrides)

@@ -38,7 +38,7 @@ class Conversion:
         """Reads the record of a folder; None if it has none.
 
         Raises:
-            ValueError: if it is damaged.
+            ValueError: If it is damaged.
         """
         path = folder / FILE
         if not path.is_file():

@@ -28,7 +28,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the name `target` if all goes well.
 
     Raises:
-        ValueError: if there is something at `target` already.
+        ValueError: If there is something at `target` already.
     """
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def write_shards(
         shard_bytes: a file holds no more, unless a single tensor does.
 
     Raises:
-        ValueError: if shard_bytes is below 1, or a tensor has not the shape that was announced.
+        ValueError: If shard_bytes is below 1, or a tensor has not the shape that was announced.
     """
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes ({shard_bytes}) must be at least 1")

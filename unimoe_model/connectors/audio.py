@@ -18,7 +18,7 @@ class AudioConnector(nn.Module):
         qformer: fields of `Blip2QFormerConfig`.
 
     Raises:
-        ValueError: if `num_queries` is below 1.
+        ValueError: If `num_queries` is below 1.
 
     Note:
         The release starts its queries at zero. A Q-Former has no positions, so equal queries stay

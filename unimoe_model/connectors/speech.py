@@ -29,7 +29,7 @@ class SpeechConnector(nn.Module):
         decoder: fields of `WhisperConfig` for the decoder.
 
     Raises:
-        ValueError: if `feature_size` is not `d_model` or there are more queries than positions.
+        ValueError: If `feature_size` is not `d_model` or there are more queries than positions.
 
     Reference: arXiv:2405.11273, equations 7 to 9; the release uses the whole Whisper-small decoder.
     """

@@ -18,15 +18,15 @@ def resample(
     """Changes the sampling rate with a polyphase low-pass filter.
 
     Args:
-        waveform: ``[samples]`` or ``[samples, channels]``.
-        rate: samples a second of ``waveform``, a whole number of any type.
+        waveform: `[samples]` or `[samples, channels]`.
+        rate: samples a second of `waveform`, a whole number of any type.
         new_rate: samples a second of the result, likewise.
 
     Returns:
-        float32, ``ceil(samples * new_rate / rate)`` samples.
+        float32, `ceil(samples * new_rate / rate)` samples.
 
     Raises:
-        ValueError: a rate is not positive and whole.
+        ValueError: If a rate is not positive and whole.
     """
     rate, new_rate = whole_rate(rate, "rate"), whole_rate(new_rate, "new_rate")
     if rate == new_rate or waveform.shape[0] == 0:
@@ -56,7 +56,7 @@ def whole_rate(rate: SupportsFloat, name: str) -> int:
     """A sampling rate as an int; datasets have floats too.
 
     Raises:
-        ValueError: it is not positive and whole.
+        ValueError: If it is not positive and whole.
     """
     try:
         value = float(rate)
@@ -76,7 +76,7 @@ def full_scale(samples: NDArray, name: str) -> NDArray[np.float32]:
         name: what errors call them.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: If it has another dtype.
     """
     if samples.dtype.kind in "iu":
         info = np.iinfo(samples.dtype)
@@ -98,10 +98,10 @@ def load_wav(source: Any, sample_rate: int) -> NDArray[np.float32]:
         sample_rate: samples a second of the result; other rates are resampled.
 
     Returns:
-        ``[samples]`` float32, the channels averaged, full scale at 1.
+        `[samples]` float32, the channels averaged, full scale at 1.
 
     Raises:
-        ValueError: the file is missing, damaged, no recording, empty, or holds NaN or infinity.
+        ValueError: If the file is missing, damaged, no recording, empty, or holds NaN or infinity.
     """
     with needed_by("reading sound"):
         import soundfile
@@ -127,11 +127,12 @@ def save_wav(path: str | Path, waveform: NDArray[np.float32], sample_rate: int) 
 
     Args:
         path: the file, replaced if it exists.
-        waveform: ``[samples]`` floating point, finite.
+        waveform: `[samples]` floating point, finite.
         sample_rate: samples a second, a whole number.
 
     Raises:
-        ValueError: another shape or dtype, no samples, NaN or infinity, or no writing there.
+        ValueError: If it has another shape or dtype, no samples, NaN or infinity, or cannot be
+            written.
     """
     with needed_by("writing sound"):
         import soundfile

@@ -1,4 +1,4 @@
-"""easy-VQA: pictures of coloured shapes with questions, from the package ``easy-vqa`` (MIT).
+"""easy-VQA: pictures of coloured shapes with questions, from the package `easy-vqa` (MIT).
 
 The official train and test sets are kept. The last 400 training pictures are the validation set
 and are no part of the training set here.
@@ -41,7 +41,7 @@ class Question(NamedTuple):
 
     Attributes:
         image_index: row of the picture in the split's :class:`MediaSet`.
-        question: as published, e.g. ``"what color is the shape?"``.
+        question: as published, e.g. `"what color is the shape?"`.
         answer: one word.
     """
 
@@ -55,11 +55,11 @@ def questions(split: str) -> list[Question]:
     """All questions about the pictures of a split, in the published order.
 
     Args:
-        split: ``"train"``, ``"validation"`` or ``"test"``.
+        split: `"train"`, `"validation"` or `"test"`.
 
     Raises:
-        ValueError: unknown split.
-        MissingAssetError: the package easy-vqa is not installed.
+        ValueError: If the split is unknown.
+        MissingAssetError: If the package easy-vqa is not installed.
     """
     folder, first, count = _bounds(split)
     path = asset_file("easy_vqa", "data", folder, "questions.json")
@@ -81,12 +81,12 @@ def image_path(split: str, index: int) -> Path:
     """File of a picture.
 
     Args:
-        split: ``"train"``, ``"validation"`` or ``"test"``.
+        split: `"train"`, `"validation"` or `"test"`.
         index: row of the picture in the split's :class:`MediaSet`.
 
     Raises:
-        ValueError: unknown split, or no such row.
-        MissingAssetError: the package easy-vqa is not installed.
+        ValueError: If the split is unknown, or there is no such row.
+        MissingAssetError: If the package easy-vqa is not installed.
     """
     folder, first, count = _bounds(split)
     if not 0 <= index < count:
@@ -98,20 +98,20 @@ def num_pictures(split: str) -> int:
     """Pictures of a split.
 
     Raises:
-        ValueError: unknown split.
+        ValueError: If the split is unknown.
     """
     return _bounds(split)[2]
 
 
 def labels(split: str) -> list[dict[str, str]]:
-    """What is known of each picture: ``color`` and ``shape``, where its questions tell.
+    """What is known of each picture: `color` and `shape`, where its questions tell.
 
     Args:
-        split: ``"train"``, ``"validation"`` or ``"test"``.
+        split: `"train"`, `"validation"` or `"test"`.
 
     Raises:
-        ValueError: unknown split.
-        MissingAssetError: the package easy-vqa is not installed.
+        ValueError: If the split is unknown.
+        MissingAssetError: If the package easy-vqa is not installed.
     """
     known: list[dict[str, str]] = [{} for _ in range(num_pictures(split))]
     for index, question, answer in questions(split):
@@ -122,8 +122,8 @@ def labels(split: str) -> list[dict[str, str]]:
 def stated_attributes(question: str, answer: str) -> dict[str, str]:
     """What one answered question says about its picture.
 
-    ``"what color is the circle?", "red"`` states both the shape and the color; ``"is there not a
-    red shape?", "no"`` states the color; ``"is a red shape present?", "no"`` states neither.
+    `"what color is the circle?", "red"` states both the shape and the color; `"is there not a red
+    shape?", "no"` states the color; `"is a red shape present?", "no"` states neither.
     """
     is_yes_no = answer in ("yes", "no")
     if is_yes_no and (answer == "yes") == bool(_NEGATION.search(question)):
@@ -140,15 +140,15 @@ def load(
     Args:
         cache: where features are kept.
         encoder: the picture encoder.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
+        split: `"train"`, `"validation"` or `"test"`.
         most: only the first so many pictures; None for all.
 
     Returns:
-        Features ``[M, 9, 1280]`` with the labels ``color`` and ``shape``.
+        Features `[M, 9, 1280]` with the labels `color` and `shape`.
 
     Raises:
-        ValueError: unknown split.
-        MissingAssetError: the package easy-vqa is not installed.
+        ValueError: If the split is unknown.
+        MissingAssetError: If the package easy-vqa is not installed.
     """
     count = min(num_pictures(split), most or sys.maxsize)
     known = labels(split)[:count]

@@ -1,14 +1,14 @@
 """Speaks phrases with eSpeak NG; runs as a program of its own, which loads nothing of this package.
 
 eSpeak NG keeps noise generators and oscillator phases from one phrase to the next, and neither its
-own reset nor ``espeak_ng_SetRandSeed`` clears them all: a phrase spoken twice in a process differs.
+own reset nor `espeak_ng_SetRandSeed` clears them all: a phrase spoken twice in a process differs.
 So each phrase is spoken in a fork of a process that has spoken none, where it always comes out the
 same. A caller that holds threads must not fork, hence the program of its own.
 
     python espeak.py LIBRARY DATA < phrases.json > waves.npz
 
-reads a JSON list of ``[text, voice]`` and writes ``wave`` (int16, all phrases end to end),
-``samples`` (int64, how many belong to each) and ``sample_rate``.
+reads a JSON list of `[text, voice]` and writes `wave` (int16, all phrases end to end),
+`samples` (int64, how many belong to each) and `sample_rate`.
 """
 
 import ctypes
@@ -33,11 +33,11 @@ class Espeak:
     """The library, set up and ready to speak.
 
     Args:
-        library: path of ``libespeak-ng.so``.
-        data: path of the folder ``espeak-ng-data``.
+        library: path of `libespeak-ng.so`.
+        data: path of the folder `espeak-ng-data`.
 
     Raises:
-        ValueError: the library refuses the data folder.
+        ValueError: If the library refuses the data folder.
     """
 
     def __init__(self, library: str, data: str) -> None:
@@ -59,7 +59,7 @@ class Espeak:
         return 0
 
     def speak(self, text: str, voice: str) -> bytes:
-        """Says ``text``; returns int16 samples, which depend on what was said before."""
+        """Says `text`; returns int16 samples, which depend on what was said before."""
         if not text.strip():
             raise ValueError(f"text ({text!r}) must hold something to say")
         self.chunks.clear()
@@ -77,7 +77,7 @@ class Espeak:
         return b"".join(self.chunks)
 
     def speak_afresh(self, text: str, voice: str) -> bytes:
-        """Says ``text`` in a fork of this process, so that this process stays as it is."""
+        """Says `text` in a fork of this process, so that this process stays as it is."""
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:

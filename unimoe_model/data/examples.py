@@ -67,7 +67,7 @@ class MediaBank:
         """Stacks the items of each kind, in the order given, as float32.
 
         Raises:
-            ValueError: if a source is unknown or sets of one kind differ in shape.
+            ValueError: If a source is unknown or sets of one kind differ in shape.
         """
         gathered = {}
         for kind in MEDIA_KINDS:

@@ -28,7 +28,7 @@ class FeatureCache:
         self.root = Path(root)
 
     def path(self, name: str, fingerprint: str) -> Path:
-        """Where the features of ``name`` with this fingerprint lie, written yet or not."""
+        """Where the features of `name` with this fingerprint lie, written yet or not."""
         digest = hashlib.sha256(fingerprint.encode()).hexdigest()
         return self.root / f"{name}-{digest[:12]}.safetensors"
 
@@ -38,13 +38,13 @@ class FeatureCache:
         """Reads the features, or computes and keeps them when no sound file is there.
 
         Args:
-            name: first part of the file name, e.g. ``"easy_vqa-train"``.
+            name: first part of the file name, e.g. `"easy_vqa-train"`.
             fingerprint: everything the features depend on (data, encoder, settings) in one text;
                 another text is another file.
             build: computes the features; called at most once.
 
         Raises:
-            ValueError: ``name`` cannot be part of a file name, or ``build`` returned nothing.
+            ValueError: `name` cannot be part of a file name, or `build` returned nothing.
         """
         if not name or Path(name).name != name:
             raise ValueError(f"name ({name!r}) must be a plain file name without folders")

@@ -104,7 +104,7 @@ class Sampler:
     """Plays single notes of the TimGM6mb sound font.
 
     Raises:
-        MissingAssetError: the package ``pretty_midi`` or ``tinysoundfont`` is not installed.
+        MissingAssetError: If the package `pretty_midi` or `tinysoundfont` is not installed.
     """
 
     def __init__(self) -> None:
@@ -124,10 +124,10 @@ class Sampler:
             velocity: how hard the key is struck, 1 to 127.
 
         Returns:
-            ``[80896]`` at 44.1 kHz, both channels averaged.
+            `[80896]` at 44.1 kHz, both channels averaged.
 
         Raises:
-            ValueError: an argument is out of range.
+            ValueError: If an argument is out of range.
         """
         for name, value, low in (
             ("program", program, 0),
@@ -159,10 +159,10 @@ def notes_of(split: str) -> list[tuple[int, int, int]]:
     """Program, MIDI key and velocity of every clip of a split, in the order of `load`.
 
     Args:
-        split: ``"train"``, ``"validation"`` or ``"test"``.
+        split: `"train"`, `"validation"` or `"test"`.
 
     Raises:
-        ValueError: no such split.
+        ValueError: If there is no such split.
     """
     if split not in PITCHES_AND_VELOCITIES:
         raise ValueError(f"split ({split!r}) must be one of {', '.join(PITCHES_AND_VELOCITIES)}")
@@ -182,16 +182,16 @@ def load(
     Args:
         cache: keeps the features.
         encoder: hears the clips.
-        split: ``"train"`` (2560 clips), ``"validation"`` (256) or ``"test"`` (768).
+        split: `"train"` (2560 clips), `"validation"` (256) or `"test"` (768).
         most: clips that are drawn; None for all.
         seed: decides which.
 
     Returns:
-        10 rows a clip; labels ``instrument``, ``family`` and ``pitch`` (the MIDI key).
+        10 rows a clip; labels `instrument`, `family` and `pitch` (the MIDI key).
 
     Raises:
-        MissingAssetError: the package ``pretty_midi`` or ``tinysoundfont`` is not installed.
-        ValueError: no such split.
+        MissingAssetError: If the package `pretty_midi` or `tinysoundfont` is not installed.
+        ValueError: If there is no such split.
     """
     notes = draw(notes_of(split), most, seed)
     asset_folder("tinysoundfont")

@@ -30,10 +30,10 @@ def load_image(source: Any) -> Tensor:
         source: a path, or what else `as_source` reads from.
 
     Returns:
-        ``[H, W, 3]`` uint8, RGB; see `decode_picture`.
+        `[H, W, 3]` uint8, RGB; see `decode_picture`.
 
     Raises:
-        ValueError: the file is missing, damaged or no picture, or of a mode that is refused.
+        ValueError: If the file is missing, damaged or no picture, or of a mode that is refused.
     """
     source = as_source(source)
     require_file(source, "a picture such as PNG or JPEG")
@@ -58,11 +58,12 @@ def load_video(source: Any, num_frames: int = NUM_FRAMES, seed: int | None = Non
         seed: None picks evenly, a number at random.
 
     Returns:
-        ``[num_frames, H, W, 3]`` uint8, RGB.
+        `[num_frames, H, W, 3]` uint8, RGB.
 
     Raises:
-        ValueError: the file is missing, damaged, holds no pictures, or pictures of several sizes.
-        ModuleNotFoundError: PyAV is not installed, and the file needs it.
+        ValueError: If the file is missing, damaged, holds no pictures, or pictures of several
+            sizes.
+        ModuleNotFoundError: If PyAV is not installed, and the file needs it.
     """
     source = as_source(source)
     if isinstance(source, Path) and source.is_dir():
@@ -105,12 +106,12 @@ def animation_frames(image: Image.Image, num_frames: int, seed: int | None = Non
 
 
 def pick_frames(available: int, wanted: int, seed: int | None = None) -> list[int]:
-    """Indices of ``wanted`` of ``available`` frames, in ascending order.
+    """Indices of `wanted` of `available` frames, in ascending order.
 
     Args:
         available: at least 1.
         wanted: at least 1.
-        seed: None takes every ``available // wanted``-th frame from the first one on, as the
+        seed: None takes every `available // wanted`-th frame from the first one on, as the
             published code does; a number draws them at random, as the paper says. Of a video with
             fewer frames than wanted some are repeated, spread evenly.
     """
@@ -122,7 +123,7 @@ def pick_frames(available: int, wanted: int, seed: int | None = None) -> list[in
 
 
 def save_gif(path: Path | str, frames: Tensor | np.ndarray, frame_ms: int = 120) -> None:
-    """Writes frames ``[n, H, W, 3]`` uint8 as an animated GIF that repeats for ever."""
+    """Writes frames `[n, H, W, 3]` uint8 as an animated GIF that repeats for ever."""
     images = [Image.fromarray(np.asarray(frame)) for frame in frames]
     images[0].save(path, save_all=True, append_images=images[1:], duration=frame_ms, loop=0)
 
@@ -131,11 +132,11 @@ def resize_square(images: Tensor, size: int) -> Tensor:
     """Cuts the middle square out of pictures and resizes it.
 
     Args:
-        images: ``[H, W, 3]`` or ``[B, H, W, 3]`` uint8.
+        images: `[H, W, 3]` or `[B, H, W, 3]` uint8.
         size: side of the result in pixels.
 
     Returns:
-        ``[size, size, 3]`` or ``[B, size, size, 3]`` uint8.
+        `[size, size, 3]` or `[B, size, size, 3]` uint8.
     """
     if images.ndim == 4:
         return torch.stack([resize_square(image, size) for image in images])

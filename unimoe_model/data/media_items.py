@@ -20,7 +20,7 @@ def as_picture(item, name: str) -> Tensor:
         name: what errors call it.
 
     Raises:
-        ValueError: if it is neither, or cannot be read.
+        ValueError: If it is neither, or cannot be read.
     """
     if (source := as_source(item)) is not None:
         from unimoe_model.data.media_io import load_image
@@ -44,7 +44,7 @@ def as_video(item, num_frames: int, name: str, seed: int | None = None) -> Tenso
         seed: None chooses evenly, a number at random.
 
     Raises:
-        ValueError: if it is none of these, or cannot be read.
+        ValueError: If it is none of these, or cannot be read.
     """
     from unimoe_model.data.media_io import animation_frames, load_video, pick_frames
 
@@ -76,7 +76,7 @@ def as_recording(item, sample_rate: int, name: str) -> NDArray[np.float32]:
         name: what errors call it.
 
     Raises:
-        ValueError: if it is none of these, empty, or not finite.
+        ValueError: If it is none of these, empty, or not finite.
     """
     from unimoe_model.data.audio_io import full_scale, load_wav, resample, whole_rate
 

@@ -8,16 +8,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MediaSet:
-    """Frozen features of ``M`` items, padded to the longest.
+    """Frozen features of `M` items, padded to the longest.
 
     Attributes:
-        features: ``[M, n, C]`` float16; rows past an item's length are padding.
-        lengths: ``[M]`` int64, valid rows of each item, between 1 and ``n``.
+        features: `[M, n, C]` float16; rows past an item's length are padding.
+        lengths: `[M]` int64, valid rows of each item, between 1 and `n`.
         labels: one dict of label name -> value for each item; a label that is not known is left
             out.
 
     Raises:
-        ValueError: shapes, dtypes or lengths do not fit together.
+        ValueError: If shapes, dtypes or lengths do not fit together.
     """
 
     features: Tensor

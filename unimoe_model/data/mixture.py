@@ -19,7 +19,7 @@ class Mixture:
         seed: any integers that name the run and its stage.
 
     Raises:
-        ValueError: if a weighted task is missing or empty, or a weight is not positive.
+        ValueError: If a weighted task is missing or empty, or a weight is not positive.
     """
 
     def __init__(

@@ -34,11 +34,11 @@ def decode_picture(image: Image.Image) -> Tensor:
     The EXIF orientation is applied. 16-bit grey keeps its high byte, float grey is 0 to 1.
 
     Returns:
-        ``[H, W, 3]`` uint8, RGB; of an animation, the current frame.
+        `[H, W, 3]` uint8, RGB; of an animation, the current frame.
 
     Raises:
-        ValueError: which number is white is not known: 32-bit integers, floats outside 0 to 1; or
-            the mode is unknown, or the image has no pixels.
+        ValueError: If it is not known which number is white (32-bit integers, floats outside 0 to
+            1), the mode is unknown, or the image has no pixels.
     """
     if 0 in image.size:
         raise ValueError(f"size {image.width} x {image.height} must be at least 1 x 1")
@@ -51,7 +51,7 @@ def decode_picture(image: Image.Image) -> Tensor:
 def turned(
     pixels: NDArray[np.uint8], transpose: bool, flip_rows: bool, flip_columns: bool
 ) -> NDArray[np.uint8]:
-    """Pixels ``[H, W, ...]`` transposed and then flipped; contiguous and writeable."""
+    """Pixels `[H, W, ...]` transposed and then flipped; contiguous and writeable."""
     if transpose:
         pixels = pixels.swapaxes(0, 1)
     if flip_rows:
@@ -62,7 +62,7 @@ def turned(
 
 
 def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pixels ``[H, W, 4]`` with straight alpha, on white: ``[H, W, 3]``."""
+    """Pixels `[H, W, 4]` with straight alpha, on white: `[H, W, 3]`."""
     image = Image.fromarray(rgba)
     white = Image.new("RGBA", image.size, "white")
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
@@ -110,7 +110,7 @@ def _grey_of_floats(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np.f
 
 
 def _as_rgb(grey: NDArray[np.uint8], values: NDArray, key: int | None = None) -> NDArray[np.uint8]:
-    """Three equal channels; white where ``values`` are the one that stands for transparency."""
+    """Three equal channels; white where `values` are the one that stands for transparency."""
     if key is not None:
         grey = np.where(values == key, np.uint8(255), grey)
     return np.repeat(grey[..., None], 3, axis=2)

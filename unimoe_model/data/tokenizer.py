@@ -43,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size: most entries, the special ones and the 256 bytes included.
 
     Raises:
-        ValueError: if `vocab_size` has no room for bytes and special tokens.
+        ValueError: If `vocab_size` has no room for bytes and special tokens.
     """
     if vocab_size < LEAST_VOCAB_SIZE:
         raise ValueError(f"vocab_size ({vocab_size}) must be at least {LEAST_VOCAB_SIZE}")

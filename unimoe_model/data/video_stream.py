@@ -27,10 +27,10 @@ def stream_frames(
         name: what errors call it.
 
     Returns:
-        ``[H, W, 3]`` uint8, RGB, for each index.
+        `[H, W, 3]` uint8, RGB, for each index.
 
     Raises:
-        ValueError: no frames, or a rotation that is no quarter turn.
+        ValueError: If there are no frames, or the rotation is no quarter turn.
         ModuleNotFoundError: PyAV is not installed.
     """
     with needed_by(f"video file {name}"):

@@ -31,8 +31,8 @@ def build_encoder(name: str, sense: str) -> FrozenEncoder:
         sense: `"vision"`, `"speech"` or `"audio"`.
 
     Raises:
-        ValueError: if there is no encoder of that name, and no such file or folder.
-        MissingAssetError: if the package that carries its weights is not installed.
+        ValueError: If there is no encoder of that name, and no such file or folder.
+        MissingAssetError: If the package that carries its weights is not installed.
     """
     if name in ENCODERS:
         module, cls = ENCODERS[name]

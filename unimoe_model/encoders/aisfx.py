@@ -30,7 +30,7 @@ def mel_filters() -> Tensor:
     """96 triangles on the HTK mel scale from 0 to 22,050 Hz, each of unit sum.
 
     Returns:
-        ``[1025, 96]`` float32, from FFT bins to bands.
+        `[1025, 96]` float32, from FFT bins to bands.
     """
     top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
     edges = 700 * (10 ** (np.linspace(0, top, MEL_BANDS + 2) / 2595) - 1)
@@ -79,21 +79,21 @@ class AisfxAudioEncoder(FrozenEncoder):
         """The encoder with the weights of its authors.
 
         Raises:
-            MissingAssetError: the package that carries the weights is not installed.
-            ValueError: its checkpoint is cut short, damaged or of another network.
+            MissingAssetError: If the package that carries the weights is not installed.
+            ValueError: If its checkpoint is cut short, damaged or of another network.
         """
         encoder = cls()
         _load_checkpoint(encoder, asset_file("aisfx", "models", "checkpoint.pth"))
         return encoder
 
     def log_mel(self, waveforms: Tensor) -> Tensor:
-        """The network's view of sound: ``log10(1 + 1e4 * mel power) / 9.4578``, peak level 1.
+        """The network's view of sound: `log10(1 + 1e4 * mel power) / 9.4578`, peak level 1.
 
         Args:
-            waveforms: ``[B, samples]`` float32 at 44.1 kHz, any level.
+            waveforms: `[B, samples]` float32 at 44.1 kHz, any level.
 
         Returns:
-            ``[B, 1 + samples // 1024, 96]`` float32, between 0 and about 1.
+            `[B, 1 + samples // 1024, 96]` float32, between 0 and about 1.
         """
         peaks = waveforms.abs().amax(dim=1, keepdim=True)
         waveforms = waveforms / torch.where(peaks > 0, peaks, 1.0)
@@ -112,14 +112,14 @@ class AisfxAudioEncoder(FrozenEncoder):
         """Encodes clips of one length.
 
         Args:
-            waveforms: ``[B, samples]`` floating point at 44.1 kHz, any level.
+            waveforms: `[B, samples]` floating point at 44.1 kHz, any level.
 
         Returns:
-            ``[B, (1 + samples // 1024) // 8, 512]`` in the dtype of the weights: a frame every
+            `[B, (1 + samples // 1024) // 8, 512]` in the dtype of the weights: a frame every
             186 ms, averaged over frequency.
 
         Raises:
-            ValueError: another shape or dtype, or too short for one frame.
+            ValueError: If it has another shape or dtype, or is too short for one frame.
         """
         check_waveforms(waveforms)
         if waveforms.shape[1] < MIN_SAMPLES:
@@ -142,10 +142,10 @@ class AisfxAudioEncoder(FrozenEncoder):
         """Encodes a recording of any length in pieces of 30 s.
 
         Args:
-            samples: ``[samples]`` float32 at 44.1 kHz.
+            samples: `[samples]` float32 at 44.1 kHz.
 
         Returns:
-            ``[rows, 512]`` float32 of each piece; the last one is as long as what is left, and left
+            `[rows, 512]` float32 of each piece; the last one is as long as what is left, and left
             out where that is too short for a row.
         """
         pieces = torch.from_numpy(samples)[None].split(PIECE_SAMPLES, dim=1)

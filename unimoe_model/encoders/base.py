@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def check_waveforms(waveforms: Tensor) -> None:
-    """Raises ValueError unless waveforms are floating point of shape ``[B, samples]``."""
+    """Raises ValueError unless waveforms are floating point of shape `[B, samples]`."""
     if waveforms.ndim != 2 or not waveforms.is_floating_point():
         raise ValueError(
             f"waveforms ({waveforms.dtype} of shape {list(waveforms.shape)}) must be floating "
@@ -18,13 +18,13 @@ def check_waveforms(waveforms: Tensor) -> None:
 class FrozenEncoder(nn.Module):
     """A pretrained encoder that is never trained: always in eval mode, no gradients.
 
-    A subclass builds its weights, calls :meth:`freeze` at the end of its ``__init__`` and
-    implements ``forward``, which returns features of shape ``[B, n, feature_size]``.
+    A subclass builds its weights, calls :meth:`freeze` at the end of its `__init__` and
+    implements `forward`, which returns features of shape `[B, n, feature_size]`.
 
     Args:
-        name: what the encoder really is, e.g. ``"EfficientNet-Lite0"``.
+        name: what the encoder really is, e.g. `"EfficientNet-Lite0"`.
         feature_size: channels of the features it returns.
-        stand_in_for: the encoder of the paper that it replaces, e.g. ``"CLIP ViT-L/14"``;
+        stand_in_for: the encoder of the paper that it replaces, e.g. `"CLIP ViT-L/14"`;
             None where it is the paper's own family.
     """
 
@@ -40,7 +40,7 @@ class FrozenEncoder(nn.Module):
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
-        """Stays in eval mode whatever ``mode`` says, so that a host's ``train()`` is harmless."""
+        """Stays in eval mode whatever `mode` says, so that a host's `train()` is harmless."""
         return super().train(False)
 
     def fingerprint(self) -> str:

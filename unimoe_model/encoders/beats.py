@@ -48,10 +48,10 @@ class BeatsConfig:
 
     @classmethod
     def from_checkpoint(cls, cfg: Mapping[str, object]) -> "BeatsConfig":
-        """Reads the ``cfg`` of a checkpoint.
+        """Reads the `cfg` of a checkpoint.
 
         Raises:
-            ValueError: if a size is missing, or an option asks for another kind of network.
+            ValueError: If a size is missing, or an option asks for another kind of network.
         """
         needed = {
             "activation_fn": "gelu",
@@ -84,12 +84,12 @@ class BeatsAttention(nn.Module):
         self.grep_a = nn.Parameter(torch.ones(1, self.num_heads, 1, 1))
 
     def forward(self, x: Tensor, position_bias: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Maps ``[B, n, C]`` to ``[B, n, C]``.
+        """Maps `[B, n, C]` to `[B, n, C]`.
 
         Args:
-            x: ``[B, n, C]``.
-            position_bias: ``[H, n, n]``, shared by all layers.
-            key_mask: ``[B, 1, 1, n]``, 0 or -inf to add; None adds nothing.
+            x: `[B, n, C]`.
+            position_bias: `[H, n, n]`, shared by all layers.
+            key_mask: `[B, 1, 1, n]`, 0 or -inf to add; None adds nothing.
         """
         q, k, v = (
             rearrange(proj(x), "b n (h d) -> b h n d", h=self.num_heads)
@@ -118,7 +118,7 @@ class BeatsLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, position_bias: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Maps ``[B, n, C]`` to ``[B, n, C]``; see `BeatsAttention`."""
+        """Maps `[B, n, C]` to `[B, n, C]`; see `BeatsAttention`."""
         attended = self.self_attn(x, position_bias, key_mask)
         x = self.self_attn_layer_norm(x * self.residual_scale + attended)
         fed = self.fc2(F.gelu(self.fc1(x)))
@@ -160,7 +160,7 @@ class BeatsEncoder(FrozenEncoder):
         """The encoder of the paper, with Microsoft's weights, from the folder of `weights_source`.
 
         Raises:
-            FileNotFoundError: if the folder has no such file; no package and no hub offers it.
+            FileNotFoundError: If the folder has no such file; no package and no hub offers it.
         """
         path = Path(weights_source(FILE, ""))
         if not path.is_file():
@@ -172,11 +172,11 @@ class BeatsEncoder(FrozenEncoder):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "BeatsEncoder":
-        """Reads a published ``.pt`` file: ``{"cfg": ..., "model": ...}``.
+        """Reads a published `.pt` file: `{"cfg": ..., "model": ...}`.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is damaged, holds more than tensors and plain values, is of another
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, holds more than tensors and plain values, is of another
                 kind of network, or a tensor is missing, left over or of another shape.
         """
         try:
@@ -194,14 +194,14 @@ class BeatsEncoder(FrozenEncoder):
         """Encodes clips of one length.
 
         Args:
-            waveforms: ``[B, samples]`` floating point at 16 kHz, full scale 1.
-            padding_mask: ``[B, samples]`` bool, True on samples that are filled up; None has none.
+            waveforms: `[B, samples]` floating point at 16 kHz, full scale 1.
+            padding_mask: `[B, samples]` bool, True on samples that are filled up; None has none.
 
         Returns:
-            ``[B, num_tokens(samples), C]`` in the dtype of the weights.
+            `[B, num_tokens(samples), C]` in the dtype of the weights.
 
         Raises:
-            ValueError: another shape or dtype, or too short for one token.
+            ValueError: If it has another shape or dtype, or is too short for one token.
         """
         check_waveforms(waveforms)
         if self.num_tokens(waveforms.shape[1]) == 0:
@@ -237,13 +237,13 @@ class BeatsEncoder(FrozenEncoder):
         """Encodes log-mel frames.
 
         Args:
-            fbank: ``[B, frames, 128]`` as `beats_fbank` gives it.
-            padding_mask: ``[B, samples]`` bool, or None. A frame, and then a token, counts as
+            fbank: `[B, frames, 128]` as `beats_fbank` gives it.
+            padding_mask: `[B, samples]` bool, or None. A frame, and then a token, counts as
                 padding where all of its equal share of the mask is True. As published, the bands of
                 one time share its frames among them, so that some of them may count and others not.
 
         Returns:
-            ``[B, tokens, C]``, time-major: all bands of a time come one after the other.
+            `[B, tokens, C]`, time-major: all bands of a time come one after the other.
         """
         patches = self.patch_embedding(fbank.unsqueeze(1))
         x = self.layer_norm(rearrange(patches, "b c t f -> b (t f) c"))
@@ -262,7 +262,7 @@ class BeatsEncoder(FrozenEncoder):
         return x
 
     def _position_bias(self, tokens: int) -> Tensor:
-        """Bias ``[H, n, n]`` of a query (rows) on a key (columns) at that distance."""
+        """Bias `[H, n, n]` of a query (rows) on a key (columns) at that distance."""
         position = torch.arange(tokens, device=self.relative_attention_bias.weight.device)
         distance = position[None, :] - position[:, None]
         buckets = relative_buckets(distance, self.config.num_buckets, self.config.max_distance)
@@ -270,7 +270,7 @@ class BeatsEncoder(FrozenEncoder):
 
 
 def coarsened(mask: Tensor, units: int) -> Tensor:
-    """Mask ``[B, units]`` of ``[B, n]``: True where all of a unit's share is; the rest is cut."""
+    """Mask `[B, units]` of `[B, n]`: True where all of a unit's share is; the rest is cut."""
     share = mask.shape[1] // units
     return mask[:, : share * units].unflatten(1, (units, share)).all(-1)
 
@@ -278,7 +278,7 @@ def coarsened(mask: Tensor, units: int) -> Tensor:
 def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
     """Bucket of each distance key - query: half of them for each direction.
 
-    The first half of those is exact, the others grow logarithmically up to ``max_distance`` (T5,
+    The first half of those is exact, the others grow logarithmically up to `max_distance` (T5,
     arXiv 1910.10683).
     """
     each = num_buckets // 2
@@ -296,8 +296,8 @@ def own_names(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     positional convolution in two parts: direction and, over each tap of the kernel, length.
 
     Raises:
-        ValueError: if the layers' biases differ.
-        KeyError: if the convolution is missing.
+        ValueError: If the layers' biases differ.
+        KeyError: If the convolution is missing.
     """
     state = {}
     for name, tensor in published.items():
@@ -321,14 +321,14 @@ def clip_chunks(waveform: Tensor) -> tuple[Tensor, Tensor]:
     """Cuts one clip of any length into pieces of 30 s, the last one filled up.
 
     Args:
-        waveform: ``[samples]`` at 16 kHz, at least one.
+        waveform: `[samples]` at 16 kHz, at least one.
 
     Returns:
-        ``[n, 480000]``, filled up with the clip's last sample as in the published code, and a mask
+        `[n, 480000]`, filled up with the clip's last sample as in the published code, and a mask
         of that shape, True on what was filled up.
 
     Raises:
-        ValueError: if the clip is empty or of another shape.
+        ValueError: If the clip is empty or of another shape.
     """
     if waveform.ndim != 1 or len(waveform) == 0:
         raise ValueError(

@@ -48,17 +48,17 @@ class ClipImageEncoder(PublishedEncoder):
         """Encodes pictures of any size.
 
         Args:
-            pictures: ``[H, W, 3]`` uint8 each.
+            pictures: `[H, W, 3]` uint8 each.
             pad_to_square: fills the shorter side with CLIP's mean colour (LLaVA's `pad`) rather
                 than cutting the middle square out.
 
         Returns:
-            ``[n, (size / patch) ** 2, C]``.
+            `[n, (size / patch) ** 2, C]`.
         """
         return self(self.pixel_values(pictures, pad_to_square))
 
     def pixel_values(self, pictures: Sequence[Tensor], pad_to_square: bool = False) -> Tensor:
-        """What `encode_pictures` gives the transformer: ``[n, 3, size, size]`` float32."""
+        """What `encode_pictures` gives the transformer: `[n, 3, size, size]` float32."""
         with needed_by("CLIP"):
             from PIL import Image
         from transformers import CLIPImageProcessorPil
@@ -77,13 +77,13 @@ class ClipImageEncoder(PublishedEncoder):
         """Encodes images.
 
         Args:
-            pixel_values: ``[..., 3, size, size]`` as CLIP's image processor gives them.
+            pixel_values: `[..., 3, size, size]` as CLIP's image processor gives them.
 
         Returns:
-            ``[..., (size / patch) ** 2, C]`` in the dtype of the weights, without the class token.
+            `[..., (size / patch) ** 2, C]` in the dtype of the weights, without the class token.
 
         Raises:
-            ValueError: another shape.
+            ValueError: If it has another shape.
         """
         size = self.vision_tower.config.image_size
         if pixel_values.ndim < 3 or pixel_values.shape[-3:] != (3, size, size):

@@ -1,6 +1,6 @@
 """Reads Whisper weights out of a CTranslate2 model file.
 
-The layout (version 6, little endian) is that of ``ModelSpec._serialize`` in CTranslate2: a version
+The layout (version 6, little endian) is that of `ModelSpec._serialize` in CTranslate2: a version
 word, the name of the specification and its revision; the count of variables, each with its name,
 shape, type, size in bytes and raw data; the count of aliases, each a pair of names. A name is
 stored with its length in 16 bits and a closing zero byte.
@@ -78,13 +78,13 @@ def read_ctranslate2(path: Path) -> dict[str, Tensor]:
     """Reads all variables of a CTranslate2 model file, aliases resolved.
 
     Args:
-        path: a ``model.bin`` of format version 6.
+        path: a `model.bin` of format version 6.
 
     Returns:
         The tensors by their CTranslate2 names, in the shapes and types of the file.
 
     Raises:
-        ValueError: the file is missing, cut short, damaged or of another version.
+        ValueError: If the file is missing, cut short, damaged or of another version.
     """
     path = Path(path)
     try:
@@ -144,18 +144,18 @@ _KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
 
 
 def whisper_state_dict(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    """Renames one half of a Whisper model to the names of ``transformers``, in float32.
+    """Renames one half of a Whisper model to the names of `transformers`, in float32.
 
     Args:
         tensors: what :func:`read_ctranslate2` returned.
-        part: ``"encoder"`` or ``"decoder"``.
+        part: `"encoder"` or `"decoder"`.
 
     Returns:
-        A state dict of ``WhisperEncoder`` or ``WhisperDecoder``; what transformers has no
+        A state dict of `WhisperEncoder` or `WhisperDecoder`; what transformers has no
         parameter for (numbers of heads, flags, the biases of the keys, which are zero) is left out.
 
     Raises:
-        ValueError: ``part`` is neither, or the file has no weights of that part.
+        ValueError: `part` is neither, or the file has no weights of that part.
     """
     if part not in ("encoder", "decoder"):
         raise ValueError(f"part ({part!r}) must be 'encoder' or 'decoder'")

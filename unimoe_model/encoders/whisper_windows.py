@@ -56,7 +56,7 @@ class WhisperWindowEncoder(PublishedEncoder):
             `[windows, mel bins, frames]` float32; 80 x 3000 a window of 30 s.
 
         Raises:
-            ValueError: if samples are empty, or of another shape or dtype.
+            ValueError: If samples are empty, or of another shape or dtype.
         """
         if samples.ndim != 1 or samples.size == 0 or samples.dtype.kind != "f":
             raise ValueError(
@@ -93,7 +93,7 @@ class WhisperWindowEncoder(PublishedEncoder):
             max_rows: most rows that a window may have; they cannot be fewer than it has.
 
         Raises:
-            ValueError: if samples are empty, or of another shape or dtype, or max_rows is too low.
+            ValueError: If samples are empty, or of another shape or dtype, or max_rows is too low.
         """
         rows = self.encoder.config.max_source_positions
         if max_rows is not None and max_rows < rows:

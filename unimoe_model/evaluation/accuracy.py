@@ -58,7 +58,7 @@ def accuracy(answers: Sequence[str], examples: Sequence[Example]) -> float:
     """Share of answers that are the expected ones, letter for letter.
 
     Raises:
-        ValueError: if there are no examples, or not as many answers.
+        ValueError: If there are no examples, or not as many answers.
     """
     if not examples or len(answers) != len(examples):
         raise ValueError(

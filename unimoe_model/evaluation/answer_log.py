@@ -37,7 +37,7 @@ class AnswerLog:
         """Opens the log.
 
         Raises:
-            ValueError: if the folder holds another run's answers, damaged ones, or is in use.
+            ValueError: If the folder holds another run's answers, damaged ones, or is in use.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / _ANSWERS

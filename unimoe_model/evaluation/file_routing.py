@@ -26,8 +26,8 @@ def route_file(
         The counts.
 
     Raises:
-        ModuleNotFoundError: if matplotlib is not installed.
-        ValueError: for a bad data file, a dense model, or naming the line whose media cannot be
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: For a bad data file, a dense model, or naming the line whose media cannot be
             read; nothing is written then.
     """
     with needed_by("routing", "eval"):

@@ -42,7 +42,7 @@ class RoutingCounts:
         model: MoE model in eval mode.
 
     Raises:
-        ValueError: if the model is dense.
+        ValueError: If the model is dense.
     """
 
     def __init__(self, model):

@@ -53,7 +53,7 @@ def read_samples(path: Path, check: Callable[[Sample], None] = lambda sample: No
         The samples in their order, at least one.
 
     Raises:
-        ValueError: naming file, line and key, for the first line that is not as described above or
+        ValueError: Naming file, line and key, for the first line that is not as described above or
             that `check` refuses; or naming the media files that are missing.
     """
     path = Path(path)

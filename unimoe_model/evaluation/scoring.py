@@ -44,8 +44,8 @@ def evaluate_file(
         What `score.json` holds.
 
     Raises:
-        ModuleNotFoundError: if the metric needs a package that is not installed.
-        ValueError: for a bad argument or data file, before anything is written; if `output` holds
+        ModuleNotFoundError: If the metric needs a package that is not installed.
+        ValueError: For a bad argument or data file, before anything is written; if `output` holds
             answers of another model, data file or setting; or naming the line whose media cannot
             be read.
     """

@@ -41,7 +41,7 @@ def layer_throughput(
         backward), and tokens/s of a step.
 
     Raises:
-        RuntimeError: if the MoE layer and the loop disagree.
+        RuntimeError: If the MoE layer and the loop disagree.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, hidden_size, generator=generator).to(device, dtype)

@@ -46,7 +46,7 @@ def assemble_moe(
         A new model with a router that starts at normal(0, initializer_range).
 
     Raises:
-        ValueError: if there are no experts, or the model has MoE layers already.
+        ValueError: If there are no experts, or the model has MoE layers already.
     """
     if not experts:
         raise ValueError("experts must hold at least one FFN")
@@ -98,7 +98,7 @@ def add_lora(
             layers without experts, unless said otherwise.
 
     Raises:
-        ValueError: if rank is below 1.
+        ValueError: If rank is below 1.
     """
     if rank < 1:
         raise ValueError(f"rank ({rank}) must be at least 1")

@@ -78,7 +78,7 @@ def widen_ffns(model: UniMoEForConditionalGeneration, times: int) -> UniMoEForCo
         A new model on the same device, in the same dtype.
 
     Raises:
-        ValueError: if `times` is below 1, or the model has MoE layers.
+        ValueError: If `times` is below 1, or the model has MoE layers.
 
     Reference: Chen et al., "Net2Net", arXiv 1511.05641.
     """

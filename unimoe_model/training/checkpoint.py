@@ -90,7 +90,7 @@ def load_checkpoint(
         Its progress, or None if there is no checkpoint; then nothing is changed.
 
     Raises:
-        ValueError: if the checkpoint is of another configuration or cannot be read.
+        ValueError: If the checkpoint is of another configuration or cannot be read.
     """
     if alone:
         recover_folder(folder)
@@ -148,7 +148,7 @@ def completed_run(folder: Path, run: str) -> bool:
     """Whether the stage in `folder` is complete.
 
     Raises:
-        ValueError: if it is complete, but of another configuration than `run`, or unreadable.
+        ValueError: If it is complete, but of another configuration than `run`, or unreadable.
     """
     path = folder / "metrics.json"
     if not path.exists():

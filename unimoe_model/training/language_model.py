@@ -41,7 +41,7 @@ def save_language_model(
         folder: must not exist yet.
 
     Raises:
-        ValueError: if the folder exists.
+        ValueError: If the folder exists.
     """
     text = model.config.text_config.to_dict()
     sizes = {name: text[name] for name in (*_SIZE_FIELDS, "vocab_size") if name in text}
@@ -62,7 +62,7 @@ def load_language_model(model: UniMoEForConditionalGeneration, folder: Path) -> 
         folder: what `save_language_model` wrote.
 
     Raises:
-        ValueError: if the folder cannot be read or its weights do not fit.
+        ValueError: If the folder cannot be read or its weights do not fit.
     """
     try:
         llama = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -75,7 +75,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: If it cannot be read.
     """
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder)
@@ -92,7 +92,7 @@ def read_sizes(folder: Path) -> tuple[dict[str, Any], int]:
         Fields of `LlamaConfig` other than vocabulary and token ids, and the size of the vocabulary.
 
     Raises:
-        ValueError: if there is no readable `config.json` of a LLaMA.
+        ValueError: If there is no readable `config.json` of a LLaMA.
     """
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def digest(folder: Path) -> str:
     """Short hash of the weights and the tokenizer in a folder.
 
     Raises:
-        ValueError: if a file is missing.
+        ValueError: If a file is missing.
     """
     hashed = hashlib.sha256()
     try:

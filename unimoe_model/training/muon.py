@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
         dtype: what `orthogonalize` multiplies in.
 
     Raises:
-        ValueError: if a parameter is no matrix.
+        ValueError: If a parameter is no matrix.
 
     Reference: arXiv 2502.16982.
     """

@@ -41,7 +41,7 @@ def pretrain_language_model(
         Accuracy on questions about colour and shape pairs that no training text holds.
 
     Raises:
-        ValueError: if the settings have no `pretrain`, the folder exists, or a task of the stage
+        ValueError: If the settings have no `pretrain`, the folder exists, or a task of the stage
             is no text task.
     """
     stage = settings.pretrain

@@ -46,7 +46,7 @@ class Ranks:
         """This process's examples of a batch of all.
 
         Raises:
-            ValueError: if the batch has fewer examples than there are processes.
+            ValueError: If the batch has fewer examples than there are processes.
         """
         if len(batch) < self.world_size:
             raise ValueError(

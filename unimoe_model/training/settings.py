@@ -173,7 +173,7 @@ class RunSettings:
         """All fields that decide the result, as plain values; `parallel` does not.
 
         Raises:
-            ValueError: if the files of `language_model` cannot be read.
+            ValueError: If the files of `language_model` cannot be read.
         """
         facts = asdict(self)
         del facts["parallel"]
@@ -194,7 +194,7 @@ def load_settings(path: str | Path, **overrides: Any) -> RunSettings:
         **overrides: top-level values that replace the file's, such as `seed=1`.
 
     Raises:
-        ValueError: if the file is missing or no YAML, or a key is unknown, missing or wrong.
+        ValueError: If the file is missing or no YAML, or a key is unknown, missing or wrong.
     """
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

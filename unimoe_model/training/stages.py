@@ -66,7 +66,7 @@ class Trainer:
             Trainer with the same arguments; None is this process alone.
 
     Raises:
-        ValueError: if arm is unknown, or a stage of the settings needs a task without examples.
+        ValueError: If arm is unknown, or a stage of the settings needs a task without examples.
     """
 
     def __init__(

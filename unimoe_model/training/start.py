@@ -23,9 +23,9 @@ def start_ranks(settings: RunSettings, device: torch.device) -> DeviceMesh | Non
     """The mesh of a run that torchrun started; None for one process alone.
 
     Raises:
-        ValueError: if the settings ask for several processes and torchrun was not used, or the
+        ValueError: If the settings ask for several processes and torchrun was not used, or the
             other way round, or their numbers differ.
-        RuntimeError: if a process does not come in time, or has other settings.
+        RuntimeError: If a process does not come in time, or has other settings.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     parallel = settings.parallel
@@ -62,7 +62,7 @@ def share_experts() -> DeviceMesh | None:
     """A mesh that splits experts over all processes of torchrun; None for one process alone.
 
     Raises:
-        RuntimeError: if a process does not come in time.
+        RuntimeError: If a process does not come in time.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return start_parallel(1, processes, device=own_device()) if processes > 1 else None

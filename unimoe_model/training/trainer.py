@@ -123,7 +123,7 @@ def autocast(device: torch.device, precision: str):
     """Context of the forward pass: bfloat16 autocast, or nothing for `"fp32"`.
 
     Raises:
-        ValueError: if precision is neither `"bf16"` nor `"fp32"`.
+        ValueError: If precision is neither `"bf16"` nor `"fp32"`.
     """
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision ({precision!r}) must be 'bf16' or 'fp32'")
@@ -190,7 +190,7 @@ def train_stage(
         `finish_stage`.
 
     Raises:
-        ValueError: if the checkpoint is of another run, or the loss is not finite.
+        ValueError: If the checkpoint is of another run, or the loss is not finite.
     """
     model.requires_grad_(False)
     for parameter in parameters.values():

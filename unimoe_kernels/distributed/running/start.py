@@ -64,9 +64,9 @@ def start_parallel(
         A mesh with dimensions `("dp", "ep")`.
 
     Raises:
-        ValueError: if a size is below 1, their product is not the number of processes, or the
+        ValueError: If a size is below 1, their product is not the number of processes, or the
             environment of torchrun is missing.
-        RuntimeError: if a rank does not come in time or was started otherwise, or process groups
+        RuntimeError: If a rank does not come in time or was started otherwise, or process groups
             exist already.
     """
     for name, size in (("data", data), ("expert", expert)):

@@ -47,7 +47,7 @@ def check_options(options: Sequence[str]) -> None:
     """Checks that there is a choice.
 
     Raises:
-        ValueError: unless there are 2 to 26 options.
+        ValueError: Unless there are 2 to 26 options.
     """
     if not 2 <= len(options) <= len(ascii_uppercase):
         raise ValueError(
@@ -59,7 +59,7 @@ def right_option(answer: str, options: Sequence[str]) -> int:
     """Index of the option that the data's own answer means: its letter or its text.
 
     Raises:
-        ValueError: if it means none, or its letter is one option and its text another.
+        ValueError: If it means none, or its letter is one option and its text another.
     """
     answer = answer.strip()
     letters = ascii_uppercase[: len(options)]

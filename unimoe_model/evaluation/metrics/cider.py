@@ -55,7 +55,7 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
         The mean over the items and that of each, 0 to 10; papers print a hundred times the mean.
 
     Raises:
-        ValueError: if there are fewer than two items.
+        ValueError: If there are fewer than two items.
     """
     if len(answers) < FEWEST_ITEMS:
         raise ValueError(

@@ -76,7 +76,7 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
         Between 0 and 1; with ten people 0.3, 0.6, 0.9 and 1 for one, two, three and more matches.
 
     Raises:
-        ValueError: if there are fewer than four people's answers.
+        ValueError: If there are fewer than four people's answers.
     """
     if len(answers) < FEWEST_ANSWERS:
         raise ValueError(

@@ -21,7 +21,7 @@ def require_jiwer():
     """The package that counts errors.
 
     Raises:
-        ModuleNotFoundError: if it is not installed; the message says how to install it.
+        ModuleNotFoundError: If it is not installed; the message says how to install it.
     """
     with needed_by("metric wer", "eval"):
         import jiwer
@@ -39,8 +39,8 @@ def word_error_rate(answers: Sequence[str], references: Sequence[str]) -> Score:
         The rate (0 is best, it may exceed 1), that of each item, and the counts.
 
     Raises:
-        ModuleNotFoundError: if jiwer is not installed.
-        ValueError: if a reference holds no word after normalisation.
+        ModuleNotFoundError: If jiwer is not installed.
+        ValueError: If a reference holds no word after normalisation.
     """
     jiwer = require_jiwer()
     given = [normalize_speech(answer) for answer in answers]
