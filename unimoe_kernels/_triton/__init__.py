@@ -27,6 +27,6 @@ name                what it is
 `HAS_`, `NEEDS_`    whether an operand is there, whether a result is wanted
 ==================  ================================================================================
 
-Lower-case letters index an axis, capitals say what shape numbers have. Arguments in capitals are
-constants: each value of them is compiled for itself.
+Lower-case letters index an axis, capitals say what shape numbers have; single numbers and those of
+any shape have no suffix. Arguments in capitals are constants: each value is compiled for itself.
 """

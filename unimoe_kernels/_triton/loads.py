@@ -22,25 +22,19 @@ def source_rows(offs_m, row_order_ptr, TOP_K: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptrs, mask_k, EVEN_K: tl.constexpr):
-    """Loads `[M, K]` of which the columns `mask_k` exist; rows must all exist."""
-    if EVEN_K:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=mask_k[None, :], other=0)
+def load_block(ptrs, mask_m, mask_n, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr):
+    """Loads the rows `mask_m` and columns `mask_n` of a block that exist, zeros elsewhere.
 
-
-@triton.jit
-def load_weight(ptrs, mask_k, mask_n, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
-    """Loads `[K, N]` of which the rows `mask_k` and the columns `mask_n` exist."""
-    if EVEN_K and EVEN_N:
+    Where all of them exist (`EVEN_M`, `EVEN_N`) a mask is not looked at and may be None.
+    """
+    if EVEN_M and EVEN_N:
         return tl.load(ptrs)
-    elif EVEN_K:
+    elif EVEN_M:
         return tl.load(ptrs, mask=mask_n[None, :], other=0)
     elif EVEN_N:
-        return tl.load(ptrs, mask=mask_k[:, None], other=0)
+        return tl.load(ptrs, mask=mask_m[:, None], other=0)
     else:
-        return tl.load(ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0)
+        return tl.load(ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0)
 
 
 @triton.jit
@@ -72,7 +66,7 @@ def place_rows(
 def read_rows(source, place, start_k, mask_k, EVEN_K: tl.constexpr, FORM: tl.constexpr):
     """Reads `[M, K]` from `start_k` on along the sum, through whatever `FORM` is."""
     if FORM == "pointers":
-        return load_rows(place, mask_k, EVEN_K)
+        return load_block(place, None, mask_k, True, EVEN_K)
     else:
         return source.load([place, start_k])
 
@@ -107,7 +101,7 @@ def read_weight(
     elif FORM == "by_row":  # [E, K, N]
         return source.load([place, start_k, start_n]).reshape(mask_k.shape[0], mask_n.shape[0])
     else:
-        return load_weight(place, mask_k, mask_n, EVEN_K, EVEN_N)
+        return load_block(place, mask_k, mask_n, EVEN_K, EVEN_N)
 
 
 @triton.jit

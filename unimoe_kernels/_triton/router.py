@@ -92,15 +92,21 @@ def close_groups(
 
 
 @triton.jit
+def counted_tokens(mask_ptr, offs_t, num_tokens, HAS_MASK: tl.constexpr):
+    """Returns which tokens count in the losses: those that exist and that the mask lets through."""
+    counted_T = offs_t < num_tokens
+    if HAS_MASK:
+        counted_T = tl.load(mask_ptr + offs_t, mask=counted_T, other=0).to(tl.int1)
+    return counted_T
+
+
+@triton.jit
 def read_tokens(logits_ptr, mask_ptr, offs_t, num_tokens, offs_e, num_experts, HAS_MASK, ACC):
     """Returns logits `[tokens, experts]`, 0 where there are none, and which tokens count."""
     mask_te = (offs_t < num_tokens)[:, None] & (offs_e < num_experts)[None, :]
     logits_offs_te = offs_t.to(tl.int64)[:, None] * num_experts + offs_e[None, :]
     logits_TE = tl.load(logits_ptr + logits_offs_te, mask=mask_te, other=0).to(ACC)
-    counted_T = offs_t < num_tokens
-    if HAS_MASK:
-        counted_T = tl.load(mask_ptr + offs_t, mask=counted_T, other=0).to(tl.int1)
-    return logits_TE, counted_T
+    return logits_TE, counted_tokens(mask_ptr, offs_t, num_tokens, HAS_MASK)
 
 
 @triton.jit

@@ -26,6 +26,13 @@ def _load_buckets(ids_ptr, offs_m, num_rows, num_experts):
     return tl.where((bucket_M < 0) | (bucket_M > num_experts), num_experts, bucket_M)
 
 
+@triton.jit
+def _positions_of(hit_ME, start_E):
+    """Returns where the rows of some buckets go, in their order; 0 for rows of other buckets."""
+    rank_ME = tl.cumsum(hit_ME, axis=0) - 1
+    return tl.sum(hit_ME * (rank_ME + start_E[None, :]), axis=1)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def count_kernel(
     ids_ptr, counts_ptr, num_rows, num_experts, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
@@ -68,8 +75,7 @@ def place_kernel(
         start_E = tl.load(ends_ptr + counts_offs_e, mask=mask_e, other=0)
         start_E -= tl.load(counts_ptr + counts_offs_e, mask=mask_e, other=0)
         hit_ME = (bucket_M[:, None] == offs_e[None, :]).to(tl.int32)
-        rank_ME = tl.cumsum(hit_ME, axis=0) - 1
-        position_M += tl.sum(hit_ME * (rank_ME + start_E[None, :]), axis=1)
+        position_M += _positions_of(hit_ME, start_E)
     tl.store(row_order_ptr + position_M, offs_m, mask=offs_m < num_rows)
     tl.store(inverse_order_ptr + offs_m, position_M, mask=offs_m < num_rows)
 
@@ -97,8 +103,7 @@ def sort_small_kernel(
         hit_ME = hit_ME.to(tl.int32)
         count_E = tl.sum(hit_ME, axis=0)
         start_E = earlier + tl.cumsum(count_E, axis=0) - count_E
-        rank_ME = tl.cumsum(hit_ME, axis=0) - 1
-        position_M += tl.sum(hit_ME * (rank_ME + start_E[None, :]), axis=1)
+        position_M += _positions_of(hit_ME, start_E)
         tl.store(offsets_ptr + offs_e, start_E, mask=offs_e <= num_experts)
         tl.store(tokens_per_expert_ptr + offs_e, count_E, mask=offs_e < num_experts)
         earlier += tl.sum(count_E, axis=0)

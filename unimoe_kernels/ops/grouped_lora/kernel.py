@@ -32,6 +32,8 @@ from unimoe_kernels._triton.launch import (
     matmul_constants,
     precision,
 )
+from unimoe_kernels._triton.loads import load_block, place_weight
+from unimoe_kernels._triton.matmul import add_product
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows
 from unimoe_kernels._triton.tiles import (
     Problem,
@@ -47,19 +49,6 @@ PARTIAL_ELEMENTS = 8192  # that a program adds up: 64 registers a thread
 MAX_CHUNKS = 8
 # Once a program spends an eighth on wide products, sharing these out further gains little.
 WIDE_SHARE = 8
-
-
-@triton.jit
-def load_block(ptrs, mask_m, mask_n, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr):
-    """Loads the rows `mask_m` and columns `mask_n` of a block that exist, zeros elsewhere."""
-    if EVEN_M and EVEN_N:
-        return tl.load(ptrs)
-    elif EVEN_N:
-        return tl.load(ptrs, mask=mask_m[:, None], other=0)
-    elif EVEN_M:
-        return tl.load(ptrs, mask=mask_n[None, :], other=0)
-    else:
-        return tl.load(ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0)
 
 
 @triton.jit
@@ -87,17 +76,22 @@ def narrow_product(
     offs_k = begin_k + tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, BLOCK_R)
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * inner + offs_k[None, :]
-    narrow_ptrs = narrow_ptr + expert.to(tl.int64) * stride_narrow_e
-    narrow_ptrs += offs_r.to(tl.int64)[None, :] * stride_narrow_r
-    narrow_ptrs += offs_k.to(tl.int64)[:, None] * stride_narrow_k
+    narrow_ptrs = place_weight(
+        narrow_ptr,
+        expert,
+        offs_r,
+        offs_k,
+        stride_narrow_e,
+        stride_narrow_r,
+        stride_narrow_k,
+        "pointers",
+    )
     acc_MR = tl.zeros((offs_m.shape[0], BLOCK_R), dtype=ACC)
     for start_k in range(begin_k, end_k, BLOCK_K):
         mask_k = offs_k < inner - (start_k - begin_k)
         x_MK = load_block(x_ptrs, mask_m, mask_k, False, EVEN_K)
         narrow_KR = load_block(narrow_ptrs, mask_k, offs_r < rank, EVEN_K, rank == BLOCK_R)
-        if UPCAST:
-            x_MK, narrow_KR = x_MK.to(ACC), narrow_KR.to(ACC)
-        acc_MR = tl.dot(x_MK, narrow_KR, acc_MR, input_precision=PRECISION, out_dtype=ACC)
+        acc_MR = add_product(x_MK, narrow_KR, acc_MR, PRECISION, UPCAST)
         x_ptrs += BLOCK_K
         narrow_ptrs += BLOCK_K * stride_narrow_k
     return acc_MR

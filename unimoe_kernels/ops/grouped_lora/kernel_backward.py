@@ -20,6 +20,7 @@ from unimoe_kernels._triton.launch import (
     matmul_constants,
     precision,
 )
+from unimoe_kernels._triton.matmul import add_product
 from unimoe_kernels._triton.tiles import Problem, choose, num_programs, rank_columns, rows_bucket
 
 
@@ -62,9 +63,7 @@ def low_rank_gradient(
         rows_MK = tl.load(rows_ptrs, mask=rows_mask_mk, other=0)
         low_ptrs = low_ptr + offs_k[:, None] * rank + offs_r[None, :]
         low_KR = tl.load(low_ptrs, mask=low_mask_kr, other=0)
-        if UPCAST:
-            rows_MK, low_KR = rows_MK.to(ACC), low_KR.to(ACC)
-        acc_MR = tl.dot(rows_MK, low_KR, acc_MR, input_precision=PRECISION, out_dtype=ACC)
+        acc_MR = add_product(rows_MK, low_KR, acc_MR, PRECISION, UPCAST)
     out_ptrs = out_ptr + expert.to(tl.int64) * (width * rank)
     out_ptrs += offs_m[:, None] * stride_out_m + offs_r[None, :] * stride_out_r
     mask_mr = (offs_m < width)[:, None] & (offs_r < rank)[None, :]

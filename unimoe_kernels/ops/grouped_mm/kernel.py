@@ -14,15 +14,8 @@ from torch import Tensor
 
 from unimoe_kernels._triton.descriptors import describe_owned, describe_rows, describe_weight
 from unimoe_kernels._triton.launch import accumulator, device_of, matmul_constants, precision
-from unimoe_kernels._triton.loads import (
-    advance,
-    place_rows,
-    place_weight,
-    read_owned,
-    read_rows,
-    read_weight,
-    source_rows,
-)
+from unimoe_kernels._triton.loads import read_owned
+from unimoe_kernels._triton.matmul import add_product, multiply_rows
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
 
@@ -72,41 +65,37 @@ def grouped_mm_kernel(
             tile_m, ends_E, tiles_E, offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M
         )
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < width
-        x_place = place_rows(
-            x_source, start_m, end_m, offs_k, inner, row_order_ptr, TOP_K, BLOCK_M, X_FORM
-        )
-        weight_place = place_weight(
+        acc_MN, _ = multiply_rows(
+            x_source,
             weight_source,
+            row_order_ptr,
             expert,
+            start_m,
+            end_m,
+            tile_n * BLOCK_N,
             offs_n,
             offs_k,
+            # Nothing is read for rows of no expert.
+            tl.where(expert < num_experts, inner, 0),
+            inner,
+            width,
             stride_weight_e,
             stride_weight_n,
             stride_weight_k,
+            0,
+            X_FORM,
             WEIGHT_FORM,
+            TOP_K,
+            False,
+            EVEN_N,
+            EVEN_K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            ACC,
+            PRECISION,
+            UPCAST,
         )
-        acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-        # Nothing is read for rows of no expert.
-        for start_k in range(0, tl.where(expert < num_experts, inner, 0), BLOCK_K):
-            mask_k = offs_k < inner - start_k
-            x_MK = read_rows(x_source, x_place, start_k, mask_k, EVEN_K, X_FORM)
-            weight_KN = read_weight(
-                weight_source,
-                weight_place,
-                tile_n * BLOCK_N,
-                start_k,
-                mask_k,
-                mask_n,
-                EVEN_K,
-                EVEN_N,
-                WEIGHT_FORM,
-            )
-            if UPCAST:
-                x_MK, weight_KN = x_MK.to(ACC), weight_KN.to(ACC)
-            acc_MN = tl.dot(x_MK, weight_KN, acc_MN, input_precision=PRECISION, out_dtype=ACC)
-            x_place = advance(x_place, BLOCK_K, X_FORM)
-            weight_place = advance(weight_place, BLOCK_K * stride_weight_k, WEIGHT_FORM)
         if HAS_BIAS:
             bias_mask_n = offs_n < tl.where(expert < num_experts, width, 0)
             bias_N = tl.load(
@@ -115,7 +104,7 @@ def grouped_mm_kernel(
             acc_MN += bias_N.to(ACC)[None, :]
         offs_m = start_m + tl.arange(0, BLOCK_M)
         y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * width + offs_n[None, :]
-        mask_mn = (offs_m < end_m)[:, None] & mask_n[None, :]
+        mask_mn = (offs_m < end_m)[:, None] & (offs_n < width)[None, :]
         tl.store(y_ptrs, acc_MN.to(y_ptr.dtype.element_ty), mask=mask_mn)
 
 
@@ -179,9 +168,7 @@ def grouped_mm_wgrad_kernel(
                 BLOCK_N,
                 X_FORM,
             )
-            if UPCAST:
-                grad_MK, x_KN = grad_MK.to(ACC), x_KN.to(ACC)
-            acc_MN = tl.dot(grad_MK, x_KN, acc_MN, input_precision=PRECISION, out_dtype=ACC)
+            acc_MN = add_product(grad_MK, x_KN, acc_MN, PRECISION, UPCAST)
         offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         grad_weight_ptrs = grad_weight_ptr + expert.to(tl.int64) * height * width
@@ -205,19 +192,28 @@ def grouped_sum_kernel(
 ):
     """Sums the rows of an expert, those gathered by token (`TOP_K > 0`) times their scores."""
     expert = tl.program_id(0)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid_n = tl.program_id(1)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < width
     begin_k, end_k = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
     acc_KN = tl.zeros((BLOCK_K, BLOCK_N), dtype=ACC)
     for start_k in range(begin_k, end_k, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < end_k
-        source_k = source_rows(tl.minimum(offs_k, end_k - 1), row_order_ptr, TOP_K)
-        mask_kn = mask_k[:, None] & mask_n[None, :]
-        grad_KN = tl.load(
-            grad_ptr + source_k[:, None] * width + offs_n[None, :], mask=mask_kn, other=0
-        )
-        grad_KN = grad_KN.to(ACC)
+        grad_KN = read_owned(
+            grad_ptr,
+            begin_k,
+            end_k,
+            start_k,
+            pid_n * BLOCK_N,
+            row_order_ptr,
+            width,
+            TOP_K,
+            False,
+            BLOCK_K,
+            BLOCK_N,
+            "pointers",
+        ).to(ACC)
         if TOP_K > 0:
             routed_K = tl.load(row_order_ptr + offs_k, mask=mask_k, other=0)
             score_K = tl.load(scores_ptr + routed_K, mask=mask_k, other=0)

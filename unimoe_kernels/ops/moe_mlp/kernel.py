@@ -12,8 +12,9 @@ from torch import Tensor
 
 from unimoe_kernels._triton.activation import activate, gate_constants
 from unimoe_kernels._triton.descriptors import describe_weight
+from unimoe_kernels._triton.halves import store_halves
 from unimoe_kernels._triton.launch import device_of, matmul_constants, precision
-from unimoe_kernels._triton.loads import advance, place_rows, place_weight, read_rows, read_weight
+from unimoe_kernels._triton.matmul import multiply_rows
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
 
@@ -70,70 +71,51 @@ def gated_kernel(
         )
         owned = expert < num_experts
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < width
-        x_place = place_rows(
-            x_ptr, start_m, end_m, offs_k, inner, row_order_ptr, TOP_K, BLOCK_M, "pointers"
-        )
-        gate_place = place_weight(
+        gate_MN, up_MN = multiply_rows(
+            x_ptr,
             weight_source,
+            row_order_ptr,
             expert,
+            start_m,
+            end_m,
+            tile_n * BLOCK_N,
             offs_n,
             offs_k,
+            tl.where(owned, inner, 0),
+            inner,
+            width,
             stride_weight_e,
             stride_weight_n,
             stride_weight_k,
+            stride_weight_up,
+            "pointers",
             WEIGHT_FORM,
+            TOP_K,
+            True,
+            EVEN_N,
+            EVEN_K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            ACC,
+            PRECISION,
+            UPCAST,
         )
-        gate_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-        up_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-        for start_k in range(0, tl.where(owned, inner, 0), BLOCK_K):
-            mask_k = offs_k < inner - start_k
-            x_MK = read_rows(x_ptr, x_place, start_k, mask_k, EVEN_K, "pointers")
-            gate_KN = read_weight(
-                weight_source,
-                gate_place,
-                tile_n * BLOCK_N,
-                start_k,
-                mask_k,
-                mask_n,
-                EVEN_K,
-                EVEN_N,
-                WEIGHT_FORM,
-            )
-            up_KN = read_weight(
-                weight_source,
-                advance(gate_place, stride_weight_up, WEIGHT_FORM),
-                width + tile_n * BLOCK_N,
-                start_k,
-                mask_k,
-                mask_n,
-                EVEN_K,
-                EVEN_N,
-                WEIGHT_FORM,
-            )
-            if UPCAST:
-                x_MK, gate_KN, up_KN = x_MK.to(ACC), gate_KN.to(ACC), up_KN.to(ACC)
-            gate_MN = tl.dot(x_MK, gate_KN, gate_MN, input_precision=PRECISION, out_dtype=ACC)
-            up_MN = tl.dot(x_MK, up_KN, up_MN, input_precision=PRECISION, out_dtype=ACC)
-            x_place = advance(x_place, BLOCK_K, "pointers")
-            gate_place = advance(gate_place, BLOCK_K * stride_weight_k, WEIGHT_FORM)
         if HAS_BIAS:
             bias_ptrs = bias_ptr + expert.to(tl.int64) * (2 * width) + offs_n
             bias_mask_n = offs_n < tl.where(owned, width, 0)
             gate_MN += tl.load(bias_ptrs, mask=bias_mask_n, other=0).to(ACC)[None, :]
             up_MN += tl.load(bias_ptrs + width, mask=bias_mask_n, other=0).to(ACC)[None, :]
         offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_n = offs_n < width
         mask_mn = (offs_m < end_m)[:, None] & mask_n[None, :]
         out_mask_mn = (offs_m < tl.where(owned, end_m, 0))[:, None] & mask_n[None, :]
-        offs_m = offs_m.to(tl.int64)[:, None]
-        dtype = out_ptr.dtype.element_ty
+        offs_m = offs_m.to(tl.int64)
         if KEEP_HIDDEN:
-            hidden_ptrs = hidden_ptr + offs_m * (2 * width) + offs_n[None, :]
-            tl.store(hidden_ptrs, gate_MN.to(dtype), mask=mask_mn)
-            tl.store(hidden_ptrs + width, up_MN.to(dtype), mask=mask_mn)
+            store_halves(hidden_ptr, gate_MN, up_MN, offs_m, offs_n, width, mask_mn)
         out_MN = activate(gate_MN, up_MN, ACTIVATION, LIMIT, ALPHA)
-        out_ptrs = out_ptr + offs_m * width + offs_n[None, :]
-        tl.store(out_ptrs, out_MN.to(dtype), mask=out_mask_mn)
+        out_ptrs = out_ptr + offs_m[:, None] * width + offs_n[None, :]
+        tl.store(out_ptrs, out_MN.to(out_ptr.dtype.element_ty), mask=out_mask_mn)
 
 
 def gated(

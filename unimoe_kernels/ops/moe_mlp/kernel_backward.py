@@ -13,19 +13,14 @@ from torch import Tensor
 
 from unimoe_kernels._triton.activation import activate, activate_backward, gate_constants
 from unimoe_kernels._triton.descriptors import describe_weight
+from unimoe_kernels._triton.halves import load_halves, split_halves, store_halves
 from unimoe_kernels._triton.launch import accumulator, device_of, matmul_constants, precision
-from unimoe_kernels._triton.loads import advance, place_rows, place_weight, read_rows, read_weight
+from unimoe_kernels._triton.matmul import multiply_rows
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
 
 SCORE_BLOCK = 32  # rows whose score gradients one program sums
 SCORE_BLOCK_K = 64
-
-
-@triton.jit
-def halves(tile_MN, M: tl.constexpr, N: tl.constexpr):
-    """Returns the left and the right half of a tile `[M, N]`."""
-    return tile_MN.reshape(M, 2, N // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -49,10 +44,8 @@ def finish_gated_backward(
 ):
     """Writes what comes of some columns of dA'; returns the sum of `dA' * A` over them."""
     mask_mn = (offs_m < end_m)[:, None] & (offs_n < width)[None, :]
-    offs_m = offs_m.to(tl.int64)[:, None]
-    hidden_offs_mn = offs_m * (2 * width) + offs_n[None, :]
-    gate_MN = tl.load(hidden_ptr + hidden_offs_mn, mask=mask_mn, other=0).to(ACC)
-    up_MN = tl.load(hidden_ptr + hidden_offs_mn + width, mask=mask_mn, other=0).to(ACC)
+    offs_m = offs_m.to(tl.int64)
+    gate_MN, up_MN = load_halves(hidden_ptr, offs_m, offs_n, width, mask_mn, ACC)
     dtype = hidden_ptr.dtype.element_ty
     partial_M = tl.zeros(score_M.shape, dtype=ACC)
     if NEEDS_SCORES or NEEDS_ACTIVATED:
@@ -61,13 +54,14 @@ def finish_gated_backward(
             partial_M = tl.sum(grad_MN * activated_MN, axis=1)
         if NEEDS_ACTIVATED:
             out_MN = (score_M[:, None] * activated_MN).to(dtype)
-            tl.store(activated_ptr + offs_m * width + offs_n[None, :], out_MN, mask=mask_mn)
+            tl.store(
+                activated_ptr + offs_m[:, None] * width + offs_n[None, :], out_MN, mask=mask_mn
+            )
     if NEEDS_HIDDEN:
         grad_gate_MN, grad_up_MN = activate_backward(
             score_M[:, None] * grad_MN, gate_MN, up_MN, ACTIVATION, LIMIT, ALPHA
         )
-        tl.store(grad_hidden_ptr + hidden_offs_mn, grad_gate_MN.to(dtype), mask=mask_mn)
-        tl.store(grad_hidden_ptr + hidden_offs_mn + width, grad_up_MN.to(dtype), mask=mask_mn)
+        store_halves(grad_hidden_ptr, grad_gate_MN, grad_up_MN, offs_m, offs_n, width, mask_mn)
     return partial_M
 
 
@@ -123,51 +117,48 @@ def gated_backward_kernel(
             tile_m, ends_E, tiles_E, offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M
         )
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < width
         acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         if NEEDS_SCORES or NEEDS_HIDDEN:
-            grad_place = place_rows(
-                grad_ptr, start_m, end_m, offs_k, inner, row_order_ptr, TOP_K, BLOCK_M, "pointers"
-            )
-            weight_place = place_weight(
+            acc_MN, _ = multiply_rows(
+                grad_ptr,
                 weight_source,
+                row_order_ptr,
                 expert,
+                start_m,
+                end_m,
+                tile_n * BLOCK_N,
                 offs_n,
                 offs_k,
+                inner,
+                inner,
+                width,
                 stride_weight_e,
                 stride_weight_n,
                 stride_weight_k,
+                0,
+                "pointers",
                 WEIGHT_FORM,
+                TOP_K,
+                False,
+                EVEN_N,
+                EVEN_K,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                ACC,
+                PRECISION,
+                UPCAST,
             )
-            for start_k in range(0, inner, BLOCK_K):
-                mask_k = offs_k < inner - start_k
-                grad_MK = read_rows(grad_ptr, grad_place, start_k, mask_k, EVEN_K, "pointers")
-                weight_KN = read_weight(
-                    weight_source,
-                    weight_place,
-                    tile_n * BLOCK_N,
-                    start_k,
-                    mask_k,
-                    mask_n,
-                    EVEN_K,
-                    EVEN_N,
-                    WEIGHT_FORM,
-                )
-                if UPCAST:
-                    grad_MK, weight_KN = grad_MK.to(ACC), weight_KN.to(ACC)
-                acc_MN = tl.dot(
-                    grad_MK, weight_KN, acc_MN, input_precision=PRECISION, out_dtype=ACC
-                )
-                grad_place = advance(grad_place, BLOCK_K, "pointers")
-                weight_place = advance(weight_place, BLOCK_K * stride_weight_k, WEIGHT_FORM)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         known_m = tl.minimum(offs_m, end_m - 1)
         score_M = tl.load(scores_ptr + tl.load(row_order_ptr + known_m)).to(ACC)
         partial_M = tl.zeros((BLOCK_M,), dtype=ACC)
         # Quarter by quarter: sums and both halves of H would not fit into the registers at once.
-        left_MN, right_MN = halves(acc_MN, BLOCK_M, BLOCK_N)
+        left_MN, right_MN = split_halves(acc_MN, BLOCK_M, BLOCK_N)
         for half in tl.static_range(2):
-            first_MN, second_MN = halves(left_MN if half == 0 else right_MN, BLOCK_M, BLOCK_N // 2)
+            first_MN, second_MN = split_halves(
+                left_MN if half == 0 else right_MN, BLOCK_M, BLOCK_N // 2
+            )
             for quarter in tl.static_range(2):
                 start_n = tile_n * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4)
                 partial_M += finish_gated_backward(

@@ -28,11 +28,11 @@ def permute_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     routed_mask_m = offs_m < tl.load(num_routed_ptr)
     token_M = tl.load(row_order_ptr + offs_m, mask=routed_mask_m, other=0) // TOP_K
-    mask_n = (offs_n < width)[None, :]
+    mask_n = offs_n < width
     source_offs_mn = token_M.to(tl.int64)[:, None] * width + offs_n[None, :]
-    x_MN = tl.load(x_ptr + source_offs_mn, mask=routed_mask_m[:, None] & mask_n, other=0)
+    x_MN = tl.load(x_ptr + source_offs_mn, mask=routed_mask_m[:, None] & mask_n[None, :], other=0)
     out_offs_mn = offs_m.to(tl.int64)[:, None] * width + offs_n[None, :]
-    tl.store(out_ptr + out_offs_mn, x_MN, mask=(offs_m < num_rows)[:, None] & mask_n)
+    tl.store(out_ptr + out_offs_mn, x_MN, mask=(offs_m < num_rows)[:, None] & mask_n[None, :])
 
 
 def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) -> Tensor:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unimoe_kernels._triton.activation import activate, activate_backward, gate_constants
+from unimoe_kernels._triton.halves import load_halves, store_halves
 from unimoe_kernels._triton.launch import accumulator
 
 MAX_BLOCK_N = 1024
@@ -31,9 +32,7 @@ def swiglu_kernel(
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_mn = (offs_m < num_rows)[:, None] & (offs_n < width)[None, :]
-    gate_ptrs = gate_up_ptr + offs_m[:, None] * (2 * width) + offs_n[None, :]
-    gate_MN = tl.load(gate_ptrs, mask=mask_mn, other=0).to(ACC)
-    up_MN = tl.load(gate_ptrs + width, mask=mask_mn, other=0).to(ACC)
+    gate_MN, up_MN = load_halves(gate_up_ptr, offs_m, offs_n, width, mask_mn, ACC)
     out_MN = activate(gate_MN, up_MN, ACTIVATION, LIMIT, ALPHA).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offs_m[:, None] * width + offs_n[None, :], out_MN, mask=mask_mn)
 
@@ -56,15 +55,11 @@ def swiglu_backward_kernel(
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_mn = (offs_m < num_rows)[:, None] & (offs_n < width)[None, :]
-    gate_offs_mn = offs_m[:, None] * (2 * width) + offs_n[None, :]
-    gate_MN = tl.load(gate_up_ptr + gate_offs_mn, mask=mask_mn, other=0).to(ACC)
-    up_MN = tl.load(gate_up_ptr + gate_offs_mn + width, mask=mask_mn, other=0).to(ACC)
+    gate_MN, up_MN = load_halves(gate_up_ptr, offs_m, offs_n, width, mask_mn, ACC)
     grad_ptrs = grad_ptr + offs_m[:, None] * width + offs_n[None, :]
     grad_MN = tl.load(grad_ptrs, mask=mask_mn, other=0).to(ACC)
     grad_gate_MN, grad_up_MN = activate_backward(grad_MN, gate_MN, up_MN, ACTIVATION, LIMIT, ALPHA)
-    dtype = grad_gate_up_ptr.dtype.element_ty
-    tl.store(grad_gate_up_ptr + gate_offs_mn, grad_gate_MN.to(dtype), mask=mask_mn)
-    tl.store(grad_gate_up_ptr + gate_offs_mn + width, grad_up_MN.to(dtype), mask=mask_mn)
+    store_halves(grad_gate_up_ptr, grad_gate_MN, grad_up_MN, offs_m, offs_n, width, mask_mn)
 
 
 def swiglu(gate_up: Tensor, activation: str, limit: float, alpha: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from unimoe_kernels._triton.launch import accumulator
 from unimoe_kernels._triton.router import (
     TINY,
+    counted_tokens,
     pick,
     program_shape,
     read_tokens,
@@ -39,9 +40,7 @@ def count_choices_kernel(
     """Adds to `counts[e]` the counted choices of expert e, and to `counts[E]` the tokens."""
     offs_e = tl.arange(0, BLOCK_E)
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    counted_T = offs_t < num_tokens
-    if HAS_MASK:
-        counted_T = tl.load(mask_ptr + offs_t, mask=counted_T, other=0).to(tl.int1)
+    counted_T = counted_tokens(mask_ptr, offs_t, num_tokens, HAS_MASK)
     count_E = tl.zeros((BLOCK_E,), dtype=tl.int32)
     for k in range(CHOICES):
         chosen_T = tl.load(ids_ptr + offs_t.to(tl.int64) * TOP_K + k, mask=counted_T, other=-1)
