@@ -217,6 +217,15 @@ class MoE(nn.Module):
             router_input: torch.Tensor | None = None,
         ) -> tuple[torch.Tensor, RouterOutput]: ...
 
+        @overload
+        def __call__(
+            self,
+            x: torch.Tensor,
+            token_mask: torch.Tensor | None,
+            return_router: Literal[True],
+            router_input: torch.Tensor | None = None,
+        ) -> tuple[torch.Tensor, RouterOutput]: ...
+
         def __call__(self, *args, **kwargs):
             """Applies the layer; see `forward`."""
 
