@@ -242,7 +242,7 @@ class MoE(nn.Module):
             x: `[..., D]`, dtype and device of the weights (under torch.autocast any of float32,
                 bfloat16, float16); may hold no token at all.
             token_mask: the shape of x without its last dimension, bool. Tokens with False change
-                no loss; they are routed and answered like all others. None means all True.
+                no loss; they are routed and computed like all others. None means all True.
             return_router: whether to return what the router said, too.
             router_input: what the router reads in the place of x, in its shape; experts read x.
 

@@ -62,14 +62,14 @@ def within_top_p(logits: Tensor, ids: Tensor, top_p: float) -> Tensor:
 def within_capacity(
     ids: Tensor, num_experts: int, capacity: int, token_mask: Tensor | None
 ) -> Tensor:
-    """Which choices find room when every expert answers at most `capacity` rows.
+    """Which choices find room when every expert takes at most `capacity` rows.
 
     First choices of all tokens are served before second ones, each in order of the tokens.
 
     Args:
         ids: `[T, K]`, integer; ids of num_experts or more need no room.
         num_experts: E.
-        capacity: rows an expert answers.
+        capacity: rows an expert takes.
         token_mask: `[T]`, bool; tokens with False find no room. None means all True.
 
     Returns:
