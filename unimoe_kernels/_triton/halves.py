@@ -9,17 +9,17 @@ import triton.language as tl
 @triton.jit
 def load_halves(ptr, offs_m, offs_n, width, mask_mn, ACC: tl.constexpr):
     """Loads gate and up `[M, N]` from rows of `2 * width`; `offs_m` is int64."""
-    gate_ptrs = ptr + offs_m[:, None] * (2 * width) + offs_n[None, :]
-    gate_MN = tl.load(gate_ptrs, mask=mask_mn, other=0).to(ACC)
-    return gate_MN, tl.load(gate_ptrs + width, mask=mask_mn, other=0).to(ACC)
+    gate_offs_mn = offs_m[:, None] * (2 * width) + offs_n[None, :]
+    gate_MN = tl.load(ptr + gate_offs_mn, mask=mask_mn, other=0).to(ACC)
+    return gate_MN, tl.load(ptr + gate_offs_mn + width, mask=mask_mn, other=0).to(ACC)
 
 
 @triton.jit
 def store_halves(ptr, gate_MN, up_MN, offs_m, offs_n, width, mask_mn):
     """Stores gate and up `[M, N]` into rows of `2 * width`; `offs_m` is int64."""
-    gate_ptrs = ptr + offs_m[:, None] * (2 * width) + offs_n[None, :]
-    tl.store(gate_ptrs, gate_MN.to(ptr.dtype.element_ty), mask=mask_mn)
-    tl.store(gate_ptrs + width, up_MN.to(ptr.dtype.element_ty), mask=mask_mn)
+    gate_offs_mn = offs_m[:, None] * (2 * width) + offs_n[None, :]
+    tl.store(ptr + gate_offs_mn, gate_MN.to(ptr.dtype.element_ty), mask=mask_mn)
+    tl.store(ptr + gate_offs_mn + width, up_MN.to(ptr.dtype.element_ty), mask=mask_mn)
 
 
 @triton.jit

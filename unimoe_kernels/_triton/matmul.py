@@ -26,8 +26,9 @@ def multiply_rows(
     end_m,
     start_n,
     offs_n,
+    mask_n,
     offs_k,
-    end_k,
+    num_experts,
     inner,
     width,
     stride_weight_e,
@@ -37,6 +38,7 @@ def multiply_rows(
     X_FORM: tl.constexpr,
     WEIGHT_FORM: tl.constexpr,
     TOP_K: tl.constexpr,
+    TAIL: tl.constexpr,
     TWO: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -50,10 +52,10 @@ def multiply_rows(
     """Returns `[M, N]`: rows of x, `start_m` to `end_m`, times columns of the expert's weight.
 
     With `TWO` also their product with the columns that lie `width` further on, which are
-    `stride_weight_second` away; otherwise the second result is zero. The sums run up to `end_k`,
-    which is `inner`, or 0 where nothing is to be read.
+    `stride_weight_second` away; otherwise the second result is zero. With `TAIL` the rows
+    may be those of no expert, number `num_experts`: nothing is read for them, and their products
+    are zero.
     """
-    mask_n = offs_n < width
     x_place = place_rows(
         x_source, start_m, end_m, offs_k, inner, row_order_ptr, TOP_K, BLOCK_M, X_FORM
     )
@@ -69,6 +71,7 @@ def multiply_rows(
     )
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     second_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    end_k = tl.where(expert < num_experts, inner, 0) if TAIL else inner
     for start_k in range(0, end_k, BLOCK_K):
         mask_k = offs_k < inner - start_k
         x_MK = read_rows(x_source, x_place, start_k, mask_k, EVEN_K, X_FORM)

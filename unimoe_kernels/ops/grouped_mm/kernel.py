@@ -65,6 +65,7 @@ def grouped_mm_kernel(
             tile_m, ends_E, tiles_E, offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M
         )
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < width
         acc_MN, _ = multiply_rows(
             x_source,
             weight_source,
@@ -74,9 +75,9 @@ def grouped_mm_kernel(
             end_m,
             tile_n * BLOCK_N,
             offs_n,
+            mask_n,
             offs_k,
-            # Nothing is read for rows of no expert.
-            tl.where(expert < num_experts, inner, 0),
+            num_experts,
             inner,
             width,
             stride_weight_e,
@@ -86,6 +87,7 @@ def grouped_mm_kernel(
             X_FORM,
             WEIGHT_FORM,
             TOP_K,
+            True,
             False,
             EVEN_N,
             EVEN_K,
@@ -104,7 +106,7 @@ def grouped_mm_kernel(
             acc_MN += bias_N.to(ACC)[None, :]
         offs_m = start_m + tl.arange(0, BLOCK_M)
         y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * width + offs_n[None, :]
-        mask_mn = (offs_m < end_m)[:, None] & (offs_n < width)[None, :]
+        mask_mn = (offs_m < end_m)[:, None] & mask_n[None, :]
         tl.store(y_ptrs, acc_MN.to(y_ptr.dtype.element_ty), mask=mask_mn)
 
 

@@ -71,6 +71,7 @@ def gated_kernel(
         )
         owned = expert < num_experts
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < width
         gate_MN, up_MN = multiply_rows(
             x_ptr,
             weight_source,
@@ -80,8 +81,9 @@ def gated_kernel(
             end_m,
             tile_n * BLOCK_N,
             offs_n,
+            mask_n,
             offs_k,
-            tl.where(owned, inner, 0),
+            num_experts,
             inner,
             width,
             stride_weight_e,
@@ -91,6 +93,7 @@ def gated_kernel(
             "pointers",
             WEIGHT_FORM,
             TOP_K,
+            True,
             True,
             EVEN_N,
             EVEN_K,
@@ -107,7 +110,6 @@ def gated_kernel(
             gate_MN += tl.load(bias_ptrs, mask=bias_mask_n, other=0).to(ACC)[None, :]
             up_MN += tl.load(bias_ptrs + width, mask=bias_mask_n, other=0).to(ACC)[None, :]
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        mask_n = offs_n < width
         mask_mn = (offs_m < end_m)[:, None] & mask_n[None, :]
         out_mask_mn = (offs_m < tl.where(owned, end_m, 0))[:, None] & mask_n[None, :]
         offs_m = offs_m.to(tl.int64)

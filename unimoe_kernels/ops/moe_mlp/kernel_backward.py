@@ -117,6 +117,7 @@ def gated_backward_kernel(
             tile_m, ends_E, tiles_E, offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M
         )
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < width
         acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         if NEEDS_SCORES or NEEDS_HIDDEN:
             acc_MN, _ = multiply_rows(
@@ -128,8 +129,9 @@ def gated_backward_kernel(
                 end_m,
                 tile_n * BLOCK_N,
                 offs_n,
+                mask_n,
                 offs_k,
-                inner,
+                num_experts,
                 inner,
                 width,
                 stride_weight_e,
@@ -139,6 +141,7 @@ def gated_backward_kernel(
                 "pointers",
                 WEIGHT_FORM,
                 TOP_K,
+                False,
                 False,
                 EVEN_N,
                 EVEN_K,
