@@ -88,7 +88,7 @@ def test_what_is_left_out_is_named(launches):
 
     without = {name: ours for name, ours in launches.items() if name != "cases.permute"}
     wanted = kernels.modules_of_kernels()
-    assert missing_modules(wanted, without) == ["unimoe_kernels.ops.permute.kernel"]
+    assert "unimoe_kernels.ops.permute.kernel" in missing_modules(wanted, without)
     assert "unimoe_kernels.ops.permute.kernel.permute_kernel" in never_launched(
         kernels.functions(), without
     )
