@@ -22,7 +22,7 @@ def beside_one_process(r, moe, x, **parallel):
 
 
 def sentinels(r):
-    """Null experts and choices given up belong to nobody and are not sent."""
+    """Choices of null experts and dropped choices have no target rank and are not sent."""
     options = {"mode": "sparsemixer_renorm", "top_p": 0.7, "num_null_experts": 1}
     moe, x = layer(r, **options, num_shared_experts=2, shared_scores="softmax")
     error = beside_one_process(r, moe, x, num_chunks=2)

@@ -24,7 +24,7 @@ name                what it is
 `acc_MN`            a sum, kept in the dtype `ACC`
 `BLOCK_M`           length of a block along an axis, a power of 2
 `EVEN_M`            whether `BLOCK_M` divides the size, so that no mask is needed
-`HAS_`, `NEEDS_`    whether an operand is there, whether a result is wanted
+`HAS_`, `NEEDS_`    whether an operand is present, whether a result is required
 ==================  ================================================================================
 
 Lower-case letters index an axis, capitals say what shape numbers have; single numbers and those of

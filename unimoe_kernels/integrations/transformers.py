@@ -80,7 +80,7 @@ def unimoe_experts_forward(
         `[T, D]`, dtype of hidden_states.
 
     Raises:
-        NotImplementedError: If the experts have something that only a newer transformers knows of.
+        NotImplementedError: If the experts have something that this version does not support.
     """
     for name, default in _unknown_layout.items():
         if getattr(experts, name, default) != default:

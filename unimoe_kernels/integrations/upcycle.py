@@ -13,9 +13,9 @@ from unimoe_kernels.integrations.activations import activation_name
 from unimoe_kernels.layers import MoE
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# Scores of a token add up to one, so that copies of one FFN answer as that FFN does.
+# Scores of a token add up to one, so that copies of one FFN compute what that FFN does.
 _MODES = ("topk_softmax", "softmax_topk_renorm", "sigmoid_renorm", "sparsemixer_renorm")
-# Options that leave answers out or add some.
+# Options that leave outputs out or add some.
 _ANSWERS = ("num_null_experts", "num_shared_experts", "capacity_factor")
 _RECORD = "unimoe_upcycled"
 
@@ -30,7 +30,7 @@ def upcycle(
 ) -> nn.Module:
     """Replaces the FFNs of a dense LLaMA-like model by `MoE` layers whose experts are its copies.
 
-    Until it is trained the model answers as before, up to rounding: all experts are alike, and the
+    Until it is trained the model computes the same, up to rounding: all experts are alike, and the
     scores of a token add up to one. Works on every model whose FFN is
     `down_proj(act_fn(gate_proj(x)) * up_proj(x))` without biases, such as LLaMA, Mistral, Qwen and
     Gemma. A model of transformers can be saved with `save_pretrained` and comes back with
@@ -52,7 +52,7 @@ def upcycle(
     Raises:
         ValueError: If the model has no such FFN or an FFN has biases, layers is empty or holds an
             index beyond the FFNs, an option is refused by `MoE`, or one of them (mode, scale, null
-            or shared experts, a capacity) would change what the model answers. Nothing is changed
+            or shared experts, a capacity) would change what the model computes. Nothing is changed
             then.
 
     Reference:
@@ -65,7 +65,7 @@ def upcycle(
         raise ValueError(f"scale ({scale}) must be 1.0, so that scores add up to one")
     for name in _ANSWERS:
         if options.get(name):
-            raise ValueError(f"{name} ({options[name]}) would change what the model answers")
+            raise ValueError(f"{name} ({options[name]}) would change the output of the model")
     # The config, which keeps the options, is saved as JSON.
     options = {
         name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

@@ -252,7 +252,8 @@ def unmerged_lora(experts: nn.Module) -> ExpertLoRADict | None:
 def merge_lora_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """The weight that a low-rank correction makes of another: `W + scale * B @ A`.
 
-    The product is formed in float32 (float64 for float64 factors) and rounded once.
+    The product is formed in float32 (float64 for float64 factors) and rounded once. No gradient
+    is recorded.
 
     Args:
         weight: `[..., out, in]`, floating point.

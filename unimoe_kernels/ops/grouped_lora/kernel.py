@@ -304,7 +304,7 @@ def grouped_lora(
         wide: `[E, F, r]`, any strides.
         expert_offsets: `[E + 1]`.
         scale: Factor of y.
-        needs_y: Whether y is wanted; else it is empty.
+        needs_y: Whether y is required; else it is empty.
     """
     (num_rows, inner), (num_experts, width, rank) = x.shape, wide.shape
     y = x.new_empty((num_rows, width) if needs_y else (0,))

@@ -306,7 +306,7 @@ def grouped_mm_wgrad(
         grad: `[N, F]`, contiguous; with `grad_top_k` `[T, F]`, read through `row_order`.
         x: `[N, D]`, contiguous; with `x_top_k` `[T, D]`, read through `row_order`.
         expert_offsets: `[E + 1]`.
-        has_bias: Whether the sum is wanted.
+        has_bias: Whether the sum is required.
         row_order: `[N]`, if any operand is read through it.
         grad_top_k: K or 0.
         x_top_k: K or 0.

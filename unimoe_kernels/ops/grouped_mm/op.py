@@ -90,7 +90,7 @@ def _backward(backend, ctx, grad):
         weight = weight.transpose(1, 2)
         grad_x = _backends.run(backend, "grouped_mm", grad, weight, expert_offsets, None)
     if needs_weight or needs_bias:
-        # Only the sum over rows is wanted when the weight is frozen: give it no columns.
+        # Only the sum over rows is required when the weight is frozen: give it no columns.
         x = grad.new_empty((grad.shape[0], 0)) if x is None else x
         grad_weight, grad_bias = _backends.run(
             backend, "grouped_mm_wgrad", grad, x, expert_offsets, needs_bias

@@ -255,7 +255,7 @@ def gated_backward(
         offsets: `[E + 1]`.
         row_order: `[N]`.
         gate: Activation, limit and alpha.
-        needs_scores: Whether the first is wanted; else it is empty. Likewise for the others.
+        needs_scores: Whether the first is required; else it is empty. Likewise for the others.
         needs_hidden: See there.
         needs_activated: See there.
         tile: Taken instead of the one that `choose` returns.

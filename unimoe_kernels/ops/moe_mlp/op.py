@@ -79,7 +79,7 @@ def moe_mlp(
     return _backends.call("moe_mlp", x, *projections, *options, keep_hidden)[0]
 
 
-def _fake(
+def _arguments(
     x,
     gate_up_proj,
     down_proj,
@@ -92,7 +92,19 @@ def _fake(
     alpha,
     keep_hidden,
 ):
-    num_experts, double_width, _ = gate_up_proj.shape
+    """Turns the arguments of the schema into those of an implementation."""
+    weights = ExpertWeights(gate_up_proj, down_proj, gate_up_bias, down_bias)
+    return x, ids, scores, weights, Gate(activation, limit, alpha), keep_hidden
+
+
+def _forward(implementation: Callable, *flat):
+    y, hidden, rows = implementation(*_arguments(*flat))
+    return y, hidden, *rows
+
+
+def _fake(*flat):
+    x, ids, _, weights, _, keep_hidden = _arguments(*flat)
+    num_experts, double_width, _ = weights.first.shape
     num_rows = ids.shape[0] * ids.shape[1]
     return (
         x.new_empty(x.shape),
@@ -136,7 +148,7 @@ def _backward(backend, ctx, grad, *_):
     return x, first, down, None, scores, first_bias, down_bias, None, None, None, None
 
 
-def _backward_fake(
+def _backward_arguments(
     grad,
     x,
     gate_up_proj,
@@ -152,63 +164,29 @@ def _backward_fake(
     alpha,
     needs,
 ):
-    needs_x, needs_gate_up, needs_down, needs_scores, needs_gate_up_bias, needs_down_bias = needs
-    num_experts, double_width, width = gate_up_proj.shape
-    empty = (0,)
-    return (
-        x.new_empty(x.shape if needs_x else empty),
-        x.new_empty(gate_up_proj.shape if needs_gate_up or needs_gate_up_bias else empty),
-        x.new_empty(down_proj.shape if needs_down or needs_down_bias else empty),
-        scores.new_empty(scores.shape) if needs_scores else x.new_empty(empty),
-        x.new_empty((num_experts, double_width) if needs_gate_up_bias else empty),
-        x.new_empty((num_experts, width) if needs_down_bias else empty),
-    )
-
-
-def _forward(
-    implementation: Callable,
-    x,
-    gate_up_proj,
-    down_proj,
-    ids,
-    scores,
-    gate_up_bias,
-    down_bias,
-    activation,
-    limit,
-    alpha,
-    keep_hidden,
-):
-    """Calls an implementation with the arguments of the schema."""
-    weights = ExpertWeights(gate_up_proj, down_proj, gate_up_bias, down_bias)
-    gate = Gate(activation, limit, alpha)
-    y, hidden, rows = implementation(x, ids, scores, weights, gate, keep_hidden)
-    return y, hidden, *rows
-
-
-def _backward_of(
-    implementation: Callable,
-    grad,
-    x,
-    gate_up_proj,
-    down_proj,
-    scores,
-    gate_up_rows,
-    row_order,
-    inverse_order,
-    offsets,
-    down_bias,
-    activation,
-    limit,
-    alpha,
-    needs,
-):
-    """Calls an implementation of the backward with the arguments of its schema."""
+    """Turns the arguments of the backward's schema into those of an implementation."""
     weights = ExpertWeights(gate_up_proj, down_proj, None, down_bias)
     rows = Rows(row_order, inverse_order, offsets)
     saved = Saved(x, scores, weights, gate_up_rows, rows)
-    gate = Gate(activation, limit, alpha)
-    return tuple(implementation(grad, saved, gate, Needs(*needs)))
+    return grad, saved, Gate(activation, limit, alpha), Needs(*needs)
+
+
+def _backward_of(implementation: Callable, *flat):
+    return tuple(implementation(*_backward_arguments(*flat)))
+
+
+def _backward_fake(*flat):
+    _, (x, scores, weights, _, _), _, needs = _backward_arguments(*flat)
+    num_experts, double_width, width = weights.first.shape
+    empty = (0,)
+    return (
+        x.new_empty(x.shape if needs.x else empty),
+        x.new_empty(weights.first.shape if needs.first or needs.first_bias else empty),
+        x.new_empty(weights.down.shape if needs.down or needs.down_bias else empty),
+        scores.new_empty(scores.shape) if needs.scores else x.new_empty(empty),
+        x.new_empty((num_experts, double_width) if needs.first_bias else empty),
+        x.new_empty((num_experts, width) if needs.down_bias else empty),
+    )
 
 
 def _triton(*args):

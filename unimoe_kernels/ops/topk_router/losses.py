@@ -55,8 +55,8 @@ def counted(logits: Tensor, token_mask: Tensor | None) -> Tensor:
 
 def choices_of(ids: Tensor, mask_T: Tensor, num_experts: int) -> Tensor:
     """Returns how many choices of the tokens that count fall on each expert, `[E]` int64."""
-    nobody = ~mask_T.unsqueeze(1) | (ids >= num_experts)
-    place = ids.long().masked_fill(nobody, num_experts).flatten()
+    left_out = ~mask_T.unsqueeze(1) | (ids >= num_experts)
+    place = ids.long().masked_fill(left_out, num_experts).flatten()
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
     return counts.scatter_add(0, place, torch.ones_like(place))[:-1]
 
