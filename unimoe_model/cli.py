@@ -1,9 +1,10 @@
-"""The command `unimoe`: demo, train, pretrain, generate, eval, routing, convert, assemble."""
+"""The command `unimoe`: train, generate, eval, routing, convert, assemble, and the demo."""
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 from unimoe_model.user_errors import USER_ERRORS
@@ -18,14 +19,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         _check_folders(options)
+        if getattr(options, "encoders", None) is not None:
+            from unimoe_model.encoders.outside import choose_encoders
+
+            choose_encoders(options.encoders)
         options.run(options)
     except USER_ERRORS as error:
         line = " ".join(str(error).split())
         print(f"unimoe {options.command}: {line}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nStopped; the same command goes on from here.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        where = f"{stopped}; " if str(stopped) else ""
+        print(f"\n{where}the same command goes on from here", file=sys.stderr)
+        return 128 + getattr(stopped, "signal", 2)
     return 0
 
 
@@ -40,6 +46,7 @@ def _check_folders(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="unimoe", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"unimoe {version('unimoe')}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="train a small Uni-MoE and let it answer")
@@ -59,13 +66,24 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
     demo.set_defaults(run=_demo)
 
-    train = commands.add_parser("train", help="take one model through all stages")
-    train.add_argument("config", type=Path, help="for example configs/demo.yaml")
-    train.add_argument("--output", type=Path, default=Path("runs/train"), help="default runs/train")
-    train.add_argument("--arm", choices=("moe", "dense"), default="moe", help="default moe")
-    train.add_argument("--seed", type=int, help="instead of the one in the config")
+    train = commands.add_parser("train", help="train a model as a recipe says, stage by stage")
+    train.add_argument("recipe", type=Path, help="YAML, see docs/training.md")
+    train.add_argument("--output", type=Path, help="folder of the run; default runs/RECIPE")
+    which = train.add_mutually_exclusive_group()
+    which.add_argument("--stage", help="train this stage alone; those before it must be done")
+    which.add_argument("--from-stage", help="train this stage and those after it")
+    train.add_argument("--check", action="store_true", help="list what would be done, and stop")
+    train.add_argument("--seed", type=int, help="instead of the one in the recipe")
     train.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
     train.set_defaults(run=_train)
+
+    arm = commands.add_parser("train-arm", help="take one model of the demo through all stages")
+    arm.add_argument("config", type=Path, help="for example configs/demo.yaml")
+    arm.add_argument("--output", type=Path, default=Path("runs/train"), help="default runs/train")
+    arm.add_argument("--arm", choices=("moe", "dense"), default="moe", help="default moe")
+    arm.add_argument("--seed", type=int, help="instead of the one in the config")
+    arm.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
+    arm.set_defaults(run=_train_arm)
 
     pretrain = commands.add_parser("pretrain", help="train the demo's small LLM on text")
     pretrain.add_argument("config", type=Path, help="for example configs/tiny.yaml")
@@ -87,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--frame-seed", type=int, help="draw a video's frames at random")
     generate.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     generate.add_argument("--max-new-tokens", type=int, default=32, help="default 32")
+    _add_encoders(generate)
     generate.set_defaults(run=_generate)
 
     convert = commands.add_parser("convert", help="published checkpoints to ours, and back")
@@ -133,14 +152,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", type=Path, help="default runs/eval/DATA-METRIC")
     evaluate.add_argument("--max-new-tokens", type=int, default=512, help="default 512")
     evaluate.add_argument("--limit", type=int, help="only the first so many questions")
+    _add_encoders(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     routing = commands.add_parser("routing", help="show which expert takes which modality")
     routing.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     routing.add_argument("--data", type=Path, required=True, help="JSON lines, see the README")
     routing.add_argument("--output", type=Path, required=True, help="folder of what is written")
+    _add_encoders(routing)
     routing.set_defaults(run=_routing)
     return parser
+
+
+def _add_encoders(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--encoders",
+        type=Path,
+        metavar="FILE",
+        help="YAML that names encoders, such as vision: module:Class, and permits their code",
+    )
 
 
 def _settings(options: argparse.Namespace):
@@ -157,6 +187,21 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from unimoe_model.training.command import train_recipe
+
+    overrides = {} if options.seed is None else {"seed": options.seed}
+    train_recipe(
+        options.recipe,
+        options.output or Path("runs", options.recipe.stem),
+        options.features,
+        stage=options.stage,
+        from_stage=options.from_stage,
+        check=options.check,
+        **overrides,
+    )
+
+
+def _train_arm(options: argparse.Namespace) -> None:
     from unimoe_kernels.distributed import attributed
     from unimoe_model.training.arm import train_arm
     from unimoe_model.training.progress import BarReporter, SilentReporter

@@ -1,15 +1,22 @@
 """From text, pictures, videos and sound to model inputs: tokenizer and frozen encoders in one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
-from unimoe_model.data.media_items import as_picture, as_recording, as_video
+from unimoe_model.data.encoded_media import (
+    ASPECT_RATIOS,
+    SENSES,
+    EncodedMedia,
+    MediaOptions,
+    Row,
+    encode_media,
+    stack_media,
+)
 from unimoe_model.encoders import FrozenEncoder, build_encoder
 from unimoe_model.prompt import PLACEHOLDERS, build_prompt
 from unimoe_model.tokenization import (
@@ -20,7 +27,6 @@ from unimoe_model.tokenization import (
     truncated,
 )
 
-ASPECT_RATIOS = ("square", "pad")
 _FILES = (("processor_config.json",), ("tokenizer.json", "tokenizer.model"))
 
 
@@ -35,7 +41,8 @@ class UniMoEProcessor(ProcessorMixin):
     which `video_num_frames` are chosen. Recordings are `[samples]` at the encoder's rate
     (`sample_rate`), pairs of `[samples]` and their rate, or the `{"array", "sampling_rate"}` of
     Hugging Face datasets, of any length: each piece that the encoder takes at once becomes so many
-    soft tokens. `data/media_items.py` says how each is read.
+    soft tokens. `data/media_items.py` says how each is read. Features that were computed before are
+    given as `EncodedMedia`.
 
     Args:
         tokenizer: tokenizer with the media placeholders.
@@ -159,7 +166,7 @@ class UniMoEProcessor(ProcessorMixin):
         ids = self._media_token_ids()
         texts = [tokenize_text(prompt, self.tokenizer, ids) for prompt in prompts]
         media = dict(zip(MEDIA_KINDS, (images, videos, speech, audio), strict=True))
-        batch = self._batch(texts, media, max_length, padding_side, frame_seed)
+        batch = self.collate(self.rows(texts, media, max_length, frame_seed), padding_side)
         del batch["labels"]
         return batch
 
@@ -191,13 +198,9 @@ class UniMoEProcessor(ProcessorMixin):
         Returns:
             What `__call__` returns, and `labels` `[B, S]`, -100 where nothing is learned.
         """
-        ids = self._media_token_ids()
-        texts = [
-            tokenize_conversation(turns, self.tokenizer, ids, self.system_prompt)
-            for turns in conversations
-        ]
+        texts = [self.tokenize(turns) for turns in conversations]
         media = dict(zip(MEDIA_KINDS, (images, videos, speech, audio), strict=True))
-        return self._batch(texts, media, max_length, padding_side, frame_seed)
+        return self.collate(self.rows(texts, media, max_length, frame_seed), padding_side)
 
     def ask(self, question: str = "", *, frame_seed: int | None = None, **media) -> BatchFeature:
         """Inputs of one question: writes the prompt itself.
@@ -230,16 +233,25 @@ class UniMoEProcessor(ProcessorMixin):
             for kind, placeholder in PLACEHOLDERS.items()
         }
 
-    def _batch(
+    def rows(
         self,
-        texts: list[TokenizedText],
-        media: dict[str, Sequence],
-        max_length: int | None,
-        padding_side: str,
-        frame_seed: int | None,
-    ) -> BatchFeature:
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side ({padding_side!r}) must be 'left' or 'right'")
+        texts: Sequence[TokenizedText],
+        media: Mapping[str, Sequence],
+        max_length: int | None = None,
+        frame_seed: int | None = None,
+    ) -> list[Row]:
+        """Rows of a batch: placeholders are expanded, and each holds the features of its media.
+
+        Args:
+            texts: one a row.
+            media: items of each kind in the order of their placeholders, row by row; features that
+                were computed before are given as `EncodedMedia`.
+            max_length: as in `__call__`.
+            frame_seed: see there.
+
+        Raises:
+            ValueError: If placeholders and media do not match in number.
+        """
         token_ids = self._media_token_ids()
         held = [text.items(token_ids) for text in texts]
         for kind, items in media.items():
@@ -250,27 +262,43 @@ class UniMoEProcessor(ProcessorMixin):
                     " given; each item needs one placeholder and each placeholder one item"
                 )
         encoded = {
-            kind: iter([self._pieces(kind, item, frame_seed) for item in items])
+            kind: iter([self.encode(kind, item, frame_seed) for item in items])
             for kind, items in media.items()
         }
-        rows, kept = [], {kind: [] for kind in MEDIA_KINDS}
+        found = []
         for text, kinds in zip(texts, held, strict=True):
-            items = [next(encoded[kind]) for kind in kinds]
-            soft = [
-                len(item) * self.num_soft_tokens[kind]
-                for kind, item in zip(kinds, items, strict=True)
-            ]
+            items = [(kind, next(encoded[kind])) for kind in kinds]
+            soft = [len(item.pieces) * self.num_soft_tokens[kind] for kind, item in items]
             if max_length is not None:
                 text, fitting = truncated(text, token_ids, soft, max_length)
-                kinds, items, soft = kinds[:fitting], items[:fitting], soft[:fitting]
-            rows.append(text.expanded(token_ids, soft))
-            for kind, item in zip(kinds, items, strict=True):
-                kept[kind] += item
-        batch = self._padded(rows, padding_side)
-        for kind, pieces in kept.items():
-            if pieces:
-                batch |= stack_pieces(kind, pieces)
+                items, soft = items[:fitting], soft[:fitting]
+            found.append(Row(text.expanded(token_ids, soft), tuple(items)))
+        return found
+
+    def collate(self, rows: Sequence[Row], padding_side: str = "right") -> BatchFeature:
+        """Inputs and labels of rows, padded to the longest; see `training_inputs`."""
+        batch = self._padded([row.text for row in rows], padding_side)
+        for kind in MEDIA_KINDS:
+            items = [item for row in rows for held, item in row.media if held == kind]
+            batch |= stack_media(kind, items)
         return BatchFeature(batch)
+
+    def tokenize(self, turns: Sequence[tuple[str, str | None]]) -> TokenizedText:
+        """Ids and labels of a conversation with placeholders that are not expanded yet."""
+        ids = self._media_token_ids()
+        return tokenize_conversation(turns, self.tokenizer, ids, self.system_prompt)
+
+    def encode(self, kind: str, item, frame_seed: int | None = None) -> EncodedMedia:
+        """Features of one item of media; `EncodedMedia` is returned as it is."""
+        if isinstance(item, EncodedMedia):
+            return item
+        return encode_media(
+            kind,
+            item,
+            self._encoder(SENSES[kind]),
+            MediaOptions(self.video_num_frames, self.speech_max_frames, self.image_aspect_ratio),
+            frame_seed,
+        )
 
     def _padded(self, rows: list[TokenizedText], side: str) -> dict[str, torch.Tensor]:
         width = max(len(row.ids) for row in rows)
@@ -285,54 +313,11 @@ class UniMoEProcessor(ProcessorMixin):
             labels[number, place] = torch.tensor(row.labels)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    def _pieces(self, kind: str, item, frame_seed: int | None) -> list[torch.Tensor]:
-        """Features of one item; recordings have one or several pieces, each a `[rows, C]`."""
-        if kind == "image":
-            return list(self._vision([as_picture(item, "images")]))
-        if kind == "video":
-            frames = as_video(item, self.video_num_frames, "videos", frame_seed)
-            return [self._vision(list(frames))]
-        encoder = self._encoder(kind)
-        samples = as_recording(item, encoder.sample_rate, kind)
-        if kind == "audio":
-            pieces = encoder.encode_recording(samples)
-        else:
-            pieces = encoder.encode_recording(samples, self.speech_max_frames)
-        return [piece.float() for piece in pieces]
-
-    def _vision(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        options = {"pad_to_square": True} if self.image_aspect_ratio == "pad" else {}
-        return self._encoder("vision").encode_pictures(pictures, **options).float()
-
     def _encoder(self, sense: str) -> FrozenEncoder:
         name = getattr(self, f"{sense}_encoder")
         if (sense, name) not in _BUILT:
             _BUILT[sense, name] = build_encoder(name, sense)
         return _BUILT[sense, name]
-
-
-def stack_pieces(kind: str, pieces: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Model inputs of the pieces of a kind.
-
-    Args:
-        kind: media kind.
-        pieces: `[..., rows, C]` each.
-
-    Returns:
-        `<kind>_features` `[pieces, ..., rows, C]`, filled up with zeros to the longest; where some
-        are shorter, `<kind>_features_mask` `[pieces, rows]` bool, False on what was filled up.
-    """
-    rows = [piece.shape[-2] for piece in pieces]
-    most = max(rows)
-    filled = [
-        torch.nn.functional.pad(piece, (0, 0, 0, most - count))
-        for piece, count in zip(pieces, rows, strict=True)
-    ]
-    batch = {f"{kind}_features": torch.stack(filled)}
-    if min(rows) < most:
-        positions = rearrange(torch.arange(most), "n -> 1 n")
-        batch[f"{kind}_features_mask"] = positions < rearrange(torch.tensor(rows), "b -> b 1")
-    return batch
 
 
 _BUILT: dict[tuple[str, str], FrozenEncoder] = {}

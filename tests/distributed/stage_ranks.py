@@ -17,9 +17,9 @@ from unimoe_kernels.distributed import count_traffic, finish_parallel, start_par
 from unimoe_model.data.examples import Example, MediaBank, MediaRef
 from unimoe_model.data.tokenizer import train_tokenizer
 from unimoe_model.training import stages
+from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.progress import SilentReporter
 from unimoe_model.training.settings import ModelSettings, RunSettings, StageSettings
-from unimoe_model.training.trainer import OptimizerSettings
 
 SHAPES = {"image": (9, 1280), "video": (8, 9, 1280), "speech": (6, 16), "audio": (5, 512)}
 
@@ -40,7 +40,7 @@ class KillingReporter(SilentReporter):
 
 
 def stage(steps=3, muon=None, **tasks):
-    return StageSettings(OptimizerSettings(steps, 6, 0.01, muon_learning_rate=muon), tasks)
+    return StageSettings(Optimization(steps, 6, 0.01, muon_learning_rate=muon), tasks)
 
 
 def settings():

@@ -17,7 +17,7 @@ from unimoe_model.training.assemble import (
     lora_parameters,
     merge_and_unload_lora,
 )
-from unimoe_model.training.trainer import answer_loss
+from unimoe_model.training.loss import answer_loss
 
 
 @pytest.fixture

@@ -79,14 +79,15 @@ def test_unknown_command_is_a_usage_error(capsys):
 def test_missing_config(refused, tmp_path, command):
     output = tmp_path / "runs"
     line = refused(*command, tmp_path / "none.yaml", "--output", output)
-    assert line.startswith(f"unimoe {command[0]}: config ({tmp_path / 'none.yaml'}) must be")
+    what = "recipe" if command == ["train"] else "config"
+    assert line.startswith(f"unimoe {command[0]}: {what} ({tmp_path / 'none.yaml'}) must be")
     assert not output.exists()
 
 
 def test_wrong_config(refused, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("seed: 0\nspeed: 1\n")
-    assert "unknown keys ['speed']" in refused("train", path, "--output", tmp_path / "runs")
+    assert "unknown key 'speed'" in refused("train", path, "--output", tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

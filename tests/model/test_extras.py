@@ -156,7 +156,7 @@ from unimoe_model.cli import main
 from unimoe_model.data.media_items import as_picture
 config, output = sys.argv[1:]
 assert main(["demo", "--config", config, "--output", output]) == 1
-assert main(["train", config, "--output", output]) == 1
+assert main(["train-arm", config, "--output", output]) == 1
 try:
     as_picture("a.png", "images")
 except ModuleNotFoundError as error:
@@ -171,6 +171,6 @@ def test_commands_without_the_extra(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     lines = [line for line in ended.stderr.splitlines() if re.match("unimoe |picture:", line)]
-    assert [line.split(": ")[0] for line in lines] == ["unimoe demo", "unimoe train", "picture"]
+    assert [line.split(": ")[0] for line in lines] == ["unimoe demo", "unimoe train-arm", "picture"]
     assert all(line.endswith(": pip install 'unimoe[demo]'") for line in lines), lines
     assert not output.exists()

@@ -18,17 +18,17 @@ from unimoe_model.training import stages
 from unimoe_model.training.assemble import ffn_state
 from unimoe_model.training.base import widen_ffns
 from unimoe_model.training.language_model import read_sizes, save_language_model
+from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.query_states import query_state_bank
 from unimoe_model.training.settings import ModelSettings, RunSettings, StageSettings
 from unimoe_model.training.stages import Trainer
-from unimoe_model.training.trainer import OptimizerSettings
 
 STAGES = ["pretrain", "align", "experts/image", "experts/audio", "tune"]
 SHAPES = {"image": (9, 1280), "video": (8, 9, 1280), "speech": (6, 16), "audio": (5, 512)}
 
 
 def stage(learning_rate=0.01, steps=2, **tasks):
-    return StageSettings(OptimizerSettings(steps, 2, learning_rate), tasks)
+    return StageSettings(Optimization(steps, 2, learning_rate), tasks)
 
 
 def settings(**changes):
@@ -383,7 +383,7 @@ def test_nothing_multiplies_in_bfloat16_without_instructions(
     language_model, trainer, monkeypatch, arm, has_llm
 ):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    muon = StageSettings(OptimizerSettings(2, 2, 0.01, muon_learning_rate=0.01), {"text": 1})
+    muon = StageSettings(Optimization(2, 2, 0.01, muon_learning_rate=0.01), {"text": 1})
     given = language_model[0] if has_llm else settings(pretrain=muon)
     given = dataclasses.replace(given, precision="auto")
     with Multiplications() as multiplications:

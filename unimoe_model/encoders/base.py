@@ -1,8 +1,12 @@
 """What the frozen encoders of all modalities have in common."""
 
 import hashlib
+from collections.abc import Sequence
+from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -18,21 +22,42 @@ def check_waveforms(waveforms: Tensor) -> None:
 class FrozenEncoder(nn.Module):
     """A pretrained encoder that is never trained: always in eval mode, no gradients.
 
-    A subclass builds its weights, calls :meth:`freeze` at the end of its `__init__` and
-    implements `forward`, which returns features of shape `[B, n, feature_size]`.
+    A subclass builds its weights and calls :meth:`freeze` at the end of its `__init__`. Encoders of
+    pictures have `encode_pictures`, those of recordings `sample_rate` and `encode_recording`. One
+    that recipes name `module:Class` has a class method `pretrained`, which loads its weights.
 
     Args:
         name: what the encoder really is, e.g. `"EfficientNet-Lite0"`.
         feature_size: channels of the features it returns.
         stand_in_for: the encoder of the paper that it replaces, e.g. `"CLIP ViT-L/14"`;
             None where it is the paper's own family.
+        num_tokens: feature rows of a picture; None for recordings.
     """
 
-    def __init__(self, name: str, feature_size: int, stand_in_for: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        feature_size: int,
+        stand_in_for: str | None = None,
+        num_tokens: int | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.feature_size = feature_size
         self.stand_in_for = stand_in_for
+        self.num_tokens = num_tokens
+
+    @classmethod
+    def empty(cls) -> Self:
+        """The encoder on the meta device, without weights: for its sizes."""
+        with torch.device("meta"):
+            return cls()
+
+    def encode_recordings(
+        self, recordings: Sequence[NDArray[np.float32]], *max_rows: int
+    ) -> list[list[Tensor]]:
+        """`encode_recording` of several; a subclass may run them together."""
+        return [self.encode_recording(samples, *max_rows) for samples in recordings]
 
     def freeze(self) -> None:
         """Puts every submodule in eval mode and turns off the gradients of all parameters."""

@@ -36,7 +36,11 @@ class ClipImageEncoder(PublishedEncoder):
             num_attention_heads=16,
             projection_dim=768,
         )
-        super().__init__("CLIP", feature_size=config.hidden_size)
+        super().__init__(
+            "CLIP",
+            feature_size=config.hidden_size,
+            num_tokens=(config.image_size // config.patch_size) ** 2,
+        )
         self.vision_tower = CLIPVisionModel(config)
         self.freeze()
 

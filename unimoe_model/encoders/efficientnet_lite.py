@@ -77,7 +77,12 @@ class EfficientNetLite0(FrozenEncoder):
     """
 
     def __init__(self) -> None:
-        super().__init__("EfficientNet-Lite0", _FEATURE_SIZE, stand_in_for="CLIP ViT-L/14")
+        super().__init__(
+            "EfficientNet-Lite0",
+            _FEATURE_SIZE,
+            stand_in_for="CLIP ViT-L/14",
+            num_tokens=(IMAGE_SIZE // 32) ** 2,
+        )
         self.stem = _Conv(3, _STEM_SIZE, 3, 2)
         blocks: list[nn.Module] = []
         c_in = _STEM_SIZE

@@ -60,15 +60,31 @@ class PublishedEncoder(FrozenEncoder, ABC):
             OSError: If the weights are missing or cannot be read.
             ValueError: If the folder holds no model, or one of another type.
         """
-        kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-        if kind not in cls.model_types:
-            raise ValueError(
-                f"model_type ({kind!r}) in config.json of {str(folder)!r} must be"
-                f" {' or '.join(cls.model_types)}"
-            )
+        cls._require_type(folder)
         model = cls.model_class.from_pretrained(folder)
         with torch.device("meta"):
             encoder = cls(model.config)
         encoder.take_modules(model)
         encoder.freeze()
         return encoder
+
+    @classmethod
+    def empty_from_folder(cls, folder: str | Path) -> Self:
+        """The encoder of a folder on the meta device, without weights: for its sizes.
+
+        Raises:
+            ValueError: If the folder holds no model, or one of another type.
+        """
+        cls._require_type(folder)
+        config = cls.model_class.config_class.from_pretrained(folder)
+        with torch.device("meta"):
+            return cls(config)
+
+    @classmethod
+    def _require_type(cls, folder: str | Path) -> None:
+        kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+        if kind not in cls.model_types:
+            raise ValueError(
+                f"model_type ({kind!r}) in config.json of {str(folder)!r} must be"
+                f" {' or '.join(cls.model_types)}"
+            )

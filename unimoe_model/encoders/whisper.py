@@ -96,6 +96,12 @@ class WhisperSpeechEncoder(FrozenEncoder):
         """
         return cls(_published_state("encoder"))
 
+    @classmethod
+    def empty(cls) -> "WhisperSpeechEncoder":
+        """The encoder on the meta device, without weights: for its sizes."""
+        with torch.device("meta"):
+            return cls(WindowedWhisperEncoder(whisper_config()).state_dict())
+
     def forward(self, waveforms: Tensor) -> Tensor:
         """Encodes clips at 16 kHz, each padded with silence to whole frames of 20 ms.
 
@@ -183,6 +189,20 @@ class WhisperSpeechEncoder(FrozenEncoder):
                 on_batch(len(batch))
         return features, lengths
 
+    def encode_recordings(
+        self, recordings: Sequence[NDArray[np.float32]], max_rows: int = MAX_ROWS
+    ) -> list[list[Tensor]]:
+        """`encode_recording` of several; pieces of equal length share batches."""
+        step = max_rows * POOL * SAMPLES_PER_FRAME
+        pieces = [
+            [samples[start : start + step] for start in range(0, max(samples.size, 1), step)]
+            for samples in recordings
+        ]
+        features, _ = self.encode_clips([piece for own in pieces for piece in own])
+        padded = nn.functional.pad(features.float(), (0, 0, 0, max_rows - features.shape[1]))
+        rows = iter(padded)
+        return [[next(rows) for _ in own] for own in pieces]
+
     def encode_recording(
         self, samples: NDArray[np.float32], max_rows: int = MAX_ROWS
     ) -> list[Tensor]:
@@ -195,10 +215,7 @@ class WhisperSpeechEncoder(FrozenEncoder):
         Returns:
             `[max_rows, 384]` float32 of each piece, zeros after the recording's last row.
         """
-        step = max_rows * POOL * SAMPLES_PER_FRAME
-        pieces = [samples[start : start + step] for start in range(0, max(samples.size, 1), step)]
-        features, _ = self.encode_clips(pieces)
-        return list(nn.functional.pad(features.float(), (0, 0, 0, max_rows - features.shape[1])))
+        return self.encode_recordings([samples], max_rows)[0]
 
 
 def load_decoder() -> WhisperDecoder:

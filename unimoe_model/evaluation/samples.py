@@ -8,16 +8,19 @@ the data file; `question` may be left out where there is media. What is right is
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from unimoe_model.configuration import MEDIA_KINDS
 
 _KEYS = ("id", "question", *MEDIA_KINDS, "answer", "answers", "options")
 _SHOWN_MISSING = 10
+_SHOWN_CHARACTERS = 60
+_SHOWN_OF_PATH = 200
 
 
 @dataclass(frozen=True)
@@ -57,70 +60,79 @@ def read_samples(path: Path, check: Callable[[Sample], None] = lambda sample: No
             that `check` refuses; or naming the media files that are missing.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"data ({path}) must be a file of JSON lines; there is no such file")
     samples: list[Sample] = []
     lines: dict[str, int] = {}
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, text in enumerate(file, start=1):
-                if not text.strip():
-                    continue
-                sample = _parse(text, number, path.parent, check, where=f"{path} line {number}")
-                earlier = lines.setdefault(str(sample.id), number)
-                if earlier != number:
-                    raise ValueError(
-                        f"{path} line {number}: id ({sample.id!r}) must be unique; line {earlier}"
-                        " has it too"
-                    )
-                samples.append(sample)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data ({path}) must be UTF-8 text: {error}") from error
+    with data_file(path, "JSON lines") as file:
+        for number, text in filled_lines(file):
+            with named(f"{path} line {number}"):
+                sample = sample_of(line_object(text), number, path.parent)
+                check(sample)
+                require_unique(sample, lines)
+            samples.append(sample)
     if not samples:
         raise ValueError(f"data ({path}) must hold at least one line")
-    _require_files(path, samples)
+    require_files(
+        path,
+        (
+            (f"line {sample.line}", kind, file)
+            for sample in samples
+            for kind, files in sample.media.items()
+            for file in files
+        ),
+    )
     return samples
 
 
-def _parse(
-    text: str, number: int, folder: Path, check: Callable[[Sample], None], where: str
-) -> Sample:
+@contextmanager
+def data_file(path: Path, expected: str) -> Iterator[TextIO]:
+    """Opens a file of UTF-8 text; raises ValueError, which says `expected`, if it is none."""
+    if not path.is_file():
+        raise ValueError(f"data ({path}) must be a file of {expected}; there is no such file")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data ({path}) must be UTF-8 text: {error}") from error
+
+
+def filled_lines(file: TextIO) -> Iterator[tuple[int, str]]:
+    """Numbers, from 1, and texts of the lines that are not empty."""
+    return ((number, text) for number, text in enumerate(file, start=1) if text.strip())
+
+
+def line_object(text: str) -> dict[str, Any]:
+    """The JSON object that a line holds; raises ValueError if it holds none."""
     try:
         fields = json.loads(text)
-        if not isinstance(fields, dict):
-            raise ValueError('must be a JSON object such as {"id": 1, "question": "what?"}')
-        sample = _sample(fields, number, folder)
-        check(sample)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: must be a JSON object: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return sample
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"must be a JSON object: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError('must be a JSON object such as {"id": 1, "question": "what?"}')
+    return fields
 
 
-def _sample(fields: dict[str, Any], number: int, folder: Path) -> Sample:
+def sample_of(fields: dict[str, Any], number: int, folder: Path) -> Sample:
+    """The sample of a line's JSON object; media are relative to `folder`.
+
+    Raises:
+        ValueError: Naming the key that is not as this module describes.
+    """
     unknown = [key for key in fields if key not in _KEYS]
     if unknown:
-        raise ValueError(f"unknown keys {unknown}; there are {', '.join(_KEYS)}")
-    name = fields.get("id")
-    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        raise ValueError(f"id ({name!r}) must be a text or a whole number")
+        raise ValueError(f"unknown keys {shown(unknown)}; there are {', '.join(_KEYS)}")
+    name = name_of(fields.get("id"))
     question = fields.get("question", "")
     if not isinstance(question, str):
-        raise ValueError(f"question ({question!r}) must be a text")
-    media = {
-        kind: tuple(folder / name for name in _texts(fields[kind], kind, "path"))
-        for kind in MEDIA_KINDS
-        if kind in fields
-    }
+        raise ValueError(f"question ({shown(question)}) must be a text")
+    media = media_of(fields, folder)
     if not question.strip() and not media:
-        raise ValueError(f"question ({question!r}) must ask something where there is no media")
+        raise ValueError(f"question ({shown(question)}) must ask something where there is no media")
     if "answer" in fields and "answers" in fields:
         raise ValueError("answer and answers must not both be there")
     answers = ()
     if "answer" in fields:
         if not isinstance(fields["answer"], str) or not fields["answer"].strip():
-            raise ValueError(f"answer ({fields['answer']!r}) must be a text")
+            raise ValueError(f"answer ({shown(fields['answer'])}) must be a text")
         answers = (fields["answer"],)
     elif "answers" in fields:
         answers = _texts(fields["answers"], "answers", "text", single=False)
@@ -128,6 +140,38 @@ def _sample(fields: dict[str, Any], number: int, folder: Path) -> Sample:
     if "options" in fields:
         options = _texts(fields["options"], "options", "text", single=False)
     return Sample(name, number, question.strip(), media, answers, options)
+
+
+def name_of(value: Any) -> str | int:
+    """The value of `id`; raises ValueError if it is neither a text nor a whole number."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise ValueError(f"id ({shown(value)}) must be a text or a whole number")
+    return value
+
+
+def require_unique(sample: Sample, lines: dict[str, int]) -> None:
+    """Raises ValueError for an id that an earlier line has; `lines` is where each id was."""
+    earlier = lines.setdefault(str(sample.id), sample.line)
+    if earlier != sample.line:
+        raise ValueError(f"id ({shown(sample.id)}) must be unique; line {earlier} has it too")
+
+
+def media_of(fields: dict[str, Any], folder: Path) -> dict[str, tuple[Path, ...]]:
+    """Files of each kind that an object names; raises ValueError if they are no paths."""
+    return {
+        kind: tuple(folder / name for name in _texts(fields[kind], kind, "path"))
+        for kind in MEDIA_KINDS
+        if kind in fields
+    }
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: on one line, and not longer than can be read."""
+    return _cut(repr(value), _SHOWN_CHARACTERS)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _texts(value: Any, key: str, noun: str, single: bool = True) -> tuple[str, ...]:
@@ -138,18 +182,25 @@ def _texts(value: Any, key: str, noun: str, single: bool = True) -> tuple[str, .
         or not all(isinstance(item, str) and item.strip() for item in items)
     ):
         expected = f"a {noun} or a list of {noun}s" if single else f"a list of {noun}s"
-        raise ValueError(f"{key} ({value!r}) must be {expected}, none of them empty")
+        raise ValueError(f"{key} ({shown(value)}) must be {expected}, none of them empty")
     return tuple(items)
 
 
-def _require_files(path: Path, samples: Sequence[Sample]) -> None:
+def require_files(path: Path, files: Iterable[tuple[str, str, Path]]) -> None:
+    """Checks that all media of a data file are there.
+
+    Args:
+        path: the data file.
+        files: where in it each is named, such as `line 3`, its kind, and its path.
+
+    Raises:
+        ValueError: Naming the first of the missing and their number.
+    """
     missing = [
-        f"line {sample.line} {kind} ({file})"
-        for sample in samples
-        for kind, files in sample.media.items()
-        for file in files
-        # A video may be a folder of pictures.
-        if not (file.exists() if kind == "video" else file.is_file())
+        f"{where} {kind} ({_cut(str(file), _SHOWN_OF_PATH)})"
+        for where, kind, file in files
+        # A video may be a folder of pictures. A name too long for a file is missing, no OSError.
+        if not (os.path.exists(file) if kind == "video" else os.path.isfile(file))
     ]
     if missing:
         more = len(missing) - _SHOWN_MISSING
@@ -160,12 +211,17 @@ def _require_files(path: Path, samples: Sequence[Sample]) -> None:
 
 
 @contextmanager
-def line_named(path: Path, sample: Sample) -> Iterator[None]:
-    """Puts file, line and id in front of the ValueErrors of what is done with a sample."""
+def named(where: str) -> Iterator[None]:
+    """Puts `where` in front of the ValueErrors of what is done inside."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path} line {sample.line} (id {sample.id!r}): {error}") from error
+        raise ValueError(f"{where}: {error}") from error
+
+
+def line_named(path: Path, sample: Sample) -> AbstractContextManager[None]:
+    """Puts file, line and id in front of the ValueErrors of what is done with a sample."""
+    return named(f"{path} line {sample.line} (id {sample.id!r})")
 
 
 def media_arguments(sample: Sample) -> dict[str, list[Path]]:

@@ -1,5 +1,6 @@
 """Checkpoints inside a stage: written whole or not at all, read only if they belong to the run."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -9,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
-from unimoe_kernels import recover_folder, replace_folder
+from unimoe_kernels import recover_folder
 from unimoe_kernels.distributed import load_sharded, save_sharded
-from unimoe_model.tensor_files import save_tensors
-
-_WEIGHTS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.pt", "state.json"
 
 
 def fingerprint(settings: Any) -> str:
@@ -47,9 +45,10 @@ def save_checkpoint(
     progress: Progress,
     parameters: dict[str, torch.nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
-    alone: bool = True,
 ) -> None:
     """Replaces the checkpoint in `folder`; a kill at any moment leaves the old one or the new.
+
+    All processes that train together call it (`save_sharded`).
 
     Args:
         folder: where the checkpoint is.
@@ -57,21 +56,25 @@ def save_checkpoint(
         progress: how far it has come.
         parameters: the parameters being trained, by name.
         optimizers: the optimisers that hold their state.
-        alone: whether one process trains. Several write a sharded checkpoint (`save_sharded`), all
-            of them together.
+
+    Raises:
+        OSError: If the disk is full, naming what was needed; the old checkpoint is left.
     """
-    if not alone:
+    try:
         save_sharded(folder, parameters, optimizers, {"run": run, **vars(progress)})
-        return
-    fresh = _fresh(folder)
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    weights = {name: p.detach().contiguous() for name, p in parameters.items()}
-    save_tensors(fresh / _WEIGHTS, weights)
-    torch.save([o.state_dict() for o in optimizers], fresh / _OPTIMIZER)
-    state = {"run": run, **vars(progress)}
-    (fresh / _STATE).write_text(json.dumps(state), encoding="utf-8")
-    replace_folder(folder, fresh)
+    # torch's own derives from BaseException.
+    except (Exception, CheckpointException) as error:
+        if not _is_full_disk(error):
+            raise
+        shutil.rmtree(_fresh(folder), ignore_errors=True)
+        needed = checkpoint_bytes(parameters, optimizers)
+        free = shutil.disk_usage(folder.parent).free
+        raise OSError(
+            errno.ENOSPC,
+            f"disk of {folder.parent} is full: the checkpoint of step {progress.step} needs"
+            f" {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; the one before it is whole,"
+            " and the same command goes on from there",
+        ) from error
 
 
 def load_checkpoint(
@@ -79,69 +82,43 @@ def load_checkpoint(
     run: str,
     parameters: dict[str, torch.nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
-    alone: bool = True,
 ) -> Progress | None:
-    """Continues from the checkpoint in `folder`.
-
-    One that several processes wrote is continued by any number of them, also by one; one that one
-    process wrote only by one.
+    """Continues from the checkpoint in `folder`, with any number of processes.
 
     Returns:
         Its progress, or None if there is no checkpoint; then nothing is changed.
 
     Raises:
-        ValueError: If the checkpoint is of another configuration or cannot be read.
+        ValueError: If the checkpoint is of another configuration or cannot be read; then nothing is
+            changed.
     """
-    if alone:
-        recover_folder(folder)
-    if not alone or (folder / ".metadata").exists():
-        return _load_sharded(folder, run, parameters, optimizers)
-    if not folder.exists():
-        return None
-    try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        weights = load_file(folder / _WEIGHTS)
-        optimizer_states = torch.load(folder / _OPTIMIZER, weights_only=True)
-        found = state.pop("run")
-        progress = Progress(**state)
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint {folder} cannot be read ({error}); delete it to start this stage anew"
-        ) from error
-    if found != run or weights.keys() != parameters.keys():
-        raise ValueError(
-            f"checkpoint {folder} is of another configuration ({found}, this run is {run});"
-            " give another output folder, or delete it to start this stage anew"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    for optimizer, optimizer_state in zip(optimizers, optimizer_states, strict=True):
-        optimizer.load_state_dict(optimizer_state)
-    return progress
 
+    def check(extra: dict[str, Any]) -> None:
+        if extra.get("run") != run:
+            raise ValueError(
+                f"checkpoint {folder} is of another configuration ({extra.get('run')}, this run is"
+                f" {run})"
+            )
 
-def _load_sharded(
-    folder: Path,
-    run: str,
-    parameters: dict[str, torch.nn.Parameter],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> Progress | None:
     try:
-        state = load_sharded(folder, parameters, optimizers)
+        state = load_sharded(folder, parameters, optimizers, check)
     except ValueError as error:
         raise ValueError(
-            f"{error}; give another output folder, or delete it to start this stage anew, or go on"
-            " with the number of processes that wrote it"
+            f"{error}; give another output folder, or delete it to start this stage anew"
         ) from error
     if state is None:
         return None
-    if (found := state.pop("run", None)) != run:
-        raise ValueError(
-            f"checkpoint {folder} is of another configuration ({found}, this run is {run});"
-            " give another output folder, or delete it to start this stage anew"
-        )
+    del state["run"]
     return Progress(**state)
+
+
+def checkpoint_bytes(
+    parameters: dict[str, torch.nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+) -> int:
+    """Bytes of a checkpoint's tensors."""
+    states = [v for o in optimizers for values in o.state.values() for v in values.values()]
+    tensors = [*parameters.values(), *(v for v in states if isinstance(v, torch.Tensor))]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def completed_run(folder: Path, run: str) -> bool:
@@ -168,10 +145,21 @@ def completed_run(folder: Path, run: str) -> bool:
 
 
 def discard_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint that the stage's result has replaced."""
+    """Removes a checkpoint that the stage's result has replaced; one process calls it."""
     recover_folder(folder)
     for path in (folder, _fresh(folder)):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error, which torch wraps."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if isinstance(error, CheckpointException):
+            return any(_is_full_disk(inner) for inner, _ in error.failures.values())
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _fresh(folder: Path) -> Path:

@@ -19,9 +19,9 @@ from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.base import dense_config
 from unimoe_model.training.checkpoint import fingerprint
 from unimoe_model.training.language_model import save_language_model
+from unimoe_model.training.loop import train_stage
 from unimoe_model.training.progress import ProgressReporter
 from unimoe_model.training.settings import RunSettings
-from unimoe_model.training.trainer import train_stage
 
 
 def pretrain_language_model(

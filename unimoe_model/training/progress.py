@@ -1,6 +1,7 @@
 """Progress of long work: a bar on the terminal, or messages to a process that draws it."""
 
 import sys
+import time
 from typing import Protocol
 
 from tqdm import tqdm
@@ -59,6 +60,49 @@ class BarReporter:
     def say(self, text: str) -> None:
         """Prints a line."""
         tqdm.write(text)
+
+
+class LineReporter:
+    """Prints lines where there is no terminal: the start and end of a stage, and some in between.
+
+    Args:
+        seconds: time between lines.
+    """
+
+    def __init__(self, seconds: float = 20.0):
+        self._seconds = seconds
+        self._stage, self._total, self._done = "", 0, 0
+        self._said = 0.0
+
+    def start(self, stage: str, total: int, done: int) -> None:
+        """Prints the stage and how far it is."""
+        self._stage, self._total, self._done = stage, total, done
+        self._figures: dict[str, str] = {}
+        self._print()
+
+    def advance(self, steps: int, **figures: str) -> None:
+        """Prints a line if it is time for one."""
+        self._done += steps
+        self._figures = figures
+        if self._done == self._total or time.monotonic() - self._said > self._seconds:
+            self._print()
+
+    def finish(self) -> None:
+        """Does nothing: the last step has printed its line."""
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        print(text, file=sys.stderr, flush=True)
+
+    def _print(self) -> None:
+        self._said = time.monotonic()
+        figures = "".join(f" {name} {value}" for name, value in self._figures.items())
+        self.say(f"{self._stage} {self._done}/{self._total}{figures}")
+
+
+def own_reporter() -> ProgressReporter:
+    """Bars on a terminal, lines elsewhere."""
+    return BarReporter() if sys.stderr.isatty() else LineReporter()
 
 
 class SilentReporter:

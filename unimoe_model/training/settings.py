@@ -15,7 +15,7 @@ from unimoe_model.data.limits import DataLimits
 from unimoe_model.data.tokenizer import LEAST_VOCAB_SIZE
 from unimoe_model.precision import PRECISIONS, resolve_precision
 from unimoe_model.training.language_model import digest, read_sizes
-from unimoe_model.training.trainer import OptimizerSettings
+from unimoe_model.training.optimization import Optimization
 from unimoe_model.value_types import fits_type
 
 _SIZES = (
@@ -33,7 +33,7 @@ _SIZES = (
 class StageSettings:
     """One stage: its optimiser and the share of each task in its batches."""
 
-    optimizer: OptimizerSettings
+    optimizer: Optimization
     tasks: dict[str, float]
 
 
@@ -281,7 +281,7 @@ def _stage(raw: Any, path: str | Path, key: str) -> StageSettings:
     unknown = sorted(tasks.keys() - set(TASKS))
     if unknown:
         raise ValueError(f"{where}.tasks has unknown keys {unknown}; known are {sorted(TASKS)}")
-    return StageSettings(_build(OptimizerSettings, raw, path, key), tasks)
+    return StageSettings(_build(Optimization, raw, path, key), tasks)
 
 
 def _build(cls: type, raw: Any, path: str | Path, key: str = ""):

@@ -34,12 +34,12 @@ from unimoe_model.training.assemble import (
 from unimoe_model.training.base import dense_config, widen_ffns
 from unimoe_model.training.checkpoint import completed_run, fingerprint
 from unimoe_model.training.language_model import digest, load_language_model
+from unimoe_model.training.loop import finish_stage, train_stage
 from unimoe_model.training.progress import ProgressReporter
 from unimoe_model.training.query_states import CACHED_KINDS, query_state_bank
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.router_start import mean_ffn_inputs, router_weights
 from unimoe_model.training.settings import RunSettings, StageSettings
-from unimoe_model.training.trainer import finish_stage, train_stage
 
 ARMS = ("moe", "dense")
 STAGES = ("pretrain", "align", "experts", "tune")

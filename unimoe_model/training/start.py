@@ -1,12 +1,15 @@
 """Starts the processes of a run as its settings and torchrun say."""
 
 import os
+from dataclasses import asdict
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from unimoe_kernels.distributed import start_parallel
+from unimoe_model.precision import resolve_precision
 from unimoe_model.training.checkpoint import fingerprint
+from unimoe_model.training.recipe import Parallel, Recipe
 from unimoe_model.training.settings import RunSettings
 
 
@@ -55,6 +58,36 @@ def start_ranks(settings: RunSettings, device: torch.device) -> DeviceMesh | Non
         device=device,
         timeout=parallel.timeout,
         fingerprint=fingerprint([settings.result_facts(), settings.resolved_precision(device)]),
+    )
+
+
+def start_recipe_ranks(recipe: Recipe, device: torch.device) -> DeviceMesh | None:
+    """The mesh of a recipe's run that torchrun started; None for one process alone.
+
+    Without `parallel` in the recipe, all processes of torchrun share the data.
+
+    Raises:
+        ValueError: If the recipe asks for another number of processes than torchrun started.
+        RuntimeError: If a process does not come in time, or has another recipe.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel = recipe.parallel or Parallel(data=processes)
+    wanted = parallel.data * parallel.expert
+    if wanted != processes:
+        raise ValueError(
+            f"{recipe.path}: parallel (data {parallel.data}, expert {parallel.expert}) needs"
+            f" {wanted} processes, and there {'is' if processes == 1 else 'are'} {processes}: start"
+            f" with torchrun --nproc-per-node {wanted} -m unimoe_model.cli train ..."
+        )
+    if "RANK" not in os.environ:
+        return None
+    precision = resolve_precision(recipe.precision, device)
+    return start_parallel(
+        parallel.data,
+        parallel.expert,
+        device=device,
+        timeout=parallel.timeout,
+        fingerprint=fingerprint([asdict(recipe), precision]),
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ def save_sharded(
         fresh.mkdir(parents=True)
         (fresh / _EXTRA).write_text(json.dumps(extra or {}), encoding="utf-8")
     meet(f"save of {folder}")
-    with collective(f"save of {folder}"):
+    with collective(f"save of {folder}"), _alone_on_purpose():
         dcp.save(state, storage_writer=dcp.FileSystemWriter(fresh), no_dist=not is_distributed())
     if is_first():
         replace_folder(folder, fresh)
@@ -65,6 +67,7 @@ def load_sharded(
     folder: str | Path,
     model: nn.Module | Mapping[str, Tensor],
     optimizers: Sequence[Optimizer] = (),
+    check: Callable[[dict[str, Any]], None] = lambda extra: None,
 ) -> dict[str, Any] | None:
     """Reads a checkpoint of `save_sharded`, whatever number of ranks wrote it.
 
@@ -76,6 +79,8 @@ def load_sharded(
         model: its parameters and buffers, or those given by name, are overwritten.
         optimizers: as many as were saved, over parameters of the same names; their states are
             replaced.
+        check: called with what was saved as `extra`, before anything is overwritten; raises for a
+            checkpoint that must not be loaded.
 
     Returns:
         What was saved as `extra`, or None if there is no checkpoint; then nothing is changed.
@@ -93,15 +98,18 @@ def load_sharded(
         return None
     try:
         reader = _Reader(folder)
-        entries = reader.read_metadata().state_dict_metadata
+        metadata = reader.read_metadata()
         extra = json.loads((folder / _EXTRA).read_text(encoding="utf-8"))
+        _check_files(folder, metadata)
     except Exception as error:
         raise ValueError(f"checkpoint {folder} cannot be read: {error}") from error
+    check(extra)
+    entries = metadata.state_dict_metadata
     state = _model_state(model)
     _check_entries(folder, state, entries, len(optimizers))
     fresh = _empty_optimizer_state(folder, model, optimizers, entries)
     targets = state | {key: tensor for key, (_, _, _, tensor) in fresh.items()}
-    with collective(f"load of {folder}"):
+    with collective(f"load of {folder}"), _alone_on_purpose():
         dcp.load(targets, storage_reader=reader, no_dist=not is_distributed())
     meet(f"load of {folder}")
     for optimizer in optimizers:
@@ -119,6 +127,14 @@ def discard_sharded(folder: str | Path) -> None:
         for path in (folder, _fresh(folder)):
             shutil.rmtree(path, ignore_errors=True)
     meet(f"removal of {folder}")
+
+
+@contextmanager
+def _alone_on_purpose() -> Iterator[None]:
+    """Keeps torch from warning of a single process without process groups."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 class _Reader(dcp.FileSystemReader):
@@ -187,6 +203,18 @@ def _optimizer_state(
             for key, value in values.items():
                 state[f"optimizer.{number}.{key}.{names[parameter]}"] = torch.as_tensor(value)
     return state
+
+
+def _check_files(folder: Path, metadata: Metadata) -> None:
+    """Raises ValueError if a file of tensors is missing or cut short."""
+    ends: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        end = place.offset + place.length
+        ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
+    for name, end in ends.items():
+        size = (folder / name).stat().st_size
+        if size < end:
+            raise ValueError(f"{name} is cut short: {size} bytes of {end}")
 
 
 def _check_entries(

@@ -1,12 +1,16 @@
+import errno
 import json
 import os
+import signal
+from dataclasses import replace
 from queue import Queue
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from unimoe_kernels.distributed.running import checkpoint as sharded
 from unimoe_kernels.testing import relative_error
-from unimoe_model.training import checkpoint
 from unimoe_model.training.checkpoint import (
     Progress,
     completed_run,
@@ -15,17 +19,14 @@ from unimoe_model.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from unimoe_model.training.progress import BarReporter, QueueReporter, replay
-from unimoe_model.training.trainer import (
-    OptimizerSettings,
-    answer_loss,
-    autocast,
-    build_optimizers,
-    finish_stage,
-    train_stage,
-)
+from unimoe_model.training.loop import _add_gradients, finish_stage, train_stage
+from unimoe_model.training.loss import answer_loss, autocast
+from unimoe_model.training.optimization import Optimization, build_optimizers
+from unimoe_model.training.progress import BarReporter, LineReporter, QueueReporter, replay
+from unimoe_model.training.ranks import Ranks
+from unimoe_model.training.stopping import StoppedError
 
-SETTINGS = OptimizerSettings(steps=6, batch_size=2, learning_rate=1e-2, muon_learning_rate=1e-2)
+SETTINGS = Optimization(steps=6, batch_size=2, learning_rate=1e-2, muon_learning_rate=1e-2)
 
 
 class Killed(BaseException):
@@ -73,7 +74,8 @@ def train(tiny_model, tmp_path):
     """Trains a fresh model with dropout; gives the model, its parameters and the progress."""
 
     def run(batch=batch_of, folder="stage", run="r", settings=SETTINGS, reporter=None, **options):
-        model = tiny_model(text_config={"attention_dropout": 0.2}, load_balancing_coef=0.1)
+        dropped = {"text_config": {"attention_dropout": 0.2}, "load_balancing_coef": 0.1}
+        model = tiny_model(**options.pop("fields", dropped))
         parameters = {n: p for n, p in model.named_parameters() if "connector" not in n}
         (tmp_path / folder).mkdir(exist_ok=True)
         progress = train_stage(
@@ -95,7 +97,7 @@ def train(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("muon", [None, 1e-2])
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(train, tmp_path, muon):
-    settings = OptimizerSettings(6, 2, 1e-2, muon_learning_rate=muon, weight_decay=0.1)
+    settings = Optimization(6, 2, 1e-2, muon_learning_rate=muon, weight_decay=0.1)
     _, whole, expected = train(folder="whole", settings=settings)
     for step in (1, 4):
         with pytest.raises(Killed):
@@ -122,7 +124,7 @@ def test_training_changes_the_given_parameters_and_no_other(train, tiny_model):
 
 
 def test_training_lowers_the_loss(train):
-    _, _, progress = train(lambda step: batch_of(0), settings=OptimizerSettings(20, 2, 1e-2))
+    _, _, progress = train(lambda step: batch_of(0), settings=Optimization(20, 2, 1e-2))
     assert progress.losses[-1] < 0.5 * progress.losses[0]
 
 
@@ -156,7 +158,7 @@ def test_checkpoint_of_another_run_changes_nothing(train, tiny_model, tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "extra.json"])
 @pytest.mark.parametrize("keep", [0, 0.5])
 def test_cut_checkpoint_is_refused_and_changes_nothing(train, tiny_model, tmp_path, name, keep):
     with pytest.raises(Killed):
@@ -168,7 +170,7 @@ def test_cut_checkpoint_is_refused_and_changes_nothing(train, tiny_model, tmp_pa
     parameters = {n: p for n, p in model.named_parameters() if "connector" not in n}
     optimizers = build_optimizers(parameters, SETTINGS)
     before = {n: p.clone() for n, p in parameters.items()}
-    with pytest.raises(ValueError, match=r"checkpoint .* cannot be read .* delete it"):
+    with pytest.raises(ValueError, match=r"checkpoint .* cannot be read.* delete it"):
         load_checkpoint(tmp_path / "stage" / "checkpoint", "r", parameters, optimizers)
     assert all(torch.equal(before[n], p) for n, p in parameters.items())
     assert not any(optimizer.state for optimizer in optimizers)
@@ -186,10 +188,10 @@ def test_kill_while_saving_leaves_the_old_checkpoint(small, monkeypatch):
     with torch.no_grad():
         parameters["w"].add_(1)
 
-    def killed(*_):
+    def killed(*_, **__):
         raise Killed
 
-    for module, name in ((checkpoint, "save_tensors"), (torch, "save"), (os, "rename")):
+    for module, name in ((dcp, "save"), (sharded, "replace_folder")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, killed)
             with pytest.raises(Killed):
@@ -232,6 +234,109 @@ def test_finished_stage_is_complete_for_its_run_only(tmp_path):
         completed_run(tmp_path, "r")
 
 
+def test_parts_of_a_batch_add_up_to_the_whole(train):
+    def in_parts(step):
+        batch = batch_of(step)
+        return [{key: value[row : row + 1] for key, value in batch.items()} for row in range(2)]
+
+    plain = {"text_config": {"attention_dropout": 0.0}, "load_balancing_coef": 0.0}
+    _, whole, expected = train(folder="whole", fields=plain)
+    _, parts, progress = train(in_parts, folder="parts", fields=plain)
+    assert progress.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert progress.tokens == expected.tokens
+    assert all(relative_error(parts[name], whole[name]) < 1e-3 for name in whole)
+
+
+def test_router_losses_of_parts_count_as_their_mean(tiny_model):
+    model = tiny_model(load_balancing_coef=1.0)
+    scales = []
+    for _, moe in model.moe_layers():
+        moe.register_forward_pre_hook(lambda moe, _: scales.append(moe.aux_loss_scale))
+    batch = batch_of(0)
+    model.train()
+    _add_gradients(model, [batch] * 4, Ranks(), model.device, "fp32", "stage")
+    assert scales == [0.25] * 8
+    assert [moe.aux_loss_scale for _, moe in model.moe_layers()] == [1.0, 1.0]
+
+
+def test_gradient_checkpointing_changes_no_number(train):
+    plain = {"text_config": {"attention_dropout": 0.0}}
+    _, whole, _ = train(folder="whole", fields=plain)
+    settings = replace(SETTINGS, gradient_checkpointing=True)
+    _, again, _ = train(folder="again", fields=plain, settings=settings)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_batches_made_ahead_are_the_same(train):
+    _, whole, expected = train(folder="whole")
+    _, ahead, progress = train(folder="ahead", workers=2)
+    assert progress.losses == expected.losses
+    assert all(torch.equal(whole[name], ahead[name]) for name in whole)
+
+
+def test_an_error_of_a_batch_made_ahead_is_raised_at_its_step(train):
+    def batch(step):
+        if step == 3:
+            raise ValueError("line 7 is damaged")
+        return batch_of(step)
+
+    reporter = Recorder()
+    with pytest.raises(ValueError, match="line 7 is damaged"):
+        train(batch, reporter=reporter, workers=2)
+    assert reporter.steps == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_stage_after_its_step_and_a_checkpoint(train, number):
+    def batch(step):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return batch_of(step)
+
+    _, whole, expected = train(folder="whole")
+    with pytest.raises(StoppedError, match="stopped after step 3 of stage") as stopped:
+        train(batch, checkpoint_seconds=1e9)
+    assert stopped.value.signal == number
+    assert signal.getsignal(number) is not None
+    _, resumed, progress = train(batch_of)
+    assert progress.losses == expected.losses
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(small, monkeypatch):
+    folder, parameters, optimizers = small
+    save_checkpoint(folder, "r", Progress(1, [0.5]), parameters, optimizers)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dcp.FileSystemWriter, "write_data", full)
+        with pytest.raises(OSError, match=r"is full: the checkpoint of step 2 needs 0.0 MB and"):
+            save_checkpoint(folder, "r", Progress(2, [0.5, 0.4]), parameters, optimizers)
+    assert not folder.with_name("checkpoint.new").exists()
+    assert load_checkpoint(folder, "r", parameters, optimizers).step == 1
+
+
+def test_a_batch_without_labels_is_refused(train):
+    def batch(step):
+        return batch_of(step) | {"labels": torch.full((2, 9), -100)}
+
+    with pytest.raises(ValueError, match="batch of stage, step 0 must have a labelled token"):
+        train(batch)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "final"), [("cosine", 0.1), ("linear", 0.0), ("constant", 1.0)]
+)
+def test_schedules_end_where_they_say(schedule, final):
+    settings = Optimization(100, 1, 1.0, schedule=schedule, final_rate=final, warmup=0.1)
+    factors = [settings.learning_rate_factor(step) for step in range(10, 100)]
+    assert factors == sorted(factors, reverse=True)
+    assert factors[0] == 1
+    assert factors[-1] == pytest.approx(final, abs=0.02)
+
+
 def test_fingerprint_tells_settings_apart():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
@@ -239,7 +344,7 @@ def test_fingerprint_tells_settings_apart():
 
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth():
-    settings = OptimizerSettings(steps=100, batch_size=1, learning_rate=1.0, warmup=0.1)
+    settings = Optimization(steps=100, batch_size=1, learning_rate=1.0, warmup=0.1)
     factors = [settings.learning_rate_factor(step) for step in range(100)]
     assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert factors[10] == pytest.approx(1)
@@ -257,7 +362,7 @@ def test_learning_rate_warms_up_and_decays_to_a_tenth():
 )
 def test_optimizer_settings_are_checked(fields, message):
     with pytest.raises(ValueError, match=message):
-        OptimizerSettings(**{"steps": 1, "batch_size": 1, "learning_rate": 1.0, **fields})
+        Optimization(**{"steps": 1, "batch_size": 1, "learning_rate": 1.0, **fields})
 
 
 def test_muon_takes_the_matrices_of_the_decoder_layers(tiny_model):
@@ -271,7 +376,7 @@ def test_muon_takes_the_matrices_of_the_decoder_layers(tiny_model):
     rest = {names[id(p)] for p in adam.param_groups[0]["params"]}
     assert taken | rest == parameters.keys()
     assert not taken & rest
-    (only,) = build_optimizers(parameters, OptimizerSettings(1, 1, 1.0))
+    (only,) = build_optimizers(parameters, Optimization(1, 1, 1.0))
     assert isinstance(only, torch.optim.AdamW)
 
 
@@ -302,3 +407,12 @@ def test_bar_shows_stage_and_figures(capsys):
     assert "moe align" in shown
     assert "4/4" in shown
     assert "loss=0.500" in shown
+
+
+def test_lines_stand_for_bars_without_a_terminal(capsys):
+    reporter = LineReporter(seconds=1e9)
+    reporter.start("align", 3, 1)
+    reporter.advance(1, loss="0.700")
+    reporter.advance(1, loss="0.500")
+    reporter.finish()
+    assert capsys.readouterr().err.splitlines() == ["align 1/3", "align 3/3 loss 0.500"]

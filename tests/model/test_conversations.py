@@ -1,0 +1,464 @@
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+
+from unimoe_model.configuration import MEDIA_KINDS
+from unimoe_model.data.conversations import Conversation, data_digest, read_conversations
+from unimoe_model.evaluation.metrics.choice import with_options
+from unimoe_model.evaluation.samples import media_arguments, read_samples
+from unimoe_model.processing import UniMoEProcessor
+from unimoe_model.prompt import PLACEHOLDERS, build_prompt, conversation_text
+from unimoe_model.tokenization import IGNORED
+
+ARGUMENTS = {"image": "images", "video": "videos", "speech": "speech", "audio": "audio"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file, given as bytes, text, or a list of objects, beside some files of media."""
+    for name in ("a.png", "b.png", "q.wav"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "frames").mkdir()
+
+    def save(content, name="data.json"):
+        if not isinstance(content, str | bytes):
+            content = json.dumps(content)
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return save
+
+
+@pytest.fixture
+def processor(tiny_config, tokenizer, encoders):
+    return UniMoEProcessor.from_config(tiny_config(), tokenizer)
+
+
+def talk(*values, **fields):
+    """An object of a conversation whose turns are human and gpt in alternation."""
+    turns = [
+        {"from": ("human", "gpt")[number % 2], "value": value}
+        for number, value in enumerate(values)
+    ]
+    return {**fields, "conversations": turns}
+
+
+def grouped(conversation):
+    """Media of a conversation as arguments of the processor."""
+    return {
+        name: [file for held, file in conversation.media if held == kind]
+        for kind, name in ARGUMENTS.items()
+    }
+
+
+def refusal(path, *arguments):
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        read_conversations(path, *arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message or arguments
+    return message.replace(f"{path.parent}/", "")
+
+
+# Formats
+
+
+def test_lines_of_questions(write, tmp_path):
+    lines = [
+        {"id": "é", "question": " what? ", "audio": "q.wav", "image": ["b.png", "a.png"]},
+        {"id": 2, "speech": "q.wav"},
+        {"id": 3, "question": "here <audio> and <image>?", "image": "a.png", "audio": "q.wav"},
+        {"id": 4, "question": "which?", "image": "a.png", "options": ["dog", "cat"]},
+    ]
+    answers = [{"answer": "x"}, {"answers": ["y", "z"]}, {"answer": "w "}, {"answer": "cat"}]
+    lines = [json.dumps(line | answer) for line, answer in zip(lines, answers, strict=True)]
+    path = write("\n\n".join(lines), "data.jsonl")
+    a, b, q = (tmp_path / name for name in ("a.png", "b.png", "q.wav"))
+    chosen = f"<image>\n{with_options('which?', ['dog', 'cat'])}"
+    assert read_conversations(path) == [
+        Conversation(
+            "é",
+            f"{path} line 1",
+            (("<image>\n<image>\n<audio>\nwhat?", "x"),),
+            (("image", b), ("image", a), ("audio", q)),
+        ),
+        Conversation(2, f"{path} line 3", (("<speech>", "y"),), (("speech", q),)),
+        Conversation(
+            3,
+            f"{path} line 5",
+            (("here <audio> and <image>?", "w "),),
+            (("audio", q), ("image", a)),
+        ),
+        Conversation(4, f"{path} line 7", ((chosen, "B"),), (("image", a),)),
+    ]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf \r\n\t"])
+@pytest.mark.parametrize("indent", [None, 4])
+def test_llava_array(write, tmp_path, mark, indent):
+    items = [
+        talk("what é?\n<image>", "a dog", "why?", "so", id="7", image="a.png", model=""),
+        talk("hi", "hello", id="7"),
+        talk("again", "yes", data_source="x", tokens=3, multi_info={}),
+    ]
+    items[1]["conversations"][1] |= {"markdown": None, "text": None}
+    path = write(mark + json.dumps(items, indent=indent, ensure_ascii=False).encode())
+    assert read_conversations(path) == [
+        Conversation(
+            "7",
+            f"{path} item 1",
+            (("what é?\n<image>", "a dog"), ("why?", "so")),
+            (("image", tmp_path / "a.png"),),
+        ),
+        Conversation("7", f"{path} item 2", (("hi", "hello"),)),
+        Conversation(3, f"{path} item 3", (("again", "yes"),)),
+    ]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lines_of_conversations(write, tmp_path, mark):
+    item = talk("q", "r", video=str(tmp_path / "frames"), image="a.png")
+    item["conversations"][0]["from"], item["conversations"][1]["from"] = "user", "assistant"
+    asked = {"id": 1, "question": "what?", "answer": "x"}
+    lines = [asked, item, talk("s", "t", id=1)]
+    path = write(mark + "\r\n".join(map(json.dumps, lines)).encode())
+    first, second, third = read_conversations(path)
+    assert first == Conversation(1, f"{path} line 1", (("what?", "x"),))
+    media = (("image", tmp_path / "a.png"), ("video", tmp_path / "frames"))
+    assert second == Conversation(2, f"{path} line 2", (("<image>\n<video>\nq", "r"),), media)
+    assert third == Conversation(1, f"{path} line 3", (("s", "t"),))
+
+
+# Media and the order of their placeholders
+
+
+def test_media_follow_the_placeholders_of_several_turns(write, tmp_path):
+    item = talk(
+        "<audio> or <image>?",
+        "x",
+        "no media",
+        "y",
+        "<image><audio>",
+        "z",
+        image=["b.png", "a.png"],
+        audio=["q.wav", "a.wav"],
+        speech="q.wav",
+        video=["frames"],
+    )
+    write(b"", "a.wav")
+    [found] = read_conversations(write([item]))
+    assert found.turns[0][0] == "<video>\n<speech>\n<audio> or <image>?"
+    assert [user for user, _ in found.turns[1:]] == ["no media", "<image><audio>"]
+    names = ["frames", "q.wav", "q.wav", "b.png", "a.png", "a.wav"]
+    kinds = ["video", "speech", "audio", "image", "image", "audio"]
+    assert found.media == tuple(zip(kinds, (tmp_path / name for name in names), strict=True))
+
+
+def test_media_alone_may_ask(write):
+    [found] = read_conversations(write([talk(" ", "x", image="a.png", speech="q.wav")]))
+    assert found.turns == (("<image>\n<speech>", "x"),)
+
+
+def test_media_folder(write, tmp_path):
+    folder = tmp_path / "media"
+    folder.mkdir()
+    (folder / "c.png").write_bytes(b"x")
+    images = ["c.png", str(tmp_path / "a.png")]
+    path = write([talk("q", "r", image=images)])
+    [found] = read_conversations(path, folder)
+    assert [file for _, file in found.media] == [folder / "c.png", tmp_path / "a.png"]
+    line = write(json.dumps({"id": 1, "question": "q", "image": images, "answer": "r"}))
+    [found] = read_conversations(line, folder)
+    assert [file for _, file in found.media] == [folder / "c.png", tmp_path / "a.png"]
+    assert "media_folder" in refusal(path, tmp_path / "none")
+    assert "1 media files are missing: item 1 image (c.png)" in refusal(
+        write([talk("q", "r", image=images)])
+    )
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory):
+    """A folder of files 0 to 29."""
+    folder = tmp_path_factory.mktemp("pool")
+    for number in range(30):
+        (folder / str(number)).write_bytes(b"")
+    return folder
+
+
+@given(
+    turns=st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.sampled_from(MEDIA_KINDS), st.text(" b<>é\n", max_size=3))),
+            st.text(" b<>é\n", max_size=3),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    bare=st.dictionaries(st.sampled_from(MEDIA_KINDS), st.integers(1, 3)),
+)
+def test_any_placeholders_keep_their_order(pool, turns, bare):
+    turns = [(held[:6], text) for held, text in turns]
+    placed = [kind for held, _ in turns for kind, _ in held]
+    front = [kind for kind in MEDIA_KINDS if kind not in placed for _ in range(bare.get(kind, 0))]
+    expected = [(kind, pool / str(number)) for number, kind in enumerate(front + placed)]
+    fields = {kind: [file.name for held, file in expected if held == kind] for kind in MEDIA_KINDS}
+    fields = {kind: names for kind, names in fields.items() if names}
+    questions = [
+        f"a{text}" + "".join(f"{PLACEHOLDERS[kind]}{between}" for kind, between in held)
+        for held, text in turns
+    ]
+    values = [value for question in questions for value in (question, "r")]
+    (pool / "data.json").write_text(json.dumps([talk(*values, **fields)]), encoding="utf-8")
+    [found] = read_conversations(pool / "data.json")
+    assert list(found.media) == expected
+    questions[0] = "\n".join([*(PLACEHOLDERS[kind] for kind in front), questions[0]])
+    assert [user for user, _ in found.turns] == questions
+
+
+# What the processor makes of them
+
+
+def test_the_processor_takes_them(processor, lines, tmp_path):
+    items = [
+        talk(
+            "<image> or\n<speech>",
+            "yes",
+            "<image>?",
+            "no",
+            image=["white.png", "red.png"],
+            speech="0.wav",
+            audio=["1.wav", "2.wav"],
+            video="video.gif",
+        ),
+        talk("what?", "a red circle"),
+        talk("what?\n<image>", "yes", image="blue.png"),
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(items))
+    found = read_conversations(path)
+    media = [grouped(item) for item in found]
+    joined = {name: [file for held in media for file in held[name]] for name in media[0]}
+    batch = processor.training_inputs([item.turns for item in found], **joined)
+    pieces = {kind: len(batch[f"{kind}_features"]) for kind in MEDIA_KINDS}
+    assert pieces == {"image": 3, "video": 1, "speech": 1, "audio": 2}
+    alone = processor("<image><image><image>", images=joined["images"])["image_features"]
+    assert [file.name for file in joined["images"]] == ["white.png", "red.png", "blue.png"]
+    assert batch["image_features"].equal(alone)
+
+
+def test_a_line_is_learned_as_it_is_asked(processor, tokenizer, lines, data):
+    lines.append({"id": 9, "question": "<audio> what?", "audio": "0.wav", "answer": "yes"})
+    path = data(lines)
+    for sample, found in zip(read_samples(path), read_conversations(path), strict=True):
+        media = media_arguments(sample)
+        asked = processor.ask(sample.question, **media)
+        learned = processor.training_inputs([found.turns], **grouped(found))
+        length = asked["input_ids"].shape[1]
+        assert learned["input_ids"][:, :length].equal(asked["input_ids"])
+        assert learned["labels"][:, :length].eq(IGNORED).all()
+        answer = learned["labels"][0, length:]
+        assert tokenizer.decode(answer).strip() == f"{sample.answers[0]}</s>"
+        kinds = [kind for kind in sample.media for _ in sample.media[kind]]
+        prompt = build_prompt(sample.question, [] if "<" in sample.question else kinds)
+        assert conversation_text([(found.turns[0][0], None)])[0] == prompt
+        features = [name for name in asked if name.endswith("_features")]
+        assert len(features) == len(sample.media)
+        assert all(learned[name].equal(asked[name]) for name in features)
+
+
+# Refusals
+
+ASKED = {"id": 1, "question": "what?", "answer": "x"}
+LONG = "é" * 500
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ({"id": 1, "question": "what?"}, "answer or answers is missing; training needs what is"),
+        ({**ASKED, "id": None}, "id (None) must be a text or a whole number"),
+        ({**ASKED, "picture": "a.png"}, "unknown keys ['picture']; there are id, question, image"),
+        ({**ASKED, "image": 3}, "image (3) must be a path or a list of paths"),
+        ({**ASKED, "answer": " "}, "answer (' ') must be a text"),
+        ({**ASKED, "answer": "<image>"}, "answer ('<image>') must hold no placeholder; it is an"),
+        ({**ASKED, "answers": [LONG, 1]}, "answer and answers must not both be there"),
+        ({**ASKED, "options": ["x"]}, "options (1) must be 2 to 26, one a letter"),
+        ({**ASKED, "options": ["y", "z"]}, "answer ('x') must be the letter (A to B) or the text"),
+        (
+            {**ASKED, "question": "<image>?", "image": "a.png", "speech": "q.wav"},
+            "speech (1 files) must be one file for each <speech> in the questions, which hold 0",
+        ),
+        ({**ASKED, "id": 7}, "id (7) must be unique; line 1 has it too"),
+        ('{"id": 1,', "must be a JSON object: Expecting property name"),
+        ("what?", "must be a JSON object: Expecting value"),
+        ("[1]", "must be a JSON object such as"),
+        ('{"data": []}', "unknown keys ['data']"),
+        (talk("q"), "conversations turn 1 value ('q') must be followed by an answer"),
+    ],
+)
+def test_wrong_lines(write, line, error):
+    line = line if isinstance(line, str) else json.dumps(line)
+    path = write(f"{json.dumps({**ASKED, 'id': 7})}\n{line}\n", "data.jsonl")
+    assert refusal(path).startswith(f"data.jsonl line 2: {error}")
+
+
+def said(*turns):
+    """An object of a conversation whose turns are given as they are."""
+    return {"conversations": list(turns)}
+
+
+HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}
+
+
+@pytest.mark.parametrize(
+    ("item", "error"),
+    [
+        (7, "value (7) must be an object with conversations"),
+        (ASKED, "unknown keys ['question', 'answer']; there are id, image, video"),
+        (talk("q", "r", images="a.png"), "unknown keys ['images']; there are id, image"),
+        (talk("<audio>", "r", voice=["q.wav"]), "voice (['q.wav']) may be speech or any sound; it"),
+        (talk("q", "r", id=True), "id (True) must be a text or a whole number"),
+        (talk("q", "r", image=None), "image (None) must be a path or a list of paths, none of"),
+        (talk("q", "r", audio=[]), "audio ([]) must be a path or a list of paths, none of them"),
+        ({"id": 1}, "conversations (None) must be a list of turns, human first"),
+        (talk(), "conversations ([]) must be a list of turns, human first"),
+        ({"conversations": "q"}, "conversations ('q') must be a list of turns"),
+        (said("q", "r"), "conversations turn 1 ('q') must be an object of from and value"),
+        (said(HUMAN, {**GPT, "weight": 1}), "conversations turn 2 has unknown keys ['weight']"),
+        (
+            said({"from": "system", "value": "s"}, HUMAN, GPT),
+            "conversations turn 1 from ('system') must be human or user; the model's own system"
+            " prompt comes first",
+        ),
+        (
+            said(GPT, HUMAN),
+            "conversations turn 1 from ('gpt') must be human or user; turns alternate, human comes",
+        ),
+        (said(HUMAN, HUMAN), "conversations turn 2 from ('human') must be gpt or assistant; turns"),
+        (said(HUMAN, GPT, GPT), "conversations turn 3 from ('gpt') must be human or user; turns"),
+        (said({"value": "q"}, GPT), "conversations turn 1 from (None) must be human or user"),
+        (said({"from": "human"}, GPT), "conversations turn 1 value (None) must be a text"),
+        (talk("q", "r", "s"), "conversations turn 3 value ('s') must be followed by an answer"),
+        (talk("q", " \n"), r"conversations turn 2 value (' \n') must not be empty"),
+        (talk("", "r"), "conversations turn 1 value ('') must not be empty"),
+        (talk("q", "r", " ", "s"), "conversations turn 3 value (' ') must not be empty"),
+        (
+            talk("<image>", "r <image>", image=["a.png", "b.png"]),
+            "conversations turn 2 value ('r <image>') must hold no placeholder; it is an answer",
+        ),
+        (talk("q", "\ud800"), r"conversations turn 2 value ('\ud800') must be Unicode text"),
+        (
+            talk("<image>", "r", "<image>", "s", image="a.png"),
+            "image (1 files) must be one file for each <image> in the questions, which hold 2",
+        ),
+        (
+            talk("<audio>", "r", image="a.png"),
+            "audio (0 files) must be one file for each <audio> in the questions, which hold 1",
+        ),
+        (
+            talk("<video>", "r", video=["a.png", "b.png"]),
+            "video (2 files) must be one file for each <video> in the questions, which hold 1;"
+            " frames of one video must be in a folder",
+        ),
+    ],
+)
+def test_wrong_items(write, item, error):
+    path = write([talk("q", "r"), item])
+    assert refusal(path).startswith(f"data.json item 2: {error}")
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        talk(LONG),
+        talk(LONG, f"<image>{LONG}"),
+        talk("q", "r", **{LONG: 1}),
+        talk("q", "r", id=[LONG]),
+        talk("q", "r", image=[LONG, 1]),
+        said({"from": LONG}),
+        {"conversations": LONG},
+        LONG,
+        talk("q", "r", image=LONG * 9),
+    ],
+)
+def test_long_values_are_shortened(write, item):
+    message = refusal(write([item]))
+    assert "ééé" in message
+    assert "..." in message
+    assert len(message) < 330
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("", "must hold at least one conversation"),
+        (" \n\n", "must hold at least one conversation"),
+        ("[]", "must hold at least one conversation"),
+        ('[{"id": 1},', "must be one whole JSON array: Expecting value: line 1 column 12"),
+        ("[1]\n[2]", "must be one whole JSON array: Extra data: line 2"),
+        ("[" * 200_000, "must be one whole JSON array: maximum recursion depth"),
+        (b'[{"id": "\xff"}]', "must be UTF-8 text: "),
+        (b'{"id": "\xff"}', "must be UTF-8 text: "),
+        ("[1]".encode("utf-16"), "must be UTF-8 text: "),
+    ],
+)
+def test_files_that_hold_no_conversations(write, content, error):
+    assert refusal(write(content)).startswith(f"data (data.json) {error}")
+
+
+def test_an_object_around_the_lines_is_no_array(write):
+    path = write(json.dumps({"data": [talk("q", "r")]}, indent=4))
+    assert refusal(path).startswith("data.json line 1: must be a JSON object: Expecting property")
+    path = write({"data": [talk("q", "r")]})
+    assert refusal(path).startswith("data.json line 1: unknown keys ['data']; there are id")
+
+
+def test_there_must_be_a_file(tmp_path):
+    expected = "must be a file of JSON lines, or of one JSON array; there is no such file"
+    assert refusal(tmp_path / "none") == f"data (none) {expected}"
+    assert "there is no such file" in refusal(tmp_path)
+
+
+def test_all_missing_media_are_listed(write):
+    items = [talk("q", "r", image=["a.png", f"{number}.png"]) for number in range(11)]
+    items.append(talk("q", "r", speech="frames", video="frames"))
+    message = refusal(write(items))
+    assert message.startswith(
+        "data.json: 12 media files are missing: item 1 image (0.png); item 2 image (1.png); "
+    )
+    assert message.endswith("item 10 image (9.png); and 2 more")
+    message = refusal(write(json.dumps({**ASKED, "speech": "frames"}), "data.jsonl"))
+    assert message == "data.jsonl: 1 media files are missing: line 1 speech (frames)"
+
+
+def test_media_are_looked_for_after_all_is_read(write):
+    path = write([talk("q", "r", image="none.png"), talk("q")])
+    assert refusal(path).startswith("data.json item 2: ")
+
+
+# Digest
+
+
+def test_digest_changes_with_bytes_and_sizes_of_media(write, tmp_path):
+    (tmp_path / "frames" / "1.png").write_bytes(b"x")
+
+    def digest(content):
+        path = write(content)
+        return data_digest(path, read_conversations(path))
+
+    items = [talk("q", "r", image="a.png", video="frames")]
+    digests = [digest(items), digest(json.dumps(items, indent=1))]
+    (tmp_path / "a.png").write_bytes(b"y")
+    assert digest(items) == digests[0]
+    (tmp_path / "a.png").write_bytes(b"xx")
+    digests.append(digest(items))
+    (tmp_path / "frames" / "2.png").write_bytes(b"")
+    digests.append(digest(items))
+    assert len(set(digests)) == 4
+    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in digests)

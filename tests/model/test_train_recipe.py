@@ -1,0 +1,265 @@
+"""`unimoe train` on a recipe: all stages, stopped and continued, changed, and refused."""
+
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from recipe_case import write_case
+from safetensors.torch import load_file
+
+from unimoe_model.training import loop
+from unimoe_model.training.recipe import load_recipe
+
+STAGES = ("align", "eyes", "ears", "tune")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """Models, media, data and the recipe; nothing in it is changed."""
+    return write_case(tmp_path_factory.mktemp("case") / "files", checkpoint_seconds=0.0)
+
+
+@pytest.fixture(scope="module")
+def trained(case, tmp_path_factory):
+    """The whole run, uninterrupted, and what it printed."""
+    from unimoe_model.cli import main
+
+    output = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["train", str(case), "--output", str(output)]) == 0
+    return output
+
+
+@pytest.fixture
+def changed(case, tmp_path):
+    """Copies the case with another recipe; a function of the YAML mapping edits it."""
+
+    def build(edit):
+        folder = tmp_path / "changed"
+        shutil.copytree(case.parent, folder)
+        raw = yaml.safe_load(case.read_text())
+        edit(raw)
+        (folder / case.name).write_text(yaml.safe_dump(raw, sort_keys=False))
+        return folder / case.name
+
+    return build
+
+
+def stage_folder(output, stage):
+    (folder,) = (output / "stages").glob(f"{stage}-*")
+    return folder
+
+
+def weights(output, stage):
+    return load_file(stage_folder(output, stage) / "model" / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_each_stage_changes_what_it_trains_and_no_other(trained):
+    align, eyes, ears, tune = (weights(trained, stage) for stage in STAGES)
+    for expert, projector in ((eyes, False), (ears, True)):
+        for name in align:
+            moved = not torch.equal(align[name], expert[name])
+            assert moved == (".mlp." in name or (projector and "audio_connector.projector" in name))
+    assert torch.equal(
+        tune["model.audio_connector.query_tokens"], align["model.audio_connector.query_tokens"]
+    )
+    for name, tensor in tune.items():
+        if ("language_model" in name and "self_attn" in name) or "projector" in name:
+            assert not torch.equal(tensor, ears[name]), name
+        if "layernorm" in name or "embed" in name or "lm_head" in name:
+            assert torch.equal(tensor, align[name]), name
+    down = tune["model.language_model.layers.0.mlp.experts.down_proj"]
+    for number, expert in enumerate((eyes, ears)):
+        own = expert["model.language_model.layers.0.mlp.down_proj.weight"]
+        other = (ears, eyes)[number]["model.language_model.layers.0.mlp.down_proj.weight"]
+        assert (down[number] - own).norm() < (down[number] - other).norm()
+
+
+def test_model_of_a_run_generates_evaluates_and_routes(trained, case, run, tmp_path):
+    model = trained / "model"
+    code, _, error = run("generate", "what color is it?", "--model", model)
+    assert (code, error) == (0, "")
+    encoders = tmp_path / "encoders.yaml"
+    encoders.write_text("audio: ears:Ears\n")
+    shutil.copy(case.parent / "ears.py", tmp_path)
+    sound = ("--audio", case.parent / "media" / "0.wav")
+    code, _, error = run("generate", "how high?", "--model", model, *sound, "--encoders", encoders)
+    assert (code, error) == (0, "")
+    data = case.parent / "held_out.jsonl"
+    code, shown, _ = run(
+        "eval", "--model", model, "--data", data, "--metric", "exact", "--output", tmp_path / "eval"
+    )
+    assert code == 0
+    assert "3 items" in shown
+    code, _, _ = run("routing", "--model", model, "--data", data, "--output", tmp_path / "routing")
+    assert code == 0
+
+
+def test_a_run_that_is_done_trains_nothing_and_a_change_redoes_what_depends_on_it(
+    trained, changed, run, tmp_path, monkeypatch
+):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    done = []
+    monkeypatch.setattr(
+        "unimoe_model.training.run.train_stage",
+        lambda *arguments, **options: done.append(arguments[6]) or loop.train_stage(*arguments),
+    )
+
+    def edit(raw):
+        raw["stages"][2]["learning_rate"] = 1e-3
+
+    path = changed(lambda raw: None)
+    code, shown, _ = run("train", path, "--output", output)
+    assert (code, done) == (0, [])
+    assert f"model in {output / 'model'}" in shown
+    shutil.rmtree(path.parent)
+    path = changed(edit)
+    assert run("train", path, "--output", output)[0] == 0
+    assert done == ["ears", "tune"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_signal_ends_a_run_after_a_checkpoint_and_it_goes_on_bit_for_bit(
+    trained, case, run, tmp_path, monkeypatch, stage
+):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    shutil.rmtree(stage_folder(output, stage))
+    expected = weights(trained, stage)
+    own, steps = loop.set_learning_rates, []
+
+    def interrupted(*arguments):
+        steps.append(arguments[2])
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        own(*arguments)
+
+    monkeypatch.setattr(loop, "set_learning_rates", interrupted)
+    code = run("train", case, "--output", output, "--stage", stage)[0]
+    assert code == 128 + signal.SIGTERM
+    assert steps == [0, 1, 2]
+    assert run("train", case, "--output", output, "--stage", stage)[0] == 0
+    assert steps[3] == 3
+    assert same(weights(output, stage), expected)
+
+
+def test_stages_alone_or_from_one_on(case, trained, run, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    shutil.rmtree(stage_folder(output, "eyes"))
+    code, _, error = run("train", case, "--output", output, "--from-stage", "tune")
+    assert code == 0  # it is done already
+    shutil.rmtree(stage_folder(output, "tune"))
+    code, _, error = run("train", case, "--output", output, "--stage", "tune")
+    assert code == 1
+    assert "stage tune starts from eyes, which is not done" in error
+    code, _, error = run("train", case, "--output", output, "--stage", "sing")
+    assert "--stage (sing) must be a stage of" in error
+
+
+def test_check_lists_stages_and_writes_nothing(case, run, tmp_path):
+    output = tmp_path / "run"
+    code, shown, error = run("train", case, "--output", output, "--check")
+    assert (code, error) == (0, "")
+    assert not output.exists()
+    assert "data pictures: 60 samples, 60 image" in shown
+    assert "encoder audio: ears:Ears, 8 features" in shown
+    (line,) = re.findall(r"stage tune: .*", shown)
+    assert "experts eyes, ears; 6 steps of 6; trains" in line
+
+
+def test_another_recipes_output_is_refused(trained, changed, run, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    code, _, error = run("train", changed(lambda raw: raw.update(seed=4)), "--output", output)
+    assert code == 1
+    assert "holds the run of another recipe" in error
+
+
+def edits():
+    def edit(change, message):
+        return pytest.param(change, message, id=message)
+
+    def stage(number, **fields):
+        return lambda raw: raw["stages"][number].update(fields)
+
+    def without(number, key):
+        return lambda raw: raw["stages"][number].pop(key)
+
+    return [
+        edit(lambda raw: raw.update(sead=1), r"unknown key 'sead'"),
+        edit(stage(0, lerning_rate=1), r"stages.align has an unknown key 'lerning_rate'"),
+        edit(stage(1, **{"from": "aling"}), r"stages.eyes.from \('aling'\) must be an earlier"),
+        edit(stage(1, train=[]), r"stages.eyes.train \(\{\}\) must name the parts"),
+        edit(stage(0, train="router"), r"train \(router\) has no parameter in this model"),
+        edit(stage(0, train={"router": {"lora": 2}}), r"router takes no LoRA"),
+        edit(stage(0, data=["picture"]), r"stages.align.data \('picture'\) must be among data"),
+        edit(stage(0, steps=0), r"stages.align: steps \(0\) must be at least 1"),
+        edit(stage(0, epochs=1), r"stages.align must have either steps or epochs"),
+        edit(without(0, "learning_rate"), r"stages.align.learning_rate is missing"),
+        edit(stage(0, learning_rate="fast"), r"learning_rate \('fast'\) must be of type"),
+        edit(
+            lambda raw: raw["stages"][3]["assemble"].update(experts=["eyes", "nose"]),
+            r"stages.tune.assemble.experts \('nose'\) must be an earlier stage",
+        ),
+        edit(
+            lambda raw: raw["stages"][3]["assemble"].update(top_k=3),
+            r"stages.tune.assemble: top_k \(3\) must be at least 1 and at most",
+        ),
+        edit(
+            lambda raw: raw["data"].update(words="word.jsonl"),
+            r"data.words.file \(word.jsonl\) must be a file",
+        ),
+        edit(
+            lambda raw: raw["data"].update(pictures={"file": "pictures.json"}),
+            r"60 media files are missing",
+        ),
+        edit(lambda raw: raw["encoders"].update(speech="clip"), r"encoders.speech: .*model_type"),
+        edit(lambda raw: raw["encoders"].update(audio="ears:Nose"), r"cannot be imported"),
+        edit(lambda raw: raw.update(model="./lama"), r"model \(./lama\) must be a folder"),
+        edit(
+            lambda raw: raw["evaluate"]["colors"].update(metric="exactly"),
+            r"evaluate.colors.metric \('exactly'\) must be one of",
+        ),
+        edit(lambda raw: raw.update(parallel={"data": 2}), r"needs 2 processes, and there is 1"),
+    ]
+
+
+@pytest.mark.parametrize(("change", "message"), edits())
+def test_bad_recipes_are_refused_in_a_line_before_anything_is_written(
+    changed, run, tmp_path, change, message
+):
+    output = tmp_path / "run"
+    code, _, error = run("train", changed(change), "--output", output)
+    assert code == 1
+    assert re.search(message, error), error
+    assert not output.exists()
+
+
+def test_a_run_that_another_process_writes_is_refused(case, run, tmp_path):
+    from unimoe_model.training.lock import FolderLock
+
+    output = tmp_path / "run"
+    with FolderLock(output):
+        code, _, error = run("train", case, "--output", output)
+    assert code == 1
+    assert re.search(rf"is in use by process {os.getpid()} on .* since 20", error)
+
+
+def test_recipes_read_back_what_they_say(case):
+    recipe = load_recipe(case, seed=5)
+    assert recipe.seed == 5
+    assert [stage.name for stage in recipe.stages] == list(STAGES)
+    assert recipe.stage("tune").parent == "align"
+    assert recipe.stage("tune").sources == ("align", "eyes", "ears")
+    assert recipe.stage("ears").optimization.accumulation == 2
+    assert Path(recipe.model.llama) == case.parent / "llama"

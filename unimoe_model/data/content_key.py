@@ -1,0 +1,77 @@
+"""Names media files by their content, and remembers the names of files that have not changed."""
+
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from unimoe_model.data.sources import require_file
+from unimoe_model.full_disk import naming_full_disk
+
+
+class DigestMemo:
+    """SHA-256 of files by absolute path, size and time of change, in `<root>/digests.jsonl`.
+
+    A second start need not read every file again. Several processes may add to it at a time.
+
+    Args:
+        root: folder; made when the first digest is kept.
+    """
+
+    def __init__(self, root: Path):
+        self._path = Path(root) / "digests.jsonl"
+        self._digests: dict[tuple[str, int, int], str] = {}
+        for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
+            with suppress(ValueError, TypeError):  # an empty line, or one that a kill tore
+                path, size, changed, digest = json.loads(line)
+                self._digests[path, size, changed] = digest
+
+    def digest(self, path: Path) -> str:
+        """The digest of a file, which is read only if it has changed."""
+        path = path.resolve()
+        stat = path.stat()
+        state = (str(path), stat.st_size, stat.st_mtime_ns)
+        if state in self._digests:
+            return self._digests[state]
+        digest = _digest(path)
+        # A file that changes again within a tick of its file system's clock keeps its time.
+        if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
+            # The newline comes first, so that a line which a kill tore spoils no other.
+            line = b"\n" + json.dumps([*state, digest]).encode()
+            folder = self._path.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            with (
+                naming_full_disk(folder, self._path.name, len(line)),
+                self._path.open("ab", buffering=0) as file,
+            ):
+                file.write(line)
+            self._digests[state] = digest
+        return digest
+
+
+def content_key(path: Path, memo: DigestMemo | None = None) -> str:
+    """SHA-256 of a file's bytes; of a folder, of the names and bytes of its files in sorted order.
+
+    Args:
+        path: a media file, or a folder of frames.
+        memo: remembers the digests of files.
+
+    Raises:
+        ValueError: If `path` is neither.
+    """
+    digest_of = memo.digest if memo else _digest
+    if not path.is_dir():
+        require_file(path, "a media file or a folder of frames")
+        return digest_of(path)
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    if not files:
+        raise ValueError(f"folder {path} must hold frames; it has no files")
+    lines = [os.fsencode(file.name) + b"\0" + digest_of(file).encode() for file in files]
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

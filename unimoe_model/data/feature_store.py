@@ -1,0 +1,350 @@
+"""Frozen features of media files, computed once and kept in a few large files.
+
+A store is a folder. `settings.json` says what its features depend on, `features-00000.bin` and so
+on hold the numbers, `index.jsonl` has one line an item, `lock` keeps a second writer out. Bytes
+count once a line of the index names them, and they are on the disk before it: a kill at any moment
+leaves whole items only.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from io import FileIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unimoe_kernels import atomic_write
+from unimoe_model.full_disk import naming_full_disk
+
+
+class _Item(NamedTuple):
+    """A line of the index; `crc32` is of key, shapes and bytes."""
+
+    key: str
+    file: int
+    offset: int
+    shapes: list[list[int]]
+    crc32: int
+
+
+class FeatureStore:
+    """Features by key, in the folder `<root>/<encoder>-<hash of settings and dtype>`.
+
+    Any number of processes may read. The first `write` makes a process the writer, until `close`;
+    a forked or unpickled copy begins as a reader. A context manager, which closes at its end.
+
+    Attributes:
+        folder: of this store; made by the first `write`.
+        dtype: of the numbers on the disk.
+
+    Args:
+        root: folder of all stores.
+        settings: JSON values, all that the features depend on beside the media file. The text
+            `"encoder"` is part of the folder's name.
+        dtype: float16 or bfloat16.
+        file_bytes: a data file that would outgrow this is followed by another one.
+
+    Raises:
+        ValueError: If an argument is none of these, or `settings.json` does not hold them.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        settings: Mapping[str, Any],
+        dtype: torch.dtype = torch.float16,
+        file_bytes: int = 2 << 30,
+    ):
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype ({dtype}) must be torch.float16 or torch.bfloat16")
+        slug = re.sub(r"[^\w.]+", "-", str(settings.get("encoder") or ""), flags=re.ASCII)
+        if not slug:
+            raise ValueError(f"settings ({dict(settings)}) must have a text 'encoder'")
+        name = str(dtype).removeprefix("torch.")
+        described = {"format": 1, "dtype": name, "settings": dict(settings)}
+        try:
+            text = json.dumps(described, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"settings ({dict(settings)}) must be JSON values: {error}") from error
+        self._described = json.loads(text)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        self.folder = Path(root) / f"{slug[:80]}-{digest[:12]}"
+        self.dtype = dtype
+        self._file_bytes = file_bytes
+        self._arguments = (root, dict(settings), dtype, file_bytes)
+        self._forget()
+        self._writer = self._lock = self._index = self._data = None
+        self._pending: list[_Item] = []
+        self.refresh()
+
+    def __reduce__(self):
+        return type(self), self._arguments
+
+    def __enter__(self) -> "FeatureStore":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all items."""
+        return sum(needed_bytes(item.shapes, self.dtype) for item in self._items.values())
+
+    def read(self, key: str) -> list[Tensor]:
+        """The pieces of an item, float32 copies in the shapes that they were written in.
+
+        Raises:
+            KeyError: If there is no such item.
+            ValueError: If its bytes are not those that were written.
+        """
+        if key not in self._items:
+            raise KeyError(f"key ({key}) must be one of the {len(self)} in {self.folder}")
+        item, nothing = self._items[key], np.empty(0, np.uint8)
+        path, end = self._path(item.file), self._end(item)
+        mapped = self._maps.get(item.file, nothing)
+        if len(mapped) < end:
+            mapped = np.memmap(path, np.uint8, "r") if path.stat().st_size else nothing
+            self._maps[item.file] = mapped
+        content = np.array(mapped[item.offset : end])
+        if _checksum(key, item.shapes, content) != item.crc32:
+            raise ValueError(
+                f"{path} is damaged in item {key}; delete {self.folder} to compute it anew"
+            )
+        # Words, because torch cannot view the bytes of an empty array as another dtype.
+        numbers = torch.from_numpy(content.view(np.int16)).view(self.dtype)
+        parts = numbers.split([math.prod(shape) for shape in item.shapes])
+        return [p.float().reshape(s) for p, s in zip(parts, item.shapes, strict=True)]
+
+    def write(self, key: str, pieces: Sequence[Tensor]) -> None:
+        """Appends an item, which this process sees at once; it is durable after `flush`.
+
+        Args:
+            key: of its content; nothing is done if it is there already.
+            pieces: at least one; floats, of any shapes.
+
+        Raises:
+            ValueError: If a piece is not finite in the store's dtype, or another process writes.
+            OSError: If the disk is full; the items before are whole.
+        """
+        if key in self:
+            return
+        content, shapes = self._packed(key, pieces)
+        with naming_full_disk(self.folder, f"item {key}", len(content)):
+            self._become_writer()
+            if key in self:
+                return
+            if self._tail and self._tail + len(content) > self._file_bytes:
+                self.flush()
+                self._open_data(self._number + 1)
+            try:
+                _write_all(self._data, content, self._tail)
+            except OSError:
+                self._data.truncate(self._tail)
+                raise
+        crc32 = _checksum(key, shapes, content)
+        item = _Item(key, self._number, self._tail, shapes, crc32)
+        # In this order an interrupt in between costs the item at most.
+        self._tail += len(content)
+        self._pending.append(item)
+        self._items[key] = item
+
+    def flush(self) -> None:
+        """Waits until all that was written is on the disk, and shows it to other processes.
+
+        Raises:
+            OSError: If that fails; the store is as it was after the `flush` before.
+        """
+        if not self._pending or self._writer != os.getpid():
+            return
+        lines = "".join(json.dumps(item._asdict()) + "\n" for item in self._pending).encode()
+        try:
+            with naming_full_disk(self.folder, "index.jsonl", len(lines)):
+                os.fsync(self._data)
+                _write_all(self._index, lines, self._position)
+                os.fsync(self._index)
+        except OSError:
+            # Another fsync would succeed without having saved what this one could not.
+            for item in self._pending:
+                self._items.pop(item.key, None)
+            self._tail = self._pending[0].offset
+            self._pending = []
+            self._index.truncate(self._position)
+            self._data.truncate(self._tail)
+            raise
+        self._position += len(lines)
+        self._pending = []
+
+    def refresh(self) -> None:
+        """Reads what other processes have flushed since.
+
+        Raises:
+            ValueError: If `settings.json` does not hold this store's settings.
+        """
+        self._check_settings()
+        try:
+            with (self.folder / "index.jsonl").open("rb") as file:
+                file.seek(self._position)
+                content = file.read()
+        except FileNotFoundError:
+            return
+        size_of = cache(self._file_size)
+        whole = content.rfind(b"\n") + 1
+        for line in content[:whole].splitlines():
+            # A power cut may leave anything in lines that no flush has waited for.
+            with suppress(ValueError, TypeError):
+                item = _Item(**json.loads(line))
+                end = self._end(item)
+                self._reach[item.file] = max(end, self._reach.get(item.file, 0))
+                if end <= size_of(item.file):
+                    self._items[item.key] = item
+        self._position += whole
+
+    def close(self) -> None:
+        """Flushes, and lets another process write; a method called later opens again."""
+        try:
+            self.flush()
+        finally:
+            # To close the file unlocks it only when no forked process has it open.
+            if self._writer == os.getpid():
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._release()
+            self._maps = {}
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"features-{number:05d}.bin"
+
+    def _file_size(self, number: int) -> int:
+        path = self._path(number)
+        return path.stat().st_size if path.exists() else 0
+
+    def _end(self, item: _Item) -> int:
+        return item.offset + needed_bytes(item.shapes, self.dtype)
+
+    def _forget(self) -> None:
+        self._items: dict[str, _Item] = {}
+        self._maps: dict[int, np.ndarray] = {}
+        self._position = 0  # in the index, past its last whole line
+        self._reach: dict[int, int] = {}  # file -> the last byte that a line gives it
+
+    def _check_settings(self) -> None:
+        path = self.folder / "settings.json"
+        try:
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return
+        except ValueError as error:
+            found = f"unreadable: {error}"
+        if found != self._described:
+            raise ValueError(
+                f"{path} ({found}) must be {self._described}; delete {self.folder} to compute its"
+                " features anew"
+            )
+
+    def _packed(self, key: str, pieces: Sequence[Tensor]) -> tuple[np.ndarray, list[list[int]]]:
+        """Bytes and shapes of the pieces."""
+        if isinstance(pieces, Tensor) or not pieces:
+            kind = type(pieces).__name__
+            raise ValueError(f"pieces of item {key} ({kind}) must be a list of tensors, not empty")
+        parts = []
+        for piece in pieces:
+            if not piece.is_floating_point():
+                raise ValueError(f"pieces of item {key} ({piece.dtype}) must be floats")
+            parts.append(piece.detach().to("cpu", self.dtype).flatten())
+            finite = parts[-1].isfinite()
+            if not finite.all():
+                value = piece.detach().cpu().flatten()[~finite][0].item()
+                raise ValueError(f"pieces of item {key} ({value}) must be finite in {self.dtype}")
+        return torch.cat(parts).view(torch.uint8).numpy(), [list(piece.shape) for piece in pieces]
+
+    def _become_writer(self) -> None:
+        if self._writer == os.getpid():
+            return
+        self._release()  # what a fork has left open
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._take_lock()
+            self._forget()
+            self.refresh()
+            settings = self.folder / "settings.json"
+            if not settings.exists():
+                with atomic_write(settings) as partial:
+                    partial.write_text(json.dumps(self._described, indent=2) + "\n")
+            self._index = _open(self.folder / "index.jsonl", self._position)
+            number = max(self._reach, default=0)
+            # A line that points past the end of its file would come true if the file grew again.
+            cut = self._reach.get(number, 0) > self._file_size(number)
+            self._open_data(number + cut)
+        except BaseException:
+            self._release()
+            raise
+        self._writer = os.getpid()
+
+    def _take_lock(self) -> None:
+        path = self.folder / "lock"
+        path.touch()
+        self._lock = path.open("r+b", buffering=0)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"folder ({self.folder}) is being written by another process (pid"
+                f" {path.read_text() or 'unknown'}); wait for it, or give another root"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()).encode())
+
+    def _open_data(self, number: int) -> None:
+        tail = self._reach.get(number, 0)
+        data = _open(self._path(number), tail)
+        if self._data:
+            self._data.close()
+        self._data, self._number, self._tail = data, number, tail
+
+    def _release(self) -> None:
+        for file in (self._data, self._index, self._lock):
+            if file:
+                file.close()
+        self._writer = self._lock = self._index = self._data = None
+        self._pending = []
+
+
+def needed_bytes(shapes: Iterable[Sequence[int]], dtype: torch.dtype) -> int:
+    """Bytes that pieces of these shapes take on the disk."""
+    return dtype.itemsize * sum(math.prod(shape) for shape in shapes)
+
+
+def _checksum(key: str, shapes: list[list[int]], content: np.ndarray) -> int:
+    return zlib.crc32(content, zlib.crc32(json.dumps([key, shapes]).encode()))
+
+
+def _open(path: Path, size: int) -> FileIO:
+    """Opens a file to write in, made if it is not there, and cuts off what is past `size`."""
+    path.touch()
+    file = path.open("r+b", buffering=0)
+    file.truncate(size)
+    return file
+
+
+def _write_all(file: FileIO, content: bytes | np.ndarray, offset: int) -> None:
+    rest = memoryview(content)
+    while rest:
+        count = os.pwrite(file.fileno(), rest, offset)
+        rest, offset = rest[count:], offset + count

@@ -1,0 +1,128 @@
+"""Batches of a stage: samples are drawn, tokenised and padded, a pure function of the step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+from unimoe_model.configuration import MEDIA_KINDS
+from unimoe_model.data.conversations import Conversation
+from unimoe_model.data.encoded_media import EncodedMedia, Row
+from unimoe_model.data.mixture import Epochs, Mixture, Turns
+from unimoe_model.processing import UniMoEProcessor
+from unimoe_model.training.optimization import Optimization
+from unimoe_model.training.ranks import Ranks
+from unimoe_model.training.recipe import Stage
+
+Samples = Mapping[str, Sequence[Conversation]]
+
+
+def sample_order(stage: Stage, samples: Samples, seed: int) -> Mixture | Turns | Epochs:
+    """What says which samples a step has.
+
+    Args:
+        stage: its data, weights and seed.
+        samples: conversations by the name of their data.
+        seed: of the run.
+    """
+    own = {name: samples[name] for name in stage.data}
+    if stage.epochs is not None:
+        repeats = {name: int(weight) for name, weight in stage.streams[0].items()}
+        return Epochs(own, repeats, (seed, stage.seed))
+    mixtures = [
+        Mixture(own, weights, (seed, stage.seed + number))
+        for number, weights in enumerate(stage.streams)
+    ]
+    return mixtures[0] if len(mixtures) == 1 else Turns(mixtures)
+
+
+class Batches:
+    """Model inputs and labels of each step, in the parts that go through the model at once.
+
+    Args:
+        processor: tokenises and pads.
+        order: `sample_order` of the stage.
+        stage: says how long samples and parts may be.
+        optimization: its batch size and number of parts.
+        features: gives the features of a media file.
+        ranks: the processes that train together, each of which has a share of every part.
+    """
+
+    def __init__(
+        self,
+        processor: UniMoEProcessor,
+        order: Mixture | Turns | Epochs,
+        stage: Stage,
+        optimization: Optimization,
+        features: Callable[[str, Path], EncodedMedia],
+        ranks: Ranks | None = None,
+    ):
+        self._processor = processor
+        self._order = order
+        self._stage = stage
+        self._optimization = optimization
+        self._features = features
+        self._ranks = ranks or Ranks()
+        self._tokenize = lru_cache(maxsize=1 << 16)(processor.tokenize)
+
+    def samples(self, step: int) -> list[Conversation]:
+        """The samples of a step, of all processes."""
+        return self._order.batch(step, self._optimization.batch_size)
+
+    def __call__(self, step: int) -> list[dict]:
+        """This process's share of each part of a step's batch.
+
+        Raises:
+            ValueError: If a part has fewer samples than there are processes.
+        """
+        samples, world = self.samples(step), self._ranks.world_size
+        if self._stage.part_tokens is None:
+            parts = self._optimization.accumulation
+            ends = [len(samples) * number // parts for number in range(parts + 1)]
+            shares = [self._ranks.share(samples[a:b]) for a, b in pairwise(ends)]
+            return [self._collate(self._rows(share)) for share in shares]
+        rows = self._rows(samples)
+        return [
+            self._collate(self._ranks.share(part))
+            for part in parts_of(rows, self._stage.part_tokens * world, world)
+        ]
+
+    def whole(self, step: int) -> dict:
+        """The whole batch of a step, of all processes."""
+        return self._collate(self._rows(self.samples(step)))
+
+    def _rows(self, samples: Sequence[Conversation]) -> list[Row]:
+        texts = [self._tokenize(sample.turns) for sample in samples]
+        media = {
+            kind: [
+                self._features(kind, path)
+                for sample in samples
+                for held, path in sample.media
+                if held == kind
+            ]
+            for kind in MEDIA_KINDS
+        }
+        return self._processor.rows(texts, media, self._stage.max_length)
+
+    def _collate(self, rows: Sequence[Row]) -> dict:
+        return dict(self._processor.collate(rows))
+
+
+def parts_of(rows: Sequence[Row], tokens: int, least: int) -> list[list[Row]]:
+    """Rows in their order, cut where the padded ones would have more than `tokens`.
+
+    Args:
+        rows: of a batch.
+        tokens: most tokens of a part, padding included.
+        least: rows that a part has at the least, whatever their length.
+    """
+    parts: list[list[Row]] = [[]]
+    for row in rows:
+        longest = max(len(r.text.ids) for r in (*parts[-1], row))
+        if len(parts[-1]) >= least and (len(parts[-1]) + 1) * longest > tokens:
+            parts.append([])
+        parts[-1].append(row)
+    if len(parts) > 1 and len(parts[-1]) < least:
+        last = parts.pop()
+        parts[-1] += last
+    return parts

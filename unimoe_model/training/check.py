@@ -1,0 +1,97 @@
+"""`unimoe train --check`: what a recipe would do, without loading weights."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.training.recipe import START, Recipe, Stage
+from unimoe_model.training.recipe_data import RecipeData
+from unimoe_model.training.stage_model import kept_parts
+from unimoe_model.training.starting_model import describe_start
+from unimoe_model.training.trained import count_trained
+
+
+def check_recipe(recipe: Recipe, data: RecipeData) -> Iterator[str]:
+    """Lines that list stages, their data, and trained and total parameters.
+
+    Every model is built on the meta device, where it takes no memory.
+
+    Args:
+        recipe: what would be trained.
+        data: of the recipe.
+
+    Raises:
+        ValueError: For the first thing that is wrong, as training would.
+    """
+    counts = data.counts()
+    yield f"recipe {recipe.path}"
+    for name, file in recipe.data.items():
+        kinds: dict[str, int] = {}
+        for sample in data.samples[name]:
+            for kind, _ in sample.media:
+                kinds[kind] = kinds.get(kind, 0) + 1
+        media = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "no media"
+        yield f"  data {name}: {counts[name]} samples, {media} ({file.file})"
+    start = describe_start(recipe, data.texts())
+    for sense in ("vision", "speech", "audio"):
+        width = getattr(start.config, f"{sense}_feature_size")
+        yield f"  encoder {sense}: {getattr(start.config, f'{sense}_encoder')}, {width} features"
+    configs = {START: start.config}
+    for stage in recipe.stages:
+        config = configs[stage.name] = stage_config(stage, configs)
+        with torch.device("meta"):
+            model = UniMoEForConditionalGeneration(config)
+        try:
+            if stage.assembly is not None:
+                kept_parts(recipe, stage, dict(model.named_parameters()))
+            trained, total = count_trained(model, stage.train)
+        except ValueError as error:
+            raise ValueError(f"{recipe.path}: stages.{stage.name}: {error}") from error
+        settings = stage.optimization_for(counts)
+        experts = f", experts {', '.join(stage.assembly.experts)}" if stage.assembly else ""
+        yield (
+            f"  stage {stage.name}: from {stage.parent}{experts}; {settings.steps} steps of"
+            f" {settings.batch_size}; trains {trained:,} of {total:,} parameters"
+        )
+    for evaluation in recipe.evaluations:
+        yield (
+            f"  evaluate {evaluation.name}: {evaluation.metric} after"
+            f" {', '.join(evaluation.stages)} ({Path(evaluation.data)})"
+        )
+
+
+def stage_config(stage: Stage, configs: dict[str, UniMoEConfig]) -> UniMoEConfig:
+    """Configuration of the model that a stage trains.
+
+    Args:
+        stage: what is wanted.
+        configs: of the start and of all earlier stages.
+
+    Raises:
+        ValueError: If experts are made of a model that has some.
+    """
+    config = configs[stage.parent]
+    fields = config.to_dict()
+    if stage.widen > 1:
+        fields["text_config"]["intermediate_size"] *= stage.widen
+    if stage.assembly is None:
+        return UniMoEConfig.from_dict(fields)
+    for name in (stage.parent, *stage.assembly.experts):
+        if configs[name].num_experts:
+            raise ValueError(
+                f"stages.{stage.name}.assemble: {name} has {configs[name].num_experts} experts"
+                " already, expected a dense model"
+            )
+    return UniMoEConfig.from_dict(
+        fields
+        | {
+            "num_experts": len(stage.assembly.experts),
+            "num_experts_per_tok": stage.assembly.top_k,
+            "moe_layers": stage.assembly.layers,
+            "expert_origins": list(stage.assembly.experts),
+            **stage.assembly.options,
+        }
+    )

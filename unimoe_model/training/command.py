@@ -1,0 +1,100 @@
+"""`unimoe train`: a recipe from reading to the model folder."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from unimoe_kernels.distributed import attributed, finish_parallel
+from unimoe_model.encoders.outside import permit_encoder
+from unimoe_model.evaluation.metrics import METRICS
+from unimoe_model.training.check import check_recipe
+from unimoe_model.training.lock import FolderLock
+from unimoe_model.training.progress import SilentReporter, own_reporter
+from unimoe_model.training.recipe import Recipe, load_recipe
+from unimoe_model.training.recipe_data import RecipeData
+from unimoe_model.training.run import Run, keep_recipe
+from unimoe_model.training.start import own_device, start_recipe_ranks
+
+
+def train_recipe(
+    path: Path,
+    output: Path,
+    features: Path | None = None,
+    *,
+    stage: str | None = None,
+    from_stage: str | None = None,
+    check: bool = False,
+    **overrides: Any,
+) -> Path | None:
+    """Trains what a recipe describes, and prints scores and where the model is.
+
+    Args:
+        path: the recipe.
+        output: folder of the run.
+        features: cache of features; None is `features` in the output.
+        stage: train this one alone.
+        from_stage: train this one and those after it.
+        check: only list what would be done.
+        **overrides: top-level values that replace the recipe's.
+
+    Returns:
+        The folder of the model; None with `check`, and in processes other than the first.
+
+    Raises:
+        ValueError: For a bad recipe, data, or output, before anything is written.
+        StoppedError: If a signal ended the run after a checkpoint.
+    """
+    recipe = load_recipe(path, **overrides)
+    for name in (recipe.encoders.vision, recipe.encoders.speech, recipe.encoders.audio):
+        if name is not None:
+            permit_encoder(name, path.parent)
+    stages = _chosen(recipe, stage, from_stage)
+    disable_progress_bar()  # of transformers, for what takes a moment
+    data = RecipeData(recipe)
+    lines = list(check_recipe(recipe, data))
+    if check:
+        print("\n".join(lines))
+        return None
+    device = own_device()
+    mesh = start_recipe_ranks(recipe, device)
+    is_first = mesh is None or mesh.get_rank() == 0
+    with (
+        attributed(f"training of {output}"),
+        FolderLock(output) if is_first else nullcontext(),
+    ):
+        reporter = own_reporter() if is_first else SilentReporter()
+        features = features or output / "features"
+        run = Run(recipe, data, output, features, reporter, device, mesh)
+        if is_first:
+            keep_recipe(recipe, output)
+        if mesh is None:
+            for name in stages:
+                run.train([name])
+                _print_scores(run, [name])
+        else:
+            run.train(stages)
+            finish_parallel()
+            if not is_first:
+                return None
+            _print_scores(run, stages)
+        target = run.publish(stages[-1])
+    print(f"model in {target}")
+    return target
+
+
+def _chosen(recipe: Recipe, stage: str | None, from_stage: str | None) -> list[str]:
+    names = [s.name for s in recipe.stages]
+    for option, name in (("stage", stage), ("from-stage", from_stage)):
+        if name is not None and name not in names:
+            raise ValueError(f"--{option} ({name}) must be a stage of {recipe.path}: {names}")
+    if stage is not None:
+        return [stage]
+    return names[names.index(from_stage) :] if from_stage else names
+
+
+def _print_scores(run: Run, stages: list[str]) -> None:
+    for stage, evaluation, value in run.evaluate(stages):
+        metric = METRICS[evaluation.metric]
+        print(f"{stage}: {evaluation.name} {metric.title} {100 * value:.2f}{metric.unit}")

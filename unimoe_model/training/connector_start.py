@@ -1,0 +1,99 @@
+"""Pretrained bodies of connectors: Whisper's decoder for speech, BLIP-2's Q-Former for audio."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Blip2Config, WhisperConfig, WhisperForConditionalGeneration
+from transformers.models.blip_2.modeling_blip_2 import Blip2Model
+
+from unimoe_model.encoders import whisper
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.training.recipe import Recipe
+
+TINY = "whisper-tiny.en"
+"""Has its weights in a package, not in a folder."""
+_DECODER_FIELDS = (
+    "d_model",
+    "decoder_layers",
+    "decoder_attention_heads",
+    "decoder_ffn_dim",
+    "max_target_positions",
+)
+_QFORMER_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "cross_attention_frequency",
+    "hidden_act",
+    "layer_norm_eps",
+)
+
+
+def connector_sizes(recipe: Recipe, kind: str) -> dict[str, Any] | None:
+    """Fields of the connector's configuration; None keeps the default ones.
+
+    Args:
+        recipe: gives sizes, or a pretrained body that has some.
+        kind: `"speech"` or `"audio"`.
+
+    Raises:
+        ValueError: If the pretrained body's configuration cannot be read.
+    """
+    connector = getattr(recipe, kind)
+    if connector.pretrained is None:
+        return connector.sizes
+    if kind == "speech":
+        config = _whisper_config(connector.pretrained)
+        return {name: getattr(config, name) for name in _DECODER_FIELDS}
+    try:
+        config = Blip2Config.from_pretrained(connector.pretrained).qformer_config
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{recipe.path}: connectors.audio.pretrained ({connector.pretrained}) must be a BLIP-2:"
+            f" {error}"
+        ) from error
+    return {name: getattr(config, name) for name in _QFORMER_FIELDS}
+
+
+def load_connector_bodies(model: UniMoEForConditionalGeneration, recipe: Recipe) -> None:
+    """Puts the pretrained bodies into the connectors of a model.
+
+    Of a Q-Former that read features of another width, the keys and values of its cross-attention
+    stay as they were drawn.
+
+    Raises:
+        ValueError: If weights cannot be read or do not fit.
+    """
+    if recipe.speech.pretrained is not None:
+        model.model.speech_connector.load_decoder(_whisper_decoder(recipe.speech.pretrained))
+    if recipe.audio.pretrained is not None:
+        blip = Blip2Model.from_pretrained(recipe.audio.pretrained, dtype=torch.float32)
+        connector = model.model.audio_connector
+        own = connector.qformer.state_dict()
+        state = {
+            name: tensor if tensor.shape == own[name].shape else own[name]
+            for name, tensor in blip.qformer.state_dict().items()
+            if name in own
+        }
+        connector.qformer.load_state_dict(state)
+
+
+def _whisper_config(name: str) -> WhisperConfig:
+    return (
+        whisper.whisper_config() if name == TINY else WhisperConfig.from_pretrained(_source(name))
+    )
+
+
+def _whisper_decoder(name: str) -> dict[str, torch.Tensor]:
+    if name == TINY:
+        return whisper.load_decoder().state_dict()
+    source = _source(name)
+    return WhisperForConditionalGeneration.from_pretrained(
+        source, dtype=torch.float32
+    ).model.decoder.state_dict()
+
+
+def _source(name: str) -> str:
+    return "openai/whisper-small" if name == "whisper-small" and not Path(name).exists() else name

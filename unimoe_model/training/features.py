@@ -1,0 +1,229 @@
+"""Features of the media that a stage trains on: computed once, kept in stores on disk."""
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unimoe_model.data.content_key import DigestMemo, content_key
+from unimoe_model.data.encoded_media import SENSES, EncodedMedia, MediaOptions
+from unimoe_model.data.feature_store import FeatureStore, needed_bytes
+from unimoe_model.data.media_items import as_picture, as_recording, as_video
+from unimoe_model.encoders import FrozenEncoder, build_encoder
+from unimoe_model.processing import UniMoEProcessor
+from unimoe_model.training.progress import ProgressReporter
+from unimoe_model.training.ranks import Ranks
+from unimoe_model.training.stopping import StoppedError, StopRequest
+
+BATCHES = {"image": 32, "video": 4, "speech": 64, "audio": 16}
+"""Items that go through an encoder at once."""
+_FLUSH_SECONDS = 10.0
+Media = tuple[str, Path]
+
+
+class MediaFeatures:
+    """Features of media files by kind, from stores that are filled as they are needed.
+
+    Args:
+        processor: names the encoders and their options.
+        folder: of the stores.
+        device: where encoders run.
+        precision: `"bf16"` runs the encoders of pictures and speech in bfloat16.
+        reporter: is told of the progress.
+        ranks: the processes that train together; the first one encodes.
+    """
+
+    def __init__(
+        self,
+        processor: UniMoEProcessor,
+        folder: Path,
+        device: torch.device,
+        precision: str,
+        reporter: ProgressReporter,
+        ranks: Ranks | None = None,
+    ):
+        self._processor = processor
+        self._folder = folder
+        self._device = device
+        self._precision = precision
+        self._reporter = reporter
+        self._ranks = ranks or Ranks()
+        self._memo = DigestMemo(folder)
+        self._keys: dict[Path, str] = {}
+        self._encoders: dict[str, FrozenEncoder] = {}
+        self._stores: dict[str, FeatureStore] = {}
+        self._states: dict[str, FeatureStore] = {}
+
+    def prepare(self, media: Iterable[Media]) -> None:
+        """Encodes what is not there yet; all processes call it.
+
+        `item` gives features again, whatever `use_query_states` was told before.
+
+        Raises:
+            ValueError: If a file cannot be read, naming it.
+            StoppedError: If a signal came; what was encoded is kept.
+        """
+        self._states = {}
+        for kind, paths in _by_kind(media).items():
+            if kind not in self._stores:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._stores[kind] = FeatureStore(self._folder, self._settings(kind))
+            store = self._stores[kind]
+            self._fill(store, f"encode {kind}", paths, BATCHES[kind], self._encode, kind)
+
+    def use_query_states(self, kinds: Sequence[str], model: nn.Module, media: Iterable[Media]):
+        """Runs the frozen bodies of connectors once over their media, for this stage and like ones.
+
+        Args:
+            kinds: whose connector bodies are not trained; those of recordings have one.
+            model: holds the connectors; it is put in eval mode, so that states hold no dropout.
+            media: what the stage trains on.
+        """
+        for kind, paths in _by_kind(media).items():
+            connector = model.model.connector(kind)
+            if kind not in kinds or not hasattr(connector, "hidden_states"):
+                continue
+            model.eval()
+            body = _body_digest(connector)
+            settings = self._settings(kind) | {"body": body}
+            settings["encoder"] = f"{kind}-states-{settings['encoder']}"
+            self._states[kind] = FeatureStore(self._folder, settings)
+            self._fill(
+                self._states[kind], f"connector {kind}", paths, 32, self._run_body, kind, connector
+            )
+
+    def item(self, kind: str, path: Path) -> EncodedMedia:
+        """Features of a file, or its query states where the stage uses them."""
+        states = self._states.get(kind)
+        store = self._stores[kind] if states is None else states
+        return EncodedMedia(tuple(store.read(self._key(path))), states is not None)
+
+    def _fill(self, store: FeatureStore, title: str, paths, size: int, encode, *options) -> None:
+        failure = None
+        if self._ranks.is_first:
+            try:
+                self._fill_alone(store, title, paths, size, encode, *options)
+            except (ValueError, OSError, StoppedError) as error:
+                failure = error
+        if any(self._ranks.sums(f"{title}", float(failure is not None))):
+            raise failure or RuntimeError(f"{title} failed on the first process")
+        store.refresh()
+
+    def _fill_alone(self, store, title, paths: Sequence[Path], size: int, encode, *options) -> None:
+        missing = list({self._key(p): p for p in paths if self._key(p) not in store}.values())
+        if not missing:
+            return
+        self._reporter.start(title, len(paths), len(paths) - len(missing))
+        flushed = time.monotonic()
+        said = False
+        try:
+            with StopRequest() as stop:
+                for at in range(0, len(missing), size):
+                    group = missing[at : at + size]
+                    for path, pieces in zip(group, encode(group, *options), strict=True):
+                        store.write(self._key(path), pieces)
+                    if not said:
+                        each = needed_bytes([p.shape for p in pieces], store.dtype)
+                        self._reporter.say(
+                            f"{title}: {len(missing)} items, about"
+                            f" {each * len(missing) / 1e6:.1f} MB in {self._folder}"
+                        )
+                        said = True
+                    self._reporter.advance(len(group))
+                    if stop.signal or time.monotonic() - flushed > _FLUSH_SECONDS:
+                        store.flush()
+                        flushed = time.monotonic()
+                    if stop.signal:
+                        raise StoppedError(f"stopped in {title}", stop.signal)
+        finally:
+            store.close()
+            self._reporter.finish()
+
+    def _encode(self, paths: Sequence[Path], kind: str) -> Iterator[Sequence[Tensor]]:
+        encoder, options = self._encoder(SENSES[kind]), self._options()
+        padding = {"pad_to_square": True} if options.image_aspect_ratio == "pad" else {}
+        if kind == "image":
+            pictures = [_named(path, as_picture, path, "images") for path in paths]
+            yield from ([piece] for piece in encoder.encode_pictures(pictures, **padding))
+        elif kind == "video":
+            count = options.video_num_frames
+            videos = [_named(path, as_video, path, count, "videos") for path in paths]
+            frames = [frame for video in videos for frame in video]
+            yield from ([p] for p in encoder.encode_pictures(frames, **padding).split(count))
+        else:
+            rate = encoder.sample_rate
+            recordings = [_named(path, as_recording, path, rate, kind) for path in paths]
+            rows = (options.speech_max_frames,) if kind == "speech" else ()
+            yield from encoder.encode_recordings(recordings, *rows)
+
+    @torch.inference_mode()
+    def _run_body(self, paths, kind: str, connector) -> Iterator[Sequence[Tensor]]:
+        items = [self._stores[kind].read(self._key(path)) for path in paths]
+        weight = connector.query_tokens
+        for pieces in items:
+            states = connector.hidden_states(torch.stack(pieces).to(weight.device, weight.dtype))
+            yield list(states)
+
+    def _options(self) -> MediaOptions:
+        processor = self._processor
+        return MediaOptions(
+            processor.video_num_frames, processor.speech_max_frames, processor.image_aspect_ratio
+        )
+
+    def _settings(self, kind: str) -> dict:
+        encoder, options = self._encoder(SENSES[kind]), asdict(self._options())
+        own = {
+            "image": ("image_aspect_ratio",),
+            "video": ("image_aspect_ratio", "video_num_frames"),
+            "speech": ("speech_max_frames",),
+            "audio": (),
+        }[kind]
+        return {
+            "encoder": f"{kind}-{encoder.name}",
+            "weights": encoder.fingerprint(),
+            "computed_in": str(next(encoder.parameters(), torch.empty(0)).dtype),
+            **{name: options[name] for name in own},
+        }
+
+    def _encoder(self, sense: str) -> FrozenEncoder:
+        if sense not in self._encoders:
+            encoder = build_encoder(getattr(self._processor, f"{sense}_encoder"), sense)
+            if self._precision == "bf16" and sense != "audio":
+                encoder = encoder.to(torch.bfloat16)
+            self._encoders[sense] = encoder.to(self._device)
+        return self._encoders[sense]
+
+    def _key(self, path: Path) -> str:
+        if path not in self._keys:
+            self._keys[path] = content_key(path, self._memo)
+        return self._keys[path]
+
+
+def _by_kind(media: Iterable[Media]) -> dict[str, list[Path]]:
+    found: dict[str, dict[Path, None]] = {}
+    for kind, path in media:
+        found.setdefault(kind, {})[path] = None
+    return {kind: list(paths) for kind, paths in found.items()}
+
+
+def _named(path: Path, read, *arguments):
+    """What is read from a file; its errors name the file."""
+    try:
+        return read(*arguments)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if str(path) in text else f"{path}: {text}") from error
+
+
+def _body_digest(connector: nn.Module) -> str:
+    """Hash of what a connector has before its projector."""
+    digest = hashlib.sha256()
+    for name, tensor in connector.state_dict().items():
+        if not name.startswith("projector."):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

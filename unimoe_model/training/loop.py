@@ -1,0 +1,201 @@
+"""Trains the given parameters of a model for one stage; a stopped stage goes on where it was."""
+
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from unimoe_kernels import MoE, atomic_write
+from unimoe_model.training.checkpoint import (
+    Progress,
+    discard_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from unimoe_model.training.loss import answer_loss, autocast, count_labels
+from unimoe_model.training.optimization import Optimization, build_optimizers, set_learning_rates
+from unimoe_model.training.prefetch import prefetched
+from unimoe_model.training.progress import ProgressReporter
+from unimoe_model.training.ranks import Ranks
+from unimoe_model.training.stopping import StoppedError, StopRequest
+
+Batch = dict[str, torch.Tensor]
+
+
+def train_stage(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    batch_of: Callable[[int], Batch | Sequence[Batch]],
+    settings: Optimization,
+    folder: Path,
+    run: str,
+    stage: str,
+    reporter: ProgressReporter,
+    precision: str = "fp32",
+    checkpoint_seconds: float = 20.0,
+    ranks: Ranks | None = None,
+    workers: int = 0,
+) -> Progress:
+    """Trains `parameters` and nothing else, from a checkpoint if there is one.
+
+    The first SIGINT or SIGTERM ends it after the step that is running and a checkpoint.
+
+    Args:
+        model: model with `hidden_states(**inputs)` and `lm_head`; changed in place.
+        parameters: what is trained, by name; all else is frozen for the stage.
+        batch_of: inputs and labels of a step, the same whenever it is asked; of this process's
+            share. Several parts go through the model one after the other, and their gradients are
+            added up; all processes have as many.
+        settings: length and optimiser.
+        folder: where the checkpoint is kept while the stage runs.
+        run: fingerprint of everything that decides the result.
+        stage: shown with the progress.
+        reporter: is told of the progress.
+        precision: `"bf16"` (autocast) or `"fp32"`.
+        checkpoint_seconds: time between checkpoints.
+        ranks: the processes that train the model together; None is this one alone.
+        workers: threads that make batches beside training.
+
+    Returns:
+        Losses, tokens and seconds of the whole stage. The checkpoint stays until
+        `finish_stage`.
+
+    Raises:
+        ValueError: If the checkpoint is of another run, the loss is not finite, or a batch has no
+            labels.
+        OSError: If the disk has no room for a checkpoint.
+        StoppedError: If a signal ended the stage.
+    """
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    ranks = ranks or Ranks()
+    parameters = ranks.divide(model, parameters)
+    optimizers = build_optimizers(parameters, settings)
+    checkpoint = folder / "checkpoint"
+    kept = (parameters, optimizers)
+    progress = load_checkpoint(checkpoint, run, *kept) or Progress(losses=[])
+    reporter.start(stage, settings.steps, progress.step)
+    device = next(iter(parameters.values())).device
+    model.train()
+    resumed_at, started = progress.seconds, time.monotonic()
+    saved = started
+    steps = range(progress.step, settings.steps)
+    batches = prefetched(batch_of, steps.start, steps.stop, workers)
+    with StopRequest() as stop, _recomputed(model, settings.gradient_checkpointing):
+        for step, batch in zip(steps, batches, strict=True):
+            set_learning_rates(optimizers, settings, step)
+            # Dropout of a step is the same, however often the stage was interrupted before it.
+            torch.manual_seed(zlib.crc32(f"{run}/{step}".encode()))
+            place = f"{stage}, step {step}"
+            model.zero_grad(set_to_none=True)
+            loss, tokens = _add_gradients(model, batch, ranks, device, precision, place)
+            ranks.clip(parameters.values(), settings.max_grad_norm)
+            # All processes save when the clock of the first one says so, and stop together.
+            due = ranks.is_first and time.monotonic() - saved > checkpoint_seconds
+            value, tokens, due, signal = ranks.sums(
+                f"loss of {place}", loss, tokens, due, stop.signal
+            )
+            if not math.isfinite(value):
+                raise ValueError(f"loss of {place} ({value}) must be finite")
+            for optimizer in optimizers:
+                optimizer.step()
+            progress.step = step + 1
+            progress.losses.append(value)
+            progress.tokens += int(tokens)
+            now = time.monotonic()
+            progress.seconds = resumed_at + now - started
+            reporter.advance(
+                1, loss=f"{value:.3f}", tokens_per_s=f"{progress.tokens / progress.seconds:.0f}"
+            )
+            if (due or signal) and progress.step < settings.steps:
+                save_checkpoint(checkpoint, run, progress, *kept)
+                saved = time.monotonic()
+            if signal:
+                reporter.finish()
+                raise StoppedError(
+                    f"stopped after step {progress.step} of {stage}", stop.signal or int(signal)
+                )
+    reporter.finish()
+    ranks.unite(model, parameters)
+    model.eval()
+    return progress
+
+
+def _add_gradients(
+    model: nn.Module,
+    batch: Batch | Sequence[Batch],
+    ranks: Ranks,
+    device: torch.device,
+    precision: str,
+    place: str,
+) -> tuple[float, int]:
+    """Loss and tokens of this process's share of a batch; the gradients are in the parameters."""
+    parts = [batch] if isinstance(batch, dict) else list(batch)
+    labels = sum(count_labels(part) for part in parts)
+    # Alone with one part, the mean of the part is the mean of the batch.
+    count = ranks.count(labels)
+    if count is None and len(parts) > 1:
+        count = labels
+    if not (labels if count is None else count):
+        raise ValueError(f"batch of {place} must have a labelled token; it has none")
+    loss, tokens = 0.0, 0
+    with _aux_losses_of(model, len(parts)):
+        for part in parts:
+            inputs = {key: value.to(device) for key, value in part.items()}
+            with autocast(device, precision):
+                value = answer_loss(model, inputs, None if count is None else count.to(device))
+            value.backward()
+            loss += value.item()
+            tokens += int(part["attention_mask"].sum())
+    return loss, tokens
+
+
+@contextmanager
+def _aux_losses_of(model: nn.Module, parts: int) -> Iterator[None]:
+    """Router losses, which each part injects whole, count as the mean of the parts."""
+    layers = [module for module in model.modules() if isinstance(module, MoE)] if parts > 1 else []
+    for layer in layers:
+        layer.aux_loss_scale /= parts
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.aux_loss_scale *= parts
+
+
+@contextmanager
+def _recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing for the block."""
+    if not wanted:
+        yield
+        return
+    # Called activation checkpointing from transformers 5.24 on.
+    known = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if known else "gradient_checkpointing"
+    getattr(model, f"{name}_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_disable")()
+
+
+def finish_stage(folder: Path, run: str, settings: Optimization, progress: Progress) -> None:
+    """Writes the stage's `metrics.json`, its mark of completion, and drops the checkpoint."""
+    metrics = {
+        "run": run,
+        "settings": asdict(settings),
+        "seconds": progress.seconds,
+        "tokens": progress.tokens,
+        "losses": progress.losses,
+    }
+    with atomic_write(folder / "metrics.json") as partial:
+        partial.write_text(json.dumps(metrics), encoding="utf-8")
+    discard_checkpoint(folder / "checkpoint")

@@ -1,0 +1,70 @@
+"""What a stage trains: parts of the model by name, each whole or as LoRA."""
+
+import re
+from dataclasses import dataclass
+
+_LAYER = r"model\.language_model\.layers\.\d+\."
+CONNECTORS = ("image", "speech", "audio")
+"""Videos are read by the connector of images."""
+
+PARTS = {
+    "connectors": r"model\.\w+_connector\..*",
+    **{f"connectors.{kind}": rf"model\.{kind}_connector\..*" for kind in CONNECTORS},
+    "projectors": r"model\.\w+_connector\.projector\..*",
+    **{f"projectors.{kind}": rf"model\.{kind}_connector\.projector\..*" for kind in CONNECTORS},
+    "ffn": rf"{_LAYER}mlp\.(gate|up|down)_proj\..*",
+    "experts": rf"{_LAYER}mlp\.(experts|shared_experts)\..*",
+    "router": rf"{_LAYER}(mlp\.(router|shared_gate)|modality_gate)\..*",
+    "attention": rf"{_LAYER}self_attn\..*",
+    "embeddings": r"model\.language_model\.embed_tokens\..*|lm_head\..*",
+    "language_model": r"model\.language_model\..*|lm_head\..*",
+    "all": r".*",
+}
+"""Parameters of each part, as a regular expression of their full names."""
+
+LORA_LINEARS = {
+    "ffn": rf"{_LAYER}mlp\.(gate|up|down)_proj",
+    "attention": rf"{_LAYER}self_attn\.[qkvo]_proj",
+}
+"""Linear maps that LoRA goes on, by part; that of `experts` goes on their stacked weights."""
+LORA_PARTS = (*LORA_LINEARS, "experts")
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """A part of the model that a stage trains.
+
+    Attributes:
+        part: one of `PARTS`.
+        rank: of LoRA; 0 trains the part whole.
+        alpha: LoRA's product is scaled by `alpha / rank`.
+        dropout: of what LoRA reads.
+    """
+
+    part: str
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.part not in PARTS:
+            raise ValueError(f"{self.part!r} must be one of {', '.join(PARTS)}")
+        if self.rank < 0:
+            raise ValueError(f"lora ({self.rank}) must be at least 1")
+        if self.rank and self.part not in LORA_PARTS:
+            raise ValueError(f"{self.part} takes no LoRA; {', '.join(LORA_PARTS)} do")
+        if self.rank and not self.alpha > 0:
+            raise ValueError(f"alpha ({self.alpha}) must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout ({self.dropout}) must be at least 0 and below 1")
+
+    def matches(self, name: str) -> bool:
+        """Whether a parameter of this full name belongs to the part."""
+        return re.fullmatch(PARTS[self.part], name) is not None
+
+
+def trains_body(parts: tuple[TrainedPart, ...], kind: str) -> bool:
+    """Whether a stage trains what the connector of a media kind has before its projector."""
+    kind = "image" if kind == "video" else kind
+    name = f"model.{kind}_connector.query_tokens"
+    return any(part.matches(name) for part in parts)

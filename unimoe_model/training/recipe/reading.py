@@ -1,0 +1,345 @@
+"""Reads a recipe and checks all that can be known from the file alone."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from unimoe_model.training.optimization import Optimization
+from unimoe_model.training.recipe.parts import CONNECTORS, TrainedPart
+from unimoe_model.training.recipe.schema import (
+    START,
+    Assembly,
+    ConnectorRecipe,
+    DataFile,
+    EncoderNames,
+    Evaluation,
+    LanguageModel,
+    Parallel,
+    Recipe,
+    Stage,
+)
+from unimoe_model.value_types import fits_type
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_STAGE_KEYS = ("name", "from", "train", "data", "data_in_turn", "assemble", "widen", "seed")
+_LORA_KEYS = ("lora", "alpha", "dropout")
+
+
+def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+    """Reads a recipe; `docs/training.md` explains the keys.
+
+    Args:
+        path: a YAML file. Files that it names are relative to its folder.
+        **overrides: top-level values that replace the file's, such as `seed=1`.
+
+    Raises:
+        ValueError: If the file is missing or no YAML, or a key is unknown, missing or wrong; naming
+            file, key, value and what was expected.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"recipe ({path}) must be a readable YAML file: {reason}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"recipe ({path}) must be a mapping, got {type(raw).__name__}")
+    raw |= overrides
+    try:
+        return _recipe(raw, path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _recipe(raw: dict[str, Any], path: Path) -> Recipe:
+    own = ("connectors", "evaluate")
+    known = {f.name for f in fields(Recipe)} - {"path", "speech", "audio", "evaluations"}
+    _refuse_unknown(raw, (*sorted(known), *own), "")
+    values = {key: value for key, value in raw.items() if key not in own}
+    for key in ("model", "data", "stages"):
+        if not raw.get(key):
+            raise ValueError(f"{key} is missing; a recipe must have model, data and stages")
+    values["model"] = _language_model(raw["model"], path.parent)
+    values["encoders"] = _encoders(raw.get("encoders"), path.parent)
+    connectors = _mapping(raw.get("connectors") or {}, "connectors")
+    _refuse_unknown(connectors, ("speech", "audio"), "connectors")
+    for kind, value in connectors.items():
+        connector = _build(ConnectorRecipe, value, f"connectors.{kind}")
+        if kind == "audio" and connector.max_frames is not None:
+            raise ValueError("connectors.audio.max_frames must be left out; speech alone has it")
+        if connector.pretrained is not None:
+            place = _local(connector.pretrained, path.parent)
+            connector = replace(connector, pretrained=place)
+        values[kind] = connector
+    values["data"] = _data(raw["data"], path.parent)
+    values["stages"] = _stages(raw["stages"], tuple(values["data"]))
+    names = [stage.name for stage in values["stages"]]
+    values["evaluations"] = _evaluations(raw.get("evaluate") or {}, path.parent, names)
+    if raw.get("parallel") is not None:
+        values["parallel"] = _build(Parallel, raw["parallel"], "parallel")
+    return _build(Recipe, {**values, "path": str(path)}, "")
+
+
+def _language_model(raw: Any, folder: Path) -> LanguageModel:
+    if isinstance(raw, str):
+        raw = {_model_type(raw, folder): raw}
+    raw = dict(_mapping(raw, "model"))
+    for key in ("folder", "llama", "tokenizer"):
+        if isinstance(raw.get(key), str):
+            raw[key] = _local(raw[key], folder)
+    return _build(LanguageModel, raw, "model")
+
+
+def _model_type(name: str, folder: Path) -> str:
+    """`"folder"` for a Uni-MoE, `"llama"` for a LLaMA or a name of the hub."""
+    place = Path(_local(name, folder))
+    if not place.exists():
+        if place.is_absolute() or name.startswith((".", "/")):
+            raise ValueError(f"model ({name}) must be a folder or a hub name; there is no {place}")
+        return "llama"
+    try:
+        kind = json.loads((place / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model ({name}) must hold the config.json of a model: {error}") from error
+    if kind not in ("unimoe", "llama"):
+        raise ValueError(f"model ({name}) has model_type {kind!r}, expected 'unimoe' or 'llama'")
+    return "folder" if kind == "unimoe" else "llama"
+
+
+def _encoders(raw: Any, folder: Path) -> EncoderNames:
+    names = _build(EncoderNames, raw or {}, "encoders")
+    found = {f.name: getattr(names, f.name) for f in fields(names)}
+    return EncoderNames(**{sense: name and _local(name, folder) for sense, name in found.items()})
+
+
+def _local(name: str, folder: Path) -> str:
+    """A path below the recipe's folder where there is one, else the name as it is."""
+    path = folder / name
+    return str(path) if name.startswith(".") or path.exists() else name
+
+
+def _data(raw: Any, folder: Path) -> dict[str, DataFile]:
+    found = {}
+    for name, value in _mapping(raw, "data").items():
+        where = f"data.{name}"
+        file = _build(DataFile, {"file": value} if isinstance(value, str) else value, where)
+        media = file.media and str(folder / file.media)
+        found[str(name)] = DataFile(str(folder / file.file), media)
+        if not Path(found[name].file).is_file():
+            raise ValueError(
+                f"{where}.file ({file.file}) must be a file; there is no {found[name].file}"
+            )
+        if media and not Path(media).is_dir():
+            raise ValueError(f"{where}.media ({file.media}) must be a folder; there is no {media}")
+    return found
+
+
+def _stages(raw: Any, data: tuple[str, ...]) -> tuple[Stage, ...]:
+    if not isinstance(raw, list):
+        raise ValueError(f"stages ({_short(raw)}) must be a list of stages")
+    stages: list[Stage] = []
+    for number, value in enumerate(raw):
+        where = f"stages[{number}]"
+        value = _mapping(value, where)
+        name = value.get("name")
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name == START:
+            raise ValueError(
+                f"{where}.name ({name!r}) must be letters, digits, '.', '-' and '_', and not"
+                f" {START!r}"
+            )
+        if name in [stage.name for stage in stages]:
+            raise ValueError(f"{where}.name ({name}) must be another one for each stage")
+        stages.append(_stage(value, name, number, stages, data))
+    return tuple(stages)
+
+
+def _stage(
+    raw: dict[str, Any], name: str, number: int, earlier: list[Stage], data: tuple[str, ...]
+) -> Stage:
+    where = f"stages.{name}"
+    lengths = ("steps", "epochs", "part_tokens", "max_length")
+    settings = [f.name for f in fields(Optimization) if f.name not in lengths]
+    _refuse_unknown(raw, (*_STAGE_KEYS, *lengths, *settings), where)
+    names = [stage.name for stage in earlier]
+    assembly = _assembly(raw.get("assemble"), f"{where}.assemble", names)
+    parent = raw.get("from")
+    if parent is None:
+        parent = _parent(assembly, earlier, where)
+    elif parent not in (START, *names):
+        raise ValueError(
+            f"{where}.from ({parent!r}) must be an earlier stage or {START!r}: {[START, *names]}"
+        )
+    if ("steps" in raw) == ("epochs" in raw):
+        raise ValueError(f"{where} must have either steps or epochs")
+    optimization = {key: raw[key] for key in settings if key in raw}
+    optimization["steps"] = raw.get("steps", 1)
+    values = {key: raw[key] for key in ("epochs", "part_tokens", "max_length") if key in raw}
+    values |= {key: raw[key] for key in ("widen", "seed") if key in raw}
+    values |= {
+        "name": name,
+        "parent": parent,
+        "train": _trained(raw.get("train"), f"{where}.train"),
+        "streams": _streams(raw, where, data),
+        "optimization": _build(Optimization, optimization, where),
+        "assembly": assembly,
+    }
+    return _build(Stage, {"seed": number + 1} | values, where)
+
+
+def _parent(assembly: Assembly | None, earlier: list[Stage], where: str) -> str:
+    if assembly is None:
+        return earlier[-1].name if earlier else START
+    parents = {stage.parent for stage in earlier if stage.name in assembly.experts} or {START}
+    if len(parents) > 1:
+        raise ValueError(
+            f"{where}.from is missing: the experts start from several stages {sorted(parents)}, so"
+            " it must say whose attention and embeddings are taken"
+        )
+    return parents.pop()
+
+
+def _assembly(raw: Any, where: str, names: list[str]) -> Assembly | None:
+    if raw is None:
+        return None
+    raw = dict(_mapping(raw, where))
+    experts = raw.get("experts")
+    if not isinstance(experts, list) or not experts:
+        raise ValueError(f"{where}.experts ({experts!r}) must be a list of earlier stages")
+    raw["experts"] = tuple(experts)
+    unknown = [name for name in experts if name not in (START, *names)]
+    if unknown:
+        raise ValueError(
+            f"{where}.experts ({unknown[0]!r}) must be an earlier stage or {START!r}: {names}"
+        )
+    for kind, name in _mapping(raw.get("connectors", {}), f"{where}.connectors").items():
+        if kind not in CONNECTORS or name not in names:
+            raise ValueError(
+                f"{where}.connectors ({kind}: {name}) must give each of {', '.join(CONNECTORS)} an"
+                f" earlier stage: {names}"
+            )
+    return _build(Assembly, raw, where)
+
+
+def _trained(raw: Any, where: str) -> tuple[TrainedPart, ...]:
+    if isinstance(raw, str):
+        raw = [raw]
+    if isinstance(raw, list):
+        raw = dict.fromkeys(raw, "whole")
+    if not isinstance(raw, dict) or not raw:
+        raise ValueError(f"{where} ({_short(raw)}) must name the parts that are trained")
+    parts = []
+    for part, how in raw.items():
+        place = f"{where}.{part}"
+        if how != "whole":
+            how = _mapping(how, place)
+            _refuse_unknown(how, _LORA_KEYS, place)
+            if not fits_type(how.get("lora"), int) or how["lora"] < 1:
+                raise ValueError(f"{place}.lora ({how.get('lora')!r}) must be a rank of at least 1")
+            alpha = how.get("alpha", how["lora"])
+            how = {"rank": how["lora"], "alpha": alpha, "dropout": how.get("dropout", 0.0)}
+        parts.append(_build(TrainedPart, {"part": part, **({} if how == "whole" else how)}, where))
+    adapted = {part.part for part in parts if part.rank}
+    whole = {part.part for part in parts if not part.rank} & {"all", "language_model"}
+    if adapted and whole:
+        raise ValueError(
+            f"{where}: {whole.pop()} is trained whole, so {adapted.pop()} takes no LoRA"
+        )
+    return tuple(parts)
+
+
+def _streams(raw: dict[str, Any], where: str, known: tuple[str, ...]) -> tuple[dict, ...]:
+    if ("data" in raw) == ("data_in_turn" in raw):
+        raise ValueError(f"{where} must have either data or data_in_turn")
+    key = "data" if "data" in raw else "data_in_turn"
+    streams = [raw["data"]] if key == "data" else raw[key]
+    if not isinstance(streams, list) or not streams:
+        raise ValueError(f"{where}.{key} ({_short(streams)}) must be a list of mixtures")
+    found = []
+    for stream in streams:
+        if isinstance(stream, str):
+            stream = [stream]
+        if isinstance(stream, list):
+            stream = dict.fromkeys(stream, 1)
+        if not isinstance(stream, dict) or not stream:
+            raise ValueError(f"{where}.{key} ({_short(stream)}) must name data with weights")
+        for name, weight in stream.items():
+            if name not in known:
+                raise ValueError(f"{where}.{key} ({name!r}) must be among data: {list(known)}")
+            if not fits_type(weight, float) or not 0 < weight < float("inf"):
+                raise ValueError(f"{where}.{key}.{name} ({weight!r}) must be a positive weight")
+        found.append(dict(stream))
+    return tuple(found)
+
+
+def _evaluations(raw: Any, folder: Path, names: list[str]) -> tuple[Evaluation, ...]:
+    from unimoe_model.evaluation.metrics import METRICS
+
+    found = []
+    for name, value in _mapping(raw, "evaluate").items():
+        where = f"evaluate.{name}"
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"evaluate ({name!r}) must be letters, digits, '.', '-' and '_'")
+        value = dict(_mapping(value, where))
+        after = value.get("stages") or names[-1:]
+        value["stages"] = tuple([after] if isinstance(after, str) else after)
+        unknown = [stage for stage in value["stages"] if stage not in names]
+        if unknown:
+            raise ValueError(f"{where}.stages ({unknown[0]!r}) must be among {names}")
+        evaluation = _build(Evaluation, {**value, "name": name}, where)
+        if evaluation.metric not in METRICS:
+            raise ValueError(
+                f"{where}.metric ({evaluation.metric!r}) must be one of {', '.join(METRICS)}"
+            )
+        file = folder / evaluation.data
+        if not file.is_file():
+            raise ValueError(f"{where}.data ({evaluation.data}) must be a file; there is no {file}")
+        found.append(_build(Evaluation, {**value, "name": name, "data": str(file)}, where))
+    return tuple(found)
+
+
+def _build(cls: type, raw: Any, where: str):
+    """A dataclass of the values under a key, whose types are checked."""
+    raw = _mapping(raw, where)
+    _refuse_unknown(raw, [f.name for f in fields(cls)], where)
+    prefix = f"{where}." if where else ""
+    for f in fields(cls):
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in raw:
+            raise ValueError(f"{prefix}{f.name} is missing")
+    for name, wanted in get_type_hints(cls).items():
+        if name in raw and not _is_built(raw[name]) and not fits_type(raw[name], wanted):
+            expected = getattr(wanted, "__name__", str(wanted))
+            raise ValueError(f"{prefix}{name} ({_short(raw[name])}) must be of type {expected}")
+    try:
+        return cls(**raw)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _is_built(value: Any) -> bool:
+    """Whether a value was made here, and not by the writer of the file."""
+    if isinstance(value, dict):
+        return any(is_dataclass(item) for item in value.values())
+    return is_dataclass(value) or isinstance(value, tuple)
+
+
+def _refuse_unknown(raw: Mapping[str, Any], known, where: str) -> None:
+    unknown = [str(key) for key in raw if key not in known]
+    if unknown:
+        place = f"{where} has an unknown key" if where else "unknown key"
+        raise ValueError(f"{place} {unknown[0]!r}; there are {', '.join(known)}")
+
+
+def _mapping(raw: Any, where: str) -> dict:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where or 'recipe'} ({_short(raw)}) must be a mapping")
+    return raw
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

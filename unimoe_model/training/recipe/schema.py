@@ -1,0 +1,307 @@
+"""What a recipe says: where a model starts, its encoders, its stages and their data."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from unimoe_model.precision import PRECISIONS
+from unimoe_model.training.optimization import Optimization
+from unimoe_model.training.recipe.parts import TrainedPart
+
+START = "model"
+"""What `from` of a stage calls the model that the recipe starts from."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """The model that the first stage starts from.
+
+    Exactly one of `folder`, `llama` and `sizes` is given.
+
+    Attributes:
+        folder: a Uni-MoE in the layout of transformers.
+        llama: a LLaMA of transformers, as a folder or a name of the Hugging Face hub.
+        sizes: fields of `LlamaConfig`, for weights drawn anew.
+        tokenizer: folder or hub name of the tokenizer; None is that of the folder or LLaMA.
+        vocab_size: entries of a tokenizer that is trained on the texts of the recipe.
+    """
+
+    folder: str | None = None
+    llama: str | None = None
+    sizes: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self):
+        given = [n for n in ("folder", "llama", "sizes") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of folder, llama and sizes is expected, got {given}")
+        if self.folder is not None and (self.tokenizer or self.vocab_size):
+            raise ValueError(
+                "folder has a tokenizer already; tokenizer and vocab_size are for LLMs"
+            )
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise ValueError("tokenizer and vocab_size exclude each other")
+        if self.sizes is not None and (self.tokenizer is None) == (self.vocab_size is None):
+            raise ValueError("sizes requires a tokenizer: a folder, or vocab_size to train one")
+
+
+@dataclass(frozen=True)
+class EncoderNames:
+    """The frozen encoders, each by name, folder or `module:Class`; None keeps the model's own."""
+
+    vision: str | None = None
+    speech: str | None = None
+    audio: str | None = None
+
+
+@dataclass(frozen=True)
+class ConnectorRecipe:
+    """The speech or audio connector.
+
+    Attributes:
+        queries: soft tokens of a piece; None keeps the default of `UniMoEConfig`.
+        max_frames: feature rows of a piece of speech.
+        sizes: fields of `WhisperConfig` (speech) or `Blip2QFormerConfig` (audio).
+        pretrained: where the connector's body starts: a Whisper (speech) or a BLIP-2 (audio) of
+            transformers as a folder or hub name, or a name that `encoders` knows; None is random.
+    """
+
+    queries: int | None = None
+    max_frames: int | None = None
+    sizes: dict[str, Any] | None = None
+    pretrained: str | None = None
+
+    def __post_init__(self):
+        for name in ("queries", "max_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
+        if self.sizes is not None and self.pretrained is not None:
+            raise ValueError(
+                "sizes and pretrained exclude each other: pretrained decides the sizes"
+            )
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of training samples; `read_conversations` says which formats there are.
+
+    Attributes:
+        file: the file, relative to the recipe.
+        media: folder that media paths are relative to; None is that of the file.
+    """
+
+    file: str
+    media: str | None = None
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """How experts are made of stages.
+
+    Attributes:
+        experts: stages whose FFNs become the experts, in order; `START` is among them for the FFNs
+            of the model that the recipe starts from.
+        top_k: experts a token is routed to.
+        layers: which layers hold experts, as `moe_layers` of `UniMoEConfig`.
+        router_strength: logit of a modality's mean token at its own expert; 0 draws the router at
+            random.
+        connectors: stage that the connector of a kind is taken from, by kind; what is not named is
+            taken from the one expert stage that trained it.
+        options: further fields of `UniMoEConfig`, such as `load_balancing_coef`.
+    """
+
+    experts: tuple[str, ...]
+    top_k: int = 2
+    layers: str | list[int] = "all"
+    router_strength: float = 0.0
+    connectors: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.experts:
+            raise ValueError("experts must name at least one stage")
+        if not 1 <= self.top_k <= len(self.experts):
+            raise ValueError(
+                f"top_k ({self.top_k}) must be at least 1 and at most the number of experts"
+                f" ({len(self.experts)})"
+            )
+        if not self.router_strength >= 0:
+            raise ValueError(f"router_strength ({self.router_strength}) must be at least 0")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: names it in the recipe and its folder.
+        parent: stage that it starts from, or `START`.
+        train: what is trained.
+        streams: weights of the data in the batches; several streams take turns, a step each.
+        optimization: length, batches and optimiser; with `epochs`, `optimization_for` says how many
+            steps there are.
+        epochs: passes over the data instead of steps, every sample as often as the weight of its
+            data says, which must be a whole number then.
+        part_tokens: most tokens, padding included, that go through the model at once; a batch with
+            more is cut into parts whose gradients are added up. None leaves it whole.
+        max_length: most tokens of a sample, soft ones included; what is beyond is cut off.
+        assembly: makes experts before training; None leaves the model as it is.
+        widen: makes every dense FFN so many times as wide before training, with equal outputs.
+        seed: of the data order; stages with equal seeds and data see the same batches.
+    """
+
+    name: str
+    parent: str
+    train: tuple[TrainedPart, ...]
+    streams: tuple[dict[str, float], ...]
+    optimization: Optimization
+    epochs: float | None = None
+    part_tokens: int | None = None
+    max_length: int | None = None
+    assembly: Assembly | None = None
+    widen: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("part_tokens", "max_length", "widen"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed ({self.seed}) must be at least 0")
+        if self.part_tokens and self.optimization.accumulation > 1:
+            raise ValueError("accumulation and part_tokens exclude each other")
+        if self.assembly and self.widen > 1:
+            raise ValueError("assemble and widen exclude each other")
+        if self.epochs is None:
+            return
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs ({self.epochs}) must be above 0")
+        if len(self.streams) > 1:
+            raise ValueError("epochs requires data; data_in_turn has steps")
+        for name, weight in self.streams[0].items():
+            if weight != int(weight):
+                raise ValueError(f"data.{name} ({weight}) must be whole where there are epochs")
+
+    def optimization_for(self, samples: Mapping[str, int]) -> Optimization:
+        """The optimisation with the steps that it has over data of so many samples each."""
+        if self.epochs is None:
+            return self.optimization
+        passed = sum(samples[name] * int(weight) for name, weight in self.streams[0].items())
+        steps = math.ceil(self.epochs * passed / self.optimization.batch_size)
+        return replace(self.optimization, steps=steps)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Stages (or `START`) that must be there before this one can begin."""
+        experts = self.assembly.experts if self.assembly else ()
+        kept = self.assembly.connectors.values() if self.assembly else ()
+        return tuple(dict.fromkeys((self.parent, *experts, *kept)))
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """Names of the data that it trains on."""
+        return tuple(dict.fromkeys(name for stream in self.streams for name in stream))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out questions that a stage's model is asked when it is done.
+
+    Attributes:
+        name: names its folder.
+        data: file of JSON lines, as `unimoe eval` reads it.
+        metric: of `unimoe eval`.
+        stages: after which; empty is the last one.
+        max_new_tokens: longest output.
+        limit: only the first so many questions.
+    """
+
+    name: str
+    data: str
+    metric: str
+    stages: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Processes that train one model together; they decide how fast, not what, is computed.
+
+    Attributes:
+        data: groups of processes that hold all experts together.
+        expert: processes that share the experts of a group.
+        timeout: seconds after which processes give up waiting for one that does not come.
+    """
+
+    data: int = 1
+    expert: int = 1
+    timeout: float = 600.0
+
+    def __post_init__(self):
+        for name in ("data", "expert"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout ({self.timeout}) must be above 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run; `load_recipe` reads one.
+
+    Attributes:
+        path: the file, for errors.
+        seed: of initial weights and data order.
+        precision: `"bf16"`, `"fp32"`, or `"auto"`: bf16 where the device has instructions for it.
+        model: where the first stage starts.
+        encoders: the frozen encoders.
+        speech: the speech connector.
+        audio: the audio connector.
+        video_frames: frames of a video; None keeps the model's own number.
+        data: files by name.
+        stages: in order.
+        evaluations: held-out questions.
+        parallel: processes; None is one.
+        checkpoint_seconds: time between checkpoints.
+        workers: threads that read and tokenise batches beside training.
+    """
+
+    path: str
+    model: LanguageModel
+    data: dict[str, DataFile]
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    precision: str = "auto"
+    encoders: EncoderNames = field(default_factory=EncoderNames)
+    speech: ConnectorRecipe = field(default_factory=ConnectorRecipe)
+    audio: ConnectorRecipe = field(default_factory=ConnectorRecipe)
+    video_frames: int | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    parallel: Parallel | None = None
+    checkpoint_seconds: float = 60.0
+    workers: int = 1
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision ({self.precision!r}) must be one of {PRECISIONS}")
+        for name, least in (("seed", 0), ("checkpoint_seconds", 0), ("workers", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
+        if self.video_frames is not None and self.video_frames < 1:
+            raise ValueError(f"video_frames ({self.video_frames}) must be at least 1")
+
+    def stage(self, name: str) -> Stage:
+        """The stage of a name.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ValueError(f"stage ({name!r}) must be one of {[s.name for s in self.stages]}")

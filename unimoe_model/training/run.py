@@ -1,0 +1,248 @@
+"""A run: the stages of a recipe in order, each redone only if something that decides it changed."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from unimoe_kernels import recover_folder, replace_folder
+from unimoe_model.evaluation.files import write_whole
+from unimoe_model.evaluation.scoring import evaluate_file
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.precision import resolve_precision
+from unimoe_model.processing import UniMoEProcessor
+from unimoe_model.training.assemble import merge_and_unload_lora
+from unimoe_model.training.batches import Batches, sample_order
+from unimoe_model.training.checkpoint import completed_run
+from unimoe_model.training.features import MediaFeatures
+from unimoe_model.training.loop import finish_stage, train_stage
+from unimoe_model.training.progress import ProgressReporter
+from unimoe_model.training.ranks import Ranks
+from unimoe_model.training.recipe import Evaluation, Recipe, Stage
+from unimoe_model.training.recipe.parts import trains_body
+from unimoe_model.training.recipe_data import RecipeData
+from unimoe_model.training.stage_ids import stage_ids
+from unimoe_model.training.stage_model import stage_model
+from unimoe_model.training.starting_model import build_start, describe_start
+from unimoe_model.training.trained import select_trained
+
+_BODIES = ("speech", "audio")
+
+
+class Run:
+    """Trains the stages of a recipe in a folder; `FolderLock` keeps other runs out.
+
+    Args:
+        recipe: what to train.
+        data: of the recipe.
+        output: folder of the run.
+        features: folder of the encoders' features.
+        reporter: is told of the progress.
+        device: where to train.
+        mesh: of the processes that train together; None is this one alone.
+
+    Raises:
+        ValueError: If the output holds another recipe's run, or what `describe_start` raises.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: RecipeData,
+        output: Path,
+        features: Path,
+        reporter: ProgressReporter,
+        device: torch.device,
+        mesh: DeviceMesh | None = None,
+    ):
+        self._recipe = recipe
+        self._data = data
+        self._output = output
+        self._reporter = reporter
+        self._device = device
+        self._ranks = Ranks(mesh)
+        self._precision = resolve_precision(recipe.precision, device)
+        self.ids = stage_ids(recipe, self._precision, data.digests)
+        self._check_output()
+        self._start = describe_start(recipe, data.texts())
+        self.processor: UniMoEProcessor = self._start.processor
+        self._features = MediaFeatures(
+            self.processor, features, device, self._precision, reporter, self._ranks
+        )
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage's files are; its model is in `model` below."""
+        return self._output / "stages" / f"{stage}-{self.ids[stage][:8]}"
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage is complete."""
+        folder = self.folder(stage)
+        return (folder / "model" / "config.json").is_file() and completed_run(
+            folder, self.ids[stage]
+        )
+
+    def train(self, stages: Sequence[str]) -> Path:
+        """Trains the stages that are not done, in order; returns the model folder of the last.
+
+        Raises:
+            ValueError: If a stage that one of them starts from is not done, or for bad data.
+            StoppedError: If a signal ended it after a checkpoint.
+        """
+        for name in stages:
+            stage = self._recipe.stage(name)
+            if self.is_done(name):
+                continue
+            missing = [s for s in stage.sources if s in self.ids and not self.is_done(s)]
+            if missing:
+                raise ValueError(
+                    f"stage {name} starts from {missing[0]}, which is not done in {self._output}"
+                )
+            self._train(stage)
+        return self.folder(stages[-1]) / "model"
+
+    def evaluate(self, stages: Sequence[str]) -> list[tuple[str, Evaluation, float]]:
+        """Scores of the held-out questions of stages that are done: stage, evaluation, value."""
+        scores = []
+        for stage in stages:
+            for evaluation in self._recipe.evaluations:
+                if stage in evaluation.stages:
+                    score = evaluate_file(
+                        self.folder(stage) / "model",
+                        Path(evaluation.data),
+                        evaluation.metric,
+                        self.folder(stage) / "eval" / evaluation.name,
+                        evaluation.max_new_tokens,
+                        evaluation.limit,
+                        self._reporter,
+                    )
+                    scores.append((stage, evaluation, score.value))
+        return scores
+
+    def publish(self, stage: str) -> Path:
+        """Puts a stage's model at `model` in the output, without taking its space twice."""
+        target, fresh = self._output / "model", self._output / "model.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(self.folder(stage) / "model", fresh, copy_function=_link_or_copy)
+        replace_folder(target, fresh)
+        return target
+
+    def _train(self, stage: Stage) -> None:
+        folder, run = self.folder(stage.name), self.ids[stage.name]
+        if self._ranks.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._ranks.wait(f"start of {stage.name}")
+        settings = stage.optimization_for(self._data.counts())
+        self._features.prepare(self._used(stage))
+        if stage.assembly is not None and stage.assembly.router_strength:
+            for expert in stage.assembly.experts:
+                self._features.prepare(self._used(self._recipe.stage(expert)))
+        model = stage_model(
+            self._recipe, stage, self._start_model, self._folders(stage), self._whole, self._device
+        )
+        self._set_attention(model)
+        frozen = [kind for kind in _BODIES if not trains_body(stage.train, kind)]
+        self._features.use_query_states(frozen, model, self._used(stage))
+        torch.manual_seed(self._recipe.seed + 2)
+        parameters = select_trained(model, stage.train)
+        model.to(self._device)
+        progress = train_stage(
+            model,
+            parameters,
+            self._batches(stage, self._ranks),
+            settings,
+            folder,
+            run,
+            stage.name,
+            self._reporter,
+            self._precision,
+            self._recipe.checkpoint_seconds,
+            self._ranks,
+            self._recipe.workers,
+        )
+        if self._ranks.is_first:
+            if any(part.rank for part in stage.train):
+                merge_and_unload_lora(model)
+            self._save(model, folder)
+            finish_stage(folder, run, settings, progress)
+        self._ranks.wait(f"end of {stage.name}")
+
+    def _save(self, model: UniMoEForConditionalGeneration, folder: Path) -> None:
+        model.set_attn_implementation("sdpa")
+        model.requires_grad_(False).eval()
+        target, fresh = folder / "model", folder / "model.new"
+        recover_folder(target)
+        shutil.rmtree(fresh, ignore_errors=True)
+        model.save_pretrained(fresh)
+        self.processor.save_pretrained(fresh)
+        replace_folder(target, fresh)
+
+    def _start_model(self) -> UniMoEForConditionalGeneration:
+        return build_start(self._recipe, self._start)
+
+    def _folders(self, stage: Stage) -> dict[str, Path]:
+        return {name: self.folder(name) / "model" for name in stage.sources if name in self.ids}
+
+    def _batches(self, stage: Stage, ranks: Ranks | None) -> Batches:
+        most = self._start.config.text_config.max_position_embeddings
+        return Batches(
+            self.processor,
+            sample_order(stage, self._data.samples, self._recipe.seed),
+            replace(stage, max_length=min(stage.max_length or most, most)),
+            stage.optimization_for(self._data.counts()),
+            self._features.item,
+            ranks,
+        )
+
+    def _whole(self, stage: str, step: int) -> dict:
+        return self._batches(self._recipe.stage(stage), None).whole(step)
+
+    def _used(self, stage: Stage) -> list[tuple[str, Path]]:
+        """Media of the samples that the stage's batches hold, in the order of their first use."""
+        batches, steps = (
+            self._batches(stage, None),
+            stage.optimization_for(self._data.counts()).steps,
+        )
+        everything = sum(len(self._data.samples[name]) for name in stage.data)
+        seen, media = set(), {}
+        for step in range(steps):
+            for sample in batches.samples(step):
+                if id(sample) not in seen:
+                    seen.add(id(sample))
+                    media |= dict.fromkeys(sample.media)
+            if len(seen) == everything:
+                break
+        return list(media)
+
+    def _set_attention(self, model: UniMoEForConditionalGeneration) -> None:
+        """Trains with plain matmuls on CPUs.
+
+        The backward of torch's fused attention takes 14 ms a layer there on 64 texts of 31 tokens,
+        the one of matmuls and softmax under 1 ms.
+        """
+        model.set_attn_implementation("eager" if self._device.type == "cpu" else "sdpa")
+
+    def _check_output(self) -> None:
+        stages = self._output / "stages"
+        found = {path.name for path in stages.iterdir()} if stages.is_dir() else set()
+        if found and not found & {self.folder(name).name for name in self.ids}:
+            raise ValueError(
+                f"output ({self._output}) holds the run of another recipe: no stage of"
+                f" {self._recipe.path} is among {sorted(found)}; give another output, or delete it"
+            )
+
+
+def keep_recipe(recipe: Recipe, output: Path) -> None:
+    """Puts a copy of the recipe's file into the folder of its run."""
+    write_whole(output / "recipe.yaml", Path(recipe.path).read_text(encoding="utf-8"))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A second name for a file, or a copy where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

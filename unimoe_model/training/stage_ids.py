@@ -1,0 +1,55 @@
+"""Names stages by what decides their results, so that a change redoes what depends on it alone."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from unimoe_model.evaluation.files import file_digest, folder_digest
+from unimoe_model.training.checkpoint import fingerprint
+from unimoe_model.training.recipe import START, Recipe
+
+
+def stage_ids(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> dict[str, str]:
+    """A short hash for each stage, of itself and of all that it starts from.
+
+    How many processes train, and where files lie, is no part of it.
+
+    Args:
+        recipe: the run.
+        precision: `"bf16"` or `"fp32"`.
+        digests: of each data file and its media.
+    """
+    ids = {START: fingerprint(_start_facts(recipe, precision, digests))}
+    for stage in recipe.stages:
+        facts = asdict(stage)
+        for key in ("name", "parent"):
+            del facts[key]
+        facts["sources"] = [ids[name] for name in stage.sources]
+        facts["data"] = [digests[name] for name in stage.data]
+        ids[stage.name] = fingerprint(facts)
+    del ids[START]
+    return ids
+
+
+def _start_facts(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> dict[str, Any]:
+    facts = {
+        "seed": recipe.seed,
+        "precision": precision,
+        "model": {k: _content(v) for k, v in asdict(recipe.model).items()},
+        "encoders": {k: _content(v) for k, v in asdict(recipe.encoders).items()},
+        "speech": {k: _content(v) for k, v in asdict(recipe.speech).items()},
+        "audio": {k: _content(v) for k, v in asdict(recipe.audio).items()},
+        "video_frames": recipe.video_frames,
+    }
+    if recipe.model.vocab_size is not None:
+        facts["tokenizer"] = dict(digests)
+    return facts
+
+
+def _content(value: Any) -> Any:
+    """The digest of a file or folder that is named, else the value itself."""
+    if isinstance(value, str) and Path(value).exists():
+        path = Path(value)
+        return folder_digest(path) if path.is_dir() else file_digest(path)
+    return value

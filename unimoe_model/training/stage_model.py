@@ -1,0 +1,157 @@
+"""The model that a stage trains: what it starts from, with experts made or FFNs widened."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from unimoe_model.checkpoints.files import shards
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.training.assemble import FFN_NAMES, assemble_moe, ffn_state
+from unimoe_model.training.base import widen_ffns
+from unimoe_model.training.recipe import START, Recipe, Stage
+from unimoe_model.training.router_start import mean_ffn_inputs, router_weights
+from unimoe_model.training.starting_model import load_whole
+
+ROUTER_BATCHES = 4
+"""Batches of an expert's stage whose mean hidden states draw the router to it."""
+_LAYERS = "model.language_model.layers."
+
+
+def stage_model(
+    recipe: Recipe,
+    stage: Stage,
+    start: Callable[[], UniMoEForConditionalGeneration],
+    folders: Mapping[str, Path],
+    batch_of: Callable[[str, int], dict],
+    device: torch.device,
+) -> UniMoEForConditionalGeneration:
+    """The model of a stage before it trains, in float32 on `device`.
+
+    Args:
+        recipe: gives the seed.
+        stage: what is wanted.
+        start: builds the model that the recipe starts from.
+        folders: model folders of the stages that are done.
+        batch_of: the whole batch of a step of a stage, for the router's start.
+        device: where to train.
+
+    Raises:
+        ValueError: If expert stages trained the same part outside their FFNs, and the stage does
+            not say whose is kept.
+    """
+    model = load_whole(folders[stage.parent]) if stage.parent in folders else start()
+    if stage.widen > 1:
+        model = widen_ffns(model, stage.widen)
+    if stage.assembly is not None:
+        model = _assembled(recipe, stage, model, start, folders)
+        if stage.assembly.router_strength:
+            _start_router(stage, model, folders, batch_of, device)
+    return model.to(device)
+
+
+def _assembled(
+    recipe: Recipe,
+    stage: Stage,
+    model: UniMoEForConditionalGeneration,
+    start: Callable[[], UniMoEForConditionalGeneration],
+    folders: Mapping[str, Path],
+) -> UniMoEForConditionalGeneration:
+    assembly = stage.assembly
+    experts = {
+        name: _ffn_state(folders[name]) if name in folders else ffn_state(start())
+        for name in dict.fromkeys(assembly.experts)
+    }
+    state = model.state_dict()
+    kept = kept_parts(recipe, stage, state)
+    for origin in dict.fromkeys(kept.values()):
+        for name, tensor in _tensors(folders[origin], lambda name, o=origin: kept.get(name) == o):
+            state[name].copy_(tensor)
+    torch.manual_seed(recipe.seed + 1)
+    ffns = {f"{name} {i}": experts[name] for i, name in enumerate(assembly.experts)}
+    return assemble_moe(
+        model,
+        ffns,
+        assembly.top_k,
+        moe_layers=assembly.layers,
+        expert_origins=list(assembly.experts),
+        **assembly.options,
+    )
+
+
+def kept_parts(recipe: Recipe, stage: Stage, names: Iterable[str]) -> dict[str, str]:
+    """Which stage each weight outside the FFNs is taken from, where it is not the parent.
+
+    Args:
+        recipe: has the stages that the experts are made of.
+        stage: makes experts.
+        names: of the parent's weights.
+
+    Raises:
+        ValueError: If several stages trained a weight, and the recipe does not say whose is kept.
+    """
+    chosen = {f"model.{kind}_connector.": name for kind, name in stage.assembly.connectors.items()}
+    experts = [name for name in dict.fromkeys(stage.assembly.experts) if name != START]
+    kept = {}
+    for name in names:
+        if _is_ffn(name):
+            continue
+        origins = [own for prefix, own in chosen.items() if name.startswith(prefix)] or [
+            expert
+            for expert in experts
+            if any(part.matches(name) for part in recipe.stage(expert).train)
+        ]
+        if len(origins) > 1:
+            raise ValueError(
+                f"stages.{stage.name}.assemble: stages {origins[0]} and {origins[1]} both train"
+                f" {name}; connectors must say whose is kept, such as {{image: {origins[1]}}}, and"
+                " nothing but connectors can be trained by several"
+            )
+        if origins and origins[0] != stage.parent:
+            kept[name] = origins[0]
+    return kept
+
+
+def _ffn_state(folder: Path) -> dict[str, torch.Tensor]:
+    """What `assemble_moe` takes of an expert, read from a model folder."""
+    return {
+        name.removeprefix(_LAYERS).replace(".mlp.", "."): tensor
+        for name, tensor in _tensors(folder, _is_ffn)
+    }
+
+
+def _is_ffn(name: str) -> bool:
+    own = tuple(f".mlp.{projection}.weight" for projection in FFN_NAMES)
+    return name.startswith(_LAYERS) and name.endswith(own)
+
+
+def _tensors(folder: Path, wanted: Callable[[str], bool]):
+    for path in shards(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if wanted(name):
+                    yield name, file.get_tensor(name).float()
+
+
+def _start_router(
+    stage: Stage,
+    model: UniMoEForConditionalGeneration,
+    folders: Mapping[str, Path],
+    batch_of: Callable[[str, int], dict],
+    device: torch.device,
+) -> None:
+    means = []
+    for expert in stage.assembly.experts:
+        if expert not in folders:
+            raise ValueError(
+                f"stages.{stage.name}.assemble: router_strength must be 0 with the expert"
+                f" {expert!r}, which has no data of its own"
+            )
+        dense = load_whole(folders[expert]).to(device)
+        batches = (batch_of(expert, step) for step in range(ROUTER_BATCHES))
+        means.append(mean_ffn_inputs(dense, batches))
+    weights = router_weights(torch.stack(means), stage.assembly.router_strength)
+    with torch.no_grad():
+        for index, layer in model.moe_layers():
+            layer.router.weight.copy_(weights[index])

@@ -1,0 +1,236 @@
+"""The model that a recipe starts from: its configuration, its weights, and its processor."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.data.tokenizer import train_tokenizer
+from unimoe_model.encoders import empty_encoder
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.processing import UniMoEProcessor
+from unimoe_model.prompt import PLACEHOLDERS
+from unimoe_model.tokenization import load_llama_tokenizer
+from unimoe_model.training.connector_start import connector_sizes, load_connector_bodies
+from unimoe_model.training.recipe import Recipe
+
+_TAKEN = (
+    "attention_bias",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "mlp_bias",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "vocab_size",
+)
+_DEFAULT_ENCODERS = {
+    "vision": "clip-vit-large-patch14-336",
+    "speech": "whisper-small",
+    "audio": "beats-iter3-plus-as2m",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the first stages start from, without weights.
+
+    Attributes:
+        config: of the model.
+        processor: of the model.
+    """
+
+    config: UniMoEConfig
+    processor: UniMoEProcessor
+
+
+def describe_start(recipe: Recipe, texts: Iterable[str]) -> Start:
+    """Configuration and processor of the model that a recipe starts from; loads no weights.
+
+    Args:
+        recipe: says where the model and its encoders come from.
+        texts: what a tokenizer is trained on, where the recipe trains one.
+
+    Raises:
+        ValueError: If a folder cannot be read, an encoder is of another width than the model's
+            connector, or sizes do not fit together; naming the key.
+        OSError: If the hub has no model of the name.
+    """
+    with _named(recipe, "model"):
+        if recipe.model.folder is not None:
+            return _own_folder(recipe)
+        text = _text_fields(recipe)
+        tokenizer = _tokenizer(recipe, texts)
+    fields = _encoder_fields(recipe, _DEFAULT_ENCODERS) | _connector_fields(recipe)
+    ids = {kind: tokenizer.convert_tokens_to_ids(token) for kind, token in PLACEHOLDERS.items()}
+    text |= {
+        name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+    }
+    if recipe.model.vocab_size is not None:
+        text["vocab_size"] = len(tokenizer)
+    tied = text.pop("tie_word_embeddings")
+    with _named(recipe, "model"):
+        config = UniMoEConfig(
+            text_config={**text, "tie_word_embeddings": tied},
+            tie_word_embeddings=tied,
+            num_experts=0,
+            media_token_ids=ids,
+            **fields,
+        )
+    return Start(config, UniMoEProcessor.from_config(config, tokenizer))
+
+
+def build_start(recipe: Recipe, start: Start) -> UniMoEForConditionalGeneration:
+    """The model that a recipe starts from, in float32; seeds torch's generator.
+
+    Raises:
+        ValueError: If weights cannot be read or do not fit.
+        OSError: If the hub has no model of the name.
+    """
+    torch.manual_seed(recipe.seed)
+    if recipe.model.folder is not None:
+        model = load_whole(Path(recipe.model.folder))
+    else:
+        model = UniMoEForConditionalGeneration(start.config)
+    load_connector_bodies(model, recipe)
+    if recipe.model.llama is not None:
+        with _named(recipe, "model"):
+            llama = LlamaForCausalLM.from_pretrained(recipe.model.llama, dtype=torch.float32)
+            model.model.language_model.load_state_dict(llama.model.state_dict())
+            model.lm_head.load_state_dict(llama.lm_head.state_dict())
+    return model
+
+
+def load_whole(folder: Path) -> UniMoEForConditionalGeneration:
+    """A model of a folder in float32, whose weights are all there.
+
+    Raises:
+        ValueError: If weights are missing, unexpected or of another shape.
+    """
+    model, found = UniMoEForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[kind]:
+            raise ValueError(f"model ({folder}) has {kind.replace('_', ' ')}: {min(found[kind])}")
+    return model
+
+
+def _own_folder(recipe: Recipe) -> Start:
+    folder = Path(recipe.model.folder)
+    config = UniMoEConfig.from_pretrained(folder)
+    processor = UniMoEProcessor.from_pretrained(folder)
+    given = {
+        f"connectors.{kind}.{name}"
+        for kind in ("speech", "audio")
+        for name in ("queries", "max_frames", "sizes")
+        if getattr(getattr(recipe, kind), name) is not None
+    }
+    if given:
+        raise ValueError(f"{min(given)} must be left out: the model of the folder decides it")
+    own = {sense: getattr(processor, f"{sense}_encoder") for sense in _DEFAULT_ENCODERS}
+    fields = _encoder_fields(recipe, own)
+    for name, value in fields.items():
+        expected = getattr(config, name)
+        if not name.endswith("_encoder") and value != expected and value is not None:
+            sense = name.split("_")[0]
+            raise ValueError(
+                f"encoders.{sense} ({fields[f'{sense}_encoder']}) has {name} {value}, but the"
+                f" connector of the model has {expected}"
+            )
+    for sense in _DEFAULT_ENCODERS:
+        setattr(processor, f"{sense}_encoder", fields[f"{sense}_encoder"])
+        setattr(config, f"{sense}_encoder", fields[f"{sense}_encoder"])
+    if recipe.video_frames is not None:
+        config.video_num_frames = processor.video_num_frames = recipe.video_frames
+    return Start(config, processor)
+
+
+def _text_fields(recipe: Recipe) -> dict[str, Any]:
+    if recipe.model.llama is None:
+        config = LlamaConfig(**recipe.model.sizes)
+        tied = recipe.model.sizes.get("tie_word_embeddings", True)
+    else:
+        config = AutoConfig.from_pretrained(recipe.model.llama)
+        if config.model_type != "llama":
+            raise ValueError(
+                f"model.llama ({recipe.model.llama}) has model_type {config.model_type!r}, expected"
+                " 'llama'"
+            )
+        tied = config.tie_word_embeddings
+    fields = config.to_dict()
+    return {name: fields[name] for name in _TAKEN if name in fields} | {"tie_word_embeddings": tied}
+
+
+def _tokenizer(recipe: Recipe, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    model = recipe.model
+    if model.vocab_size is not None:
+        return train_tokenizer(texts, model.vocab_size)
+    source = model.tokenizer or model.llama
+    if (Path(source) / "tokenizer.model").is_file():
+        tokenizer = load_llama_tokenizer(source)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer ({source}) must be a fast one")
+    for name in ("bos_token", "eos_token"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"tokenizer ({source}) must have a {name}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    known = tokenizer.get_vocab()
+    new = [token for token in PLACEHOLDERS.values() if token not in known]
+    if new:
+        tokenizer.add_special_tokens({"extra_special_tokens": list(PLACEHOLDERS.values())})
+    return tokenizer
+
+
+def _encoder_fields(recipe: Recipe, defaults: dict[str, str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for sense, default in defaults.items():
+        name = getattr(recipe.encoders, sense) or default
+        with _named(recipe, f"encoders.{sense}"):
+            encoder = empty_encoder(name, sense)
+        fields |= {f"{sense}_encoder": name, f"{sense}_feature_size": encoder.feature_size}
+        if sense == "vision":
+            fields["vision_num_tokens"] = encoder.num_tokens
+    return fields
+
+
+def _connector_fields(recipe: Recipe) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "speech_num_queries": recipe.speech.queries,
+        "speech_max_frames": recipe.speech.max_frames,
+        "audio_num_queries": recipe.audio.queries,
+        "video_num_frames": recipe.video_frames,
+        "speech_connector": connector_sizes(recipe, "speech"),
+        "audio_connector": connector_sizes(recipe, "audio"),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+@contextmanager
+def _named(recipe: Recipe, key: str) -> Iterator[None]:
+    """Puts the recipe's file and key in front of errors of what they name."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{recipe.path}: {key}: {text}") from error
