@@ -1,7 +1,7 @@
 """Answers to questions about media, from a checkpoint folder: what `unimoe generate` runs."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from unimoe_model.auto import register_auto_classes
 from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.data.encoded_media import Row
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.parallel_generation import generate_in_parallel, load_in_parallel
 from unimoe_model.precision import PRECISIONS, resolve_dtype
@@ -116,24 +117,55 @@ class Answerer:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
-        inputs = self.processor.ask(question, frame_seed=frame_seed, **media)
-        inputs = inputs.to(self.model.device)
-        length = inputs["input_ids"].shape[1]
-        most = self.model.config.text_config.max_position_embeddings
+        row = self.row(question, frame_seed=frame_seed, **media)
+        return self.answer_rows([row], max_new_tokens)[0]
+
+    def row(self, question: str = "", **options) -> Row:
+        """What `answer_rows` takes of one question; arguments as in `answer`.
+
+        Raises:
+            ValueError: If there is nothing to ask, a file cannot be read, or the prompt is longer
+                than the model's context.
+        """
+        row = self.processor.question_row(question, **options)
+        length, most = len(row.text.ids), self._context
         if length >= most:
             raise ValueError(
                 f"question and media ({length} tokens) must be shorter than the model's context"
                 f" ({most})"
             )
+        return row
+
+    @property
+    def _context(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def answer_rows(self, rows: Sequence[Row], max_new_tokens: int = 32) -> list[str]:
+        """Answers several questions at once, greedily.
+
+        Args:
+            rows: what `row` makes of each question.
+            max_new_tokens: as in `answer`; the context bounds it for the longest question.
+
+        Raises:
+            ValueError: If max_new_tokens is less than 1.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
+        inputs = self.processor.collate(rows, "left")
+        del inputs["labels"]
+        inputs = inputs.to(self.model.device)
+        length = inputs["input_ids"].shape[1]
         tokenizer = self.processor.tokenizer
         produced = self._generate(
             inputs,
             do_sample=False,
-            max_new_tokens=min(max_new_tokens, most - length),
+            max_new_tokens=min(max_new_tokens, self._context - length),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        return self.processor.decode_answers(produced, inputs["input_ids"].shape[1])[0]
+        return self.processor.decode_answers(produced, length)
 
     def _generate(self, inputs: Mapping[str, torch.Tensor], **options) -> torch.Tensor:
         if self._is_parallel:

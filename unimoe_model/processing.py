@@ -211,12 +211,23 @@ class UniMoEProcessor(ProcessorMixin):
             frame_seed: as in `__call__`.
             **media: lists `images`, `videos`, `speech`, `audio` as in `__call__`.
         """
+        row = self.question_row(question, frame_seed=frame_seed, **media)
+        batch = self.collate([row], "left")
+        del batch["labels"]
+        return batch
+
+    def question_row(self, question: str = "", *, frame_seed: int | None = None, **media) -> Row:
+        """The row of a batch for one question, which `collate` pads; arguments as in `ask`."""
         names = {"images": "image", "videos": "video", "speech": "speech", "audio": "audio"}
+        if unknown := media.keys() - names.keys():
+            raise TypeError(f"media ({sorted(unknown)}) must be among {', '.join(names)}")
         kinds = [names[name] for name in names for _ in media.get(name, ())]
         if any(placeholder in question for placeholder in PLACEHOLDERS.values()):
             kinds = []
         prompt = build_prompt(question, kinds, self.system_prompt)
-        return self(prompt, frame_seed=frame_seed, **media)
+        text = tokenize_text(prompt, self.tokenizer, self._media_token_ids())
+        items = {kind: media.get(name, ()) for name, kind in names.items()}
+        return self.rows([text], items, frame_seed=frame_seed)[0]
 
     def sample_rate(self, kind: str) -> int:
         """Samples a second that clips of `kind`, `"speech"` or `"audio"`, are expected at."""

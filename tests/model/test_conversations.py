@@ -256,7 +256,7 @@ def test_a_line_is_learned_as_it_is_asked(processor, tokenizer, lines, data):
     lines.append({"id": 9, "question": "<audio> what?", "audio": "0.wav", "answer": "yes"})
     path = data(lines)
     for sample, found in zip(read_samples(path), read_conversations(path), strict=True):
-        media = media_arguments(sample)
+        media = media_arguments(sample.media)
         asked = processor.ask(sample.question, **media)
         learned = processor.training_inputs([found.turns], **grouped(found))
         length = asked["input_ids"].shape[1]

@@ -88,15 +88,15 @@ def test_eval_asks_what_generate_asks(checkpoint, lines, data, run, tmp_path):
 def test_eval_goes_on_where_it_was_stopped(checkpoint, lines, data, run, tmp_path, monkeypatch):
     model, path = checkpoint(), data(lines)
     whole = answers_of(run, model, path, tmp_path / "whole")
-    asked, answer = [], Answerer.answer
+    asked, row = [], Answerer.row
 
     def stopping(self, question="", **options):
         asked.append(question)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return answer(self, question, **options)
+        return row(self, question, **options)
 
-    monkeypatch.setattr(Answerer, "answer", stopping)
+    monkeypatch.setattr(Answerer, "row", stopping)
     output = tmp_path / "stopped"
     assert run(*evaluate(model, path, "exact", output))[0] == 130
     assert answers_in(output) == whole[:2]
@@ -181,7 +181,8 @@ def test_eval_by_every_metric(checkpoint, lines, data, run, tmp_path):
 
 def test_choices_are_asked_with_their_options(checkpoint, data, run, tmp_path, monkeypatch):
     line = {"id": 1, "question": "what?", "options": ["x", "red"], "answer": "red"}
-    monkeypatch.setattr(Answerer, "answer", lambda self, question, **_: question[-300:])
+    monkeypatch.setattr(Answerer, "row", lambda self, question, **_: question[-300:])
+    monkeypatch.setattr(Answerer, "answer_rows", lambda self, rows, *_: rows)
     output = tmp_path / "out"
     assert run(*evaluate(checkpoint(), data([line]), "choice", output))[0] == 0
     assert answers_in(output)[0]["answer"] == with_options("what?", ["x", "red"])

@@ -217,7 +217,7 @@ def edits():
         ),
         edit(
             lambda raw: raw["data"].update(words="word.jsonl"),
-            r"data.words.file \(word.jsonl\) must be a file",
+            r"data.words.file \(.*word.jsonl\) must be a file",
         ),
         edit(
             lambda raw: raw["data"].update(pictures={"file": "pictures.json"}),
@@ -225,7 +225,7 @@ def edits():
         ),
         edit(lambda raw: raw["encoders"].update(speech="clip"), r"encoders.speech: .*model_type"),
         edit(lambda raw: raw["encoders"].update(audio="ears:Nose"), r"cannot be imported"),
-        edit(lambda raw: raw.update(model="./lama"), r"model \(./lama\) must be a folder"),
+        edit(lambda raw: raw.update(model="./lama"), r"model.llama \(.*lama\) must be a folder"),
         edit(
             lambda raw: raw["evaluate"]["colors"].update(metric="exactly"),
             r"evaluate.colors.metric \('exactly'\) must be one of",

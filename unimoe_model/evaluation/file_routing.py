@@ -40,7 +40,7 @@ def route_file(
     try:
         for sample in samples:
             with line_named(data, sample):
-                media = media_arguments(sample)
+                media = media_arguments(sample.media)
                 counts.add(answerer.processor.ask(sample.question, **media))
             reporter.advance(1)
     finally:

@@ -9,7 +9,7 @@ the data file; `question` may be left out where there is media. What is right is
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,7 +224,7 @@ def line_named(path: Path, sample: Sample) -> AbstractContextManager[None]:
     return named(f"{path} line {sample.line} (id {sample.id!r})")
 
 
-def media_arguments(sample: Sample) -> dict[str, list[Path]]:
-    """A sample's files as keyword arguments of `Answerer.answer` and `UniMoEProcessor.ask`."""
+def media_arguments(media: Mapping[str, Sequence]) -> dict[str, list]:
+    """Media by kind as keyword arguments of `Answerer.answer` and `UniMoEProcessor.ask`."""
     names = {"image": "images", "video": "videos", "speech": "speech", "audio": "audio"}
-    return {names[kind]: list(files) for kind, files in sample.media.items()}
+    return {names[kind]: list(items) for kind, items in media.items()}

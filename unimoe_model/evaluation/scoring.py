@@ -1,10 +1,12 @@
 """`unimoe eval`: a checkpoint answers the questions of a data file, and a metric scores it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from unimoe_model.data.encoded_media import Row
 from unimoe_model.evaluation.answer_log import AnswerLog
 from unimoe_model.evaluation.files import file_digest, folder_digest, sizes_digest, write_whole
 from unimoe_model.evaluation.metrics import METRICS, Metric
@@ -25,6 +27,8 @@ def evaluate_file(
     max_new_tokens: int = MAX_NEW_TOKENS,
     limit: int | None = None,
     reporter: ProgressReporter | None = None,
+    batch_size: int = 1,
+    features: Callable[[str, Path], Any] | None = None,
 ) -> Score:
     """Answers greedily, scores, and writes `answers.jsonl` and `score.json`.
 
@@ -39,6 +43,9 @@ def evaluate_file(
         max_new_tokens: longest answer, in tokens.
         limit: only the first so many questions; None for all.
         reporter: shows progress; a bar if None.
+        batch_size: questions that are answered at once.
+        features: gives what the model is shown of a media file, by kind and path, where that was
+            computed before; None reads the files.
 
     Returns:
         What `score.json` holds.
@@ -73,7 +80,9 @@ def evaluate_file(
         "max_new_tokens": max_new_tokens,
     }
     with AnswerLog(output, run, [sample.id for sample in samples]) as log:
-        _answer_rest(log, model, data, samples, scored, max_new_tokens, reporter or BarReporter())
+        ask = partial(_row, data, scored, features)
+        shown = reporter or BarReporter()
+        _answer_rest(log, model, samples, ask, max_new_tokens, shown, batch_size)
         score = scored.score(samples, log.answers[: len(samples)])
         figures = _figures(score, samples, run) | {"model": str(model), "data": str(data)}
         write_whole(output / "score.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
@@ -83,11 +92,11 @@ def evaluate_file(
 def _answer_rest(
     log: AnswerLog,
     model: Path,
-    data: Path,
     samples: Sequence[Sample],
-    metric: Metric,
+    ask: Callable[[Answerer, Sample], Row],
     max_new_tokens: int,
     reporter: ProgressReporter,
+    batch_size: int,
 ) -> None:
     done = min(len(log.answers), len(samples))
     if done == len(samples):
@@ -95,16 +104,28 @@ def _answer_rest(
     answerer = Answerer.from_pretrained(model)
     reporter.start("eval", len(samples), done)
     try:
-        for sample in samples[done:]:
-            with line_named(data, sample):
-                media = media_arguments(sample)
-                answer = answerer.answer(
-                    metric.question(sample), max_new_tokens=max_new_tokens, **media
-                )
-            log.append(answer)
-            reporter.advance(1)
+        for start in range(done, len(samples), batch_size):
+            group = samples[start : start + batch_size]
+            rows = [ask(answerer, sample) for sample in group]
+            for answer in answerer.answer_rows(rows, max_new_tokens):
+                log.append(answer)
+            reporter.advance(len(group))
     finally:
         reporter.finish()
+
+
+def _row(
+    data: Path,
+    metric: Metric,
+    features: Callable[[str, Path], Any] | None,
+    answerer: Answerer,
+    sample: Sample,
+) -> Row:
+    media = sample.media
+    if features is not None:
+        media = {kind: [features(kind, path) for path in media[kind]] for kind in media}
+    with line_named(data, sample):
+        return answerer.row(metric.question(sample), **media_arguments(media))
 
 
 def _figures(score: Score, samples: Sequence[Sample], run: dict[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,8 @@ def add_lora(
         target_modules=f"({linears})",
     )
     inject_adapter_in_model(config, model)
+    # peft's mark of a model that has adapters; it warns where it finds one.
+    del model.peft_config
     for _, moe in model.moe_layers():
         moe.experts.add_lora(rank, alpha)
 
@@ -126,9 +128,8 @@ def merge_and_unload_lora(model: UniMoEForConditionalGeneration) -> None:
         child.merge()
         setattr(parent, name, child.get_base_layer())
     for _, moe in model.moe_layers():
-        moe.experts.merge_and_unload_lora()
-    # peft's mark of a model that has adapters; it warns where it finds one.
-    del model.peft_config
+        if moe.experts.lora_rank:
+            moe.experts.merge_and_unload_lora()
 
 
 def _lora_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, LoraLayer]]:

@@ -14,7 +14,9 @@ from unimoe_model.training.starting_model import describe_start
 from unimoe_model.training.trained import count_trained
 
 
-def check_recipe(recipe: Recipe, data: RecipeData) -> Iterator[str]:
+def check_recipe(
+    recipe: Recipe, data: RecipeData, missing: list[str] | None = None
+) -> Iterator[str]:
     """Lines that list stages, their data, and trained and total parameters.
 
     Every model is built on the meta device, where it takes no memory.
@@ -22,6 +24,7 @@ def check_recipe(recipe: Recipe, data: RecipeData) -> Iterator[str]:
     Args:
         recipe: what would be trained.
         data: of the recipe.
+        missing: files and folders that were found missing; more may be added.
 
     Raises:
         ValueError: For the first thing that is wrong, as training would.
@@ -35,7 +38,7 @@ def check_recipe(recipe: Recipe, data: RecipeData) -> Iterator[str]:
                 kinds[kind] = kinds.get(kind, 0) + 1
         media = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "no media"
         yield f"  data {name}: {counts[name]} samples, {media} ({file.file})"
-    start = describe_start(recipe, data.texts())
+    start = describe_start(recipe, data.texts(), missing)
     for sense in ("vision", "speech", "audio"):
         width = getattr(start.config, f"{sense}_feature_size")
         yield f"  encoder {sense}: {getattr(start.config, f'{sense}_encoder')}, {width} features"
@@ -51,9 +54,10 @@ def check_recipe(recipe: Recipe, data: RecipeData) -> Iterator[str]:
         except ValueError as error:
             raise ValueError(f"{recipe.path}: stages.{stage.name}: {error}") from error
         settings = stage.optimization_for(counts)
+        steps = f"{settings.steps} steps" if stage.epochs is None else f"{stage.epochs:g} epochs"
         experts = f", experts {', '.join(stage.assembly.experts)}" if stage.assembly else ""
         yield (
-            f"  stage {stage.name}: from {stage.parent}{experts}; {settings.steps} steps of"
+            f"  stage {stage.name}: from {stage.parent}{experts}; {steps} of"
             f" {settings.batch_size}; trains {trained:,} of {total:,} parameters"
         )
     for evaluation in recipe.evaluations:
@@ -61,6 +65,8 @@ def check_recipe(recipe: Recipe, data: RecipeData) -> Iterator[str]:
             f"  evaluate {evaluation.name}: {evaluation.metric} after"
             f" {', '.join(evaluation.stages)} ({Path(evaluation.data)})"
         )
+    for line in missing or ():
+        yield f"  missing: {line}"
 
 
 def stage_config(stage: Stage, configs: dict[str, UniMoEConfig]) -> UniMoEConfig:

@@ -52,11 +52,14 @@ def train_recipe(
             permit_encoder(name, path.parent)
     stages = _chosen(recipe, stage, from_stage)
     disable_progress_bar()  # of transformers, for what takes a moment
-    data = RecipeData(recipe)
-    lines = list(check_recipe(recipe, data))
     if check:
-        print("\n".join(lines))
+        missing: list[str] = []
+        for line in check_recipe(recipe, RecipeData(recipe, missing), missing):
+            print(line)
         return None
+    data = RecipeData(recipe)
+    for _ in check_recipe(recipe, data):
+        pass  # raises for what does not fit together, before anything is written
     device = own_device()
     mesh = start_recipe_ranks(recipe, device)
     is_first = mesh is None or mesh.get_rank() == 0

@@ -1,6 +1,5 @@
 """Pretrained bodies of connectors: Whisper's decoder for speech, BLIP-2's Q-Former for audio."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from unimoe_model.encoders import whisper
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.recipe import Recipe
 
+SMALL = "whisper-small"
+"""Has the sizes that `UniMoEConfig` has by itself."""
 TINY = "whisper-tiny.en"
 """Has its weights in a package, not in a folder."""
 _DECODER_FIELDS = (
@@ -44,6 +45,8 @@ def connector_sizes(recipe: Recipe, kind: str) -> dict[str, Any] | None:
     connector = getattr(recipe, kind)
     if connector.pretrained is None:
         return connector.sizes
+    if connector.pretrained == SMALL:
+        return None
     if kind == "speech":
         config = _whisper_config(connector.pretrained)
         return {name: getattr(config, name) for name in _DECODER_FIELDS}
@@ -96,4 +99,4 @@ def _whisper_decoder(name: str) -> dict[str, torch.Tensor]:
 
 
 def _source(name: str) -> str:
-    return "openai/whisper-small" if name == "whisper-small" and not Path(name).exists() else name
+    return "openai/whisper-small" if name == SMALL else name

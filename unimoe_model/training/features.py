@@ -58,6 +58,10 @@ class MediaFeatures:
         self._stores: dict[str, FeatureStore] = {}
         self._states: dict[str, FeatureStore] = {}
 
+    def leave_ranks(self) -> None:
+        """From now on this process encodes for itself: the others have ended."""
+        self._ranks = Ranks()
+
     def prepare(self, media: Iterable[Media]) -> None:
         """Encodes what is not there yet; all processes call it.
 

@@ -16,16 +16,36 @@ class RecipeData:
 
     Args:
         recipe: names the files.
+        missing: takes the names of files that are not there, instead of an error; their data are
+            empty then.
 
     Raises:
-        ValueError: If a file is not as `read_conversations` describes, or media are missing.
+        ValueError: If a file is missing or is not as `read_conversations` describes, or media are
+            missing.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, missing: list[str] | None = None):
         self.samples: dict[str, list[Conversation]] = {}
         self.digests: dict[str, str] = {}
+        places = [
+            *((f"data.{name}.file", Path(file.file), False) for name, file in recipe.data.items()),
+            *((f"data.{n}.media", Path(f.media), True) for n, f in recipe.data.items() if f.media),
+            *((f"evaluate.{e.name}.data", Path(e.data), False) for e in recipe.evaluations),
+        ]
+        absent = [
+            f"{key} ({path}) must be a {'folder' if is_folder else 'file'}; there is none"
+            for key, path, is_folder in places
+            if not (path.is_dir() if is_folder else path.is_file())
+        ]
+        if absent and missing is None:
+            raise ValueError(f"{recipe.path}: {absent[0]}")
+        if missing is not None:
+            missing += absent
         for name, file in recipe.data.items():
             path, media = Path(file.file), file.media and Path(file.media)
+            if any(line.startswith(f"data.{name}.") for line in absent):
+                self.samples[name] = []
+                continue
             try:
                 self.samples[name] = read_conversations(path, media)
             except ValueError as error:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from unimoe_kernels import recover_folder, replace_folder
 from unimoe_model.evaluation.files import write_whole
+from unimoe_model.evaluation.samples import read_samples
 from unimoe_model.evaluation.scoring import evaluate_file
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.precision import resolve_precision
@@ -31,6 +32,8 @@ from unimoe_model.training.starting_model import build_start, describe_start
 from unimoe_model.training.trained import select_trained
 
 _BODIES = ("speech", "audio")
+EVALUATED_AT_ONCE = 32
+"""Held-out questions that a model is asked in one batch."""
 
 
 class Run:
@@ -105,11 +108,22 @@ class Run:
         return self.folder(stages[-1]) / "model"
 
     def evaluate(self, stages: Sequence[str]) -> list[tuple[str, Evaluation, float]]:
-        """Scores of the held-out questions of stages that are done: stage, evaluation, value."""
+        """Scores of the held-out questions of stages that are done: stage, evaluation, value.
+
+        One process calls it, after the others have ended.
+        """
+        self._features.leave_ranks()
         scores = []
         for stage in stages:
             for evaluation in self._recipe.evaluations:
                 if stage in evaluation.stages:
+                    samples = read_samples(Path(evaluation.data))[: evaluation.limit]
+                    self._features.prepare(
+                        (kind, file)
+                        for sample in samples
+                        for kind, files in sample.media.items()
+                        for file in files
+                    )
                     score = evaluate_file(
                         self.folder(stage) / "model",
                         Path(evaluation.data),
@@ -118,6 +132,8 @@ class Run:
                         evaluation.max_new_tokens,
                         evaluation.limit,
                         self._reporter,
+                        EVALUATED_AT_ONCE,
+                        self._features.item,
                     )
                     scores.append((stage, evaluation, score.value))
         return scores

@@ -54,19 +54,21 @@ class Start:
 
     Attributes:
         config: of the model.
-        processor: of the model.
+        processor: of the model; None where its tokenizer is missing.
     """
 
     config: UniMoEConfig
-    processor: UniMoEProcessor
+    processor: UniMoEProcessor | None
 
 
-def describe_start(recipe: Recipe, texts: Iterable[str]) -> Start:
+def describe_start(recipe: Recipe, texts: Iterable[str], missing: list[str] | None = None) -> Start:
     """Configuration and processor of the model that a recipe starts from; loads no weights.
 
     Args:
         recipe: says where the model and its encoders come from.
         texts: what a tokenizer is trained on, where the recipe trains one.
+        missing: takes the name of a LLaMA or tokenizer that is not there, instead of an error,
+            where the recipe gives sizes.
 
     Raises:
         ValueError: If a folder cannot be read, an encoder is of another width than the model's
@@ -76,9 +78,17 @@ def describe_start(recipe: Recipe, texts: Iterable[str]) -> Start:
     with _named(recipe, "model"):
         if recipe.model.folder is not None:
             return _own_folder(recipe)
-        text = _text_fields(recipe)
-        tokenizer = _tokenizer(recipe, texts)
+        absent = [f"model.{key} ({p}) must be a folder" for key, p in _absent(recipe)]
+        if absent and (missing is None or recipe.model.sizes is None):
+            raise ValueError(f"{absent[0]} or a hub name; there is no such folder")
+        text = _text_fields(recipe, bool(absent))
+        tokenizer = None if absent else _tokenizer(recipe, texts)
     fields = _encoder_fields(recipe, _DEFAULT_ENCODERS) | _connector_fields(recipe)
+    if tokenizer is None:
+        missing += absent
+        tied = text.pop("tie_word_embeddings")
+        config = UniMoEConfig(text_config=text, tie_word_embeddings=tied, num_experts=0, **fields)
+        return Start(config, None)
     ids = {kind: tokenizer.convert_tokens_to_ids(token) for kind, token in PLACEHOLDERS.items()}
     text |= {
         name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -163,10 +173,20 @@ def _own_folder(recipe: Recipe) -> Start:
     return Start(config, processor)
 
 
-def _text_fields(recipe: Recipe) -> dict[str, Any]:
-    if recipe.model.llama is None:
+def _absent(recipe: Recipe) -> list[tuple[str, str]]:
+    """Keys and paths of folders that are written as such and are not there."""
+    named = {"llama": recipe.model.llama, "tokenizer": recipe.model.tokenizer}
+    return [
+        (key, path)
+        for key, path in named.items()
+        if path and Path(path).is_absolute() and not Path(path).exists()
+    ]
+
+
+def _text_fields(recipe: Recipe, is_absent: bool) -> dict[str, Any]:
+    if recipe.model.llama is None or is_absent:
         config = LlamaConfig(**recipe.model.sizes)
-        tied = recipe.model.sizes.get("tie_word_embeddings", True)
+        tied = recipe.model.sizes.get("tie_word_embeddings", recipe.model.llama is None)
     else:
         config = AutoConfig.from_pretrained(recipe.model.llama)
         if config.model_type != "llama":
@@ -175,6 +195,12 @@ def _text_fields(recipe: Recipe) -> dict[str, Any]:
                 " 'llama'"
             )
         tied = config.tie_word_embeddings
+        for name, expected in (recipe.model.sizes or {}).items():
+            found = getattr(config, name, None)
+            if found != expected:
+                raise ValueError(
+                    f"model.sizes.{name} ({expected}) must be that of the LLaMA ({found})"
+                )
     fields = config.to_dict()
     return {name: fields[name] for name in _TAKEN if name in fields} | {"tie_word_embeddings": tied}
 

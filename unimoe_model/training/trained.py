@@ -65,5 +65,7 @@ def _attach(model: UniMoEForConditionalGeneration, part: TrainedPart) -> None:
         bias="none",
         target_modules=f"({LORA_LINEARS[part.part]})",
     )
-    with torch.device(model.device) if model.device.type == "meta" else torch.device("cpu"):
+    with torch.device("meta" if model.device.type == "meta" else "cpu"):
         inject_adapter_in_model(config, model, adapter_name=part.part)
+    # peft's mark of a model that has adapters; it warns where it finds one.
+    del model.peft_config

@@ -99,8 +99,6 @@ def _model_type(name: str, folder: Path) -> str:
     """`"folder"` for a Uni-MoE, `"llama"` for a LLaMA or a name of the hub."""
     place = Path(_local(name, folder))
     if not place.exists():
-        if place.is_absolute() or name.startswith((".", "/")):
-            raise ValueError(f"model ({name}) must be a folder or a hub name; there is no {place}")
         return "llama"
     try:
         kind = json.loads((place / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -118,8 +116,8 @@ def _encoders(raw: Any, folder: Path) -> EncoderNames:
 
 
 def _local(name: str, folder: Path) -> str:
-    """A path below the recipe's folder where there is one, else the name as it is."""
-    path = folder / name
+    """A path from the recipe's folder where there is one, else the name as it is."""
+    path = (folder / name).resolve()
     return str(path) if name.startswith(".") or path.exists() else name
 
 
@@ -130,12 +128,6 @@ def _data(raw: Any, folder: Path) -> dict[str, DataFile]:
         file = _build(DataFile, {"file": value} if isinstance(value, str) else value, where)
         media = file.media and str(folder / file.media)
         found[str(name)] = DataFile(str(folder / file.file), media)
-        if not Path(found[name].file).is_file():
-            raise ValueError(
-                f"{where}.file ({file.file}) must be a file; there is no {found[name].file}"
-            )
-        if media and not Path(media).is_dir():
-            raise ValueError(f"{where}.media ({file.media}) must be a folder; there is no {media}")
     return found
 
 
@@ -295,10 +287,7 @@ def _evaluations(raw: Any, folder: Path, names: list[str]) -> tuple[Evaluation, 
             raise ValueError(
                 f"{where}.metric ({evaluation.metric!r}) must be one of {', '.join(METRICS)}"
             )
-        file = folder / evaluation.data
-        if not file.is_file():
-            raise ValueError(f"{where}.data ({evaluation.data}) must be a file; there is no {file}")
-        found.append(_build(Evaluation, {**value, "name": name, "data": str(file)}, where))
+        found.append(replace(evaluation, data=str(folder / evaluation.data)))
     return tuple(found)
 
 

@@ -17,12 +17,13 @@ START = "model"
 class LanguageModel:
     """The model that the first stage starts from.
 
-    Exactly one of `folder`, `llama` and `sizes` is given.
+    One of `folder`, `llama` and `sizes` is given, or `llama` with the `sizes` that it is expected
+    to have, so that a recipe can be checked while the LLaMA is not there.
 
     Attributes:
         folder: a Uni-MoE in the layout of transformers.
         llama: a LLaMA of transformers, as a folder or a name of the Hugging Face hub.
-        sizes: fields of `LlamaConfig`, for weights drawn anew.
+        sizes: fields of `LlamaConfig`; without `llama` for weights drawn anew.
         tokenizer: folder or hub name of the tokenizer; None is that of the folder or LLaMA.
         vocab_size: entries of a tokenizer that is trained on the texts of the recipe.
     """
@@ -35,7 +36,7 @@ class LanguageModel:
 
     def __post_init__(self):
         given = [n for n in ("folder", "llama", "sizes") if getattr(self, n) is not None]
-        if len(given) != 1:
+        if len(given) != 1 and given != ["llama", "sizes"]:
             raise ValueError(f"exactly one of folder, llama and sizes is expected, got {given}")
         if self.folder is not None and (self.tokenizer or self.vocab_size):
             raise ValueError(
@@ -43,7 +44,8 @@ class LanguageModel:
             )
         if self.tokenizer is not None and self.vocab_size is not None:
             raise ValueError("tokenizer and vocab_size exclude each other")
-        if self.sizes is not None and (self.tokenizer is None) == (self.vocab_size is None):
+        drawn = self.sizes is not None and self.llama is None
+        if drawn and (self.tokenizer is None) == (self.vocab_size is None):
             raise ValueError("sizes requires a tokenizer: a folder, or vocab_size to train one")
 
 
@@ -191,7 +193,7 @@ class Stage:
         if self.epochs is None:
             return self.optimization
         passed = sum(samples[name] * int(weight) for name, weight in self.streams[0].items())
-        steps = math.ceil(self.epochs * passed / self.optimization.batch_size)
+        steps = max(1, math.ceil(self.epochs * passed / self.optimization.batch_size))
         return replace(self.optimization, steps=steps)
 
     @property
