@@ -57,7 +57,8 @@ connectors:
   audio:
     queries: 2
     sizes: {{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,
-            intermediate_size: 16, cross_attention_frequency: 1}}
+            intermediate_size: 16, cross_attention_frequency: 1, hidden_dropout_prob: 0.0,
+            attention_probs_dropout_prob: 0.0}}
 data:
   pictures: {{file: pictures.json, media: media}}
   words: words.jsonl

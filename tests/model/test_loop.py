@@ -318,6 +318,14 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(small, monkeypatc
     assert load_checkpoint(folder, "r", parameters, optimizers).step == 1
 
 
+def test_a_batch_that_passes_nothing_trained_changes_nothing(tiny_model, tmp_path):
+    model = tiny_model()
+    parameters = {n: p for n, p in model.named_parameters() if "audio_connector" in n}
+    before = {n: p.clone() for n, p in parameters.items()}
+    train_stage(model, parameters, batch_of, SETTINGS, tmp_path, "r", "align", Recorder())
+    assert all(torch.equal(before[n], p) for n, p in parameters.items())
+
+
 def test_a_batch_without_labels_is_refused(train):
     def batch(step):
         return batch_of(step) | {"labels": torch.full((2, 9), -100)}

@@ -152,6 +152,9 @@ def _add_gradients(
             inputs = {key: value.to(device) for key, value in part.items()}
             with autocast(device, precision):
                 value = answer_loss(model, inputs, None if count is None else count.to(device))
+            if not value.requires_grad:
+                # None of the part's media pass what is trained. Processes count on each backward.
+                value = value + 0 * next(p for p in model.parameters() if p.requires_grad).sum()
             value.backward()
             loss += value.item()
             tokens += int(part["attention_mask"].sum())

@@ -93,7 +93,8 @@ class Ranks:
 
     def wait(self, operation: str) -> None:
         """Waits for all processes."""
-        self.sums(operation)
+        # A collective over no numbers waits for nobody.
+        self.sums(operation, 0.0)
 
 
 def _of(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
