@@ -20,6 +20,10 @@ EVEN = 8.0
 not to magnify rounding."""
 
 
+MOST_COPIES = 32
+"""Of a layer, so that one of a few kilobytes, which is not timed, is made in a moment."""
+
+
 def problems_of(case: Case, device: torch.device, dtype: torch.dtype) -> list["Problem"]:
     """What calls of a case go through one after the other: one problem, or copies of it.
 
@@ -29,7 +33,8 @@ def problems_of(case: Case, device: torch.device, dtype: torch.dtype) -> list["P
     first = Problem(case, device, dtype)
     if case.tokens > COLD_TOKENS:
         return [first]
-    return [first, *(copy.deepcopy(first) for _ in range(int(CACHED_BYTES / first.work.bytes)))]
+    copies = min(MOST_COPIES, int(CACHED_BYTES / first.work.bytes))
+    return [first, *(copy.deepcopy(first) for _ in range(copies))]
 
 
 class Problem:

@@ -5,6 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
 import yaml
 from recipe_case import write_case
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from unimoe_kernels.testing import relative_error
 from unimoe_model.data.audio_io import save_wav
+from unimoe_model.data.encoded_media import EncodedMedia
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.prompt import PLACEHOLDERS, build_prompt
 
@@ -324,3 +325,41 @@ def test_tokenizer_must_know_the_placeholders(tokenizer):
         UniMoEProcessor(plain, num_soft_tokens=soft)
     with pytest.raises(ValueError, match=r"num_soft_tokens.*missing \['video', 'speech'"):
         UniMoEProcessor(tokenizer, num_soft_tokens={"image": 1})
+
+
+def test_features_that_were_computed_before_give_the_same_inputs(processor):
+    media = {
+        "images": [picture(9), picture(70)],
+        "videos": [picture(9).repeat(2, 1, 1, 1)],
+        "speech": [np.ones(90, np.float32)],  # two pieces
+        "audio": [np.ones(50, np.float32), np.ones(20, np.float32)],
+    }
+    turns = [[("<image><video>what?<speech>", "yes")], [("<audio>a?<image> <audio>", "no")]]
+    expected = processor.training_inputs(turns, **media)
+    kinds = {"images": "image", "videos": "video", "speech": "speech", "audio": "audio"}
+    encoded = {name: [processor.encode(kinds[name], i) for i in media[name]] for name in media}
+    found = processor.training_inputs(turns, **encoded)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    asked = processor.ask("what?", images=media["images"][:1], speech=media["speech"])
+    again = processor.ask("what?", images=encoded["images"][:1], speech=encoded["speech"])
+    assert all(torch.equal(asked[name], again[name]) for name in asked)
+
+
+def test_query_states_go_under_their_own_name_and_mix_with_no_features(processor):
+    states = EncodedMedia((torch.ones(4, 16), torch.zeros(4, 16)), query_states=True)
+    inputs = processor.training_inputs([[("<speech>", "yes")]], speech=[states])
+    assert inputs["speech_query_states"].shape == (2, 4, 16)
+    assert "speech_features" not in inputs
+    assert (
+        int((inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<speech>")).sum())
+        == 8
+    )
+    mixed = [states, np.ones(30, np.float32)]
+    with pytest.raises(ValueError, match="speech items of a batch must all be features or all"):
+        processor.training_inputs([[("<speech><speech>", "yes")]], speech=mixed)
+
+
+def test_media_of_unknown_names_are_refused(processor):
+    with pytest.raises(TypeError, match=r"media \(\['image'\]\) must be among images, videos"):
+        processor.ask("what?", image=[picture(9)])

@@ -8,7 +8,8 @@ import yaml
 from unimoe_model.data.limits import DataLimits
 from unimoe_model.training.settings import load_settings
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+_FOLDER = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = [_FOLDER / "demo.yaml", _FOLDER / "tiny.yaml"]
 
 
 def stage(**tasks):

@@ -7,6 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
 import torch
 import yaml
 from recipe_case import write_case

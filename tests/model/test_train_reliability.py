@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
 import torch
 from recipe_case import write_case
 from safetensors.torch import load_file

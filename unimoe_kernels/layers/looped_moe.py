@@ -38,8 +38,10 @@ class SwiGLUFFN(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, **options)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, **options)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, **options)
+        # torch takes milliseconds to draw nothing for a tensor on the meta device.
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
-            nn.init.normal_(projection.weight, std=initializer_range)
+            if not projection.weight.is_meta:
+                nn.init.normal_(projection.weight, std=initializer_range)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps `[..., D]` to `[..., D]`."""

@@ -38,6 +38,10 @@ class _Item(NamedTuple):
     crc32: int
 
 
+class StoreInUseError(ValueError):
+    """Another process writes a store."""
+
+
 class FeatureStore:
     """Features by key, in the folder `<root>/<encoder>-<hash of settings and dtype>`.
 
@@ -166,6 +170,16 @@ class FeatureStore:
         self._pending.append(item)
         self._items[key] = item
 
+    def open(self) -> None:
+        """Makes this process the writer, as the first `write` does, and reads what was flushed.
+
+        Raises:
+            StoreInUseError: If another process is.
+            OSError: If the disk is full.
+        """
+        with naming_full_disk(self.folder, "settings.json", 4096):
+            self._become_writer()
+
     def flush(self) -> None:
         """Waits until all that was written is on the disk, and shows it to other processes.
 
@@ -216,6 +230,15 @@ class FeatureStore:
                 if end <= size_of(item.file):
                     self._items[item.key] = item
         self._position += whole
+
+    def wait(self) -> None:
+        """Waits until no other process writes, and reads what was flushed."""
+        if self.folder.exists():
+            path = self.folder / "lock"
+            path.touch()
+            with path.open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        self.refresh()
 
     def close(self) -> None:
         """Flushes, and lets another process write; a method called later opens again."""
@@ -304,7 +327,7 @@ class FeatureStore:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
+            raise StoreInUseError(
                 f"folder ({self.folder}) is being written by another process (pid"
                 f" {path.read_text() or 'unknown'}); wait for it, or give another root"
             ) from error

@@ -31,7 +31,7 @@ class FrozenEncoder(nn.Module):
         feature_size: channels of the features it returns.
         stand_in_for: the encoder of the paper that it replaces, e.g. `"CLIP ViT-L/14"`;
             None where it is the paper's own family.
-        num_tokens: feature rows of a picture; None for recordings.
+        picture_tokens: feature rows of a picture; None for recordings.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class FrozenEncoder(nn.Module):
         name: str,
         feature_size: int,
         stand_in_for: str | None = None,
-        num_tokens: int | None = None,
+        picture_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.feature_size = feature_size
         self.stand_in_for = stand_in_for
-        self.num_tokens = num_tokens
+        self.picture_tokens = picture_tokens
 
     @classmethod
     def empty(cls) -> Self:

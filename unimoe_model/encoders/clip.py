@@ -39,7 +39,7 @@ class ClipImageEncoder(PublishedEncoder):
         super().__init__(
             "CLIP",
             feature_size=config.hidden_size,
-            num_tokens=(config.image_size // config.patch_size) ** 2,
+            picture_tokens=(config.image_size // config.patch_size) ** 2,
         )
         self.vision_tower = CLIPVisionModel(config)
         self.freeze()

@@ -81,7 +81,7 @@ class EfficientNetLite0(FrozenEncoder):
             "EfficientNet-Lite0",
             _FEATURE_SIZE,
             stand_in_for="CLIP ViT-L/14",
-            num_tokens=(IMAGE_SIZE // 32) ** 2,
+            picture_tokens=(IMAGE_SIZE // 32) ** 2,
         )
         self.stem = _Conv(3, _STEM_SIZE, 3, 2)
         blocks: list[nn.Module] = []

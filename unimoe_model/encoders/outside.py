@@ -28,13 +28,15 @@ def permit_encoder(name: str, folder: Path) -> None:
 
     Args:
         name: of the encoder; other names need no permission.
-        folder: where the module is looked for beside the packages that are installed.
+        folder: where the module is looked for beside the packages that are installed and the
+            working directory.
     """
     if not is_outside(name):
         return
     _PERMITTED.add(name)
-    if str(folder.resolve()) not in sys.path:
-        sys.path.append(str(folder.resolve()))
+    for place in (folder.resolve(), Path.cwd()):
+        if str(place) not in sys.path:
+            sys.path.append(str(place))
 
 
 def choose_encoders(path: Path) -> None:

@@ -60,5 +60,12 @@ def route_file(
     write_whole(output / "routing.json", json.dumps(figures, indent=1) + "\n")
     config = answerer.model.config
     experts = config.expert_origins or [str(expert) for expert in range(config.num_experts)]
-    save_routing_plot(output / "routing.png", shares, experts, counts.layers)
+    save_routing_plot(
+        output / "routing.png",
+        shares,
+        experts,
+        counts.layers,
+        top_k=config.num_experts_per_tok,
+        tokens=counts.tokens,
+    )
     return counts

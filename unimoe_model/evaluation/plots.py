@@ -53,33 +53,47 @@ def save_routing_plot(
     shares: Mapping[str, torch.Tensor],
     experts: Sequence[str],
     layers: Sequence[int] | None = None,
+    *,
+    top_k: int = 1,
+    tokens: Mapping[str, int] | None = None,
 ) -> None:
-    """Draws which expert takes which modality's tokens, layer by layer.
+    """Draws which expert takes which modality's tokens, layer by layer, two panels a row.
 
     Args:
         path: PNG that is written.
         shares: for each modality, `[layers, E]`, rows summing to one (`routing_shares`).
         experts: name of each expert.
         layers: number of each row's decoder layer; 0, 1, 2, ... if None.
+        top_k: experts a token is routed to, each to different ones: no expert can take more than
+            the share `1 / top_k`, which is the darkest colour.
+        tokens: number of each modality's tokens, for the titles.
     """
-    rows = len(next(iter(shares.values())))
-    layers = range(rows) if layers is None else layers
-    figure = Figure(
-        figsize=(2.5 * len(shares) + 0.6, max(3.0, 0.25 * rows + 0.9)), layout="constrained"
-    )
-    axes = figure.subplots(1, len(shares), squeeze=False)[0]
-    for axis, (modality, share) in zip(axes, shares.items(), strict=True):
-        image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    height = len(next(iter(shares.values())))
+    layers = range(height) if layers is None else layers
+    columns = min(2, len(shares))
+    rows = -(-len(shares) // columns)
+    size = (2.4 * columns + 0.6, rows * max(1.6, 0.26 * height + 0.9))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    most = 1 / top_k
+    for axis in axes.flat[len(shares) :]:
+        axis.set_visible(False)
+    for axis, (modality, share) in zip(axes.flat, shares.items(), strict=False):
+        image = axis.imshow(share.numpy(), vmin=0, vmax=most, cmap="Blues", aspect="auto")
         for layer, row in enumerate(share.tolist()):
             for expert, value in enumerate(row):
-                shade = "white" if value > 0.6 else "#333333"
-                axis.text(expert, layer, f"{value:.0%}", ha="center", va="center", size=7, c=shade)
-        axis.set_title(f"{modality} tokens", fontsize=9)
-        axis.set_xticks(range(len(experts)), experts, fontsize=7, rotation=30)
-        axis.set_xlabel("expert", fontsize=8)
-        axis.set_yticks(range(rows), [str(layer) for layer in layers], fontsize=7)
-    axes[0].set_ylabel("layer", fontsize=8)
-    figure.colorbar(image, ax=list(axes), shrink=0.8, label="share of routed rows")
+                shade = "white" if value > 0.6 * most else "#333333"
+                text = f"{100 * value:.0f}"
+                axis.text(expert, layer, text, ha="center", va="center", size=9, c=shade)
+        count = "" if tokens is None else f", {tokens[modality]:,} tokens"
+        axis.set_title(f"{modality}{count}", fontsize=10)
+        axis.set_xticks(range(len(experts)), experts, fontsize=9, rotation=30)
+        axis.set_yticks(range(height), [str(layer) for layer in layers], fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("layer", fontsize=9)
+    colorbar = figure.colorbar(image, ax=list(axes.flat), shrink=0.7)
+    colorbar.set_label(f"share of routed rows, at most {100 * most:.0f} %", fontsize=9)
+    colorbar.set_ticks([0, most / 2, most], labels=[f"{50 * i * most:.0f} %" for i in range(3)])
     _save(figure, path)
 
 

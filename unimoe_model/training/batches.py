@@ -122,7 +122,12 @@ def parts_of(rows: Sequence[Row], tokens: int, least: int) -> list[list[Row]]:
         if len(parts[-1]) >= least and (len(parts[-1]) + 1) * longest > tokens:
             parts.append([])
         parts[-1].append(row)
-    if len(parts) > 1 and len(parts[-1]) < least:
+    wanted = least - len(parts[-1])
+    if len(parts) > 1 and wanted > 0:
         last = parts.pop()
-        parts[-1] += last
+        if len(parts[-1]) - wanted < least:
+            parts[-1] += last
+        else:
+            parts.append(parts[-1][-wanted:] + last)
+            del parts[-2][-wanted:]
     return parts

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unimoe_model.data.content_key import DigestMemo, content_key
 from unimoe_model.data.encoded_media import SENSES, EncodedMedia, MediaOptions
-from unimoe_model.data.feature_store import FeatureStore, needed_bytes
+from unimoe_model.data.feature_store import FeatureStore, StoreInUseError, needed_bytes
 from unimoe_model.data.media_items import as_picture, as_recording, as_video
 from unimoe_model.encoders import FrozenEncoder, build_encoder
 from unimoe_model.processing import UniMoEProcessor
@@ -110,17 +110,23 @@ class MediaFeatures:
         failure = None
         if self._ranks.is_first:
             try:
-                self._fill_alone(store, title, paths, size, encode, *options)
+                while not self._fill_alone(store, title, paths, size, encode, *options):
+                    store.wait()
             except (ValueError, OSError, StoppedError) as error:
                 failure = error
         if any(self._ranks.sums(f"{title}", float(failure is not None))):
             raise failure or RuntimeError(f"{title} failed on the first process")
         store.refresh()
 
-    def _fill_alone(self, store, title, paths: Sequence[Path], size: int, encode, *options) -> None:
+    def _fill_alone(self, store, title, paths: Sequence[Path], size: int, encode, *options) -> bool:
+        """Computes what is missing; False if another process is at it."""
+        if all(self._key(path) in store for path in paths):
+            return True
+        try:
+            store.open()
+        except StoreInUseError:
+            return False
         missing = list({self._key(p): p for p in paths if self._key(p) not in store}.values())
-        if not missing:
-            return
         self._reporter.start(title, len(paths), len(paths) - len(missing))
         flushed = time.monotonic()
         said = False
@@ -146,6 +152,7 @@ class MediaFeatures:
         finally:
             store.close()
             self._reporter.finish()
+        return True
 
     def _encode(self, paths: Sequence[Path], kind: str) -> Iterator[Sequence[Tensor]]:
         encoder, options = self._encoder(SENSES[kind]), self._options()

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from unimoe_kernels import recover_folder, replace_folder
+from unimoe_model.data.conversations import Conversation
 from unimoe_model.evaluation.files import write_whole
 from unimoe_model.evaluation.samples import read_samples
 from unimoe_model.evaluation.scoring import evaluate_file
@@ -38,6 +39,11 @@ EVALUATED_AT_ONCE = 32
 
 class Run:
     """Trains the stages of a recipe in a folder; `FolderLock` keeps other runs out.
+
+    Attributes:
+        ids: hash of each stage, by name (`stage_ids`).
+        processor: of the model.
+        features: of the media.
 
     Args:
         recipe: what to train.
@@ -73,7 +79,7 @@ class Run:
         self._check_output()
         self._start = describe_start(recipe, data.texts())
         self.processor: UniMoEProcessor = self._start.processor
-        self._features = MediaFeatures(
+        self.features = MediaFeatures(
             self.processor, features, device, self._precision, reporter, self._ranks
         )
 
@@ -87,6 +93,14 @@ class Run:
         return (folder / "model" / "config.json").is_file() and completed_run(
             folder, self.ids[stage]
         )
+
+    def encode(self) -> None:
+        """Computes the features of all media that the recipe names; all processes call it."""
+        trained = [
+            media for name in self._data.samples for media in _media(self._data.samples[name])
+        ]
+        asked = [media for e in self._recipe.evaluations for media in _asked_media(e)]
+        self.features.prepare([*trained, *asked])
 
     def train(self, stages: Sequence[str]) -> Path:
         """Trains the stages that are not done, in order; returns the model folder of the last.
@@ -112,18 +126,12 @@ class Run:
 
         One process calls it, after the others have ended.
         """
-        self._features.leave_ranks()
+        self.features.leave_ranks()
         scores = []
         for stage in stages:
             for evaluation in self._recipe.evaluations:
                 if stage in evaluation.stages:
-                    samples = read_samples(Path(evaluation.data))[: evaluation.limit]
-                    self._features.prepare(
-                        (kind, file)
-                        for sample in samples
-                        for kind, files in sample.media.items()
-                        for file in files
-                    )
+                    self.features.prepare(_asked_media(evaluation))
                     score = evaluate_file(
                         self.folder(stage) / "model",
                         Path(evaluation.data),
@@ -133,7 +141,7 @@ class Run:
                         evaluation.limit,
                         self._reporter,
                         EVALUATED_AT_ONCE,
-                        self._features.item,
+                        self.features.item,
                     )
                     scores.append((stage, evaluation, score.value))
         return scores
@@ -152,16 +160,16 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         self._ranks.wait(f"start of {stage.name}")
         settings = stage.optimization_for(self._data.counts())
-        self._features.prepare(self._used(stage))
+        self.features.prepare(self._used(stage))
         if stage.assembly is not None and stage.assembly.router_strength:
             for expert in stage.assembly.experts:
-                self._features.prepare(self._used(self._recipe.stage(expert)))
+                self.features.prepare(self._used(self._recipe.stage(expert)))
         model = stage_model(
             self._recipe, stage, self._start_model, self._folders(stage), self._whole, self._device
         )
         self._set_attention(model)
         frozen = [kind for kind in _BODIES if not trains_body(stage.train, kind)]
-        self._features.use_query_states(frozen, model, self._used(stage))
+        self.features.use_query_states(frozen, model, self._used(stage))
         torch.manual_seed(self._recipe.seed + 2)
         parameters = select_trained(model, stage.train)
         model.to(self._device)
@@ -209,7 +217,7 @@ class Run:
             sample_order(stage, self._data.samples, self._recipe.seed),
             replace(stage, max_length=min(stage.max_length or most, most)),
             stage.optimization_for(self._data.counts()),
-            self._features.item,
+            self.features.item,
             ranks,
         )
 
@@ -249,6 +257,19 @@ class Run:
                 f"output ({self._output}) holds the run of another recipe: no stage of"
                 f" {self._recipe.path} is among {sorted(found)}; give another output, or delete it"
             )
+
+
+def _media(samples: Sequence[Conversation]) -> list[tuple[str, Path]]:
+    return [media for sample in samples for media in sample.media]
+
+
+def _asked_media(evaluation: Evaluation) -> list[tuple[str, Path]]:
+    return [
+        (kind, file)
+        for sample in read_samples(Path(evaluation.data))[: evaluation.limit]
+        for kind, files in sample.media.items()
+        for file in files
+    ]
 
 
 def keep_recipe(recipe: Recipe, output: Path) -> None:

@@ -236,7 +236,7 @@ def _encoder_fields(recipe: Recipe, defaults: dict[str, str]) -> dict[str, Any]:
             encoder = empty_encoder(name, sense)
         fields |= {f"{sense}_encoder": name, f"{sense}_feature_size": encoder.feature_size}
         if sense == "vision":
-            fields["vision_num_tokens"] = encoder.num_tokens
+            fields["vision_num_tokens"] = encoder.picture_tokens
     return fields
 
 
