@@ -1,0 +1,166 @@
+"""The parts of a run that processes of their own train, and what they send to the terminal's."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from transformers.utils.logging import disable_progress_bar
+
+from examples.demo.progress import QueueReporter, replay
+from examples.demo.settings import SHARED
+from unimoe_kernels import atomic_write
+from unimoe_model.encoders.outside import permit_encoder
+from unimoe_model.training.lock import FolderLock
+from unimoe_model.training.progress import BarReporter, ProgressReporter
+from unimoe_model.training.recipe import Recipe, load_recipe
+from unimoe_model.training.recipe_data import RecipeData
+from unimoe_model.training.run import Run
+from unimoe_model.user_errors import USER_ERRORS
+
+EVALUATION, FEATURES = "evaluation.json", "features.json"
+
+
+def open_run(
+    recipe: Path, seed: int, features: Path, reporter: ProgressReporter
+) -> tuple[Recipe, Run]:
+    """The run of an arm, in a folder beside its recipe that is named like it."""
+    found = load_recipe(recipe, seed=seed)
+    for name in (found.encoders.vision, found.encoders.speech, found.encoders.audio):
+        permit_encoder(name, recipe.parent)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    output = recipe.with_suffix("")
+    return found, Run(found, RecipeData(found), output, features, reporter, device)
+
+
+def train_part(
+    recipe: Path, seed: int, features: Path, only_shared: bool, reporter: ProgressReporter
+) -> None:
+    """Trains one arm and asks it the held-out questions; or encodes all media and trains stage 1.
+
+    Args:
+        recipe: of the arm.
+        seed: of the run.
+        features: folder of features.
+        only_shared: whether to end after what both arms share.
+        reporter: is told of the progress.
+    """
+    with FolderLock(recipe.with_suffix("")):
+        found, run = open_run(recipe, seed, features, reporter)
+        started = time.monotonic()
+        if only_shared:
+            run.encode()
+            _keep(recipe.with_suffix("") / FEATURES, {"seconds": time.monotonic() - started})
+            if found.stages[0].name == SHARED:
+                run.train([SHARED])
+            return
+        names = [stage.name for stage in found.stages]
+        run.train(names)
+        started = time.monotonic()
+        run.evaluate(names[-1:])
+        _keep(recipe.with_suffix("") / EVALUATION, {"seconds": time.monotonic() - started})
+        run.publish(names[-1])
+
+
+def run_parts(
+    parts: dict[str, tuple[Path, bool]], seed: int, features: Path, threads: int, target=None
+) -> None:
+    """Runs parts of the demo side by side, each in a process with so many threads.
+
+    Args:
+        parts: recipe of each, and whether it ends after what both arms share.
+        seed: of the run.
+        features: folder of features.
+        threads: of torch, in each process.
+        target: body of the processes, as `_body`.
+
+    Raises:
+        RuntimeError: If one of them fails; its message is passed on.
+    """
+    # The processes' steps allocate the same sizes again and again: with these, glibc keeps the
+    # memory instead of handing it back and faulting every page in anew.
+    os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 34))
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    processes = {
+        name: context.Process(
+            target=target or _body,
+            args=(name, recipe, seed, features, only_shared, queue, threads),
+            daemon=True,
+        )
+        for name, (recipe, only_shared) in parts.items()
+    }
+    reporters = {
+        name: BarReporter(prefix=f"{name:>5} ", position=i) for i, name in enumerate(parts)
+    }
+    for process in processes.values():
+        process.start()
+    running = set(processes)
+    try:
+        while running:
+            if queue.empty():
+                _check_alive(processes, running)
+                time.sleep(0.1)
+                continue
+            message = queue.get()
+            if message[1] == "done":
+                running.remove(message[0])
+            elif message[1] == "failed":
+                raise RuntimeError(f"training of {message[0]} failed: {message[2][0]}")
+            else:
+                replay(message, reporters)
+    finally:
+        for process in processes.values():
+            if running:
+                process.terminate()
+            process.join()
+
+
+def _body(
+    name: str, recipe: Path, seed: int, features: Path, only_shared: bool, queue, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    disable_progress_bar()
+    _exit_with_parent()
+    try:
+        train_part(recipe, seed, features, only_shared, QueueReporter(name, queue))
+    except KeyboardInterrupt:
+        return
+    except USER_ERRORS as error:
+        queue.put((name, "failed", (str(error),), {}))
+        return
+    except Exception as error:
+        queue.put((name, "failed", (f"{type(error).__name__}: {error}",), {}))
+        raise
+    queue.put((name, "done", (), {}))
+
+
+def _check_alive(processes: dict, running: Sequence[str] | set[str]) -> None:
+    for name in running:
+        code = processes[name].exitcode
+        if code not in (None, 0):
+            raise RuntimeError(f"training of {name} ended with exit code {code}")
+
+
+def _exit_with_parent() -> None:
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _keep(path: Path, facts: dict[str, float]) -> None:
+    """Writes a time, unless one is there: what is found done takes none."""
+    if path.exists():
+        return
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(facts), encoding="utf-8")

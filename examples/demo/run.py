@@ -1,0 +1,190 @@
+"""The demo: trains the MoE and the dense model side by side, and shows what came out.
+
+Example:
+    python -m examples.demo.run --output runs/demo
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from examples.demo.baseline import blind_accuracy, exact_accuracy
+from examples.demo.data import write_data
+from examples.demo.forecast import forecast
+from examples.demo.machine import Machine
+from examples.demo.parts import EVALUATION, FEATURES, open_run, run_parts
+from examples.demo.report import Results, print_results, write_report
+from examples.demo.routing import routed
+from examples.demo.settings import (
+    ARMS,
+    TASKS,
+    VARIANTS,
+    Variant,
+    fill_in_aligned,
+    write_recipes,
+)
+from examples.demo.showcase import show_examples
+from examples.demo.tasks import build_examples, held_out_examples
+from examples.demo.throughput import layer_throughput
+from unimoe_kernels import atomic_write
+from unimoe_model.training.progress import BarReporter
+from unimoe_model.user_errors import USER_ERRORS
+
+THROUGHPUT_LAYER = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_experts": 4,
+    "top_k": 2,
+    "tokens": 512,
+}
+FORECAST = "forecast.json"
+
+
+def run_demo(
+    variant: Variant, seed: int, output: Path, features: Path | None = None, target=None
+) -> Results:
+    """Trains, evaluates, shows and reports; what an earlier run has finished is not done again.
+
+    Args:
+        variant: how long it is.
+        seed: of weights, data order and held-out items.
+        output: folder of everything that is written.
+        features: where features are kept; `output/features` if None.
+        target: body of the training processes; see `run_parts`.
+
+    Returns:
+        The figures of `metrics.json`.
+
+    Raises:
+        RuntimeError: If a training process fails; its message is passed on.
+    """
+    features = features or output / "features"
+    output.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = Machine.detect(device, processes=len(ARMS))
+    print(machine, flush=True)
+    recipes = write_recipes(output, variant)
+
+    print(
+        "1/4  Data, features of the frozen encoders, and stage 1, which both models share",
+        flush=True,
+    )
+    write_data(output / "data", seed, variant.limits, BarReporter(), variant.held_out)
+    expected = forecast(recipes["moe"], seed, output, machine)
+    if expected.seconds:
+        print(f"This will take {expected}", flush=True)
+    if not (output / FORECAST).exists():
+        _write_json(output / FORECAST, expected.seconds)
+    run_parts({"base": (recipes["moe"], True)}, seed, features, machine.cores, target)
+    recipe, run = open_run(recipes["moe"], seed, features, BarReporter())
+    if not variant.is_full:
+        fill_in_aligned(recipes["dense"], run.folder("align") / "model")
+
+    print("2/4  Training: the MoE and, on the same batches, the dense baseline", flush=True)
+    parts = {arm: (recipes[arm], False) for arm in ARMS}
+    run_parts(parts, seed, features, machine.threads, target)
+    runs = {"moe": run, "dense": open_run(recipes["dense"], seed, features, BarReporter())[1]}
+
+    print("3/4  Speed of one MoE layer beside the dense and the looped one", flush=True)
+    throughput = layer_throughput(**THROUGHPUT_LAYER, device=device, dtype=torch.float32)
+
+    print("4/4  Report", flush=True)
+    held_out = held_out_examples("test", output / "data" / "media", seed, variant.held_out)
+    train = build_examples("train", output / "data" / "media", seed, variant.limits)
+    accuracy = {
+        arm: {
+            task: exact_accuracy(own.folder("tune") / "eval" / task, held_out[task])
+            for task in TASKS
+        }
+        for arm, own in runs.items()
+    }
+    shares, tokens = routed(run, held_out)
+    losses, seconds = _stage_metrics(runs, recipe.stages[0].name if variant.is_full else "align")
+    results = Results(
+        accuracy=accuracy["moe"],
+        blind={task: blind_accuracy(train[task], held_out[task]) for task in TASKS},
+        dense=accuracy["dense"],
+        items={task: len(held_out[task]) for task in TASKS},
+        seconds={name: round(value, 1) for name, value in seconds.items()},
+        throughput=throughput,
+        throughput_layer=THROUGHPUT_LAYER,
+        losses=losses,
+        routing=shares,
+        routed_tokens=tokens,
+        top_k=recipe.stage("tune").assembly.top_k,
+        experts=list(recipe.stage("tune").assembly.experts),
+        seed=seed,
+        machine=asdict(machine),
+        forecast=_read_json(output / FORECAST),
+    )
+    _link(output / "final", output / "moe" / "model")
+    shown = show_examples(output / "moe" / "model", output / "examples", held_out)
+    write_report(results, shown, output)
+    print_results(results, shown, output)
+    return results
+
+
+def _stage_metrics(runs: dict, shared: str) -> tuple[dict, dict[str, float]]:
+    """Losses and seconds of every stage; what both arms share is that of `base`."""
+    losses: dict[str, dict[str, list[float]]] = {"base": {}, **{arm: {} for arm in runs}}
+    output = runs["moe"].folder(shared).parents[1]
+    seconds = {"features": _read_json(output / FEATURES)["seconds"]}
+    for arm, run in runs.items():
+        for stage in run.ids:
+            owner = "base" if arm == "moe" and stage == "align" == shared else arm
+            metrics = _read_json(run.folder(stage) / "metrics.json")
+            losses[owner][stage] = metrics["losses"]
+            seconds[f"{owner}/{stage}"] = metrics["seconds"]
+        seconds[f"{arm}/evaluate"] = _read_json(output.parent / arm / EVALUATION)["seconds"]
+    return {arm: own for arm, own in losses.items() if own}, seconds
+
+
+def _link(link: Path, folder: Path) -> None:
+    """Makes `link` lead to a folder beside or below it."""
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.relative_to(link.parent))
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, facts: dict) -> None:
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(facts), encoding="utf-8")
+
+
+def main() -> int:
+    """Runs the demo as the command line says; errors of the user are one line on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="default runs/demo")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="the longer run, LLM included")
+    which.add_argument(
+        "--quick", action="store_true", help="the whole way, too short to learn much"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
+    options = parser.parse_args()
+    name = "full" if options.full else "quick" if options.quick else "demo"
+    if options.quick:
+        print("A quick run goes the whole way and is too short to learn much.")
+    try:
+        run_demo(VARIANTS[name], options.seed, options.output, options.features)
+    except USER_ERRORS as error:
+        print(f"demo: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

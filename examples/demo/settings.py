@@ -1,0 +1,86 @@
+"""The demo's variants, and the recipes that they fill in."""
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.demo.limits import DataLimits
+
+HERE = Path(__file__).parent
+ARMS = ("moe", "dense")
+SHARED = "align"
+"""The stage that both arms share, unless each has a language model of its own."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How long a demo is.
+
+    Attributes:
+        limits: most items of each media set that are trained on.
+        held_out: most held-out items of each task; a task that is not named takes all.
+        share: share of the steps of the recipes that are taken.
+        is_full: whether each arm trains its own language model first.
+    """
+
+    limits: DataLimits
+    held_out: dict[str, int] = field(default_factory=dict)
+    share: float = 1.0
+    is_full: bool = False
+
+
+TASKS = ("image_qa", "spoken_word", "spoken_question", "sound", "video", "text")
+"""The six tasks of the table, in its order."""
+
+VARIANTS = {
+    "demo": Variant(DataLimits(pictures=2400, questions=1200, sounds=1280, videos=1200)),
+    "full": Variant(DataLimits(), {"text": 1000}, is_full=True),
+    "quick": Variant(DataLimits(240, 120, 120, 160, 120), dict.fromkeys(TASKS, 40), 0.15),
+}
+
+
+def write_recipes(output: Path, variant: Variant) -> dict[str, Path]:
+    """Writes the recipe of each arm into the output; returns the files by arm."""
+    files = {}
+    for arm in ARMS:
+        recipe = yaml.safe_load((HERE / f"{arm}.yaml").read_text(encoding="utf-8"))
+        if variant.is_full:
+            recipe = _full(recipe, arm)
+        if recipe["model"] == "LANGUAGE_MODEL":
+            recipe["model"] = str(HERE / "language_model")
+        for stage in recipe["stages"]:
+            stage["steps"] = max(4, round(stage["steps"] * variant.share))
+        files[arm] = output / f"{arm}.yaml"
+        text = yaml.safe_dump(recipe, sort_keys=False, width=100)
+        if not files[arm].exists() or files[arm].read_text(encoding="utf-8") != text:
+            files[arm].write_text(text, encoding="utf-8")
+    return files
+
+
+def fill_in_aligned(recipe: Path, model: Path) -> None:
+    """Lets the dense arm's recipe start from what the MoE's stage 1 left."""
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(text.replace("model: ALIGNED", f"model: {model.resolve()}"), encoding="utf-8")
+
+
+def _full(recipe: dict[str, Any], arm: str) -> dict[str, Any]:
+    changes = yaml.safe_load((HERE / "full.yaml").read_text(encoding="utf-8"))
+    moe = yaml.safe_load((HERE / "moe.yaml").read_text(encoding="utf-8"))
+    model = changes["model"]
+    if arm == "dense":
+        model["sizes"]["intermediate_size"] *= 2
+        align = next(stage for stage in moe["stages"] if stage["name"] == SHARED)
+        recipe["stages"].insert(0, deepcopy(align))
+        for stage in recipe["stages"]:
+            stage.pop("widen", None)
+        recipe["connectors"] = moe["connectors"]
+        recipe["data"] = moe["data"]
+    recipe["model"] = model
+    recipe["data"] |= {name: f"data/train/{name}.jsonl" for name in changes["data"]}
+    for stage in recipe["stages"]:
+        stage |= changes["stages"][stage["name"]]
+    recipe["stages"].insert(0, changes["first"])
+    return recipe

@@ -1,0 +1,78 @@
+"""Four worked examples: files anybody can open, put through the saved model from disk."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.demo.example import Example
+from unimoe_model.data.audio_io import load_wav, save_wav
+from unimoe_model.data.media_io import load_video, save_gif
+from unimoe_model.evaluation.samples import media_arguments
+from unimoe_model.generation import Answerer
+
+_SHOWN = {
+    "image_qa": ("A picture", {"image": "picture.png"}),
+    "spoken_question": (
+        "A spoken question about a picture",
+        {"image": "picture_asked_about.png", "speech": "spoken_question.wav"},
+    ),
+    "sound": ("A sound", {"audio": "sound.wav"}),
+    "video": ("A video", {"video": "video.gif"}),
+}
+_RATES = {"speech": 16_000, "audio": 44_100}
+
+
+@dataclass(frozen=True)
+class WorkedExample:
+    """A held-out item as a reader sees it.
+
+    Attributes:
+        title: what is shown.
+        files: files of its media, relative to the report.
+        question: what is asked, in words even where it is spoken.
+        expected: the right answer.
+        answer: the model's.
+    """
+
+    title: str
+    files: tuple[str, ...]
+    question: str
+    expected: str
+    answer: str
+
+
+def show_examples(
+    checkpoint: Path, folder: Path, held_out: Mapping[str, Sequence[Example]]
+) -> list[WorkedExample]:
+    """Writes the first held-out item of four tasks to files and lets the saved model answer.
+
+    Args:
+        checkpoint: folder of model and processor.
+        folder: where the media files go.
+        held_out: held-out examples by task.
+
+    Returns:
+        A picture, a spoken question about a picture, a sound and a video.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    answerer = Answerer.from_pretrained(checkpoint)
+    shown = []
+    for task, (title, names) in _SHOWN.items():
+        example = held_out[task][0]
+        media = {kind: [_write(kind, path, folder / names[kind])] for kind, path in example.media}
+        answer = answerer.answer(example.question, **media_arguments(media))
+        files = tuple(f"{folder.name}/{paths[0].name}" for paths in media.values())
+        question = example.question or example.blind_key
+        shown.append(WorkedExample(title, files, question, example.answer, answer))
+    return shown
+
+
+def _write(kind: str, source: Path, target: Path) -> Path:
+    if kind == "image":
+        shutil.copyfile(source, target)
+    elif kind == "video":
+        save_gif(target, load_video(source))
+    else:
+        save_wav(target, load_wav(source, _RATES[kind]), _RATES[kind])
+    return target
