@@ -2,8 +2,8 @@
 
     data.json           what decides the data: seed, limits, versions of the packages
     media/              speech, sounds and videos
-    train/<task>.jsonl  what is trained on
-    test/<task>.jsonl   what is asked of each of the six tasks
+    train/<task>.jsonl  training examples
+    test/<task>.jsonl   held-out questions of the six tasks
 
 Paths of media below the folder are relative to the data file, so that the folder can be moved;
 those of pictures, which stay where the package easy-vqa is installed, are absolute.

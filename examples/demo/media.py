@@ -95,7 +95,7 @@ def clip_labels(split: str, index: int) -> tuple[str, str]:
 def write_media(
     files: MediaFiles, wanted: Collection[Path], split: str, reporter: ProgressReporter
 ) -> None:
-    """Makes the files that are wanted and not there yet, each whole or not at all.
+    """Writes the wanted files that are missing, each whole or not at all.
 
     Args:
         files: of a split.

@@ -30,7 +30,7 @@ class WorkedExample:
     Attributes:
         title: what is shown.
         files: files of its media, relative to the report.
-        question: what is asked, in words even where it is spoken.
+        question: the question, in words even where it is spoken.
         expected: the right answer.
         answer: the model's.
     """

@@ -144,7 +144,7 @@ def question_phrases(texts: Sequence[str], split: str) -> list[tuple[str, str]]:
     """Questions, each in every voice of the split.
 
     Args:
-        texts: what is asked, the same texts in all splits.
+        texts: the questions, the same in all splits.
         split: `"train"` (14 voices), `"validation"` (2) or `"test"` (5).
 
     Returns:

@@ -177,6 +177,23 @@ def data(tmp_path):
 
 
 @pytest.fixture
+def write_talks(tmp_path):
+    """Writes a file, given as bytes, text, or a list of objects, beside some files of media."""
+    for name in ("a.png", "b.png", "q.wav"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "frames").mkdir()
+
+    def save(content, name="data.json"):
+        if not isinstance(content, str | bytes):
+            content = json.dumps(content)
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return save
+
+
+@pytest.fixture
 def run(capsys):
     """Runs a command; gives exit code, stdout and the line of the error, if there was one."""
 

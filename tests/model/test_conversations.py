@@ -1,9 +1,12 @@
+"""Training data of every format, the order of its media, and what the processor makes of it."""
+
 import json
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from talks import refusal, talk
 
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
 
@@ -19,34 +22,8 @@ ARGUMENTS = {"image": "images", "video": "videos", "speech": "speech", "audio": 
 
 
 @pytest.fixture
-def write(tmp_path):
-    """Writes a file, given as bytes, text, or a list of objects, beside some files of media."""
-    for name in ("a.png", "b.png", "q.wav"):
-        (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "frames").mkdir()
-
-    def save(content, name="data.json"):
-        if not isinstance(content, str | bytes):
-            content = json.dumps(content)
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return save
-
-
-@pytest.fixture
 def processor(tiny_config, tokenizer, encoders):
     return UniMoEProcessor.from_config(tiny_config(), tokenizer)
-
-
-def talk(*values, **fields):
-    """An object of a conversation whose turns are human and gpt in alternation."""
-    turns = [
-        {"from": ("human", "gpt")[number % 2], "value": value}
-        for number, value in enumerate(values)
-    ]
-    return {**fields, "conversations": turns}
 
 
 def grouped(conversation):
@@ -57,19 +34,10 @@ def grouped(conversation):
     }
 
 
-def refusal(path, *arguments):
-    with pytest.raises(ValueError, match=r"\w") as caught:
-        read_conversations(path, *arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(path) in message or arguments
-    return message.replace(f"{path.parent}/", "")
-
-
 # Formats
 
 
-def test_lines_of_questions(write, tmp_path):
+def test_lines_of_questions(write_talks, tmp_path):
     lines = [
         {"id": "é", "question": " what? ", "audio": "q.wav", "image": ["b.png", "a.png"]},
         {"id": 2, "speech": "q.wav"},
@@ -78,7 +46,7 @@ def test_lines_of_questions(write, tmp_path):
     ]
     answers = [{"answer": "x"}, {"answers": ["y", "z"]}, {"answer": "w "}, {"answer": "cat"}]
     lines = [json.dumps(line | answer) for line, answer in zip(lines, answers, strict=True)]
-    path = write("\n\n".join(lines), "data.jsonl")
+    path = write_talks("\n\n".join(lines), "data.jsonl")
     a, b, q = (tmp_path / name for name in ("a.png", "b.png", "q.wav"))
     chosen = f"<image>\n{with_options('which?', ['dog', 'cat'])}"
     assert read_conversations(path) == [
@@ -101,14 +69,14 @@ def test_lines_of_questions(write, tmp_path):
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf \r\n\t"])
 @pytest.mark.parametrize("indent", [None, 4])
-def test_llava_array(write, tmp_path, mark, indent):
+def test_llava_array(write_talks, tmp_path, mark, indent):
     items = [
         talk("what é?\n<image>", "a dog", "why?", "so", id="7", image="a.png", model=""),
         talk("hi", "hello", id="7"),
         talk("again", "yes", data_source="x", tokens=3, multi_info={}),
     ]
     items[1]["conversations"][1] |= {"markdown": None, "text": None}
-    path = write(mark + json.dumps(items, indent=indent, ensure_ascii=False).encode())
+    path = write_talks(mark + json.dumps(items, indent=indent, ensure_ascii=False).encode())
     assert read_conversations(path) == [
         Conversation(
             "7",
@@ -122,12 +90,12 @@ def test_llava_array(write, tmp_path, mark, indent):
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_lines_of_conversations(write, tmp_path, mark):
+def test_lines_of_conversations(write_talks, tmp_path, mark):
     item = talk("q", "r", video=str(tmp_path / "frames"), image="a.png")
     item["conversations"][0]["from"], item["conversations"][1]["from"] = "user", "assistant"
     asked = {"id": 1, "question": "what?", "answer": "x"}
     lines = [asked, item, talk("s", "t", id=1)]
-    path = write(mark + "\r\n".join(map(json.dumps, lines)).encode())
+    path = write_talks(mark + "\r\n".join(map(json.dumps, lines)).encode())
     first, second, third = read_conversations(path)
     assert first == Conversation(1, f"{path} line 1", (("what?", "x"),))
     media = (("image", tmp_path / "a.png"), ("video", tmp_path / "frames"))
@@ -138,7 +106,7 @@ def test_lines_of_conversations(write, tmp_path, mark):
 # Media and the order of their placeholders
 
 
-def test_media_follow_the_placeholders_of_several_turns(write, tmp_path):
+def test_media_follow_the_placeholders_of_several_turns(write_talks, tmp_path):
     item = talk(
         "<audio> or <image>?",
         "x",
@@ -151,8 +119,8 @@ def test_media_follow_the_placeholders_of_several_turns(write, tmp_path):
         speech="q.wav",
         video=["frames"],
     )
-    write(b"", "a.wav")
-    [found] = read_conversations(write([item]))
+    write_talks(b"", "a.wav")
+    [found] = read_conversations(write_talks([item]))
     assert found.turns[0][0] == "<video>\n<speech>\n<audio> or <image>?"
     assert [user for user, _ in found.turns[1:]] == ["no media", "<image><audio>"]
     names = ["frames", "q.wav", "q.wav", "b.png", "a.png", "a.wav"]
@@ -160,25 +128,25 @@ def test_media_follow_the_placeholders_of_several_turns(write, tmp_path):
     assert found.media == tuple(zip(kinds, (tmp_path / name for name in names), strict=True))
 
 
-def test_media_alone_may_ask(write):
-    [found] = read_conversations(write([talk(" ", "x", image="a.png", speech="q.wav")]))
+def test_media_alone_may_ask(write_talks):
+    [found] = read_conversations(write_talks([talk(" ", "x", image="a.png", speech="q.wav")]))
     assert found.turns == (("<image>\n<speech>", "x"),)
 
 
-def test_media_folder(write, tmp_path):
+def test_media_folder(write_talks, tmp_path):
     folder = tmp_path / "media"
     folder.mkdir()
     (folder / "c.png").write_bytes(b"x")
     images = ["c.png", str(tmp_path / "a.png")]
-    path = write([talk("q", "r", image=images)])
+    path = write_talks([talk("q", "r", image=images)])
     [found] = read_conversations(path, folder)
     assert [file for _, file in found.media] == [folder / "c.png", tmp_path / "a.png"]
-    line = write(json.dumps({"id": 1, "question": "q", "image": images, "answer": "r"}))
+    line = write_talks(json.dumps({"id": 1, "question": "q", "image": images, "answer": "r"}))
     [found] = read_conversations(line, folder)
     assert [file for _, file in found.media] == [folder / "c.png", tmp_path / "a.png"]
     assert "media_folder" in refusal(path, tmp_path / "none")
     assert "1 media files are missing: item 1 image (c.png)" in refusal(
-        write([talk("q", "r", image=images)])
+        write_talks([talk("q", "r", image=images)])
     )
 
 
@@ -272,184 +240,14 @@ def test_a_line_is_learned_as_it_is_asked(processor, tokenizer, lines, data):
         assert all(learned[name].equal(asked[name]) for name in features)
 
 
-# Refusals
-
-ASKED = {"id": 1, "question": "what?", "answer": "x"}
-LONG = "é" * 500
-
-
-@pytest.mark.parametrize(
-    ("line", "error"),
-    [
-        ({"id": 1, "question": "what?"}, "answer or answers is missing; training needs what is"),
-        ({**ASKED, "id": None}, "id (None) must be a text or a whole number"),
-        ({**ASKED, "picture": "a.png"}, "unknown keys ['picture']; there are id, question, image"),
-        ({**ASKED, "image": 3}, "image (3) must be a path or a list of paths"),
-        ({**ASKED, "answer": " "}, "answer (' ') must be a text"),
-        ({**ASKED, "answer": "<image>"}, "answer ('<image>') must hold no placeholder; it is an"),
-        ({**ASKED, "answers": [LONG, 1]}, "answer and answers must not both be there"),
-        ({**ASKED, "options": ["x"]}, "options (1) must be 2 to 26, one a letter"),
-        ({**ASKED, "options": ["y", "z"]}, "answer ('x') must be the letter (A to B) or the text"),
-        (
-            {**ASKED, "question": "<image>?", "image": "a.png", "speech": "q.wav"},
-            "speech (1 files) must be one file for each <speech> in the questions, which hold 0",
-        ),
-        ({**ASKED, "id": 7}, "id (7) must be unique; line 1 has it too"),
-        ('{"id": 1,', "must be a JSON object: Expecting property name"),
-        ("what?", "must be a JSON object: Expecting value"),
-        ("[1]", "must be a JSON object such as"),
-        ('{"data": []}', "unknown keys ['data']"),
-        (talk("q"), "conversations turn 1 value ('q') must be followed by an answer"),
-    ],
-)
-def test_wrong_lines(write, line, error):
-    line = line if isinstance(line, str) else json.dumps(line)
-    path = write(f"{json.dumps({**ASKED, 'id': 7})}\n{line}\n", "data.jsonl")
-    assert refusal(path).startswith(f"data.jsonl line 2: {error}")
-
-
-def said(*turns):
-    """An object of a conversation whose turns are given as they are."""
-    return {"conversations": list(turns)}
-
-
-HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}
-
-
-@pytest.mark.parametrize(
-    ("item", "error"),
-    [
-        (7, "value (7) must be an object with conversations"),
-        (ASKED, "unknown keys ['question', 'answer']; there are id, image, video"),
-        (talk("q", "r", images="a.png"), "unknown keys ['images']; there are id, image"),
-        (talk("<audio>", "r", voice=["q.wav"]), "voice (['q.wav']) may be speech or any sound; it"),
-        (talk("q", "r", id=True), "id (True) must be a text or a whole number"),
-        (talk("q", "r", image=None), "image (None) must be a path or a list of paths, none of"),
-        (talk("q", "r", audio=[]), "audio ([]) must be a path or a list of paths, none of them"),
-        ({"id": 1}, "conversations (None) must be a list of turns, human first"),
-        (talk(), "conversations ([]) must be a list of turns, human first"),
-        ({"conversations": "q"}, "conversations ('q') must be a list of turns"),
-        (said("q", "r"), "conversations turn 1 ('q') must be an object of from and value"),
-        (said(HUMAN, {**GPT, "weight": 1}), "conversations turn 2 has unknown keys ['weight']"),
-        (
-            said({"from": "system", "value": "s"}, HUMAN, GPT),
-            "conversations turn 1 from ('system') must be human or user; the model's own system"
-            " prompt comes first",
-        ),
-        (
-            said(GPT, HUMAN),
-            "conversations turn 1 from ('gpt') must be human or user; turns alternate, human comes",
-        ),
-        (said(HUMAN, HUMAN), "conversations turn 2 from ('human') must be gpt or assistant; turns"),
-        (said(HUMAN, GPT, GPT), "conversations turn 3 from ('gpt') must be human or user; turns"),
-        (said({"value": "q"}, GPT), "conversations turn 1 from (None) must be human or user"),
-        (said({"from": "human"}, GPT), "conversations turn 1 value (None) must be a text"),
-        (talk("q", "r", "s"), "conversations turn 3 value ('s') must be followed by an answer"),
-        (talk("q", " \n"), r"conversations turn 2 value (' \n') must not be empty"),
-        (talk("", "r"), "conversations turn 1 value ('') must not be empty"),
-        (talk("q", "r", " ", "s"), "conversations turn 3 value (' ') must not be empty"),
-        (
-            talk("<image>", "r <image>", image=["a.png", "b.png"]),
-            "conversations turn 2 value ('r <image>') must hold no placeholder; it is an answer",
-        ),
-        (talk("q", "\ud800"), r"conversations turn 2 value ('\ud800') must be Unicode text"),
-        (
-            talk("<image>", "r", "<image>", "s", image="a.png"),
-            "image (1 files) must be one file for each <image> in the questions, which hold 2",
-        ),
-        (
-            talk("<audio>", "r", image="a.png"),
-            "audio (0 files) must be one file for each <audio> in the questions, which hold 1",
-        ),
-        (
-            talk("<video>", "r", video=["a.png", "b.png"]),
-            "video (2 files) must be one file for each <video> in the questions, which hold 1;"
-            " frames of one video must be in a folder",
-        ),
-    ],
-)
-def test_wrong_items(write, item, error):
-    path = write([talk("q", "r"), item])
-    assert refusal(path).startswith(f"data.json item 2: {error}")
-
-
-@pytest.mark.parametrize(
-    "item",
-    [
-        talk(LONG),
-        talk(LONG, f"<image>{LONG}"),
-        talk("q", "r", **{LONG: 1}),
-        talk("q", "r", id=[LONG]),
-        talk("q", "r", image=[LONG, 1]),
-        said({"from": LONG}),
-        {"conversations": LONG},
-        LONG,
-        talk("q", "r", image=LONG * 9),
-    ],
-)
-def test_long_values_are_shortened(write, item):
-    message = refusal(write([item]))
-    assert "ééé" in message
-    assert "..." in message
-    assert len(message) < 330
-
-
-@pytest.mark.parametrize(
-    ("content", "error"),
-    [
-        ("", "must hold at least one conversation"),
-        (" \n\n", "must hold at least one conversation"),
-        ("[]", "must hold at least one conversation"),
-        ('[{"id": 1},', "must be one whole JSON array: Expecting value: line 1 column 12"),
-        ("[1]\n[2]", "must be one whole JSON array: Extra data: line 2"),
-        ("[" * 200_000, "must be one whole JSON array: maximum recursion depth"),
-        (b'[{"id": "\xff"}]', "must be UTF-8 text: "),
-        (b'{"id": "\xff"}', "must be UTF-8 text: "),
-        ("[1]".encode("utf-16"), "must be UTF-8 text: "),
-    ],
-)
-def test_files_that_hold_no_conversations(write, content, error):
-    assert refusal(write(content)).startswith(f"data (data.json) {error}")
-
-
-def test_an_object_around_the_lines_is_no_array(write):
-    path = write(json.dumps({"data": [talk("q", "r")]}, indent=4))
-    assert refusal(path).startswith("data.json line 1: must be a JSON object: Expecting property")
-    path = write({"data": [talk("q", "r")]})
-    assert refusal(path).startswith("data.json line 1: unknown keys ['data']; there are id")
-
-
-def test_there_must_be_a_file(tmp_path):
-    expected = "must be a file of JSON lines, or of one JSON array; there is no such file"
-    assert refusal(tmp_path / "none") == f"data (none) {expected}"
-    assert "there is no such file" in refusal(tmp_path)
-
-
-def test_all_missing_media_are_listed(write):
-    items = [talk("q", "r", image=["a.png", f"{number}.png"]) for number in range(11)]
-    items.append(talk("q", "r", speech="frames", video="frames"))
-    message = refusal(write(items))
-    assert message.startswith(
-        "data.json: 12 media files are missing: item 1 image (0.png); item 2 image (1.png); "
-    )
-    assert message.endswith("item 10 image (9.png); and 2 more")
-    message = refusal(write(json.dumps({**ASKED, "speech": "frames"}), "data.jsonl"))
-    assert message == "data.jsonl: 1 media files are missing: line 1 speech (frames)"
-
-
-def test_media_are_looked_for_after_all_is_read(write):
-    path = write([talk("q", "r", image="none.png"), talk("q")])
-    assert refusal(path).startswith("data.json item 2: ")
-
-
 # Digest
 
 
-def test_digest_changes_with_bytes_and_sizes_of_media(write, tmp_path):
+def test_digest_changes_with_bytes_and_sizes_of_media(write_talks, tmp_path):
     (tmp_path / "frames" / "1.png").write_bytes(b"x")
 
     def digest(content):
-        path = write(content)
+        path = write_talks(content)
         return data_digest(path, read_conversations(path))
 
     items = [talk("q", "r", image="a.png", video="frames")]

@@ -169,6 +169,13 @@ def test_stages_alone_or_from_one_on(case, trained, run, tmp_path):
     assert "--stage (sing) must be a stage of" in error
 
 
+def test_a_stage_alone_does_not_replace_the_model_of_a_later_one(case, trained, run, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    assert run("train", case, "--output", output, "--stage", "align")[0] == 0
+    assert same(load_file(output / "model" / "model.safetensors"), weights(trained, "tune"))
+
+
 def test_check_lists_stages_and_writes_nothing(case, run, tmp_path):
     output = tmp_path / "run"
     code, shown, error = run("train", case, "--output", output, "--check")

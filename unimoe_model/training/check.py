@@ -73,7 +73,7 @@ def stage_config(stage: Stage, configs: dict[str, UniMoEConfig]) -> UniMoEConfig
     """Configuration of the model that a stage trains.
 
     Args:
-        stage: what is wanted.
+        stage: the stage.
         configs: of the start and of all earlier stages.
 
     Raises:

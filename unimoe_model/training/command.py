@@ -82,7 +82,8 @@ def train_recipe(
             if not is_first:
                 return None
             _print_scores(run, stages)
-        target = run.publish(stages[-1])
+        # A stage that is trained alone does not take the place of a later one.
+        target = run.publish([s.name for s in recipe.stages if run.is_done(s.name)][-1])
     print(f"model in {target}")
     return target
 

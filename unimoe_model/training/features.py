@@ -173,11 +173,14 @@ class MediaFeatures:
 
     @torch.inference_mode()
     def _run_body(self, paths, kind: str, connector) -> Iterator[Sequence[Tensor]]:
-        items = [self._stores[kind].read(self._key(path)) for path in paths]
         weight = connector.query_tokens
-        for pieces in items:
-            states = connector.hidden_states(torch.stack(pieces).to(weight.device, weight.dtype))
-            yield list(states)
+        for path in paths:
+            # Pieces of a recording may differ in length.
+            pieces = self._stores[kind].read(self._key(path))
+            yield [
+                connector.hidden_states(piece[None].to(weight.device, weight.dtype))[0]
+                for piece in pieces
+            ]
 
     def _options(self) -> MediaOptions:
         processor = self._processor

@@ -93,7 +93,7 @@ class Ranks:
 
     def wait(self, operation: str) -> None:
         """Waits for all processes."""
-        # A collective over no numbers waits for nobody.
+        # An all-reduce of an empty tensor returns at once.
         self.sums(operation, 0.0)
 
 

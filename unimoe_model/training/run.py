@@ -160,7 +160,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         self._ranks.wait(f"start of {stage.name}")
         settings = stage.optimization_for(self._data.counts())
-        self.features.prepare(self._used(stage))
+        used = self._used(stage)
+        self.features.prepare(used)
         if stage.assembly is not None and stage.assembly.router_strength:
             for expert in stage.assembly.experts:
                 self.features.prepare(self._used(self._recipe.stage(expert)))
@@ -169,7 +170,7 @@ class Run:
         )
         self._set_attention(model)
         frozen = [kind for kind in _BODIES if not trains_body(stage.train, kind)]
-        self.features.use_query_states(frozen, model, self._used(stage))
+        self.features.use_query_states(frozen, model, used)
         torch.manual_seed(self._recipe.seed + 2)
         parameters = select_trained(model, stage.train)
         model.to(self._device)

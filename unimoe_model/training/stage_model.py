@@ -31,7 +31,7 @@ def stage_model(
 
     Args:
         recipe: gives the seed.
-        stage: what is wanted.
+        stage: the stage.
         start: builds the model that the recipe starts from.
         folders: model folders of the stages that are done.
         batch_of: the whole batch of a step of a stage, for the router's start.
