@@ -33,7 +33,7 @@ $(STAMPS)/venv: constraints.txt
 $(STAMPS)/install: $(STAMPS)/venv pyproject.toml
 	@echo "Installing the packages that unimoe needs"
 	$(PIP) setuptools wheel ninja pybind11
-	UNIMOE_SKIP_EXT=1 UNIMOE_CUDA= $(PIP) --no-build-isolation -e '.[demo,convert,eval,test,dev]'
+	UNIMOE_SKIP_EXT=1 UNIMOE_CUDA= $(PIP) --no-build-isolation -e '.[convert,eval,test,dev]'
 	@touch $@
 
 $(STAMPS)/extension: $(STAMPS)/install $(SOURCES)
@@ -52,8 +52,8 @@ $(STAMPS)/peers: $(STAMPS)/install
 
 build: $(STAMPS)/extension ## virtual environment, packages and the compiled extension
 
-demo: build $(STAMPS)/assets ## train a small Uni-MoE and let it answer; results in runs/demo
-	$(BIN)/unimoe demo --output runs/demo $(ARGS)
+demo: build $(STAMPS)/assets ## train a small Uni-MoE and show what it learned; ARGS=--quick is short
+	$(BIN)/python -m examples.demo.run --output runs/demo $(ARGS)
 
 # Threads that wait for work must not spin where other programs want the cores: with both cores
 # taken, spinning made the tests five to ten times slower. The demo, whose processes share out the

@@ -20,8 +20,8 @@ def register_auto_classes() -> None:
 
     Example:
         >>> register_auto_classes()
-        >>> model = AutoModelForMultimodalLM.from_pretrained("runs/demo/final")
-        >>> processor = AutoProcessor.from_pretrained("runs/demo/final")
+        >>> model = AutoModelForMultimodalLM.from_pretrained("runs/mine/model")
+        >>> processor = AutoProcessor.from_pretrained("runs/mine/model")
     """
     AutoConfig.register(UniMoEConfig.model_type, UniMoEConfig, exist_ok=True)
     AutoModel.register(UniMoEConfig, UniMoEModel, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The command `unimoe`: train, generate, eval, routing, convert, assemble, and the demo."""
+"""The command `unimoe`: train, generate, eval, routing, convert and assemble."""
 
 import argparse
 import sys
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from unimoe_model.user_errors import USER_ERRORS
 
-DEFAULT_CONFIG, FULL_CONFIG = Path("configs/demo.yaml"), Path("configs/tiny.yaml")
 # The names of evaluation.metrics.METRICS, which would load transformers for a --help.
 METRIC_NAMES = ("vqa", "exact", "choice", "wer", "cider")
 
@@ -49,23 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"unimoe {version('unimoe')}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="train a small Uni-MoE and let it answer")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="default runs/demo")
-    which = demo.add_mutually_exclusive_group()
-    which.add_argument(
-        "--config", type=Path, default=DEFAULT_CONFIG, help=f"default {DEFAULT_CONFIG}"
-    )
-    which.add_argument(
-        "--full",
-        dest="config",
-        action="store_const",
-        const=FULL_CONFIG,
-        help=f"the longer run, LLM included: {FULL_CONFIG}",
-    )
-    demo.add_argument("--seed", type=int, help="instead of the one in the config")
-    demo.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
-    demo.set_defaults(run=_demo)
-
     train = commands.add_parser("train", help="train a model as a recipe says, stage by stage")
     train.add_argument("recipe", type=Path, help="YAML, see docs/training.md")
     train.add_argument("--output", type=Path, help="folder of the run; default runs/RECIPE")
@@ -77,23 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
     train.set_defaults(run=_train)
 
-    arm = commands.add_parser("train-arm", help="take one model of the demo through all stages")
-    arm.add_argument("config", type=Path, help="for example configs/demo.yaml")
-    arm.add_argument("--output", type=Path, default=Path("runs/train"), help="default runs/train")
-    arm.add_argument("--arm", choices=("moe", "dense"), default="moe", help="default moe")
-    arm.add_argument("--seed", type=int, help="instead of the one in the config")
-    arm.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
-    arm.set_defaults(run=_train_arm)
-
-    pretrain = commands.add_parser("pretrain", help="train the demo's small LLM on text")
-    pretrain.add_argument("config", type=Path, help="for example configs/tiny.yaml")
-    pretrain.add_argument("--output", type=Path, required=True, help="folder of the LLM")
-    pretrain.add_argument("--seed", type=int, help="instead of the one in the config")
-    pretrain.set_defaults(run=_pretrain)
-
     generate = commands.add_parser("generate", help="ask a trained model a question")
     generate.add_argument("question", nargs="?", default="", help="none when speech asks")
-    generate.add_argument("--model", type=Path, required=True, help="for example runs/demo/final")
+    generate.add_argument("--model", type=Path, required=True, help="for example runs/mine/model")
     generate.add_argument(
         "--image", type=Path, action="append", default=[], help="PNG, JPEG; each as often as needed"
     )
@@ -173,19 +141,6 @@ def _add_encoders(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _settings(options: argparse.Namespace):
-    from unimoe_model.training.settings import load_settings
-
-    overrides = {} if options.seed is None else {"seed": options.seed}
-    return load_settings(options.config, **overrides)
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from unimoe_model.demo import run_demo
-
-    run_demo(_settings(options), options.output, options.features)
-
-
 def _train(options: argparse.Namespace) -> None:
     from unimoe_model.training.command import train_recipe
 
@@ -199,41 +154,6 @@ def _train(options: argparse.Namespace) -> None:
         check=options.check,
         **overrides,
     )
-
-
-def _train_arm(options: argparse.Namespace) -> None:
-    from unimoe_kernels.distributed import attributed
-    from unimoe_model.training.arm import train_arm
-    from unimoe_model.training.progress import BarReporter, SilentReporter
-    from unimoe_model.training.start import own_device, start_ranks
-
-    settings, device = _settings(options), own_device()
-    mesh = start_ranks(settings, device)
-    with attributed(f"training of {options.output}"):
-        result = train_arm(
-            settings,
-            options.arm,
-            options.output,
-            options.features or options.output / "features",
-            BarReporter() if mesh is None or mesh.get_rank() == 0 else SilentReporter(),
-            device,
-            mesh,
-        )
-    if mesh is not None and result is None:
-        return
-    for task, value in result["accuracy"].items():
-        print(f"{task:<18}{100 * value:6.1f} %")
-
-
-def _pretrain(options: argparse.Namespace) -> None:
-    from unimoe_model.training.pretrain import pretrain_language_model
-    from unimoe_model.training.progress import BarReporter
-    from unimoe_model.training.start import own_device
-
-    correct = pretrain_language_model(
-        _settings(options), options.output, BarReporter(), own_device()
-    )
-    print(f"{100 * correct:.1f} % of questions about unseen pairs; LLM in {options.output}")
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ _PACKAGES = {"PIL": "pillow"}
 
 
 @contextmanager
-def needed_by(what: str, extra: str = "demo") -> Iterator[None]:
+def needed_by(what: str, extra: str = "media") -> Iterator[None]:
     """Around imports of an extra's packages: the error says how to install them.
 
     Args:

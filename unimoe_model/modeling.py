@@ -13,11 +13,11 @@ from transformers.utils import can_return_tuple
 
 from unimoe_kernels import MoE
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
-from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
+from unimoe_model.connectors import build_connector
 from unimoe_model.language_model import UniMoELanguageModel
 from unimoe_model.media_generation import CACHE, MediaGenerationMixin
 from unimoe_model.modality import modality_ids_of
-from unimoe_model.tensor_files import permit_as_usual
+from unimoe_model.permissions import permit_as_usual
 
 
 class UniMoEPreTrainedModel(PreTrainedModel):
@@ -45,20 +45,9 @@ class UniMoEModel(UniMoEPreTrainedModel):
 
     def __init__(self, config: UniMoEConfig):
         super().__init__(config)
-        text = config.text_config
-        self.image_connector = ImageConnector(config.vision_feature_size, text.hidden_size)
-        self.speech_connector = SpeechConnector(
-            config.speech_feature_size,
-            text.hidden_size,
-            config.speech_num_queries,
-            config.speech_connector,
-        )
-        self.audio_connector = AudioConnector(
-            config.audio_feature_size,
-            text.hidden_size,
-            config.audio_num_queries,
-            config.audio_connector,
-        )
+        self.image_connector = build_connector(config, "image")
+        self.speech_connector = build_connector(config, "speech")
+        self.audio_connector = build_connector(config, "audio")
         self.language_model = UniMoELanguageModel(config)
         self.post_init()
 

@@ -15,6 +15,7 @@ from unimoe_model.data.encoded_media import (
     MediaOptions,
     Row,
     encode_media,
+    read_media,
     stack_media,
 )
 from unimoe_model.encoders import FrozenEncoder, build_encoder
@@ -303,13 +304,15 @@ class UniMoEProcessor(ProcessorMixin):
         """Features of one item of media; `EncodedMedia` is returned as it is."""
         if isinstance(item, EncodedMedia):
             return item
-        return encode_media(
-            kind,
-            item,
-            self._encoder(SENSES[kind]),
-            MediaOptions(self.video_num_frames, self.speech_max_frames, self.image_aspect_ratio),
-            frame_seed,
-        )
+        encoder = self._encoder(SENSES[kind])
+        read = read_media(kind, item, encoder, self.media_options, frame_seed)
+        (pieces,) = encode_media(kind, [read], encoder, self.media_options)
+        return EncodedMedia(tuple(piece.float() for piece in pieces))
+
+    @property
+    def media_options(self) -> MediaOptions:
+        """What decides the features of media beside the encoders."""
+        return MediaOptions(self.video_num_frames, self.speech_max_frames, self.image_aspect_ratio)
 
     def _padded(self, rows: list[TokenizedText], side: str) -> dict[str, torch.Tensor]:
         width = max(len(row.ids) for row in rows)

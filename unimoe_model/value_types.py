@@ -1,4 +1,4 @@
-"""Types of values that a person wrote."""
+"""Types and bounds of values that a person wrote."""
 
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -18,3 +18,17 @@ def fits_type(value: Any, wanted: Any) -> bool:
     if isinstance(value, bool):
         return wanted is bool
     return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+def require_at_least(least: float, **values: float | None) -> None:
+    """Raises ValueError naming the first of the values that is less; None is left out."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} ({value}) must be at least {least}")
+
+
+def require_positive(**values: float | None) -> None:
+    """Raises ValueError naming the first of the values that is not above 0; None is left out."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} ({value}) must be above 0")

@@ -21,9 +21,14 @@ from examples.demo.example import Example
 from examples.demo.limits import DataLimits
 from examples.demo.media import media_files, write_media
 from examples.demo.settings import TASKS
-from examples.demo.tasks import build_examples, held_out_examples
+from examples.demo.tasks import (
+    build_examples,
+    held_out_examples,
+    held_out_text,
+    text_examples,
+)
+from examples.stand_ins.assets import asset_folder
 from unimoe_kernels import atomic_write
-from unimoe_model.assets import asset_folder
 from unimoe_model.training.progress import ProgressReporter
 
 DESCRIPTION = "data.json"
@@ -83,6 +88,24 @@ def write_data(
         (folder / split).mkdir(exist_ok=True)
         for task, own in tasks.items():
             _write_text(folder / split / f"{task}.jsonl", _lines(own, folder))
+
+
+def write_text_tasks(folder: Path, seed: int) -> tuple[str, ...]:
+    """Writes the tasks that need no media, and the held-out one; returns the names of the former.
+
+    Args:
+        folder: where to; made if it is not there.
+        seed: decides what is drawn.
+
+    Raises:
+        MissingAssetError: If a package of the demo's data is not installed.
+    """
+    tasks = text_examples(seed)
+    for split, own in (("train", tasks), ("test", {"text": held_out_text("test")})):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for task, examples in own.items():
+            _write_text(folder / split / f"{task}.jsonl", _lines(examples, folder))
+    return tuple(tasks)
 
 
 def _description(seed: int, limits: DataLimits, held_out: Mapping[str, int]) -> dict[str, Any]:

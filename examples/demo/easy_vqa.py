@@ -10,7 +10,7 @@ from functools import cache as memoize
 from pathlib import Path
 from typing import NamedTuple
 
-from unimoe_model.assets import asset_file
+from examples.stand_ins.assets import asset_file
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -79,7 +79,10 @@ def image_paths(split: str, most: int | None = None) -> list[Path]:
     """
     folder, first, count = _bounds(split)
     images = asset_file("easy_vqa", "data", folder, "questions.json").with_name("images")
-    return [images / f"{first + index}.png" for index in range(min(count, most or count))]
+    return [
+        images / f"{first + index}.png"
+        for index in range(count if most is None else min(count, most))
+    ]
 
 
 def labels(split: str) -> list[dict[str, str]]:

@@ -82,7 +82,15 @@ def forecast(recipe: Path, seed: int, output: Path, machine: Machine) -> Forecas
     Returns:
         What is left to do.
     """
-    if (output / "metrics.json").exists():
+    marks = {
+        "features": "moe/features.json",
+        "pretraining": "moe/stages/pretrain-*/metrics.json",
+        "stage 1": "moe/stages/align-*/metrics.json",
+        "stages 2 and 3": "moe/stages/tune-*/metrics.json",
+        "evaluation": "moe/evaluation.json",
+    }
+    done = {part: any(output.glob(mark)) for part, mark in marks.items()}
+    if done["evaluation"]:
         return Forecast({})
     raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     stages = {stage["name"]: stage["steps"] for stage in raw["stages"]}
@@ -106,13 +114,7 @@ def forecast(recipe: Path, seed: int, output: Path, machine: Machine) -> Forecas
         if name not in ("pretrain", "align")
     ) + len(media["speech"]) * times.of("connector speech")
     seconds["evaluation"] = asked * times.of("eval")
-    done = {
-        "features": (output / "moe" / "features.json").exists(),
-        "stage 1": any(output.glob("moe/stages/align-*/metrics.json")),
-        "stages 2 and 3": any(output.glob("moe/stages/tune-*/metrics.json")),
-        "evaluation": (output / "moe" / "evaluation.json").exists(),
-    }
-    return Forecast({name: value for name, value in seconds.items() if not done.get(name)})
+    return Forecast({name: value for name, value in seconds.items() if not done[name]})
 
 
 def _count(raw: dict, output: Path) -> tuple[dict[str, set[str]], int]:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
-from unimoe_model.assets import asset_file, asset_folder
+from examples.stand_ins.assets import asset_file, asset_folder
 
 FAMILIES = {
     "piano": (

@@ -4,6 +4,7 @@ Pictures are files of the package easy-vqa. Speech and sounds are FLAC, videos a
 """
 
 import io
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from examples.demo import easy_vqa, general_midi, spoken, sprites
 from examples.demo.limits import DataLimits, draw
-from unimoe_kernels import atomic_write
 from unimoe_model.extras import needed_by
 from unimoe_model.training.progress import ProgressReporter
 
@@ -190,7 +190,8 @@ def _write_set(
     save: Callable[[Path, Made], None],
     reporter: ProgressReporter,
 ) -> None:
-    missing = [path for path in files if not path.exists()]
+    # A power cut may leave a file empty: thousands are not waited for one by one.
+    missing = [path for path in files if not path.exists() or not path.stat().st_size]
     if not missing:
         return
     missing[0].parent.mkdir(parents=True, exist_ok=True)
@@ -199,8 +200,10 @@ def _write_set(
         for start in range(0, len(missing), AT_ONCE):
             paths = missing[start : start + AT_ONCE]
             for path, made in zip(paths, make([files[path] for path in paths]), strict=True):
-                with atomic_write(path) as partial_file:
-                    save(partial_file, made)
+                unfinished = path.with_name(f".{path.stem}.tmp{path.suffix}")
+                save(unfinished, made)
+                unfinished.replace(path)
                 reporter.advance(1)
+        os.sync()
     finally:
         reporter.finish()

@@ -4,7 +4,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from examples.demo.progress import QueueReporter, replay
 from examples.demo.settings import SHARED
 from unimoe_kernels import atomic_write
 from unimoe_model.encoders.outside import permit_encoder
-from unimoe_model.training.lock import FolderLock
+from unimoe_model.folder_lock import FolderLock
 from unimoe_model.training.progress import BarReporter, ProgressReporter
 from unimoe_model.training.recipe import Recipe, load_recipe
 from unimoe_model.training.recipe_data import RecipeData
@@ -30,7 +29,7 @@ def open_run(
 ) -> tuple[Recipe, Run]:
     """The run of an arm, in a folder beside its recipe that is named like it."""
     found = load_recipe(recipe, seed=seed)
-    for name in (found.encoders.vision, found.encoders.speech, found.encoders.audio):
+    for name in found.encoder_names:
         permit_encoder(name, recipe.parent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = recipe.with_suffix("")
@@ -104,7 +103,12 @@ def run_parts(
     try:
         while running:
             if queue.empty():
-                _check_alive(processes, running)
+                ended = {name: processes[name].exitcode for name in running}
+                ended = {name: code for name, code in ended.items() if code is not None}
+                # What a process said is in the queue before it has ended.
+                if ended and queue.empty():
+                    name, code = ended.popitem()
+                    raise RuntimeError(f"training of {name} ended with exit code {code}")
                 time.sleep(0.1)
                 continue
             message = queue.get()
@@ -138,13 +142,6 @@ def _body(
         queue.put((name, "failed", (f"{type(error).__name__}: {error}",), {}))
         raise
     queue.put((name, "done", (), {}))
-
-
-def _check_alive(processes: dict, running: Sequence[str] | set[str]) -> None:
-    for name in running:
-        code = processes[name].exitcode
-        if code not in (None, 0):
-            raise RuntimeError(f"training of {name} ended with exit code {code}")
 
 
 def _exit_with_parent() -> None:

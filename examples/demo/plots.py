@@ -8,7 +8,7 @@ import numpy as np
 from unimoe_kernels import atomic_write
 from unimoe_model.extras import needed_by
 
-with needed_by("drawing plots"):
+with needed_by("drawing plots", "eval"):
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

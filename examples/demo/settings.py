@@ -1,5 +1,6 @@
 """The demo's variants, and the recipes that they fill in."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,15 @@ def write_recipes(output: Path, variant: Variant) -> dict[str, Path]:
         if not files[arm].exists() or files[arm].read_text(encoding="utf-8") != text:
             files[arm].write_text(text, encoding="utf-8")
     return files
+
+
+def language_model_recipe(data: Sequence[str]) -> dict[str, Any]:
+    """The recipe that pretrains the language model alone, of `data/train/NAME.jsonl`."""
+    recipe = _full(yaml.safe_load((HERE / "moe.yaml").read_text(encoding="utf-8")), "moe")
+    recipe["data"] = {name: f"data/train/{name}.jsonl" for name in data}
+    recipe["stages"] = recipe["stages"][:1]
+    recipe["evaluate"] = {"text": recipe["evaluate"]["text"]}
+    return recipe
 
 
 def fill_in_aligned(recipe: Path, model: Path) -> None:

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.demo.example import Example
-from unimoe_model.data.audio_io import load_wav, save_wav
-from unimoe_model.data.media_io import load_video, save_gif
+from unimoe_model.data.audio_io import load_wav
+from unimoe_model.data.media_io import load_video
 from unimoe_model.evaluation.samples import media_arguments
+from unimoe_model.extras import needed_by
 from unimoe_model.generation import Answerer
+
+with needed_by("showing examples"):
+    import soundfile
+    from PIL import Image
 
 _SHOWN = {
     "image_qa": ("A picture", {"image": "picture.png"}),
@@ -21,6 +26,7 @@ _SHOWN = {
     "video": ("A video", {"video": "video.gif"}),
 }
 _RATES = {"speech": 16_000, "audio": 44_100}
+_FRAME_MS = 120
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ def _write(kind: str, source: Path, target: Path) -> Path:
     if kind == "image":
         shutil.copyfile(source, target)
     elif kind == "video":
-        save_gif(target, load_video(source))
+        first, *others = (Image.fromarray(frame.numpy()) for frame in load_video(source))
+        first.save(target, save_all=True, append_images=others, duration=_FRAME_MS, loop=0)
     else:
-        save_wav(target, load_wav(source, _RATES[kind]), _RATES[kind])
+        soundfile.write(target, load_wav(source, _RATES[kind]), _RATES[kind], "PCM_16")
     return target

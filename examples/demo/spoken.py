@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from unimoe_model.assets import asset_file, asset_folder
+from examples.stand_ins.assets import asset_file, asset_folder
 from unimoe_model.data.audio_io import resample
 
 ESPEAK_PACKAGE = "espeakng_loader"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unimoe_model.assets import asset_file
+from examples.stand_ins.assets import asset_file
 from unimoe_model.extras import needed_by
 
 with needed_by("drawing sprites"):

@@ -55,7 +55,7 @@ def build_examples(
     }
     if split == "train":
         return examples | text_examples(seed)
-    return examples | {"text": reading_examples(easy_vqa.question_texts(), HELD_OUT_PAIRS[split])}
+    return examples | {"text": held_out_text(split)}
 
 
 def held_out_examples(
@@ -71,6 +71,11 @@ def held_out_examples(
     """
     examples = build_examples(split, media, seed, DataLimits())
     return {task: draw(examples[task], held_out.get(task), seed) for task in TASKS}
+
+
+def held_out_text(split: str) -> list[Example]:
+    """Questions about sentences whose colour and shape no text of training has together."""
+    return reading_examples(easy_vqa.question_texts(), HELD_OUT_PAIRS[split])
 
 
 def text_examples(seed: int) -> dict[str, list[Example]]:

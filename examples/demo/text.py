@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from examples.demo.example import Example
-from unimoe_model.assets import asset_folder
+from examples.stand_ins.assets import asset_folder
 
 ASK_PICTURE = "what is in the picture?"
 ASK_MOTION = "how does it move?"

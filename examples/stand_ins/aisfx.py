@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unimoe_model.assets import asset_file
+from examples.stand_ins.assets import asset_file
 from unimoe_model.encoders import FrozenEncoder
+from unimoe_model.encoders.base import check_waveforms
 
 SAMPLE_RATE = 44_100
 WINDOW = 2048
@@ -124,11 +125,7 @@ class AisfxAudioEncoder(FrozenEncoder):
         Raises:
             ValueError: If it has another shape or dtype, or is too short for one frame.
         """
-        if waveforms.ndim != 2 or not waveforms.is_floating_point():
-            raise ValueError(
-                f"waveforms ({waveforms.dtype} of shape {list(waveforms.shape)}) must be floating "
-                "point of shape [B, samples]"
-            )
+        check_waveforms(waveforms)
         if waveforms.shape[1] < MIN_SAMPLES:
             raise ValueError(
                 f"samples ({waveforms.shape[1]}) must be at least {MIN_SAMPLES} (0.17 s at "

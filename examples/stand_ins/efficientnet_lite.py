@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimoe_model.assets import asset_file
+from examples.stand_ins.assets import asset_file
 from unimoe_model.encoders import FrozenEncoder
 from unimoe_model.extras import needed_by
 

@@ -20,6 +20,33 @@ def accumulation(r):
     return relative_error(model.weight.grad, torch.full((2, 3), expected))
 
 
+def uneven_accumulation(r):
+    """Gradients of backwards add up also where some of them reach a parameter on one rank only."""
+    names = [f"of rank {rank}" for rank in range(r.world)]
+    model = torch.nn.ParameterDict(
+        {name: torch.nn.Parameter(torch.zeros(3, dtype=torch.float64)) for name in ("all", *names)}
+    )
+    parallelize_moe(model, r.data_mesh)
+    expected = dict.fromkeys(model, 0.0)
+    # Of each step: the ranks that reach a parameter of their own.
+    for step, ranks in enumerate(([0], range(r.world), [r.world - 1], [0], [])):
+        reached = [rank for rank in ranks if rank < r.world]
+        total = model["all"]
+        for rank in reached:
+            # Some parameters are reached by the rank that they are named after, others by all.
+            if rank == r.rank or step == 1:
+                total = total + (step + 1 + r.rank) * model[names[rank]]
+        total.sum().backward()
+        expected["all"] += r.world
+        for rank in reached:
+            by = range(r.world) if step == 1 else [rank]
+            expected[names[rank]] += sum(step + 1 + other for other in by)
+    return max(
+        relative_error(parameter.grad, torch.full((3,), expected[name], dtype=torch.float64))
+        for name, parameter in model.items()
+    )
+
+
 def another_model(r):
     """The last rank trains less; nothing is changed on any rank."""
     moe, _ = layer(r)
@@ -45,4 +72,4 @@ def twice(r):
     return message(lambda: parallelize_moe(moe, r.mesh))
 
 
-SCENARIOS = (accumulation, another_model, uneven_shards, meta_buffers, twice)
+SCENARIOS = (accumulation, uneven_accumulation, another_model, uneven_shards, meta_buffers, twice)

@@ -1,151 +1,108 @@
-"""Trains a tiny model through all stages: `stage_ranks.py FOLDER RANK WORLD EXPERT SEED [KILL]`.
+"""Trains a recipe in float64: `stage_ranks.py FOLDER RANK WORLD EXPERT RECIPE [STAGE STEP]`.
 
-Prints nothing; leaves the stages in FOLDER/run. With KILL the run ends at that step of stage 3, as
-if it had been killed. Without a mesh (WORLD 1 and EXPERT 0) it is one process.
+Leaves the stages in FOLDER/run. With STAGE and STEP it makes a checkpoint after every step, and
+kills itself at that one, before its checkpoint.
 """
 
-import functools
+import os
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from launcher import write
-from transformers import WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperDecoder
+from torch.overrides import TorchFunctionMode
 
 from unimoe_kernels.distributed import count_traffic, finish_parallel, start_parallel
-from unimoe_model.data.examples import Example, MediaBank, MediaRef
-from unimoe_model.data.tokenizer import train_tokenizer
-from unimoe_model.training import stages
-from unimoe_model.training.optimization import Optimization
+from unimoe_model.encoders.outside import permit_encoder
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.training import stage_model, starting_model
 from unimoe_model.training.progress import SilentReporter
-from unimoe_model.training.settings import ModelSettings, RunSettings, StageSettings
+from unimoe_model.training.recipe import load_recipe
+from unimoe_model.training.recipe_data import RecipeData
+from unimoe_model.training.run import Run
 
-SHAPES = {"image": (9, 1280), "video": (8, 9, 1280), "speech": (6, 16), "audio": (5, 512)}
 
+class Reporter(SilentReporter):
+    """Keeps the step at which each stage began, and kills its process at a step of a stage."""
 
-class KillingReporter(SilentReporter):
-    """Ends the run at a step of stage 3."""
-
-    def __init__(self, step):
-        self._step, self._stage, self._done = step, None, 0
+    def __init__(self, *end):
+        self.began = {}
+        self._end, self._stage, self._done = end, None, 0
 
     def start(self, stage, total, done):
-        self._stage, self._done = stage, done
+        self._stage = stage
+        self.began[stage] = self._done = done
 
     def advance(self, steps, **figures):
         self._done += steps
-        if self._stage == "tune" and self._done == self._step:
-            raise KeyboardInterrupt
+        if (self._stage, self._done) == self._end:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stage(steps=3, muon=None, **tasks):
-    return StageSettings(Optimization(steps, 6, 0.01, muon_learning_rate=muon), tasks)
+class Wide(TorchFunctionMode):
+    """Takes float64 where this package and transformers ask torch for float32."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        options = {key: _wide(value) for key, value in (options or {}).items()}
+        return function(*map(_wide, arguments), **options)
 
 
-def settings():
-    return RunSettings(
-        seed=0,
-        precision="fp32",
-        model=ModelSettings(
-            text={
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "max_position_embeddings": 128,
-            },
-            vocab_size=300,
-            top_k=2,
-            speech_max_frames=6,
-            speech_num_queries=4,
-            audio_num_queries=2,
-            audio_connector={
-                "hidden_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "intermediate_size": 24,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
-            load_balancing_coef=0.1,
-        ),
-        pretrain=stage(muon=0.01, text=1),
-        align=stage(image=1, speech=1, audio=1, video=1),
-        experts={"image": stage(image=1, speech=1), "audio": stage(audio=1)},
-        router_strength=3.0,
-        tune=stage(steps=6, image=1, audio=1, text=1),
-        expert_lora_rank=3,
-        expert_lora_alpha=6,
-        lora_rank=2,
-        lora_alpha=4,
-    )
+def _wide(value):
+    return torch.float64 if value is torch.float32 else value
 
 
-def tasks_and_bank():
-    generator = torch.Generator().manual_seed(0)
-    bank, tasks = MediaBank(), {"text": [Example("text", "a circle is red?", "yes")]}
-    for kind, shape in SHAPES.items():
-        bank.add(f"{kind}s", kind, torch.randn(4, *shape, generator=generator).half())
-        tasks[kind] = [
-            Example(kind, f"what shape {i}?", str(i), (MediaRef(kind, f"{kind}s", i),))
-            for i in range(4)
-        ]
-    return tasks, bank
+def _load_whole(folder):
+    return UniMoEForConditionalGeneration.from_pretrained(folder, dtype=torch.float64)
 
 
-def speech_decoder():
-    torch.manual_seed(5)
-    config = WhisperConfig(
-        d_model=16,
-        decoder_layers=1,
-        decoder_attention_heads=2,
-        decoder_ffn_dim=24,
-        max_target_positions=8,
-        vocab_size=20,
-        pad_token_id=0,
-        dropout=0.0,
-    )
-    return WhisperDecoder(config)
-
-
-def main(folder, rank, world, expert, kill=0):
-    torch.set_num_threads(1)
-    # Steps of AdamW and Muon enlarge rounding: float32 says little after a few of them.
+@contextmanager
+def in_float64():
+    """Steps of AdamW and Muon enlarge rounding: float32 says little after a few of them."""
+    own = torch.get_default_dtype()
+    loaders = [patch.object(m, "load_whole", _load_whole) for m in (starting_model, stage_model)]
     torch.set_default_dtype(torch.float64)
-    mesh = None
-    if expert:
-        mesh = start_parallel(
-            world // expert,
-            expert,
-            timeout=60,
-            init_method=f"file://{folder}/store-{world}-{expert}-{kill}",
-            rank=rank,
-            world_size=world,
-        )
-    stages.train_stage = functools.partial(stages.train_stage, checkpoint_seconds=-1.0)
-    tokenizer = train_tokenizer(["what shape is it? a red circle", "which word? yes no"] * 3, 300)
-    reporter = KillingReporter(kill) if kill else SilentReporter()
-    trainer = stages.Trainer(
-        settings(),
-        "moe",
-        folder / "run",
-        folder / "base",
-        *tasks_and_bank(),
-        tokenizer,
-        speech_decoder(),
-        reporter,
-        torch.device("cpu"),
-        mesh,
+    try:
+        with loaders[0], loaders[1], Wide():
+            yield
+    finally:
+        torch.set_default_dtype(own)
+
+
+def train(folder, path, *end, mesh=None):
+    """Trains all stages of the recipe `path`; `end` is the STAGE and STEP at which it dies."""
+    recipe = load_recipe(path, checkpoint_seconds=0.0 if end else 600.0)
+    for name in recipe.encoder_names:
+        permit_encoder(name, path.parent)
+    reporter, device = Reporter(*end), torch.device("cpu")
+    places = folder / "run", folder / "features"
+    run = Run(recipe, RecipeData(recipe), *places, reporter, device, mesh)
+    run.encode()
+    with in_float64(), count_traffic() as traffic:
+        run.train([stage.name for stage in recipe.stages])
+    return {"sent": traffic.sent, "began": reporter.began}
+
+
+def main(folder, rank, world, expert, path, *end):
+    torch.set_num_threads(1)
+    mesh = start_parallel(
+        world // expert,
+        expert,
+        timeout=60,
+        init_method=f"file://{folder}/store-{world}-{expert}-{len(end)}",
+        rank=rank,
+        world_size=world,
     )
-    with count_traffic() as traffic:
-        try:
-            trainer.run()
-        except KeyboardInterrupt:
-            return
+    found = train(folder, path, *end, mesh=mesh)
     finish_parallel()
-    write(folder, rank, {"sent": traffic.sent})
+    write(folder, rank, found)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    own, *numbers, path = sys.argv[1:6]
+    end = [sys.argv[6], int(sys.argv[7])] if len(sys.argv) > 6 else []
+    main(Path(own), *map(int, numbers), Path(path), *end)

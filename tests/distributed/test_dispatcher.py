@@ -33,8 +33,9 @@ def test_compiled_layer(ops):
     assert all(error < 1e-12 for error in ops["compiled_layer"])
 
 
-def test_gradients_of_several_backwards_add_up(ops):
-    assert all(error < 1e-12 for error in ops["accumulation"])
+@pytest.mark.parametrize("scenario", ["accumulation", "uneven_accumulation"])
+def test_gradients_of_several_backwards_add_up(ops, scenario):
+    assert all(error < 1e-12 for error in ops[scenario])
 
 
 def test_ranks_with_different_models_are_all_told(ops):

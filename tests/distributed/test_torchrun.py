@@ -1,49 +1,71 @@
-"""Runs that torchrun starts, and settings that do not fit how a run was started."""
+"""Runs that torchrun starts, and recipes that do not fit how a run was started."""
 
-import dataclasses
 import os
 import subprocess
 import sys
 
 import pytest
-import stage_ranks
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 import torch
 from launcher import HERE
+from stage_case import RECIPE, STAGES, write_stages
 
-from unimoe_model.training.settings import ParallelSettings
-from unimoe_model.training.start import start_ranks
+from unimoe_model.training import start
+from unimoe_model.training.recipe import load_recipe
 
 CPU = torch.device("cpu")
+CLI = ("-m", "unimoe_model.cli")
 
 
-def torchrun(folder, expert, victim):
-    script = [HERE / "torchrun_ranks.py", folder, str(expert), str(victim)]
+@pytest.fixture(scope="module")
+def shared_experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("case") / "files"
+    return write_stages(folder, parallel={"expert": 2, "timeout": 60.0})
+
+
+def torchrun(recipe, output, *program):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *script],
+        [*start, *program, "train", str(recipe), "--output", str(output)],
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
 
 
-def test_stages_under_torchrun(tmp_path):
-    ended = torchrun(tmp_path, 2, -1)
+def done(output):
+    return {path.parent.name.rpartition("-")[0] for path in output.glob("stages/*/metrics.json")}
+
+
+def test_stages_under_torchrun(shared_experts, tmp_path):
+    ended = torchrun(shared_experts, tmp_path, *CLI)
     assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "run/tune/metrics.json").exists()
-    assert (tmp_path / "found.json").exists()
+    assert done(tmp_path) == set(STAGES)
+    # One process alone shows scores, and says where the model is.
+    assert ended.stdout.count("tune: colors exact match") == 1
+    assert ended.stdout.count(f"model in {tmp_path / 'model'}") == 1
+    assert (tmp_path / "model/config.json").exists()
 
 
 @pytest.mark.slow
-def test_torchrun_ends_when_a_process_dies(tmp_path):
-    ended = torchrun(tmp_path, 2, 1)
+def test_torchrun_ends_when_a_process_dies(shared_experts, tmp_path):
+    ended = torchrun(shared_experts, tmp_path, str(HERE / "torchrun_ranks.py"))
     assert ended.returncode != 0
     assert "Signal 9" in ended.stderr
-    assert not (tmp_path / "run/tune/metrics.json").exists()
+    assert done(tmp_path) == {*STAGES} - {"tune"}
+    assert not (tmp_path / "model").exists()
 
 
-def with_parallel(**fields):
-    return dataclasses.replace(stage_ranks.settings(), parallel=ParallelSettings(**fields))
+@pytest.fixture
+def recipe_of(tmp_path):
+    """Reads a recipe with other values at its top."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return lambda **top: load_recipe(path, **top)
 
 
 @pytest.fixture
@@ -60,25 +82,50 @@ def processes(monkeypatch):
     return set_to
 
 
-def test_one_process_needs_neither_torchrun_nor_settings(processes):
+@pytest.fixture
+def started(monkeypatch):
+    """The arguments of `start_parallel`, which starts nothing."""
+    calls = []
+    monkeypatch.setattr(
+        start, "start_parallel", lambda *sizes, **options: calls.append((sizes, options))
+    )
+    return calls
+
+
+def test_one_process_needs_neither_torchrun_nor_parallel(processes, started, recipe_of):
     processes(None)
-    assert start_ranks(stage_ranks.settings(), CPU) is None
-    assert start_ranks(with_parallel(), CPU) is None
+    assert start.start_ranks(recipe_of(), CPU) is None
+    assert start.start_ranks(recipe_of(parallel={}), CPU) is None
+    assert not started
 
 
-def test_several_processes_need_torchrun(processes):
+def test_several_processes_need_torchrun(processes, recipe_of):
     processes(None)
-    with pytest.raises(ValueError, match="needs 4 processes: start with torchrun"):
-        start_ranks(with_parallel(data=2, expert=2), CPU)
+    message = r"\(data 2, expert 2\) needs 4 processes, and there is 1: start with torchrun"
+    with pytest.raises(ValueError, match=message):
+        start.start_ranks(recipe_of(parallel={"data": 2, "expert": 2}), CPU)
 
 
-def test_torchrun_needs_settings(processes):
-    processes(2)
-    with pytest.raises(ValueError, match="config must say how 2 processes share the work"):
-        start_ranks(stage_ranks.settings(), CPU)
-
-
-def test_sizes_must_be_what_torchrun_started(processes):
+def test_without_parallel_all_processes_share_the_data(processes, started, recipe_of):
     processes(3)
-    with pytest.raises(ValueError, match=r"\(data 2, expert 1\) must be as many processes"):
-        start_ranks(with_parallel(data=2), CPU)
+    start.start_ranks(recipe_of(), CPU)
+    ((sizes, _),) = started
+    assert sizes == (3, 1)
+
+
+def test_parallel_must_be_as_many_processes_as_torchrun_started(processes, recipe_of):
+    processes(3)
+    message = r"\(data 2, expert 1\) needs 2 processes, and there are 3: .*--nproc-per-node 2 "
+    with pytest.raises(ValueError, match=message):
+        start.start_ranks(recipe_of(parallel={"data": 2}), CPU)
+
+
+def test_processes_must_have_one_recipe(processes, started, recipe_of):
+    processes(2)
+    parallel = {"expert": 2, "timeout": 60.0}
+    for seed in (0, 0, 1):
+        start.start_ranks(recipe_of(parallel=parallel, seed=seed), CPU)
+    assert [sizes for sizes, _ in started] == [(1, 2)] * 3
+    assert {options["timeout"] for _, options in started} == {60.0}
+    first, again, other = (options["fingerprint"] for _, options in started)
+    assert first == again != other

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
-ROOT = str(Path(__file__).resolve().parents[2])
-if ROOT not in sys.path:
-    sys.path.append(ROOT)
+HERE = Path(__file__).resolve().parent
+for folder in (str(HERE.parents[1]), str(HERE)):
+    if folder not in sys.path:
+        sys.path.append(folder)

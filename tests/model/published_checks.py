@@ -1,10 +1,10 @@
 """What several golden cases are asked: outputs, gradients and generated tokens of a model."""
 
 import torch
+from in_memory import to_published
 from published import encoded_media, expanded_rows, padded_batch
 
 from unimoe_kernels.testing import relative_error
-from unimoe_model.checkpoints import to_published
 
 OUTPUT, GRADIENT, LOGITS = 1e-5, 1e-4, 1e-4
 """Relative errors that are allowed in outputs, gradients, and logits of whole models."""

@@ -1,9 +1,9 @@
 """What the cases of the eight-expert code need: its names, spans, gradients and padding."""
 
 import torch
+from in_memory import to_published
 
 from unimoe_kernels import TopKRouter, topk_router
-from unimoe_model.checkpoints import to_published
 from unimoe_model.modality import MODALITIES, PADDING, modality_expert_loss, modality_kl_loss
 
 NAMED = {kind: kind for kind in ("text", "image", "video", "audio")}

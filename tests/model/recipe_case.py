@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,8 +17,6 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
-
-from unimoe_model.data.audio_io import save_wav
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 TONES = {"low": 300.0, "middle": 1200.0, "high": 3000.0}
@@ -122,7 +121,7 @@ def write_case(folder: Path, checkpoint_seconds: float = 60.0) -> Path:
         tone = list(TONES)[number % 3]
         times = np.arange(int(rng.integers(6000, 9000))) / 16000
         wave = 0.4 * np.sin(2 * np.pi * TONES[tone] * times)
-        save_wav(media / f"{number}.wav", wave.astype(np.float32), 16000)
+        soundfile.write(media / f"{number}.wav", wave.astype(np.float32), 16000)
         kind = "speech" if number % 2 else "audio"
         line = {"id": number, kind: f"media/{number}.wav", "question": "how high?", "answer": tone}
         (words if kind == "speech" else tones).append(line)

@@ -108,7 +108,7 @@ def test_an_earlier_start_may_have_gone_further(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     with (
         AnswerLog(tmp_path, RUN, IDS),
-        pytest.raises(ValueError, match="is being written by another process"),
+        pytest.raises(ValueError, match="is in use by process"),
     ):
         read(tmp_path)
     assert read(tmp_path) == []

@@ -9,15 +9,11 @@ from unimoe_model.cli import main
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.processing import UniMoEProcessor
-from unimoe_model.training.assemble import (
-    FFN_LORA,
-    add_lora,
-    assemble_moe,
-    ffn_state,
-    lora_parameters,
-    merge_and_unload_lora,
-)
+from unimoe_model.training.assemble import assemble_moe, ffn_state, merge_and_unload_lora
 from unimoe_model.training.loss import answer_loss
+from unimoe_model.training.recipe.parts import TrainedPart
+from unimoe_model.training.trained import select_trained
+from unimoe_model.training.widening import widen_ffns
 
 
 @pytest.fixture
@@ -115,72 +111,97 @@ def test_what_cannot_be_assembled_is_refused(dense, tiny_model):
         assemble_moe(dense, {"a": ffn_state(dense)}, 2)
 
 
-def fill_lora(model):
+def add_lora(model, *parts):
+    """Puts LoRA of rank 3 and alpha 6 on parts of a model."""
+    return select_trained(model, [TrainedPart(part, 3, 6) for part in parts])
+
+
+def fill(parameters):
     with torch.no_grad():
-        for parameter in lora_parameters(model).values():
+        for parameter in parameters.values():
             parameter.normal_(std=0.1)
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_experts": 0}, {"moe_layers": "even"}])
-def test_lora_starts_as_nothing_and_merges_to_what_it_was(tiny_model, inputs, tmp_path, fields):
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({}, ["attention", "experts"]),
+        ({"num_experts": 0}, ["ffn"]),
+        ({"moe_layers": "even"}, ["attention", "ffn", "experts"]),
+    ],
+)
+def test_lora_starts_as_nothing_and_merges_to_what_it_was(
+    tiny_model, inputs, tmp_path, fields, parts
+):
     model = tiny_model(**fields)
     plain, keys = logits_of(model, inputs), model.state_dict().keys()
-    add_lora(model, rank=3, alpha=6)
+    added = add_lora(model, *parts)
     assert relative_error(logits_of(model, inputs), plain) < 1e-6
-    fill_lora(model)
+    fill(added)
     tuned = logits_of(model, inputs)
     assert relative_error(tuned, plain) > 1e-2
     merge_and_unload_lora(model)
     assert relative_error(logits_of(model, inputs), tuned) < 1e-5
     assert model.state_dict().keys() == keys
-    assert not lora_parameters(model)
     model.save_pretrained(tmp_path)
     loaded = UniMoEForConditionalGeneration.from_pretrained(tmp_path)
     assert relative_error(logits_of(loaded, inputs), tuned) < 1e-5
-
-
-def test_lora_covers_attention_and_experts_of_every_layer(tiny_model):
-    model = tiny_model(moe_layers="even")
-    add_lora(model, rank=2, alpha=4)
-    names = set(lora_parameters(model))
-    layers = "model.language_model.layers"
-    for layer in (0, 1):
-        for projection in "qkvo":
-            assert f"{layers}.{layer}.self_attn.{projection}_proj.lora_A.default.weight" in names
-    assert f"{layers}.0.mlp.experts.expert_lora.gate_up_proj.lora_A" in names
-    assert f"{layers}.1.mlp.down_proj.lora_B.default.weight" in names
-    assert not any("connector" in name for name in names)
-
-
-def test_lora_can_be_on_the_ffns_alone(tiny_model, inputs):
-    model = tiny_model(num_experts=0)
-    add_lora(model, 2, 4, FFN_LORA)
-    assert all(".mlp." in name for name in lora_parameters(model))
-    assert len(lora_parameters(model)) == 2 * 3 * 2
-    merge_and_unload_lora(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        add_lora(model, 2, 4)
+        add_lora(model, *parts)
 
 
-def test_only_lora_gets_gradients_when_only_it_is_trained(tiny_model, inputs):
+def test_lora_covers_the_named_parts_of_every_layer(tiny_model):
+    names = set(add_lora(tiny_model(moe_layers="even"), "attention", "ffn", "experts"))
+    layers = "model.language_model.layers"
+    expected = {
+        f"{layers}.{layer}.self_attn.{projection}_proj.lora_{half}.attention.weight"
+        for layer in (0, 1)
+        for projection in "qkvo"
+        for half in "AB"
+    }
+    expected |= {
+        f"{layers}.1.mlp.{projection}_proj.lora_{half}.ffn.weight"
+        for projection in ("gate", "up", "down")
+        for half in "AB"
+    }
+    expected |= {
+        f"{layers}.0.mlp.experts.expert_lora.{projection}.lora_{half}"
+        for projection in ("gate_up_proj", "down_proj")
+        for half in "AB"
+    }
+    assert names == expected
+
+
+def test_only_what_is_trained_gets_gradients(tiny_model, inputs):
     model = tiny_model()
-    add_lora(model, rank=2, alpha=4)
-    fill_lora(model)
+    lora = TrainedPart("experts", 3, 6)
+    trained = select_trained(model, [lora, TrainedPart("router"), TrainedPart("projectors.image")])
+    fill({name: parameter for name, parameter in trained.items() if "lora_" in name})
     model.requires_grad_(False)
-    trained = lora_parameters(model)
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    ids = inputs["input_ids"]
-    answer_loss(model, inputs | {"labels": ids}).backward()
+    answer_loss(model, inputs | {"labels": inputs["input_ids"]}).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (name in trained), name
         assert name not in trained or parameter.grad.norm() > 0, name
 
 
-def test_rank_must_be_positive(tiny_model):
-    with pytest.raises(ValueError, match=r"rank \(0\) must be at least 1"):
-        add_lora(tiny_model(), 0, 1)
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_wider_ffns_give_the_same_logits(dense, inputs, times):
+    expected = logits_of(dense, inputs)
+    wide = widen_ffns(dense, times)
+    assert wide.config.text_config.intermediate_size == 48 * times
+    assert wide.model.language_model.layers[1].mlp.down_proj.in_features == 48 * times
+    assert relative_error(logits_of(wide, inputs), expected) < 1e-5
+    assert dense.config.text_config.intermediate_size == 48
+
+
+def test_widening_is_refused_where_it_has_no_meaning(dense, tiny_model):
+    with pytest.raises(ValueError, match=r"times \(0\) must be at least 1"):
+        widen_ffns(dense, 0)
+    with pytest.raises(ValueError, match=r"model has num_experts \(4\), expected 0"):
+        widen_ffns(tiny_model(), 2)
 
 
 @pytest.fixture

@@ -1,154 +1,155 @@
-"""From examples to tensors: media bank, collator, mixture."""
+"""Batches of a stage: what a step holds, in which parts, and what each process has of them."""
 
-from collections import Counter
-
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
 
-from unimoe_model.data.collate import IGNORED, Collator
-from unimoe_model.data.examples import Example, MediaBank, MediaRef
-from unimoe_model.data.mixture import Mixture
-from unimoe_model.prompt import build_prompt
-from unimoe_model.tokenization import tokenize_text
+from unimoe_model.data.conversations import Conversation
+from unimoe_model.processing import UniMoEProcessor
+from unimoe_model.tokenization import IGNORED
+from unimoe_model.training.batches import Batches, sample_order
+from unimoe_model.training.optimization import Optimization
+from unimoe_model.training.ranks import Ranks
+from unimoe_model.training.recipe import Stage
 
-
-@pytest.fixture
-def bank(features):
-    bank = MediaBank()
-    bank.add("pictures", "image", features("image", 5).half())
-    bank.add("clips", "speech", features("speech", 4).half())
-    return bank
-
-
-def image(index):
-    return MediaRef("image", "pictures", index)
-
-
-def clip(index):
-    return MediaRef("speech", "clips", index)
-
-
-EXAMPLES = [
-    Example("a", "what shape is it?", "circle", (image(3),)),
-    Example("b", "", "yes", (image(1), clip(2))),
-    Example("c", "yes or no?", "no"),
-    Example("d", "same?", "no", (image(4), image(0))),
+PIXELS = torch.arange(3 * 4 * 3, dtype=torch.uint8).reshape(4, 3, 3)
+CONVERSATIONS = [
+    Conversation("a", "a", (("<image>\nwhat shape is it?", "circle"),), (("image", "red"),)),
+    Conversation("b", "b", (("<speech>", "yes"), ("are you sure?", "no")), (("speech", "q"),)),
+    Conversation("c", "c", (("yes or no?", "no"),)),
+    Conversation(
+        "d", "d", (("<image><audio>\nsame?", "no"),), (("image", "blue"), ("audio", "pluck"))
+    ),
+    Conversation("e", "e", (("what shape?", "a red circle"),)),
 ]
 
 
-def test_bank_stacks_items_in_order_as_float32(bank):
-    gathered = bank.gather([image(3), clip(0), image(1)])
-    assert set(gathered) == {"image", "speech"}
-    assert gathered["image"].dtype == torch.float32
-    assert torch.equal(gathered["image"], bank.sets["pictures"][[3, 1]].float())
-    assert bank.gather([]) == {}
+class Rank(Ranks):
+    """One of several processes that do not exist."""
 
-
-def test_bank_refuses_what_it_does_not_hold(bank, features):
-    with pytest.raises(ValueError, match=r"source \(\['films'\]\) must be among"):
-        bank.gather([MediaRef("image", "films", 0)])
-    bank.add("others", "image", features("image")[:, :2])
-    with pytest.raises(ValueError, match="image sets of one batch must share a shape"):
-        bank.gather([image(0), MediaRef("image", "others", 0)])
+    def __init__(self, rank, world_size):
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
 
 
 @pytest.fixture
-def collator(tokenizer, tiny_config, bank):
-    return Collator(tokenizer, tiny_config(), bank)
+def processor(tiny_config, tokenizer, encoders):
+    return UniMoEProcessor.from_config(tiny_config(), tokenizer)
 
 
-def test_only_answer_and_end_are_labelled(collator, tokenizer):
-    batch = collator.training(EXAMPLES)
-    for row, example in enumerate(EXAMPLES):
-        labels = batch["labels"][row]
-        expected = [*tokenizer.encode(f" {example.answer}"), tokenizer.eos_token_id]
-        wanted = labels != IGNORED
-        assert labels[wanted].tolist() == expected
-        assert batch["input_ids"][row][wanted].tolist() == expected
-        real = batch["attention_mask"][row].bool()
-        assert wanted.nonzero().max() == real.nonzero().max()
-        assert (batch["input_ids"][row][~real] == tokenizer.pad_token_id).all()
+@pytest.fixture
+def features(processor):
+    """Features of a file, which is named by what is in it."""
+    items = {
+        "red": PIXELS,
+        "blue": 255 - PIXELS,
+        "q": torch.linspace(-1, 1, 50).numpy(),
+        "pluck": (torch.linspace(-0.5, 1, 70).numpy(), 44100),
+    }
+    return lambda kind, path: processor.encode(kind, items[path])
 
 
-def test_prompt_of_training_is_the_prompt_of_generation(collator):
-    training, prompts = collator.training(EXAMPLES), collator.prompts(EXAMPLES)
-    for row in range(len(EXAMPLES)):
-        question = (training["attention_mask"][row] == 1) & (training["labels"][row] == IGNORED)
-        asked = prompts["input_ids"][row][prompts["attention_mask"][row] == 1]
-        assert torch.equal(training["input_ids"][row][question], asked)
-    assert (prompts["attention_mask"].diff(dim=1) >= 0).all()
+@pytest.fixture
+def batches(processor, features):
+    def build(batch_size=5, ranks=None, accumulation=1, **fields):
+        optimization = Optimization(1, batch_size, 1.0, accumulation=accumulation)
+        streams = ({"some": 1},)
+        stage = Stage("s", "model", (), streams, optimization, epochs=1, **fields)
+        order = sample_order(stage, {"some": CONVERSATIONS}, 0)
+        return Batches(processor, order, stage, optimization, features, ranks)
+
+    return build
 
 
-def test_collator_writes_what_the_processor_writes(collator, tokenizer, tiny_config):
-    config = tiny_config()
-    for example in EXAMPLES:
-        kinds = [ref.kind for ref in example.media]
-        prompt = build_prompt(example.question, kinds)
-        text = tokenize_text(prompt, tokenizer, config.media_token_ids)
-        soft = [config.num_soft_tokens(kind) for kind in kinds]
-        expected = text.expanded(config.media_token_ids, soft).ids
-        assert collator.prompts([example])["input_ids"][0].tolist() == expected
-
-
-def test_model_takes_batches_and_media_come_row_by_row(collator, bank, tiny_model):
-    batch = collator.training(EXAMPLES)
-    assert torch.equal(batch["image_features"], bank.sets["pictures"][[3, 1, 4, 0]].float())
-    model = tiny_model()
-    together = model(**batch)
-    assert torch.isfinite(together.loss)
-    for row, example in enumerate(EXAMPLES):
-        single = collator.training([example])
-        length = single["input_ids"].shape[1]
-        logits = model(**single).logits[0]
-        assert torch.allclose(together.logits[row, :length], logits, atol=1e-4)
-
-
-def test_query_states_go_under_their_own_name(tokenizer, tiny_config, bank):
-    batch = Collator(tokenizer, tiny_config(), bank, ("speech",)).training(EXAMPLES)
-    assert "speech_query_states" in batch
-    assert "speech_features" not in batch
-    assert "image_features" in batch
-
-
-TASKS = {name: [Example(name, f"{name} {i}", "yes") for i in range(20)] for name in "abc"}
-
-
-@given(seed=st.integers(0, 2**31), step=st.integers(0, 10**6), size=st.integers(1, 30))
-def test_batch_is_a_function_of_seed_and_step(seed, step, size):
-    weights = {"a": 1, "b": 0.5}
-    batch = Mixture(TASKS, weights, (seed, 1)).batch(step, size)
-    again = Mixture(TASKS, weights, (seed, 1))
-    again.batch(step + 1, 7)
-    assert again.batch(step, size) == batch
-    assert len(batch) == size
-    assert {example.task for example in batch} <= {"a", "b"}
-
-
-def test_steps_stages_and_seeds_differ():
-    batches = [
-        Mixture(TASKS, {"a": 1}, seed).batch(step, 8)
-        for seed in ((0, 0), (0, 1), (1, 0))
-        for step in (0, 1)
+def rows_of(batch):
+    """What each row of a batch holds, its padding left out."""
+    return [
+        (tuple(ids[mask == 1].tolist()), tuple(labels[mask == 1].tolist()))
+        for ids, labels, mask in zip(
+            batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
+        )
     ]
-    assert len({tuple(batch) for batch in batches}) == len(batches)
 
 
-def test_shares_follow_the_weights():
-    mixture = Mixture(TASKS, {"a": 3, "b": 1}, (0,))
-    counts = Counter(e.task for step in range(40) for e in mixture.batch(step, 100))
-    assert counts["a"] / counts.total() == pytest.approx(0.75, abs=0.03)
+def test_the_prompt_of_training_is_the_prompt_of_generation(batches, processor):
+    asked = {
+        "what shape is it?": {"images": [PIXELS]},
+        "yes or no?": {},
+        "<image><audio>\nsame?": {
+            "images": [255 - PIXELS],
+            "audio": [(torch.linspace(-0.5, 1, 70).numpy(), 44100)],
+        },
+    }
+    rows = rows_of(batches().whole(0))
+    for question, media in asked.items():
+        prompt = tuple(processor.question_row(question, **media).text.ids)
+        (found,) = [row for row in rows if row[0][: len(prompt)] == prompt]
+        ids, labels = found
+        assert set(labels[: len(prompt)]) == {IGNORED}
+        assert labels[len(prompt) :] == ids[len(prompt) :]
+        assert ids[-1] == processor.tokenizer.eos_token_id
+
+
+def test_media_come_row_by_row_in_the_order_of_their_placeholders(batches, features, processor):
+    batch = batches().whole(0)
+    assert batch["image_features"].shape == (2, 3, 12)
+    expected = {name: features("image", name).pieces[0] for name in ("red", "blue")}
+    token = processor.tokenizer.convert_tokens_to_ids("<audio>")
+    holds_audio = (batch["input_ids"] == token).any(1)
+    holds_image = (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).any(
+        1
+    )
+    order = ["blue" if audio else "red" for audio in holds_audio[holds_image]]
+    assert torch.equal(batch["image_features"], torch.stack([expected[name] for name in order]))
+
+
+def test_a_model_gives_a_row_the_same_logits_alone_and_in_the_batch(batches, processor, tiny_model):
+    model, made = tiny_model(), batches()
+    together = model(**made.whole(0)).logits
+    rows = made._rows(made.samples(0))
+    for number, row in enumerate(rows):
+        alone = model(**processor.collate([row])).logits[0]
+        assert torch.allclose(together[number, : len(row.text.ids)], alone, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ({"z": 1}, r"task \(z\) must be one with examples: \['a', 'b', 'c'\]"),
-        ({"empty": 1}, r"task \(empty\)"),
-        ({"a": 0}, r"weight of task a \(0\) must be positive"),
-    ],
+    ("world", "accumulation"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (5, 1)]
 )
-def test_mixture_checks_its_tasks(weights, message):
+def test_shares_of_processes_and_parts_make_the_batch(batches, world, accumulation):
+    whole = rows_of(batches().whole(3))
+    shares = [batches(ranks=Rank(r, world), accumulation=accumulation)(3) for r in range(world)]
+    assert {len(parts) for parts in shares} == {accumulation}
+    found = [row for parts in shares for part in parts for row in rows_of(part)]
+    assert sorted(found) == sorted(whole)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_parts_hold_no_more_tokens_than_they_may(batches, world):
+    whole = rows_of(batches().whole(0))
+    most = max(len(ids) for ids, _ in whole)
+    shares = [batches(ranks=Rank(rank, world), part_tokens=most)(0) for rank in range(world)]
+    assert len({len(parts) for parts in shares}) == 1
+    assert len(shares[0]) > 1
+    found = []
+    for part in (part for parts in shares for part in parts):
+        rows = rows_of(part)
+        # The last part takes the rows that are too few for a part of all processes.
+        assert len(rows) == 1 or part["input_ids"].numel() <= most * (1 if world == 1 else 2)
+        found += rows
+    assert sorted(found) == sorted(whole)
+
+
+def test_long_samples_are_cut(batches):
+    whole = batches(max_length=9).whole(0)
+    assert whole["input_ids"].shape[1] <= 9
+
+
+def test_fewer_samples_than_processes_are_refused(batches):
+    message = r"batch_size \(2\) must be at least the number of processes \(3\)"
     with pytest.raises(ValueError, match=message):
-        Mixture(TASKS | {"empty": []}, weights, (0,))
+        batches(batch_size=2, ranks=Rank(0, 3))(0)
+
+
+def test_a_stage_names_the_samples_of_its_data(batches):
+    made = batches()
+    assert [s.id for s in made.samples(0)] != [s.id for s in made.samples(1)]
+    assert sorted(s.id for s in made.samples(1)) == list("abcde")

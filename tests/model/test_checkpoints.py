@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from unimoe_model.checkpoints import from_published, to_published
+from in_memory import from_published, to_published
 
 OURS = "model.language_model.layers.0.mlp"
 

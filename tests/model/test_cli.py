@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-pytest.importorskip("scipy", reason="scipy is not installed: pip install .[demo]")
-pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
-pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+pytest.importorskip("scipy", reason="scipy is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
 from PIL import Image
 
 from unimoe_model import processing
@@ -55,7 +55,7 @@ def test_generate_prints_the_answer(checkpoint, picture, capsys):
 def test_help_names_the_commands():
     command = [sys.executable, "-m", "unimoe_model.cli", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in ("demo", "train", "generate"):
+    for name in ("train", "generate", "convert", "assemble", "eval", "routing"):
         assert name in shown
 
 
@@ -75,17 +75,15 @@ def test_unknown_command_is_a_usage_error(capsys):
     assert stopped.value.code == 2
 
 
-@pytest.mark.parametrize("command", [["demo", "--config"], ["train"]])
-def test_missing_config(refused, tmp_path, command):
+def test_missing_recipe(refused, tmp_path):
     output = tmp_path / "runs"
-    line = refused(*command, tmp_path / "none.yaml", "--output", output)
-    what = "recipe" if command == ["train"] else "config"
-    assert line.startswith(f"unimoe {command[0]}: {what} ({tmp_path / 'none.yaml'}) must be")
+    line = refused("train", tmp_path / "none.yaml", "--output", output)
+    assert line.startswith(f"unimoe train: recipe ({tmp_path / 'none.yaml'}) must be")
     assert not output.exists()
 
 
-def test_wrong_config(refused, tmp_path):
-    path = tmp_path / "config.yaml"
+def test_wrong_recipe(refused, tmp_path):
+    path = tmp_path / "recipe.yaml"
     path.write_text("seed: 0\nspeed: 1\n")
     assert "unknown key 'speed'" in refused("train", path, "--output", tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
@@ -141,11 +139,9 @@ def test_missing_encoder_package(refused, checkpoint, picture, monkeypatch):
     assert "encoder ('fake-vision') must be one of" in line
 
 
-def test_output_that_is_a_file(refused, picture, monkeypatch):
-    config = "configs/tiny.yaml"
-    monkeypatch.setattr("unimoe_model.cli._settings", lambda options: None)
-    line = refused("demo", "--config", config, "--output", picture)
-    assert line == f"unimoe demo: output ({picture}) must be a folder; {picture} is a file"
+def test_output_that_is_a_file(refused, picture):
+    line = refused("train", "recipe.yaml", "--output", picture)
+    assert line == f"unimoe train: output ({picture}) must be a folder; {picture} is a file"
     below = picture / "runs"
     asked = ("--model", picture.parent, "--data", picture, "--metric", "exact", "--output", below)
     line = refused("eval", *asked)
@@ -155,9 +151,9 @@ def test_output_that_is_a_file(refused, picture, monkeypatch):
 
 
 def test_interrupted_command_says_how_to_go_on(capsys, monkeypatch):
-    def interrupt(options):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unimoe_model.cli._settings", interrupt)
-    assert main(["demo"]) == 130
+    monkeypatch.setattr("unimoe_model.training.command.train_recipe", interrupt)
+    assert main(["train", "recipe.yaml"]) == 130
     assert "goes on from here" in capsys.readouterr().err

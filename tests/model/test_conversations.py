@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from talks import refusal, talk
 
-pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
 
 from unimoe_model.configuration import MEDIA_KINDS
 from unimoe_model.data.conversations import Conversation, data_digest, read_conversations

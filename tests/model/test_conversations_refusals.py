@@ -5,7 +5,7 @@ import json
 import pytest
 from talks import refusal, talk
 
-pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
 
 
 ASKED = {"id": 1, "question": "what?", "answer": "x"}

@@ -5,12 +5,12 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, WhisperConfig, WhisperModel
 
-pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
 from unimoe_kernels.testing import relative_error
 from unimoe_model.encoders import ENCODERS, build_encoder
 from unimoe_model.encoders.beats import BeatsConfig, BeatsEncoder
 from unimoe_model.encoders.published import FOLDER_VARIABLE
-from unimoe_model.encoders.whisper_windows import WhisperWindowEncoder
+from unimoe_model.encoders.whisper import WhisperWindowEncoder
 from unimoe_model.processing import UniMoEProcessor
 
 RATE = 16_000

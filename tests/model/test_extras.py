@@ -22,10 +22,10 @@ MODULES = {"pillow": "PIL"}
 
 
 def extra_modules() -> set[str]:
-    """Modules of the packages that only `[demo]` and `[eval]` install."""
+    """Modules of the packages that only `[media]` and `[eval]` install."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = {*extras["optional-dependencies"]["demo"], *extras["optional-dependencies"]["eval"]}
-    return {MODULES.get(package, package) for package in named}
+    named = {*extras["optional-dependencies"]["media"], *extras["optional-dependencies"]["eval"]}
+    return {MODULES.get(package, package) for package in named - {"unimoe[media]"}}
 
 
 def imported(node) -> set[str]:
@@ -116,19 +116,19 @@ def test_files_of_tests_are_skipped_where_an_extra_is_missing():
 
 
 @pytest.mark.parametrize(
-    ("module", "package", "named"),
+    ("module", "package", "named", "extra"),
     [
-        ("data.pictures", "PIL", "pillow"),
-        ("data.sprites", "PIL", "pillow"),
-        ("evaluation.plots", "matplotlib", "matplotlib"),
+        ("data.pictures", "PIL", "pillow", "media"),
+        ("data.media_io", "PIL", "pillow", "media"),
+        ("evaluation.plots", "matplotlib", "matplotlib", "eval"),
     ],
 )
-def test_modules_name_the_extra(monkeypatch, module, package, named):
+def test_modules_name_the_extra(monkeypatch, module, package, named, extra):
     name = f"unimoe_model.{module}"
     hide(monkeypatch, package)
     for held in (name, "unimoe_model.data.media_io", "unimoe_model.data.pictures"):
         monkeypatch.delitem(sys.modules, held, raising=False)
-    with pytest.raises(ModuleNotFoundError, match=rf"package {named}: pip .*'unimoe\[demo\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"package {named}: pip .*'unimoe\[{extra}\]'"):
         import_module(name)
 
 
@@ -136,16 +136,17 @@ def test_modules_name_the_extra(monkeypatch, module, package, named):
     ("module", "use"),
     [
         ("soundfile", lambda: audio_io.load_wav("a.wav", 8000)),
-        ("soundfile", lambda: audio_io.save_wav("a.wav", np.zeros(9, np.float32), 8000)),
         ("scipy", lambda: audio_io.resample(np.zeros(9, np.float32), 8000, 4000)),
         ("av", lambda: media_items.as_video(b"no picture", 2, "videos")),
     ],
 )
 def test_functions_name_the_extra(monkeypatch, module, use):
     if module == "av" and find_spec("PIL") is None:
-        pytest.skip("pillow is not installed: pip install .[demo]")
+        pytest.skip("pillow is not installed: pip install .[media]")
     hide(monkeypatch, module)
-    with pytest.raises(ModuleNotFoundError, match=rf"needs the package {module}: .*unimoe\[demo\]"):
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"needs the package {module}: .*unimoe\[media\]"
+    ):
         use()
 
 
@@ -154,9 +155,11 @@ import sys
 sys.modules.update(dict.fromkeys(["PIL", "av", "jiwer", "matplotlib", "scipy", "soundfile"]))
 from unimoe_model.cli import main
 from unimoe_model.data.media_items import as_picture
-config, output = sys.argv[1:]
-assert main(["demo", "--config", config, "--output", output]) == 1
-assert main(["train-arm", config, "--output", output]) == 1
+recipe, data, output = sys.argv[1:]
+asked = ["--model", output, "--data", data, "--output", output]
+assert main(["train", recipe, "--output", output]) == 1
+assert main(["eval", *asked, "--metric", "wer"]) == 1
+assert main(["routing", *asked]) == 1
 try:
     as_picture("a.png", "images")
 except ModuleNotFoundError as error:
@@ -166,11 +169,18 @@ except ModuleNotFoundError as error:
 
 @pytest.mark.slow
 def test_commands_without_the_extra(tmp_path):
-    output = tmp_path / "runs"
-    command = [sys.executable, "-c", COMMANDS, str(ROOT / "configs" / "tiny.yaml"), str(output)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+    pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
+    from recipe_case import write_case
+
+    recipe, output = write_case(tmp_path / "case"), tmp_path / "runs"
+    command = [sys.executable, "-c", COMMANDS, recipe, recipe.with_name("words.jsonl"), output]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     lines = [line for line in ended.stderr.splitlines() if re.match("unimoe |picture:", line)]
-    assert [line.split(": ")[0] for line in lines] == ["unimoe demo", "unimoe train-arm", "picture"]
-    assert all(line.endswith(": pip install 'unimoe[demo]'") for line in lines), lines
+    extras = {"unimoe train": "media", "unimoe eval": "eval", "unimoe routing": "eval"}
+    expected = [*extras.items(), ("picture", "media")]
+    for line, (place, extra) in zip(lines, expected, strict=True):
+        assert line.startswith(f"{place}: ")
+        assert line.endswith(f": pip install 'unimoe[{extra}]'")
     assert not output.exists()

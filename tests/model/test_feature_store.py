@@ -19,7 +19,8 @@ from store_items import (
 )
 
 from unimoe_model.data.content_key import DigestMemo
-from unimoe_model.data.feature_store import FeatureStore, StoreInUseError, needed_bytes
+from unimoe_model.data.feature_store import FeatureStore, needed_bytes
+from unimoe_model.folder_lock import FolderInUseError
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -60,7 +61,6 @@ def test_sizes_are_known_before(tmp_path):
     folder = fill(tmp_path, "ab")
     assert needed_bytes(SHAPES, torch.float16) == 2 * (30 + 4 + 7 + 1)
     assert data_files(folder) == {"features-00000.bin": 2 * needed_bytes(SHAPES, torch.float16)}
-    assert FeatureStore(tmp_path, SETTINGS).nbytes == 2 * needed_bytes(SHAPES, torch.float16)
 
 
 def test_a_key_is_written_once(tmp_path):
@@ -70,7 +70,7 @@ def test_a_key_is_written_once(tmp_path):
             store.write(key, pieces_of(key))
         store.write("b", pieces_of("another"))
         assert_items(store, "ab")
-    assert data_files(folder) == {"features-00000.bin": store.nbytes}
+    assert data_files(folder) == {"features-00000.bin": 2 * needed_bytes(SHAPES, torch.float16)}
     assert len((folder / "index.jsonl").read_text().splitlines()) == 2
 
 
@@ -98,13 +98,13 @@ def test_several_data_files(tmp_path):
 def test_one_process_writes_at_a_time(tmp_path):
     first, second = (FeatureStore(tmp_path, SETTINGS) for _ in range(2))
     first.write("a", pieces_of("a"))
-    with pytest.raises(ValueError, match=rf"folder \({first.folder}\) .* \(pid {os.getpid()}\)"):
+    with pytest.raises(ValueError, match=rf"store \({first.folder}\) .* process {os.getpid()} on"):
         second.write("b", pieces_of("b"))
     first.close()
     second.write("a", pieces_of("of the first"))
     second.write("b", pieces_of("b"))
     assert_items(second, "ab")
-    with pytest.raises(ValueError, match="being written"):
+    with pytest.raises(ValueError, match="in use by"):
         first.write("c", pieces_of("c"))
     second.close()
     first.write("c", pieces_of("c"))
@@ -116,7 +116,7 @@ def test_a_second_writer_waits_for_the_first(tmp_path):
     first, second = FeatureStore(tmp_path, SETTINGS), FeatureStore(tmp_path, SETTINGS)
     second.wait()  # nobody writes
     first.open()
-    with pytest.raises(StoreInUseError, match="is being written by another process"):
+    with pytest.raises(FolderInUseError, match="is in use by process"):
         second.open()
     first.write("a", pieces_of("a"))
     first.close()
@@ -148,7 +148,7 @@ def test_a_reader_changes_nothing(tmp_path):
     folder = fill(tmp_path, "ab")
     with (folder / "index.jsonl").open("ab") as file:
         file.write(b'{"key": "torn')
-    (folder / "lock").unlink()
+    (folder / ".lock").unlink()
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with FeatureStore(tmp_path, SETTINGS) as store:
         assert_items(store, "ab")
@@ -188,9 +188,9 @@ def test_a_forked_copy_neither_writes_nor_keeps_the_lock(tmp_path, writes):
             os._exit(0)
     os.close(answers)
     with open(answer) as file:
-        assert (f"(pid {os.getpid()})" in file.read()) == writes
+        assert (f"process {os.getpid()} on" in file.read()) == writes
     assert len(FeatureStore(tmp_path, SETTINGS)) == 0
-    with pytest.raises(ValueError, match="being written"):
+    with pytest.raises(ValueError, match="in use by"):
         fill(tmp_path, "c")
     store.write("b", pieces_of("b"))
     store.close()

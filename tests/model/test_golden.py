@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from in_memory import from_published, to_published
 from published import (
     Case,
     below,
@@ -52,14 +53,13 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unimoe_kernels import LoopedMoE, MoE, topk_router, unstack_experts
 from unimoe_kernels.testing import relative_error
-from unimoe_model.checkpoints import from_published, to_published
 from unimoe_model.checkpoints.convert import convert_from_published
 from unimoe_model.configuration import MEDIA_KINDS
 from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
 from unimoe_model.encoders.beats import BeatsConfig, BeatsEncoder, clip_chunks, coarsened, own_names
 from unimoe_model.encoders.clip import LAYER
 from unimoe_model.encoders.fbank import beats_fbank
-from unimoe_model.encoders.whisper_windows import WhisperWindowEncoder
+from unimoe_model.encoders.whisper import WhisperWindowEncoder
 from unimoe_model.modality import modality_expert_loss, modality_kl_loss
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.processing import UniMoEProcessor
@@ -236,7 +236,7 @@ def test_clip_and_the_image_connector():
 
 
 def test_pictures_for_clip():
-    pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+    pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
     case = Case("image_projector")
     encoder = clip_encoder(clip_config(case), case.tensors("weights"))
     given = case.tensors("processor")
@@ -366,7 +366,7 @@ def test_truncation(published_text, name):
 
 def test_audio_features():
     soundfile = pytest.importorskip(
-        "soundfile", reason="soundfile is not installed: pip install .[demo]"
+        "soundfile", reason="soundfile is not installed: pip install .[media]"
     )
     case = Case("audio_features")
     expected = case.tensors("features")
@@ -390,7 +390,7 @@ def test_audio_features():
 
 def test_speech_features():
     soundfile = pytest.importorskip(
-        "soundfile", reason="soundfile is not installed: pip install .[demo]"
+        "soundfile", reason="soundfile is not installed: pip install .[media]"
     )
     case, waves = Case("speech_features"), Case("audio_features")
     expected = case.tensors("features")

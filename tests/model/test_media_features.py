@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
-pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
+import soundfile
 from fakes import FAKES
 
 from unimoe_kernels.testing import relative_error
-from unimoe_model.data.audio_io import save_wav
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.training import features
 from unimoe_model.training.progress import SilentReporter
@@ -21,7 +21,7 @@ def recordings(tmp_path):
     paths = []
     for number, samples in enumerate((70, 50)):
         paths.append(tmp_path / f"{number}.wav")
-        save_wav(paths[-1], np.full(samples, 0.1 * (number + 1), np.float32), 44100)
+        soundfile.write(paths[-1], np.full(samples, 0.1 * (number + 1), np.float32), 44100)
     return paths
 
 

@@ -14,6 +14,46 @@ from unimoe_model.training.batches import parts_of
 TASKS = {"a": [f"a{i}" for i in range(5)], "b": ["b0", "b1"]}
 
 
+@given(seed=st.integers(0, 2**31), step=st.integers(0, 10**6), size=st.integers(1, 30))
+def test_batch_is_a_function_of_seed_and_step(seed, step, size):
+    weights = {"a": 1, "b": 0.5}
+    batch = Mixture(TASKS, weights, (seed, 1)).batch(step, size)
+    again = Mixture(TASKS, weights, (seed, 1))
+    again.batch(step + 1, 7)
+    assert again.batch(step, size) == batch
+    assert len(batch) == size
+    assert set(batch) <= {*TASKS["a"], *TASKS["b"]}
+
+
+def test_steps_stages_and_seeds_differ():
+    tasks = {"a": list(range(100))}
+    batches = [
+        Mixture(tasks, {"a": 1}, seed).batch(step, 8)
+        for seed in ((0, 0), (0, 1), (1, 0))
+        for step in (0, 1)
+    ]
+    assert len({tuple(batch) for batch in batches}) == len(batches)
+
+
+def test_shares_follow_the_weights():
+    mixture = Mixture(TASKS, {"a": 3, "b": 1}, (0,))
+    counts = Counter(item[0] for step in range(40) for item in mixture.batch(step, 100))
+    assert counts["a"] / counts.total() == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"z": 1}, r"task \(z\) must be one with examples: \['a', 'b'\]"),
+        ({"empty": 1}, r"task \(empty\)"),
+        ({"a": 0}, r"weight of task a \(0\) must be positive"),
+    ],
+)
+def test_mixture_checks_its_tasks(weights, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture(TASKS | {"empty": []}, weights, (0,))
+
+
 def test_mixtures_take_turns():
     mixtures = [Mixture(TASKS, {name: 1}, (0, number)) for number, name in enumerate("ab")]
     turns = Turns(mixtures)

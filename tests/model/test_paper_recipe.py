@@ -1,17 +1,23 @@
 """configs/paper.yaml: what it lists with nothing there, and all its stages at tiny sizes."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
-pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
+import torch
 import yaml
 from recipe_case import write_case
 
 from unimoe_model.cli import main
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.training.check import stage_config
+from unimoe_model.training.recipe import START, load_recipe
+from unimoe_model.training.starting_model import describe_start
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper.yaml"
 TASKS = [f"task-{number}" for number in range(1, 9)]
@@ -38,6 +44,35 @@ def test_check_lists_the_paper_and_what_is_missing(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_parameters_are_those_of_table_1():
+    """Four experts in every second layer: 13.2 B parameters, routers and connectors left out."""
+    recipe = load_recipe(PAPER)
+    configs = {START: describe_start(recipe, [], []).config}
+    for stage in recipe.stages:
+        configs[stage.name] = stage_config(stage, configs)
+    with torch.device("meta"):
+        model = UniMoEForConditionalGeneration(configs["tune"])
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    routers = sum(count(moe.router) for _, moe in model.moe_layers())
+    total = count(model.model.language_model) + count(model.lm_head) - routers
+    unused = sum(count(moe.experts) // 4 * 2 for _, moe in model.moe_layers())
+    assert (total - unused, total) == (8_902_676_480, 13_231_198_208)
+    millions = {
+        kind: round(count(model.model.connector(kind)) / 1e6, 2)
+        for kind in ("image", "speech", "audio")
+    }
+    # The published 156.77 M hold a token embedding of 51865 x 768 that is never used.
+    unused_embedding = (51865 - 1) * 768 / 1e6
+    assert millions == {
+        "image": 20.98,
+        "speech": round(156.77 - unused_embedding, 2),
+        "audio": 102.43,
+    }
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """The paper's recipe with two steps a stage, tiny models, and data of all kinds."""
@@ -45,7 +80,11 @@ def tiny(tmp_path):
     own, raw = yaml.safe_load(case.read_text()), yaml.safe_load(PAPER.read_text())
     raw |= {key: own[key] for key in ("model", "encoders", "connectors", "precision")}
     files = {"image": "pictures.json", "speech": "words.jsonl", "audio": "tones.jsonl"}
-    kinds = {"llava-captions": "image", "image-text": "image", "image-speech": "image"}
+    files["both"] = "both.jsonl"
+    words = map(json.loads, case.with_name("words.jsonl").read_text().splitlines())
+    both = (json.dumps(line | {"image": f"media/{line['id']}.png"}) for line in words)
+    case.with_name("both.jsonl").write_text("\n".join(both))
+    kinds = {"llava-captions": "image", "image-text": "image", "image-speech": "both"}
     kinds |= dict.fromkeys(("common-voice", "race", "race-choice", "librispeech"), "speech")
     raw["data"] = {name: files[kinds.get(name, "audio")] for name in raw["data"]}
     shutil.copytree(tmp_path / "case" / "media", tmp_path / "case", dirs_exist_ok=True)

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
+import soundfile
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from unimoe_kernels.testing import relative_error
-from unimoe_model.data.audio_io import save_wav
 from unimoe_model.data.encoded_media import EncodedMedia
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.prompt import PLACEHOLDERS, build_prompt
@@ -261,7 +262,7 @@ def test_files_and_arrays_are_the_same(processor, tmp_path):
         features = processor("<image>", images=[given])["image_features"]
         assert torch.equal(features, processor("<image>", images=[pixels])["image_features"])
     samples = np.linspace(-0.2, 0.9, 60, dtype=np.float32)
-    save_wav(tmp_path / "a.wav", samples, 16000)
+    soundfile.write(tmp_path / "a.wav", samples, 16000)
     read = processor("<speech>", speech=[tmp_path / "a.wav"])["speech_features"]
     plain = processor("<speech>", speech=[samples])["speech_features"]
     assert relative_error(read, plain) < 1e-3

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
-pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 import torch
 import yaml
 from recipe_case import write_case
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from unimoe_model.training import loop
 from unimoe_model.training.recipe import load_recipe
+from unimoe_model.training.run import keep_recipe
 
 STAGES = ("align", "eyes", "ears", "tune")
 
@@ -240,6 +241,21 @@ def edits():
             lambda raw: raw["evaluate"]["colors"].update(metric="exactly"),
             r"evaluate.colors.metric \('exactly'\) must be one of",
         ),
+        edit(
+            lambda raw: raw["evaluate"]["colors"].update(metric="vqa"),
+            r"evaluate.colors: .*held_out.jsonl line 1.*answers \(1\) must be those of at least 4",
+        ),
+        edit(
+            stage(0, train=["connectors.image"], data=["words"]),
+            r"stages.align.train \(connectors.image\) requires image in the data .* hold speech",
+        ),
+        edit(
+            lambda raw: (
+                raw["stages"][3]["assemble"].update(experts=["eyes", "ears", "eyes"])
+                or raw.update(parallel={"expert": 2})
+            ),
+            r"stages.tune.assemble.experts \(3\) must be a multiple of parallel.expert \(2\)",
+        ),
         edit(lambda raw: raw.update(parallel={"data": 2}), r"needs 2 processes, and there is 1"),
     ]
 
@@ -256,13 +272,20 @@ def test_bad_recipes_are_refused_in_a_line_before_anything_is_written(
 
 
 def test_a_run_that_another_process_writes_is_refused(case, run, tmp_path):
-    from unimoe_model.training.lock import FolderLock
+    from unimoe_model.folder_lock import FolderLock
 
     output = tmp_path / "run"
     with FolderLock(output):
         code, _, error = run("train", case, "--output", output)
     assert code == 1
     assert re.search(rf"is in use by process {os.getpid()} on .* since 20", error)
+
+
+def test_the_folder_of_a_run_keeps_its_recipe_and_what_the_command_line_changed(case, tmp_path):
+    keep_recipe(load_recipe(case), tmp_path, {})
+    assert (tmp_path / "recipe.yaml").read_text() == case.read_text()
+    keep_recipe(load_recipe(case, seed=9), tmp_path, {"seed": 9})
+    assert (tmp_path / "recipe.yaml").read_text() == f"# --seed 9\n{case.read_text()}"
 
 
 def test_recipes_read_back_what_they_say(case):

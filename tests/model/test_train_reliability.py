@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
-pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 import torch
 from recipe_case import write_case
 from safetensors.torch import load_file

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("PIL", reason="pillow is not installed: pip install .[demo]")
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
 from PIL import Image
 
 from unimoe_model.data.media_io import load_video
@@ -37,7 +37,7 @@ def add_stream(container, frames, codec="mpeg4", pix_fmt="yuv420p", **options):
 
 def write(path, *streams):
     """Writes streams, each the arguments of `add_stream` with its frames first."""
-    av = pytest.importorskip("av", reason="PyAV is not installed: pip install .[demo]")
+    av = pytest.importorskip("av", reason="PyAV is not installed: pip install .[media]")
     with av.open(path, "w") as container:
         added = [add_stream(container, frames, **options) for frames, options in streams]
         for stream, frames in added:
@@ -106,7 +106,7 @@ def check_levels(video, levels):
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_cover_pictures_are_passed_over(tmp_path, suffix):
-    pytest.importorskip("av", reason="PyAV is not installed: pip install .[demo]")
+    pytest.importorskip("av", reason="PyAV is not installed: pip install .[media]")
     from av.stream import Disposition
 
     cover = {"codec": "mjpeg", "pix_fmt": "yuvj420p", "disposition": Disposition(0)}
@@ -158,7 +158,7 @@ def test_transparent_videos_lie_on_white(tmp_path):
 
 
 def test_no_video_in_the_file(tmp_path):
-    av = pytest.importorskip("av", reason="PyAV is not installed: pip install .[demo]")
+    av = pytest.importorskip("av", reason="PyAV is not installed: pip install .[media]")
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")

@@ -1,6 +1,7 @@
 """What an sdist and a wheel hold."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,16 @@ def test_wheel_holds_the_two_packages_only(wheel, tracked):
     assert not modules - files
 
 
+def test_wheel_holds_nothing_of_the_demo(wheel):
+    words = re.compile(r"easy_vqa|espeak|sprites|efficientnet|aisfx|examples/", re.IGNORECASE)
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [path for path in archive.namelist() if words.search(path)]
+        modules = [path for path in archive.namelist() if path.endswith(".py")]
+        found = [path for path in modules if words.search(archive.read(path).decode())]
+    assert len(modules) > 100
+    assert not found
+
+
 def test_wheel_without_extension_is_pure(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
 
@@ -112,6 +123,6 @@ def test_wheel_has_the_command_and_the_extras(wheel):
         metadata = archive.read(info).decode()
         commands = archive.read(info.replace("METADATA", "entry_points.txt")).decode()
     assert "unimoe = unimoe_model.cli:main" in commands
-    for extra in ("demo", "eval", "test", "dev", "peers"):
+    for extra in ("media", "eval", "test", "dev", "peers"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "Requires-Dist: torch>=2.11" in metadata

@@ -26,7 +26,7 @@ def commands(root, tmp_path):
     ("target", "last"),
     [
         ("build", "setup.py -q build_ext --inplace"),
-        ("demo", "unimoe demo --output runs/demo"),
+        ("demo", "-m examples.demo.run --output runs/demo"),
         ("test", 'pytest -m "not gpu and not slow"'),
         ("test-all", "-m pytest"),
         ("bench", "-m pytest benchmarks/ --compare --save"),

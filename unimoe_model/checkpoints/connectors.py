@@ -11,7 +11,7 @@ from unimoe_model.checkpoints.files import PICKLED, SAFETENSORS, TensorFiles, sh
 from unimoe_model.checkpoints.names import own_part
 from unimoe_model.checkpoints.plan import Matrix
 from unimoe_model.configuration import UniMoEConfig
-from unimoe_model.connectors import AudioConnector, ImageConnector, SpeechConnector
+from unimoe_model.connectors import build_connector
 
 UNUSED = "model.speech_connector.decoder.embed_tokens.weight"
 """Has one row here, which is never read."""
@@ -66,29 +66,13 @@ def initial_connectors(
         planned: parameters that come from elsewhere.
         expected: all parameters of the model.
     """
-    text = config.text_config
-    build = {
-        "image": lambda: ImageConnector(config.vision_feature_size, text.hidden_size),
-        "speech": lambda: SpeechConnector(
-            config.speech_feature_size,
-            text.hidden_size,
-            config.speech_num_queries,
-            config.speech_connector,
-        ),
-        "audio": lambda: AudioConnector(
-            config.audio_feature_size,
-            text.hidden_size,
-            config.audio_num_queries,
-            config.audio_connector,
-        ),
-    }
     initial: Mapping[str, Tensor] = {}
-    for kind, make in build.items():
+    for kind in ("image", "speech", "audio"):
         prefix = f"model.{kind}_connector."
         if not any(name.startswith(prefix) for name in planned):
             with torch.random.fork_rng(devices=[]), _default_dtype(config.dtype):
                 torch.manual_seed(_SEED)
-                state = make().state_dict()
+                state = build_connector(config, kind).state_dict()
             initial |= {prefix + name: value for name, value in state.items()}
     if UNUSED in expected and UNUSED not in initial:
         width = config.speech_connector["d_model"]

@@ -1,7 +1,24 @@
 """Connectors: trainable modules that turn frozen encoder features into soft tokens of the LLM."""
 
+from torch import nn
+
+from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.connectors.audio import AudioConnector
 from unimoe_model.connectors.image import ImageConnector
 from unimoe_model.connectors.speech import SpeechConnector
 
-__all__ = ["AudioConnector", "ImageConnector", "SpeechConnector"]
+
+def build_connector(config: UniMoEConfig, kind: str) -> nn.Module:
+    """The connector of a kind, `"image"`, `"speech"` or `"audio"`, with random weights."""
+    width = config.text_config.hidden_size
+    if kind == "image":
+        return ImageConnector(config.vision_feature_size, width)
+    return {"speech": SpeechConnector, "audio": AudioConnector}[kind](
+        getattr(config, f"{kind}_feature_size"),
+        width,
+        getattr(config, f"{kind}_num_queries"),
+        getattr(config, f"{kind}_connector"),
+    )
+
+
+__all__ = ["AudioConnector", "ImageConnector", "SpeechConnector", "build_connector"]

@@ -1,1 +1,1 @@
-"""Real data of the demo, from pip packages, and the cache of its frozen features."""
+"""Media and conversations, as they are read, encoded and mixed."""

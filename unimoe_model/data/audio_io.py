@@ -120,33 +120,3 @@ def load_wav(source: Any, sample_rate: int) -> NDArray[np.float32]:
     if not np.isfinite(waveform).all():
         raise ValueError(f"{name}: holds NaN or infinite samples, expected finite ones")
     return resample(waveform.mean(axis=1), rate, sample_rate)
-
-
-def save_wav(path: str | Path, waveform: NDArray[np.float32], sample_rate: int) -> None:
-    """Writes one channel as a 16-bit wav; samples outside -1..1 are clipped.
-
-    Args:
-        path: the file, replaced if it exists.
-        waveform: `[samples]` floating point, finite.
-        sample_rate: samples a second, a whole number.
-
-    Raises:
-        ValueError: If it has another shape or dtype, no samples, NaN or infinity, or cannot be
-            written.
-    """
-    with needed_by("writing sound"):
-        import soundfile
-
-    waveform = np.asarray(waveform)
-    if waveform.ndim != 1 or not np.issubdtype(waveform.dtype, np.floating) or not waveform.size:
-        raise ValueError(
-            f"waveform ({waveform.dtype} of shape {list(waveform.shape)}) must be floating point "
-            "of shape [samples] with at least one sample"
-        )
-    if not np.isfinite(waveform).all():
-        raise ValueError("waveform holds NaN or infinite samples, expected finite ones")
-    rate = whole_rate(sample_rate, "sample_rate")
-    try:
-        soundfile.write(path, waveform, rate, subtype="PCM_16", format="WAV")
-    except (OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be written as wav: {error}") from error

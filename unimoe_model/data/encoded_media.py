@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 
 from unimoe_model.data.media_items import as_picture, as_recording, as_video
 from unimoe_model.encoders import FrozenEncoder
@@ -58,14 +59,10 @@ class Row:
     media: tuple[tuple[str, EncodedMedia], ...] = ()
 
 
-def encode_media(
-    kind: str,
-    item,
-    encoder: FrozenEncoder,
-    options: MediaOptions,
-    frame_seed: int | None = None,
-) -> EncodedMedia:
-    """Runs the frozen encoder over one item.
+def read_media(
+    kind: str, item, encoder: FrozenEncoder, options: MediaOptions, frame_seed: int | None = None
+) -> torch.Tensor | NDArray:
+    """One item as its encoder takes it.
 
     Args:
         kind: media kind.
@@ -77,18 +74,25 @@ def encode_media(
     Raises:
         ValueError: If the item is empty, unreadable or has a wrong shape.
     """
-    if kind in ("image", "video"):
-        padding = {"pad_to_square": True} if options.image_aspect_ratio == "pad" else {}
-        if kind == "image":
-            pieces = list(encoder.encode_pictures([as_picture(item, "images")], **padding))
-        else:
-            frames = as_video(item, options.video_num_frames, "videos", frame_seed)
-            pieces = [encoder.encode_pictures(list(frames), **padding)]
-    else:
-        samples = as_recording(item, encoder.sample_rate, kind)
-        rows = (options.speech_max_frames,) if kind == "speech" else ()
-        pieces = encoder.encode_recording(samples, *rows)
-    return EncodedMedia(tuple(piece.float() for piece in pieces))
+    if kind == "image":
+        return as_picture(item, "images")
+    if kind == "video":
+        return as_video(item, options.video_num_frames, "videos", frame_seed)
+    return as_recording(item, encoder.sample_rate, kind)
+
+
+def encode_media(
+    kind: str, items: Sequence, encoder: FrozenEncoder, options: MediaOptions
+) -> list[list[torch.Tensor]]:
+    """Runs the frozen encoder over items that `read_media` gave; the pieces of each."""
+    padding = {"pad_to_square": True} if options.image_aspect_ratio == "pad" else {}
+    if kind == "image":
+        return [[piece] for piece in encoder.encode_pictures(items, **padding)]
+    if kind == "video":
+        frames = encoder.encode_pictures([frame for video in items for frame in video], **padding)
+        return [[piece] for piece in frames.split(options.video_num_frames)]
+    rows = (options.speech_max_frames,) if kind == "speech" else ()
+    return encoder.encode_recordings(items, *rows)
 
 
 def stack_media(kind: str, items: Sequence[EncodedMedia]) -> dict[str, torch.Tensor]:

@@ -1,12 +1,11 @@
 """Frozen features of media files, computed once and kept in a few large files.
 
 A store is a folder. `settings.json` says what its features depend on, `features-00000.bin` and so
-on hold the numbers, `index.jsonl` has one line an item, `lock` keeps a second writer out. Bytes
+on hold the numbers, `index.jsonl` has one line an item, `.lock` keeps a second writer out. Bytes
 count once a line of the index names them, and they are on the disk before it: a kill at any moment
 leaves whole items only.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from unimoe_kernels import atomic_write
+from unimoe_model.folder_lock import FolderLock
 from unimoe_model.full_disk import naming_full_disk
 
 
@@ -36,10 +36,6 @@ class _Item(NamedTuple):
     offset: int
     shapes: list[list[int]]
     crc32: int
-
-
-class StoreInUseError(ValueError):
-    """Another process writes a store."""
 
 
 class FeatureStore:
@@ -88,7 +84,8 @@ class FeatureStore:
         self._file_bytes = file_bytes
         self._arguments = (root, dict(settings), dtype, file_bytes)
         self._forget()
-        self._writer = self._lock = self._index = self._data = None
+        self._lock = FolderLock(self.folder, "feature store")
+        self._writer = self._index = self._data = None
         self._pending: list[_Item] = []
         self.refresh()
 
@@ -106,11 +103,6 @@ class FeatureStore:
 
     def __len__(self) -> int:
         return len(self._items)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all items."""
-        return sum(needed_bytes(item.shapes, self.dtype) for item in self._items.values())
 
     def read(self, key: str) -> list[Tensor]:
         """The pieces of an item, float32 copies in the shapes that they were written in.
@@ -174,7 +166,7 @@ class FeatureStore:
         """Makes this process the writer, as the first `write` does, and reads what was flushed.
 
         Raises:
-            StoreInUseError: If another process is.
+            FolderInUseError: If another process is.
             OSError: If the disk is full.
         """
         with naming_full_disk(self.folder, "settings.json", 4096):
@@ -233,11 +225,7 @@ class FeatureStore:
 
     def wait(self) -> None:
         """Waits until no other process writes, and reads what was flushed."""
-        if self.folder.exists():
-            path = self.folder / "lock"
-            path.touch()
-            with path.open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        self._lock.wait()
         self.refresh()
 
     def close(self) -> None:
@@ -245,9 +233,8 @@ class FeatureStore:
         try:
             self.flush()
         finally:
-            # To close the file unlocks it only when no forked process has it open.
             if self._writer == os.getpid():
-                fcntl.flock(self._lock, fcntl.LOCK_UN)
+                self._lock.__exit__()
             self._release()
             self._maps = {}
 
@@ -303,7 +290,7 @@ class FeatureStore:
         self._release()  # what a fork has left open
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._take_lock()
+            self._lock.__enter__()
             self._forget()
             self.refresh()
             settings = self.folder / "settings.json"
@@ -320,20 +307,6 @@ class FeatureStore:
             raise
         self._writer = os.getpid()
 
-    def _take_lock(self) -> None:
-        path = self.folder / "lock"
-        path.touch()
-        self._lock = path.open("r+b", buffering=0)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreInUseError(
-                f"folder ({self.folder}) is being written by another process (pid"
-                f" {path.read_text() or 'unknown'}); wait for it, or give another root"
-            ) from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()).encode())
-
     def _open_data(self, number: int) -> None:
         tail = self._reach.get(number, 0)
         data = _open(self._path(number), tail)
@@ -342,10 +315,11 @@ class FeatureStore:
         self._data, self._number, self._tail = data, number, tail
 
     def _release(self) -> None:
-        for file in (self._data, self._index, self._lock):
+        for file in (self._data, self._index):
             if file:
                 file.close()
-        self._writer = self._lock = self._index = self._data = None
+        self._lock.forget()
+        self._writer = self._index = self._data = None
         self._pending = []
 
 

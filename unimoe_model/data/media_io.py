@@ -122,33 +122,6 @@ def pick_frames(available: int, wanted: int, seed: int | None = None) -> list[in
     return sorted(random.Random(seed).sample(range(available), wanted))
 
 
-def save_gif(path: Path | str, frames: Tensor | np.ndarray, frame_ms: int = 120) -> None:
-    """Writes frames `[n, H, W, 3]` uint8 as an animated GIF that repeats for ever."""
-    images = [Image.fromarray(np.asarray(frame)) for frame in frames]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=frame_ms, loop=0)
-
-
-def resize_square(images: Tensor, size: int) -> Tensor:
-    """Cuts the middle square out of pictures and resizes it.
-
-    Args:
-        images: `[H, W, 3]` or `[B, H, W, 3]` uint8.
-        size: side of the result in pixels.
-
-    Returns:
-        `[size, size, 3]` or `[B, size, size, 3]` uint8.
-    """
-    if images.ndim == 4:
-        return torch.stack([resize_square(image, size) for image in images])
-    height, width, _ = images.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = Image.fromarray(images[top : top + side, left : left + side].numpy())
-    if side != size:
-        square = square.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(square))
-
-
 def _frame_files(folder: Path) -> list[Path]:
     files = [
         path

@@ -1,6 +1,7 @@
 """Media as users hand them over, files or arrays, in the one form that encoders take."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -8,6 +9,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unimoe_model.data.sources import as_source
+from unimoe_model.extras import needed_by
+
+
+def require_readers(kinds: Collection[str]) -> None:
+    """Imports what reads these media kinds from files.
+
+    Raises:
+        ModuleNotFoundError: If a package is not installed.
+    """
+    if {"image", "video"} & set(kinds):
+        import_module("unimoe_model.data.media_io")
+    if {"speech", "audio"} & set(kinds):
+        with needed_by("reading sound"):
+            import_module("soundfile")
+            import_module("scipy.signal")
 
 
 def as_picture(item, name: str) -> Tensor:

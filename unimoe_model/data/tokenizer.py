@@ -1,38 +1,17 @@
-"""The small LLM's tokenizer: byte-level BPE trained on the demo's own text."""
+"""A tokenizer trained on one's own text: byte-level BPE."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from unimoe_model.data.examples import Example
-from unimoe_model.prompt import ASSISTANT, PLACEHOLDERS, USER, build_prompt
+from unimoe_model.prompt import ASSISTANT, PLACEHOLDERS, USER
 
-SAMPLE = 3000
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
 _SPECIAL = (PAD, BOS, EOS, USER, ASSISTANT, *PLACEHOLDERS.values())
 LEAST_VOCAB_SIZE = 256 + len(_SPECIAL)
-
-
-def train_on_examples(
-    tasks: Mapping[str, Sequence[Example]], vocab_size: int
-) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer on prompts and answers, at most `SAMPLE` of each task.
-
-    Args:
-        tasks: examples by task name.
-        vocab_size: see `train_tokenizer`.
-    """
-    return train_tokenizer(
-        (
-            f"{build_prompt(e.question, [ref.kind for ref in e.media])} {e.answer}"
-            for examples in tasks.values()
-            for e in examples[:SAMPLE]
-        ),
-        vocab_size,
-    )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

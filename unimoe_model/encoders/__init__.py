@@ -8,17 +8,14 @@ from unimoe_model.encoders.outside import chosen_encoder, is_outside, outside_cl
 
 ENCODERS = {
     "clip-vit-large-patch14-336": ("clip", "ClipImageEncoder"),
-    "whisper-small": ("whisper_windows", "WhisperWindowEncoder"),
+    "whisper-small": ("whisper", "WhisperWindowEncoder"),
     "beats-iter3-plus-as2m": ("beats", "BeatsEncoder"),
-    "efficientnet-lite0": ("efficientnet_lite", "EfficientNetLite0"),
-    "whisper-tiny.en": ("whisper", "WhisperSpeechEncoder"),
-    "aisfx": ("aisfx", "AisfxAudioEncoder"),
 }
 """Module and class of each encoder, by the name that configurations give it."""
 
 _READERS = {
     "vision": ("clip", "ClipImageEncoder", "from_folder"),
-    "speech": ("whisper_windows", "WhisperWindowEncoder", "from_folder"),
+    "speech": ("whisper", "WhisperWindowEncoder", "from_folder"),
     "audio": ("beats", "BeatsEncoder", "from_checkpoint"),
 }
 
@@ -35,7 +32,7 @@ def build_encoder(name: str, sense: str) -> FrozenEncoder:
     Raises:
         ValueError: If there is no encoder of that name, no such file or folder, or the class is not
             permitted.
-        MissingAssetError: If the package that carries its weights is not installed.
+        OSError: If its weights are neither here nor can be downloaded.
     """
     name = chosen_encoder(name, sense)
     if name in ENCODERS or is_outside(name):

@@ -27,7 +27,7 @@ class FrozenEncoder(nn.Module):
     that recipes name `module:Class` has a class method `pretrained`, which loads its weights.
 
     Args:
-        name: what the encoder really is, e.g. `"EfficientNet-Lite0"`.
+        name: what the encoder really is, e.g. `"BEATs iter3+"`.
         feature_size: channels of the features it returns.
         stand_in_for: the encoder of the paper that it replaces, e.g. `"CLIP ViT-L/14"`;
             None where it is the paper's own family.

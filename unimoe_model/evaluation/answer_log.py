@@ -1,6 +1,5 @@
 """answers.jsonl: one line an answer, written as it is given, so that a stopped run goes on."""
 
-import fcntl
 import json
 from collections.abc import Sequence
 from os import SEEK_END
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unimoe_model.evaluation.files import write_whole
+from unimoe_model.folder_lock import FolderLock
 
 _ANSWERS, _RUN = "answers.jsonl", "run.json"
 
@@ -31,6 +31,7 @@ class AnswerLog:
         self._folder = folder
         self._run = run
         self._ids = list(ids)
+        self._lock = FolderLock(folder)
         self._file = None
 
     def __enter__(self) -> "AnswerLog":
@@ -39,21 +40,22 @@ class AnswerLog:
         Raises:
             ValueError: If the folder holds another run's answers, damaged ones, or is in use.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock.__enter__()
         path = self._folder / _ANSWERS
-        self._file = path.open("a+b")
         try:
-            self._lock()
+            self._file = path.open("a+b")
             self._check_run()
             self.answers = self._read(path)
         except BaseException:
-            self._file.close()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_) -> None:
         """Closes the log, for others to open."""
-        self._file.close()
+        if self._file:
+            self._file.close()
+        self._lock.__exit__()
 
     def append(self, answer: str) -> None:
         """Writes the answer to the first question that has none, out to the file."""
@@ -61,15 +63,6 @@ class AnswerLog:
         self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         self.answers.append(answer)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"output ({self._folder}) is being written by another process; wait for it, or"
-                " give another one"
-            ) from error
 
     def _check_run(self) -> None:
         path = self._folder / _RUN

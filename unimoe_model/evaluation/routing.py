@@ -1,12 +1,10 @@
 """Which experts the tokens of each modality go to, layer by layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
 
 import torch
 
-from unimoe_model.data.collate import Collator
-from unimoe_model.data.examples import Example
 from unimoe_model.modality import MODALITIES, modality_ids_of
 
 
@@ -90,24 +88,3 @@ class RoutingCounts:
             for modality, taken in self._taken.items()
             if self.tokens[modality]
         }
-
-
-def routing_shares(
-    model, collator: Collator, examples: Sequence[Example], batch_size: int = 64
-) -> dict[str, torch.Tensor]:
-    """Share of each modality's tokens that every expert takes.
-
-    Args:
-        model: MoE model in eval mode.
-        collator: makes its inputs.
-        examples: the prompts and answers that are routed.
-        batch_size: examples a forward pass.
-
-    Returns:
-        What `RoutingCounts.shares` gives.
-    """
-    counts = RoutingCounts(model)
-    for start in range(0, len(examples), batch_size):
-        batch = collator.training(examples[start : start + batch_size])
-        counts.add({name: tensor for name, tensor in batch.items() if name != "labels"})
-    return counts.shares()

@@ -224,6 +224,11 @@ def line_named(path: Path, sample: Sample) -> AbstractContextManager[None]:
     return named(f"{path} line {sample.line} (id {sample.id!r})")
 
 
+def asked_media(sample: Sample) -> list[tuple[str, Path]]:
+    """Kind and path of each item of a sample."""
+    return [(kind, file) for kind, files in sample.media.items() for file in files]
+
+
 def media_arguments(media: Mapping[str, Sequence]) -> dict[str, list]:
     """Media by kind as keyword arguments of `Answerer.answer` and `UniMoEProcessor.ask`."""
     names = {"image": "images", "video": "videos", "speech": "speech", "audio": "audio"}

@@ -14,6 +14,7 @@ from unimoe_model.evaluation.metrics.score import Score
 from unimoe_model.evaluation.samples import Sample, line_named, media_arguments, read_samples
 from unimoe_model.generation import Answerer
 from unimoe_model.training.progress import BarReporter, ProgressReporter
+from unimoe_model.value_types import require_at_least
 
 MAX_NEW_TOKENS = 512
 """As the published evaluation has it for short answers and captions."""
@@ -56,20 +57,9 @@ def evaluate_file(
             answers of another model, data file or setting; or naming the line whose media cannot
             be read.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric ({metric!r}) must be one of {', '.join(METRICS)}")
-    for name, value in (("max_new_tokens", max_new_tokens), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} ({value}) must be at least 1")
-    scored = METRICS[metric]
-    scored.require()
-    lines = read_samples(data, scored.check)
-    samples = lines[:limit]
-    if len(samples) < scored.fewest_items:
-        raise ValueError(
-            f"data ({data}) has {len(samples)} lines within the limit; metric {metric} needs at"
-            f" least {scored.fewest_items}"
-        )
+    require_at_least(1, max_new_tokens=max_new_tokens, limit=limit)
+    lines = scored_samples(data, metric, limit)
+    samples, scored = lines[:limit], METRICS[metric]
     if not (model / "config.json").is_file():
         raise ValueError(f"model ({model}) must be a folder with a config.json")
     run = {
@@ -87,6 +77,27 @@ def evaluate_file(
         figures = _figures(score, samples, run) | {"model": str(model), "data": str(data)}
         write_whole(output / "score.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     return score
+
+
+def scored_samples(data: Path, metric: str, limit: int | None = None) -> list[Sample]:
+    """All samples of a data file, checked for a metric that scores the first `limit` of them.
+
+    Raises:
+        ModuleNotFoundError: If the metric needs a package that is not installed.
+        ValueError: If there is no such metric, or the file has a line that it cannot score, or too
+            few of them.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric ({metric!r}) must be one of {', '.join(METRICS)}")
+    scored = METRICS[metric]
+    scored.require()
+    lines = read_samples(data, scored.check)
+    if len(lines[:limit]) < scored.fewest_items:
+        raise ValueError(
+            f"data ({data}) has {len(lines[:limit])} lines within the limit; metric {metric} needs"
+            f" at least {scored.fewest_items}"
+        )
+    return lines
 
 
 def _answer_rest(

@@ -1,9 +1,8 @@
-"""From stage 2 to stage 3: experts become an MoE model, LoRA goes on and is merged again."""
+"""From stage 2 to stage 3: FFNs become the experts of an MoE model, and LoRA is merged."""
 
 from collections.abc import Iterator, Mapping
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -12,8 +11,6 @@ from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 
 FFN_NAMES = ("gate_proj", "up_proj", "down_proj")
-ATTENTION_LORA = r"model\.language_model\.layers\.\d+\.self_attn\.[qkvo]_proj"
-FFN_LORA = r"model\.language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj"
 
 
 def ffn_state(model: UniMoEForConditionalGeneration) -> dict[str, torch.Tensor]:
@@ -80,45 +77,6 @@ def assemble_moe(
 def _fill_experts(moe: MoE, ffns: list[dict[str, torch.Tensor]], top_k: int) -> None:
     assembled = MoE.from_ffns(ffns, top_k)
     moe.experts.load_state_dict(assembled.experts.state_dict())
-
-
-def add_lora(
-    model: UniMoEForConditionalGeneration,
-    rank: int,
-    alpha: int,
-    linears: str = f"{ATTENTION_LORA}|{FFN_LORA}",
-) -> None:
-    """Puts LoRA on linear maps, and on the experts of a model that has some.
-
-    Args:
-        model: changed in place; its output stays the same until training.
-        rank: r, at least 1.
-        alpha: the product is scaled by `alpha / rank`.
-        linears: regular expression of the full names of the linear maps: attention and the FFNs of
-            layers without experts, unless said otherwise.
-
-    Raises:
-        ValueError: If rank is below 1.
-    """
-    if rank < 1:
-        raise ValueError(f"rank ({rank}) must be at least 1")
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=f"({linears})",
-    )
-    inject_adapter_in_model(config, model)
-    # peft's mark of a model that has adapters; it warns where it finds one.
-    del model.peft_config
-    for _, moe in model.moe_layers():
-        moe.experts.add_lora(rank, alpha)
-
-
-def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All LoRA parameters, of attention, FFNs and experts, by name."""
-    return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
 @torch.no_grad()

@@ -44,6 +44,8 @@ def check_recipe(
         yield f"  encoder {sense}: {getattr(start.config, f'{sense}_encoder')}, {width} features"
     configs = {START: start.config}
     for stage in recipe.stages:
+        _require_media(recipe, stage, data)
+        _require_divisible(recipe, stage)
         config = configs[stage.name] = stage_config(stage, configs)
         with torch.device("meta"):
             model = UniMoEForConditionalGeneration(config)
@@ -67,6 +69,32 @@ def check_recipe(
         )
     for line in missing or ():
         yield f"  missing: {line}"
+
+
+def _require_media(recipe: Recipe, stage: Stage, data: RecipeData) -> None:
+    """Raises ValueError if a stage trains a connector and its data hold nothing to pass it."""
+    if not all(data.samples[name] for name in stage.data):
+        return  # files that are missing are listed as such
+    held = {kind for name in stage.data for item in data.samples[name] for kind, _ in item.media}
+    read = {"image" if kind == "video" else kind for kind in held}
+    for part in stage.train:
+        base, dot, kind = part.part.partition(".")
+        if base in ("connectors", "projectors") and (kind not in read if dot else not read):
+            raise ValueError(
+                f"{recipe.path}: stages.{stage.name}.train ({part.part}) requires"
+                f" {kind or 'media'} in the data of the stage; {', '.join(stage.data)} hold"
+                f" {', '.join(sorted(held)) or 'none'}"
+            )
+
+
+def _require_divisible(recipe: Recipe, stage: Stage) -> None:
+    """Raises ValueError if the processes of `parallel` cannot share the experts of a stage."""
+    share = recipe.parallel.expert if recipe.parallel else 1
+    if stage.assembly is not None and len(stage.assembly.experts) % share:
+        raise ValueError(
+            f"{recipe.path}: stages.{stage.name}.assemble.experts ({len(stage.assembly.experts)})"
+            f" must be a multiple of parallel.expert ({share})"
+        )
 
 
 def stage_config(stage: Stage, configs: dict[str, UniMoEConfig]) -> UniMoEConfig:

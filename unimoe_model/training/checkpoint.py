@@ -1,6 +1,5 @@
 """Checkpoints inside a stage: written whole or not at all, read only if they belong to the run."""
 
-import errno
 import hashlib
 import json
 import shutil
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from unimoe_kernels import recover_folder
 from unimoe_kernels.distributed import load_sharded, save_sharded
+from unimoe_model.full_disk import naming_full_disk
 
 
 def fingerprint(settings: Any) -> str:
@@ -60,21 +59,15 @@ def save_checkpoint(
     Raises:
         OSError: If the disk is full, naming what was needed; the old checkpoint is left.
     """
+    needed = checkpoint_bytes(parameters, optimizers)
+    left = "the one before it is whole, and the same command goes on from there"
+    what = f"the checkpoint of step {progress.step}"
     try:
-        save_sharded(folder, parameters, optimizers, {"run": run, **vars(progress)})
-    # torch's own derives from BaseException.
-    except (Exception, CheckpointException) as error:
-        if not _is_full_disk(error):
-            raise
+        with naming_full_disk(folder.parent, what, needed, left):
+            save_sharded(folder, parameters, optimizers, {"run": run, **vars(progress)})
+    except OSError:
         shutil.rmtree(_fresh(folder), ignore_errors=True)
-        needed = checkpoint_bytes(parameters, optimizers)
-        free = shutil.disk_usage(folder.parent).free
-        raise OSError(
-            errno.ENOSPC,
-            f"disk of {folder.parent} is full: the checkpoint of step {progress.step} needs"
-            f" {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; the one before it is whole,"
-            " and the same command goes on from there",
-        ) from error
+        raise
 
 
 def load_checkpoint(
@@ -149,17 +142,6 @@ def discard_checkpoint(folder: Path) -> None:
     recover_folder(folder)
     for path in (folder, _fresh(folder)):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error, which torch wraps."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if isinstance(error, CheckpointException):
-            return any(_is_full_disk(inner) for inner, _ in error.failures.values())
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _fresh(folder: Path) -> Path:

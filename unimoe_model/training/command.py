@@ -9,13 +9,13 @@ from transformers.utils.logging import disable_progress_bar
 from unimoe_kernels.distributed import attributed, finish_parallel
 from unimoe_model.encoders.outside import permit_encoder
 from unimoe_model.evaluation.metrics import METRICS
+from unimoe_model.folder_lock import FolderLock
 from unimoe_model.training.check import check_recipe
-from unimoe_model.training.lock import FolderLock
 from unimoe_model.training.progress import SilentReporter, own_reporter
 from unimoe_model.training.recipe import Recipe, load_recipe
 from unimoe_model.training.recipe_data import RecipeData
 from unimoe_model.training.run import Run, keep_recipe
-from unimoe_model.training.start import own_device, start_recipe_ranks
+from unimoe_model.training.start import own_device, start_ranks
 
 
 def train_recipe(
@@ -47,9 +47,8 @@ def train_recipe(
         StoppedError: If a signal ended the run after a checkpoint.
     """
     recipe = load_recipe(path, **overrides)
-    for name in (recipe.encoders.vision, recipe.encoders.speech, recipe.encoders.audio):
-        if name is not None:
-            permit_encoder(name, path.parent)
+    for name in recipe.encoder_names:
+        permit_encoder(name, path.parent)
     stages = _chosen(recipe, stage, from_stage)
     disable_progress_bar()  # of transformers, for what takes a moment
     if check:
@@ -61,7 +60,7 @@ def train_recipe(
     for _ in check_recipe(recipe, data):
         pass  # raises for what does not fit together, before anything is written
     device = own_device()
-    mesh = start_recipe_ranks(recipe, device)
+    mesh = start_ranks(recipe, device)
     is_first = mesh is None or mesh.get_rank() == 0
     with (
         attributed(f"training of {output}"),
@@ -71,7 +70,7 @@ def train_recipe(
         features = features or output / "features"
         run = Run(recipe, data, output, features, reporter, device, mesh)
         if is_first:
-            keep_recipe(recipe, output)
+            keep_recipe(recipe, output, overrides)
         if mesh is None:
             for name in stages:
                 run.train([name])

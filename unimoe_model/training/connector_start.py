@@ -6,14 +6,12 @@ import torch
 from transformers import Blip2Config, WhisperConfig, WhisperForConditionalGeneration
 from transformers.models.blip_2.modeling_blip_2 import Blip2Model
 
-from unimoe_model.encoders import whisper
+from unimoe_model.encoders.outside import is_outside, outside_class
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.recipe import Recipe
 
 SMALL = "whisper-small"
 """Has the sizes that `UniMoEConfig` has by itself."""
-TINY = "whisper-tiny.en"
-"""Has its weights in a package, not in a folder."""
 _DECODER_FIELDS = (
     "d_model",
     "decoder_layers",
@@ -84,14 +82,14 @@ def load_connector_bodies(model: UniMoEForConditionalGeneration, recipe: Recipe)
 
 
 def _whisper_config(name: str) -> WhisperConfig:
-    return (
-        whisper.whisper_config() if name == TINY else WhisperConfig.from_pretrained(_source(name))
-    )
+    if is_outside(name):
+        return outside_class(name, "speech").decoder_config()
+    return WhisperConfig.from_pretrained(_source(name))
 
 
 def _whisper_decoder(name: str) -> dict[str, torch.Tensor]:
-    if name == TINY:
-        return whisper.load_decoder().state_dict()
+    if is_outside(name):
+        return outside_class(name, "speech").pretrained_decoder().state_dict()
     source = _source(name)
     return WhisperForConditionalGeneration.from_pretrained(
         source, dtype=torch.float32

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from unimoe_model.data.content_key import DigestMemo, content_key
-from unimoe_model.data.encoded_media import SENSES, EncodedMedia, MediaOptions
-from unimoe_model.data.feature_store import FeatureStore, StoreInUseError, needed_bytes
-from unimoe_model.data.media_items import as_picture, as_recording, as_video
+from unimoe_model.data.encoded_media import SENSES, EncodedMedia, encode_media, read_media
+from unimoe_model.data.feature_store import FeatureStore, needed_bytes
 from unimoe_model.encoders import FrozenEncoder, build_encoder
+from unimoe_model.folder_lock import FolderInUseError
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.training.progress import ProgressReporter
 from unimoe_model.training.ranks import Ranks
@@ -124,7 +124,7 @@ class MediaFeatures:
             return True
         try:
             store.open()
-        except StoreInUseError:
+        except FolderInUseError:
             return False
         missing = list({self._key(p): p for p in paths if self._key(p) not in store}.values())
         self._reporter.start(title, len(paths), len(paths) - len(missing))
@@ -154,22 +154,10 @@ class MediaFeatures:
             self._reporter.finish()
         return True
 
-    def _encode(self, paths: Sequence[Path], kind: str) -> Iterator[Sequence[Tensor]]:
-        encoder, options = self._encoder(SENSES[kind]), self._options()
-        padding = {"pad_to_square": True} if options.image_aspect_ratio == "pad" else {}
-        if kind == "image":
-            pictures = [_named(path, as_picture, path, "images") for path in paths]
-            yield from ([piece] for piece in encoder.encode_pictures(pictures, **padding))
-        elif kind == "video":
-            count = options.video_num_frames
-            videos = [_named(path, as_video, path, count, "videos") for path in paths]
-            frames = [frame for video in videos for frame in video]
-            yield from ([p] for p in encoder.encode_pictures(frames, **padding).split(count))
-        else:
-            rate = encoder.sample_rate
-            recordings = [_named(path, as_recording, path, rate, kind) for path in paths]
-            rows = (options.speech_max_frames,) if kind == "speech" else ()
-            yield from encoder.encode_recordings(recordings, *rows)
+    def _encode(self, paths: Sequence[Path], kind: str) -> list[list[Tensor]]:
+        encoder, options = self._encoder(SENSES[kind]), self._processor.media_options
+        read = [_named(path, read_media, kind, path, encoder, options) for path in paths]
+        return encode_media(kind, read, encoder, options)
 
     @torch.inference_mode()
     def _run_body(self, paths, kind: str, connector) -> Iterator[Sequence[Tensor]]:
@@ -182,14 +170,8 @@ class MediaFeatures:
                 for piece in pieces
             ]
 
-    def _options(self) -> MediaOptions:
-        processor = self._processor
-        return MediaOptions(
-            processor.video_num_frames, processor.speech_max_frames, processor.image_aspect_ratio
-        )
-
     def _settings(self, kind: str) -> dict:
-        encoder, options = self._encoder(SENSES[kind]), asdict(self._options())
+        encoder, options = self._encoder(SENSES[kind]), asdict(self._processor.media_options)
         own = {
             "image": ("image_aspect_ratio",),
             "video": ("image_aspect_ratio", "video_num_frames"),

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on the terminal, or messages to a process that draws it."""
+"""Progress of long work: a bar on a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -119,33 +119,3 @@ class SilentReporter:
 
     def say(self, text: str) -> None:
         """Does nothing."""
-
-
-class QueueReporter:
-    """Sends every call as a message, for `replay` in the process that has the terminal."""
-
-    def __init__(self, name: str, queue):
-        self._name = name
-        self._queue = queue
-
-    def start(self, stage: str, total: int, done: int) -> None:
-        """Sends the start of a stage."""
-        self._queue.put((self._name, "start", (stage, total, done), {}))
-
-    def advance(self, steps: int, **figures: str) -> None:
-        """Sends steps."""
-        self._queue.put((self._name, "advance", (steps,), figures))
-
-    def finish(self) -> None:
-        """Sends the end of a stage."""
-        self._queue.put((self._name, "finish", (), {}))
-
-    def say(self, text: str) -> None:
-        """Sends a line."""
-        self._queue.put((self._name, "say", (text,), {}))
-
-
-def replay(message: tuple, reporters: dict[str, ProgressReporter]) -> None:
-    """Passes a `QueueReporter`'s message on to the reporter of the same name."""
-    name, call, arguments, figures = message
-    getattr(reporters[name], call)(*arguments, **figures)

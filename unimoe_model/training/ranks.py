@@ -37,11 +37,6 @@ class Ranks:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether there is no mesh."""
-        return self._mesh is None
-
     def share(self, batch: Sequence[Item]) -> Sequence[Item]:
         """This process's examples of a batch of all.
 

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unimoe_model.data.conversations import Conversation, data_digest, read_conversations
+from unimoe_model.data.media_items import require_readers
+from unimoe_model.evaluation.samples import Sample, asked_media
+from unimoe_model.evaluation.scoring import scored_samples
 from unimoe_model.training.recipe import Recipe
 
 
@@ -12,6 +15,7 @@ class RecipeData:
 
     Attributes:
         samples: conversations by the name of their data.
+        held_out: questions by the name of their evaluation.
         digests: of each file and its media.
 
     Args:
@@ -20,8 +24,9 @@ class RecipeData:
             empty then.
 
     Raises:
-        ValueError: If a file is missing or is not as `read_conversations` describes, or media are
-            missing.
+        ValueError: If a file is missing, is not as `read_conversations` describes or cannot be
+            scored, or media are missing.
+        ModuleNotFoundError: If a package that reads media or scores answers is not installed.
     """
 
     def __init__(self, recipe: Recipe, missing: list[str] | None = None):
@@ -51,6 +56,25 @@ class RecipeData:
             except ValueError as error:
                 raise ValueError(f"{recipe.path}: data.{name}: {error}") from error
             self.digests[name] = data_digest(path, self.samples[name])
+        self.held_out: dict[str, list[Sample]] = {}
+        for e in recipe.evaluations:
+            if not any(line.startswith(f"evaluate.{e.name}.") for line in absent):
+                try:
+                    self.held_out[e.name] = scored_samples(Path(e.data), e.metric, e.limit)[
+                        : e.limit
+                    ]
+                except ValueError as error:
+                    raise ValueError(f"{recipe.path}: evaluate.{e.name}: {error}") from error
+        require_readers({kind for kind, _ in self.media()})
+
+    def media(self) -> Iterator[tuple[str, Path]]:
+        """Kind and path of all media, those of held-out questions last."""
+        for samples in self.samples.values():
+            for sample in samples:
+                yield from sample.media
+        for questions in self.held_out.values():
+            for question in questions:
+                yield from asked_media(question)
 
     def counts(self) -> dict[str, int]:
         """Samples of each file."""

@@ -2,17 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from unimoe_kernels import recover_folder, replace_folder
-from unimoe_model.data.conversations import Conversation
 from unimoe_model.evaluation.files import write_whole
-from unimoe_model.evaluation.samples import read_samples
+from unimoe_model.evaluation.samples import asked_media
 from unimoe_model.evaluation.scoring import evaluate_file
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.precision import resolve_precision
@@ -28,7 +28,7 @@ from unimoe_model.training.recipe import Evaluation, Recipe, Stage
 from unimoe_model.training.recipe.parts import trains_body
 from unimoe_model.training.recipe_data import RecipeData
 from unimoe_model.training.stage_ids import stage_ids
-from unimoe_model.training.stage_model import stage_model
+from unimoe_model.training.stage_model import ROUTER_BATCHES, stage_model
 from unimoe_model.training.starting_model import build_start, describe_start
 from unimoe_model.training.trained import select_trained
 
@@ -96,11 +96,7 @@ class Run:
 
     def encode(self) -> None:
         """Computes the features of all media that the recipe names; all processes call it."""
-        trained = [
-            media for name in self._data.samples for media in _media(self._data.samples[name])
-        ]
-        asked = [media for e in self._recipe.evaluations for media in _asked_media(e)]
-        self.features.prepare([*trained, *asked])
+        self.features.prepare(self._data.media())
 
     def train(self, stages: Sequence[str]) -> Path:
         """Trains the stages that are not done, in order; returns the model folder of the last.
@@ -131,7 +127,8 @@ class Run:
         for stage in stages:
             for evaluation in self._recipe.evaluations:
                 if stage in evaluation.stages:
-                    self.features.prepare(_asked_media(evaluation))
+                    questions = self._data.held_out[evaluation.name]
+                    self.features.prepare(m for asked in questions for m in asked_media(asked))
                     score = evaluate_file(
                         self.folder(stage) / "model",
                         Path(evaluation.data),
@@ -160,11 +157,11 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         self._ranks.wait(f"start of {stage.name}")
         settings = stage.optimization_for(self._data.counts())
-        used = self._used(stage)
+        used = self._used(stage, settings.steps)
         self.features.prepare(used)
         if stage.assembly is not None and stage.assembly.router_strength:
             for expert in stage.assembly.experts:
-                self.features.prepare(self._used(self._recipe.stage(expert)))
+                self.features.prepare(self._used(self._recipe.stage(expert), ROUTER_BATCHES))
         model = stage_model(
             self._recipe, stage, self._start_model, self._folders(stage), self._whole, self._device
         )
@@ -225,12 +222,9 @@ class Run:
     def _whole(self, stage: str, step: int) -> dict:
         return self._batches(self._recipe.stage(stage), None).whole(step)
 
-    def _used(self, stage: Stage) -> list[tuple[str, Path]]:
-        """Media of the samples that the stage's batches hold, in the order of their first use."""
-        batches, steps = (
-            self._batches(stage, None),
-            stage.optimization_for(self._data.counts()).steps,
-        )
+    def _used(self, stage: Stage, steps: int) -> list[tuple[str, Path]]:
+        """Media of the samples in the first batches of a stage, in the order of their first use."""
+        batches = self._batches(stage, None)
         everything = sum(len(self._data.samples[name]) for name in stage.data)
         seen, media = set(), {}
         for step in range(steps):
@@ -260,22 +254,11 @@ class Run:
             )
 
 
-def _media(samples: Sequence[Conversation]) -> list[tuple[str, Path]]:
-    return [media for sample in samples for media in sample.media]
-
-
-def _asked_media(evaluation: Evaluation) -> list[tuple[str, Path]]:
-    return [
-        (kind, file)
-        for sample in read_samples(Path(evaluation.data))[: evaluation.limit]
-        for kind, files in sample.media.items()
-        for file in files
-    ]
-
-
-def keep_recipe(recipe: Recipe, output: Path) -> None:
-    """Puts a copy of the recipe's file into the folder of its run."""
-    write_whole(output / "recipe.yaml", Path(recipe.path).read_text(encoding="utf-8"))
+def keep_recipe(recipe: Recipe, output: Path, overrides: Mapping[str, Any]) -> None:
+    """Puts a copy of the recipe's file into the folder of its run; comments name overrides."""
+    given = "".join(f"# --{name} {value}\n" for name, value in overrides.items())
+    text = Path(recipe.path).read_text(encoding="utf-8")
+    write_whole(output / "recipe.yaml", given + text)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -9,10 +9,10 @@ from safetensors import safe_open
 from unimoe_model.checkpoints.files import shards
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.assemble import FFN_NAMES, assemble_moe, ffn_state
-from unimoe_model.training.base import widen_ffns
 from unimoe_model.training.recipe import START, Recipe, Stage
 from unimoe_model.training.router_start import mean_ffn_inputs, router_weights
 from unimoe_model.training.starting_model import load_whole
+from unimoe_model.training.widening import widen_ffns
 
 ROUTER_BATCHES = 4
 """Batches of an expert's stage whose mean hidden states draw the router to it."""

@@ -1,4 +1,4 @@
-"""Starts the processes of a run as its settings and torchrun say."""
+"""Starts the processes of a run as its recipe and torchrun say."""
 
 import os
 from dataclasses import asdict
@@ -10,7 +10,6 @@ from unimoe_kernels.distributed import start_parallel
 from unimoe_model.precision import resolve_precision
 from unimoe_model.training.checkpoint import fingerprint
 from unimoe_model.training.recipe import Parallel, Recipe
-from unimoe_model.training.settings import RunSettings
 
 
 def own_device() -> torch.device:
@@ -22,46 +21,7 @@ def own_device() -> torch.device:
     return device
 
 
-def start_ranks(settings: RunSettings, device: torch.device) -> DeviceMesh | None:
-    """The mesh of a run that torchrun started; None for one process alone.
-
-    Raises:
-        ValueError: If the settings ask for several processes and torchrun was not used, or the
-            other way round, or their numbers differ.
-        RuntimeError: If a process does not come in time, or has other settings.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    parallel = settings.parallel
-    if parallel is None:
-        if processes > 1:
-            raise ValueError(
-                f"config must say how {processes} processes share the work, for example"
-                f" parallel: {{data: 1, expert: {processes}}}"
-            )
-        return None
-    wanted = parallel.data * parallel.expert
-    if "RANK" not in os.environ:
-        if wanted == 1:
-            return None
-        raise ValueError(
-            f"parallel (data {parallel.data}, expert {parallel.expert}) needs {wanted} processes:"
-            f" start with torchrun --nproc-per-node {wanted} -m unimoe_model.cli train ..."
-        )
-    if wanted != processes:
-        raise ValueError(
-            f"parallel (data {parallel.data}, expert {parallel.expert}) must be as many processes"
-            f" as torchrun started ({processes})"
-        )
-    return start_parallel(
-        parallel.data,
-        parallel.expert,
-        device=device,
-        timeout=parallel.timeout,
-        fingerprint=fingerprint([settings.result_facts(), settings.resolved_precision(device)]),
-    )
-
-
-def start_recipe_ranks(recipe: Recipe, device: torch.device) -> DeviceMesh | None:
+def start_ranks(recipe: Recipe, device: torch.device) -> DeviceMesh | None:
     """The mesh of a recipe's run that torchrun started; None for one process alone.
 
     Without `parallel` in the recipe, all processes of torchrun share the data.

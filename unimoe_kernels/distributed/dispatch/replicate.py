@@ -73,7 +73,7 @@ class GradientSum:
         for places, flat, work in pending:
             with collective(self._operation):
                 work.wait()
-            self._store(places, flat, before)
+            self._store(places, flat, fresh, before)
 
     def _buckets(self) -> list[list[int]]:
         """Places of parameters of one dtype, together about `BUCKET_BYTES`, in a fixed order."""
@@ -100,7 +100,13 @@ class GradientSum:
         have = first.new_tensor([float(place in fresh) for place in places])
         return torch.cat([*parts, have])
 
-    def _store(self, places: list[int], flat: Tensor, before: dict[int, Tensor]) -> None:
+    def _store(
+        self,
+        places: list[int],
+        flat: Tensor,
+        fresh: dict[int, Tensor],
+        before: dict[int, Tensor],
+    ) -> None:
         sizes = [_local(self._parameters[place]).numel() for place in places]
         *sums, have = flat.split([*sizes, len(places)])
         for place, total, count in zip(places, sums, have.tolist(), strict=True):
@@ -110,6 +116,9 @@ class GradientSum:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             grad = _local(parameter.grad)
+            if place not in fresh:  # it holds earlier backwards, and nothing of this one
+                grad.add_(total.view_as(grad))
+                continue
             grad.copy_(total.view_as(grad))
             if place in before:
                 grad.add_(_local(before[place]))

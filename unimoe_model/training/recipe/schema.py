@@ -8,6 +8,7 @@ from typing import Any
 from unimoe_model.precision import PRECISIONS
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.recipe.parts import TrainedPart
+from unimoe_model.value_types import require_at_least, require_positive
 
 START = "model"
 """What `from` of a stage calls the model that the recipe starts from."""
@@ -67,7 +68,8 @@ class ConnectorRecipe:
         max_frames: feature rows of a piece of speech.
         sizes: fields of `WhisperConfig` (speech) or `Blip2QFormerConfig` (audio).
         pretrained: where the connector's body starts: a Whisper (speech) or a BLIP-2 (audio) of
-            transformers as a folder or hub name, or a name that `encoders` knows; None is random.
+            transformers as a folder or hub name; for speech also the `module:Class` of an encoder
+            with class methods `decoder_config` and `pretrained_decoder`; None is random.
     """
 
     queries: int | None = None
@@ -76,10 +78,7 @@ class ConnectorRecipe:
     pretrained: str | None = None
 
     def __post_init__(self):
-        for name in ("queries", "max_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
+        require_at_least(1, queries=self.queries, max_frames=self.max_frames)
         if self.sizes is not None and self.pretrained is not None:
             raise ValueError(
                 "sizes and pretrained exclude each other: pretrained decides the sizes"
@@ -130,8 +129,7 @@ class Assembly:
                 f"top_k ({self.top_k}) must be at least 1 and at most the number of experts"
                 f" ({len(self.experts)})"
             )
-        if not self.router_strength >= 0:
-            raise ValueError(f"router_strength ({self.router_strength}) must be at least 0")
+        require_at_least(0, router_strength=self.router_strength)
 
 
 @dataclass(frozen=True)
@@ -168,12 +166,9 @@ class Stage:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("part_tokens", "max_length", "widen"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed ({self.seed}) must be at least 0")
+        lengths = {"part_tokens": self.part_tokens, "max_length": self.max_length}
+        require_at_least(1, **lengths, widen=self.widen)
+        require_at_least(0, seed=self.seed)
         if self.part_tokens and self.optimization.accumulation > 1:
             raise ValueError("accumulation and part_tokens exclude each other")
         if self.assembly and self.widen > 1:
@@ -245,11 +240,8 @@ class Parallel:
     timeout: float = 600.0
 
     def __post_init__(self):
-        for name in ("data", "expert"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout ({self.timeout}) must be above 0")
+        require_at_least(1, data=self.data, expert=self.expert)
+        require_positive(timeout=self.timeout)
 
 
 @dataclass(frozen=True)
@@ -291,11 +283,16 @@ class Recipe:
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision ({self.precision!r}) must be one of {PRECISIONS}")
-        for name, least in (("seed", 0), ("checkpoint_seconds", 0), ("workers", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
-        if self.video_frames is not None and self.video_frames < 1:
-            raise ValueError(f"video_frames ({self.video_frames}) must be at least 1")
+        seconds = self.checkpoint_seconds
+        require_at_least(0, seed=self.seed, checkpoint_seconds=seconds, workers=self.workers)
+        require_at_least(1, video_frames=self.video_frames)
+
+    @property
+    def encoder_names(self) -> tuple[str, ...]:
+        """Encoders that the recipe names, those that connectors start from included."""
+        own = self.encoders
+        named = (own.vision, own.speech, own.audio, self.speech.pretrained)
+        return tuple(name for name in named if name is not None)
 
     def stage(self, name: str) -> Stage:
         """The stage of a name.

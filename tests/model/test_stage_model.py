@@ -1,0 +1,98 @@
+"""What a stage starts from: its parent, the FFNs of experts, the connectors that they trained."""
+
+import pytest
+import torch
+
+from unimoe_model.training.assemble import ffn_state
+from unimoe_model.training.recipe import load_recipe
+from unimoe_model.training.stage_model import stage_model
+
+RECIPE = """
+model: llama
+data: {some: some.jsonl}
+stages:
+  - {name: base, train: connectors, data: [some], steps: 1, batch_size: 1, learning_rate: 1}
+  - {name: eyes, from: base, train: {ffn: {lora: 2}, projectors.image: whole}, data: [some],
+     steps: 1, batch_size: 1, learning_rate: 1}
+  - {name: ears, from: base, train: [ffn, EARS], data: [some],
+     steps: 1, batch_size: 1, learning_rate: 1}
+  - {name: tune, assemble: {experts: [ears, model, eyes, ears], top_k: 2, layers: even
+     CONNECTORS},
+     train: router, data: [some], steps: 1, batch_size: 1, learning_rate: 1}
+"""
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def models(tiny_model, tmp_path):
+    """A dense model for each stage and the start, all weights different, and their folders."""
+    models, folders = {}, {}
+    for number, name in enumerate(("model", "base", "eyes", "ears")):
+        models[name] = tiny_model(num_experts=0)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in models[name].parameters():
+                parameter.normal_(generator=generator)
+        if name != "model":
+            folders[name] = tmp_path / name
+            models[name].save_pretrained(folders[name])
+    return models, folders
+
+
+@pytest.fixture
+def tuned(models, tmp_path):
+    """The model that the stage `tune` starts from."""
+
+    def build(ears="connectors.audio", connectors=""):
+        path = tmp_path / "recipe.yaml"
+        text = RECIPE.replace("EARS", ears).replace("CONNECTORS", connectors)
+        path.write_text(text)
+        recipe = load_recipe(path)
+        start = lambda: models[0]["model"]  # noqa: E731
+        return stage_model(recipe, recipe.stage("tune"), start, models[1], None, CPU)
+
+    return build
+
+
+def test_experts_are_the_ffns_of_their_stages_in_order(models, tuned):
+    model = tuned()
+    assert [layer for layer, _ in model.moe_layers()] == [0]
+    assert model.config.expert_origins == ["ears", "model", "eyes", "ears"]
+    ((_, moe),) = model.moe_layers()
+    for slot, origin in enumerate(model.config.expert_origins):
+        expected = ffn_state(models[0][origin])
+        gate, up = moe.experts.gate_up_proj[slot].chunk(2)
+        assert torch.equal(gate, expected["0.gate_proj.weight"])
+        assert torch.equal(up, expected["0.up_proj.weight"])
+        assert torch.equal(moe.experts.down_proj[slot], expected["0.down_proj.weight"])
+
+
+def test_all_else_is_of_the_stage_that_trained_it_or_of_the_parent(models, tuned):
+    for name, parameter in tuned().named_parameters():
+        if ".layers.0.mlp." in name:
+            continue
+        origin = "base"
+        if ".image_connector.projector." in name:
+            origin = "eyes"
+        elif ".audio_connector." in name:
+            origin = "ears"
+        assert torch.equal(parameter, models[0][origin].get_parameter(name)), name
+
+
+def test_a_part_that_two_experts_trained_needs_a_choice(models, tuned):
+    with pytest.raises(
+        ValueError, match=r"stages\.tune\.assemble: stages ears and eyes both train"
+    ):
+        tuned(ears="connectors")
+    model = tuned(ears="connectors", connectors=", connectors: {image: eyes}")
+    for kind, origin in (("image", "eyes"), ("speech", "ears"), ("audio", "ears")):
+        projector = model.model.connector(kind).projector
+        expected = models[0][origin].model.connector(kind).projector
+        for one, other in zip(projector.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_the_router_is_drawn_from_the_seed(tuned):
+    weights = [next(iter(tuned().moe_layers()))[1].router.weight for _ in range(2)]
+    assert torch.equal(*weights)
+    assert 0.1 < weights[0].std() < 0.3
