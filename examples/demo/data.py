@@ -51,7 +51,8 @@ def write_data(
     limits: DataLimits,
     reporter: ProgressReporter,
     held_out: Mapping[str, int] | None = None,
-) -> None:
+    for_pretraining: bool = True,
+) -> dict[str, dict[str, list[Example]]]:
     """Writes what is missing of the data; each file whole or not at all.
 
     Args:
@@ -60,6 +61,10 @@ def write_data(
         limits: most items of each media set that are trained on.
         reporter: shows a bar for each media set that something is missing of.
         held_out: most held-out examples of each task; a task that is not named takes all.
+        for_pretraining: whether a language model is trained on texts first.
+
+    Returns:
+        The examples of `"train"` and `"test"`, by task.
 
     Raises:
         ValueError: If the folder holds data of other settings, which are named, or held_out names
@@ -71,11 +76,11 @@ def write_data(
     folder, held_out = Path(folder), dict(held_out or {})
     if unknown := sorted(held_out.keys() - set(TASKS)):
         raise ValueError(f"held_out ({', '.join(unknown)}) must name tasks of {', '.join(TASKS)}")
-    description = _description(seed, limits, held_out)
+    description = _description(seed, limits, held_out, for_pretraining)
     is_new = not _is_described(folder, description)
     media = folder / "media"
     examples = {
-        "train": build_examples("train", media, seed, limits),
+        "train": build_examples("train", media, seed, limits, for_pretraining),
         "test": held_out_examples("test", media, seed, held_out),
     }
     if is_new:
@@ -88,6 +93,7 @@ def write_data(
         (folder / split).mkdir(exist_ok=True)
         for task, own in tasks.items():
             _write_text(folder / split / f"{task}.jsonl", _lines(own, folder))
+    return examples
 
 
 def write_text_tasks(folder: Path, seed: int) -> tuple[str, ...]:
@@ -108,7 +114,9 @@ def write_text_tasks(folder: Path, seed: int) -> tuple[str, ...]:
     return tuple(tasks)
 
 
-def _description(seed: int, limits: DataLimits, held_out: Mapping[str, int]) -> dict[str, Any]:
+def _description(
+    seed: int, limits: DataLimits, held_out: Mapping[str, int], for_pretraining: bool
+) -> dict[str, Any]:
     for module in _PACKAGES:
         asset_folder(module)
     return {
@@ -116,6 +124,7 @@ def _description(seed: int, limits: DataLimits, held_out: Mapping[str, int]) -> 
         "seed": seed,
         "limits": asdict(limits),
         "held_out": {task: held_out.get(task) for task in TASKS},
+        "for_pretraining": for_pretraining,
         "packages": {name: version(name) for name in _PACKAGES.values()},
     }
 

@@ -1,5 +1,6 @@
 """The parts of a run that processes of their own train, and what they send to the terminal's."""
 
+import ctypes
 import json
 import os
 import threading
@@ -22,6 +23,8 @@ from unimoe_model.training.run import Run
 from unimoe_model.user_errors import USER_ERRORS
 
 EVALUATION, FEATURES = "evaluation.json", "features.json"
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt."""
 
 
 def open_run(
@@ -36,27 +39,29 @@ def open_run(
     return found, Run(found, RecipeData(found), output, features, reporter, device)
 
 
-def train_part(
-    recipe: Path, seed: int, features: Path, only_shared: bool, reporter: ProgressReporter
-) -> None:
-    """Trains one arm and asks it the held-out questions; or encodes all media and trains stage 1.
+def train_shared(recipe: Path, seed: int, features: Path, reporter: ProgressReporter) -> Run:
+    """Encodes all media and trains what both arms share, if it is the first stage; the run."""
+    with FolderLock(recipe.with_suffix("")):
+        found, run = open_run(recipe, seed, features, reporter)
+        started = time.monotonic()
+        run.encode()
+        _keep(recipe.with_suffix("") / FEATURES, {"seconds": time.monotonic() - started})
+        if found.stages[0].name == SHARED:
+            run.train([SHARED])
+    return run
+
+
+def train_arm(recipe: Path, seed: int, features: Path, reporter: ProgressReporter) -> None:
+    """Trains one arm and asks it the held-out questions.
 
     Args:
         recipe: of the arm.
         seed: of the run.
         features: folder of features.
-        only_shared: whether to end after what both arms share.
         reporter: is told of the progress.
     """
     with FolderLock(recipe.with_suffix("")):
         found, run = open_run(recipe, seed, features, reporter)
-        started = time.monotonic()
-        if only_shared:
-            run.encode()
-            _keep(recipe.with_suffix("") / FEATURES, {"seconds": time.monotonic() - started})
-            if found.stages[0].name == SHARED:
-                run.train([SHARED])
-            return
         names = [stage.name for stage in found.stages]
         run.train(names)
         started = time.monotonic()
@@ -65,13 +70,26 @@ def train_part(
         run.publish(names[-1])
 
 
+def keep_memory() -> None:
+    """Lets glibc keep memory instead of handing it back and faulting every page in anew.
+
+    Training steps allocate the same sizes again and again.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # another C library
+        return
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def run_parts(
-    parts: dict[str, tuple[Path, bool]], seed: int, features: Path, threads: int, target=None
+    recipes: dict[str, Path], seed: int, features: Path, threads: int, target=None
 ) -> None:
-    """Runs parts of the demo side by side, each in a process with so many threads.
+    """Trains and asks arms of the demo side by side, each in a process with so many threads.
 
     Args:
-        parts: recipe of each, and whether it ends after what both arms share.
+        recipes: of each arm.
         seed: of the run.
         features: folder of features.
         threads: of torch, in each process.
@@ -80,22 +98,18 @@ def run_parts(
     Raises:
         RuntimeError: If one of them fails; its message is passed on.
     """
-    # The processes' steps allocate the same sizes again and again: with these, glibc keeps the
-    # memory instead of handing it back and faulting every page in anew.
-    os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 34))
     context = mp.get_context("spawn")
     queue = context.Queue()
     processes = {
         name: context.Process(
             target=target or _body,
-            args=(name, recipe, seed, features, only_shared, queue, threads),
+            args=(name, recipe, seed, features, queue, threads),
             daemon=True,
         )
-        for name, (recipe, only_shared) in parts.items()
+        for name, recipe in recipes.items()
     }
     reporters = {
-        name: BarReporter(prefix=f"{name:>5} ", position=i) for i, name in enumerate(parts)
+        name: BarReporter(prefix=f"{name:>5} ", position=i) for i, name in enumerate(recipes)
     }
     for process in processes.values():
         process.start()
@@ -125,14 +139,13 @@ def run_parts(
             process.join()
 
 
-def _body(
-    name: str, recipe: Path, seed: int, features: Path, only_shared: bool, queue, threads: int
-) -> None:
+def _body(name: str, recipe: Path, seed: int, features: Path, queue, threads: int) -> None:
     torch.set_num_threads(threads)
+    keep_memory()
     disable_progress_bar()
     _exit_with_parent()
     try:
-        train_part(recipe, seed, features, only_shared, QueueReporter(name, queue))
+        train_arm(recipe, seed, features, QueueReporter(name, queue))
     except KeyboardInterrupt:
         return
     except USER_ERRORS as error:

@@ -15,9 +15,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from examples.demo.baseline import blind_accuracy, exact_accuracy
 from examples.demo.data import write_data
-from examples.demo.forecast import forecast
+from examples.demo.forecast import Forecast, forecast
 from examples.demo.machine import Machine
-from examples.demo.parts import EVALUATION, FEATURES, open_run, run_parts
+from examples.demo.parts import (
+    EVALUATION,
+    FEATURES,
+    keep_memory,
+    open_run,
+    run_parts,
+    train_shared,
+)
 from examples.demo.report import Results, print_results, write_report
 from examples.demo.routing import routed
 from examples.demo.settings import (
@@ -29,10 +36,10 @@ from examples.demo.settings import (
     write_recipes,
 )
 from examples.demo.showcase import show_examples
-from examples.demo.tasks import build_examples, held_out_examples
 from examples.demo.throughput import layer_throughput
 from unimoe_kernels import atomic_write
 from unimoe_model.training.progress import BarReporter
+from unimoe_model.training.recipe import load_recipe
 from unimoe_model.user_errors import USER_ERRORS
 
 THROUGHPUT_LAYER = {
@@ -75,28 +82,32 @@ def run_demo(
         "1/4  Data, features of the frozen encoders, and stage 1, which both models share",
         flush=True,
     )
-    write_data(output / "data", seed, variant.limits, BarReporter(), variant.held_out)
-    expected = forecast(recipes["moe"], seed, output, machine)
+    data = output / "data"
+    examples = write_data(
+        data, seed, variant.limits, BarReporter(), variant.held_out, variant.is_full
+    )
+    expected = (
+        forecast(recipes["moe"], seed, output, machine) if variant.is_forecast else Forecast({})
+    )
     if expected.seconds:
         print(f"This will take {expected}", flush=True)
     if not (output / FORECAST).exists():
         _write_json(output / FORECAST, expected.seconds)
-    run_parts({"base": (recipes["moe"], True)}, seed, features, machine.cores, target)
-    recipe, run = open_run(recipes["moe"], seed, features, BarReporter())
+    keep_memory()
+    torch.set_num_threads(machine.cores)
+    run = train_shared(recipes["moe"], seed, features, BarReporter(prefix=" base "))
     if not variant.is_full:
         fill_in_aligned(recipes["dense"], run.folder("align") / "model")
 
     print("2/4  Training: the MoE and, on the same batches, the dense baseline", flush=True)
-    parts = {arm: (recipes[arm], False) for arm in ARMS}
-    run_parts(parts, seed, features, machine.threads, target)
+    run_parts(recipes, seed, features, machine.threads, target)
     runs = {"moe": run, "dense": open_run(recipes["dense"], seed, features, BarReporter())[1]}
 
     print("3/4  Speed of one MoE layer beside the dense and the looped one", flush=True)
     throughput = layer_throughput(**THROUGHPUT_LAYER, device=device, dtype=torch.float32)
 
     print("4/4  Report", flush=True)
-    held_out = held_out_examples("test", output / "data" / "media", seed, variant.held_out)
-    train = build_examples("train", output / "data" / "media", seed, variant.limits)
+    recipe, held_out, train = load_recipe(recipes["moe"]), examples["test"], examples["train"]
     accuracy = {
         arm: {
             task: exact_accuracy(own.folder("tune") / "eval" / task, held_out[task])

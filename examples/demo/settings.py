@@ -25,12 +25,14 @@ class Variant:
         held_out: most held-out items of each task; a task that is not named takes all.
         share: share of the steps of the recipes that are taken.
         is_full: whether each arm trains its own language model first.
+        is_forecast: whether the time that it will take is found out first.
     """
 
     limits: DataLimits
     held_out: dict[str, int] = field(default_factory=dict)
     share: float = 1.0
     is_full: bool = False
+    is_forecast: bool = True
 
 
 TASKS = ("image_qa", "spoken_word", "spoken_question", "sound", "video", "text")
@@ -39,7 +41,9 @@ TASKS = ("image_qa", "spoken_word", "spoken_question", "sound", "video", "text")
 VARIANTS = {
     "demo": Variant(DataLimits(pictures=2400, questions=1200, sounds=1280, videos=1200)),
     "full": Variant(DataLimits(), {"text": 1000}, is_full=True),
-    "quick": Variant(DataLimits(240, 120, 120, 160, 120), dict.fromkeys(TASKS, 40), 0.15),
+    "quick": Variant(
+        DataLimits(240, 120, 120, 160, 120), dict.fromkeys(TASKS, 40), 0.15, is_forecast=False
+    ),
 }
 
 

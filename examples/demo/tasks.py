@@ -20,11 +20,12 @@ from examples.demo.text import (
     HELD_OUT_PAIRS,
     pretraining_tasks,
     reading_examples,
+    trained_pairs,
 )
 
 
 def build_examples(
-    split: str, media: Path, seed: int, limits: DataLimits
+    split: str, media: Path, seed: int, limits: DataLimits, for_pretraining: bool = True
 ) -> dict[str, list[Example]]:
     """All examples of a split, by task; neither reads nor writes media.
 
@@ -33,6 +34,7 @@ def build_examples(
         media: folder that the media files but pictures are in, or will be.
         seed: decides which pictures spoken questions are about, and which items are drawn.
         limits: most items of each media set of the split `"train"`; the others are whole.
+        for_pretraining: whether `"train"` has the text tasks that only pretraining takes.
 
     Returns:
         Tasks `image_qa`, `spoken_word`, `spoken_question`, `sound`, `video` and `text` (the
@@ -54,7 +56,7 @@ def build_examples(
         "video": _videos(split, files),
     }
     if split == "train":
-        return examples | text_examples(seed)
+        return examples | text_examples(seed, for_pretraining)
     return examples | {"text": held_out_text(split)}
 
 
@@ -78,12 +80,15 @@ def held_out_text(split: str) -> list[Example]:
     return reading_examples(easy_vqa.question_texts(), HELD_OUT_PAIRS[split])
 
 
-def text_examples(seed: int) -> dict[str, list[Example]]:
+def text_examples(seed: int, for_pretraining: bool = True) -> dict[str, list[Example]]:
     """The text tasks of pretraining; `text` is the one that stage 3 keeps and the demo tests."""
-    pairs = {(label.get("color"), label.get("shape")) for label in easy_vqa.labels("train")}
+    labels = {(label.get("color"), label.get("shape")) for label in easy_vqa.labels("train")}
+    pairs = sorted(pair for pair in labels if None not in pair)
+    if not for_pretraining:
+        return {"text": reading_examples(easy_vqa.question_texts(), trained_pairs(pairs))}
     return pretraining_tasks(
         questions=easy_vqa.question_texts(),
-        pairs=sorted(pair for pair in pairs if None not in pair),
+        pairs=pairs,
         families={
             name: general_midi.family_of(program)
             for program, name in enumerate(general_midi.INSTRUMENTS)

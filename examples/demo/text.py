@@ -179,6 +179,12 @@ def wider_examples(
     return examples
 
 
+def trained_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The (colour, shape) pairs that training texts hold."""
+    held_out = {pair for split in HELD_OUT_PAIRS.values() for pair in split}
+    return [pair for pair in pairs if pair not in held_out]
+
+
 def pretraining_tasks(
     questions: Sequence[str],
     pairs: Sequence[tuple[str, str]],
@@ -203,8 +209,7 @@ def pretraining_tasks(
         Examples by task name.
     """
     rng = random.Random(seed)
-    held_out = {pair for split in HELD_OUT_PAIRS.values() for pair in split}
-    pairs = [pair for pair in pairs if pair not in held_out]
+    pairs = trained_pairs(pairs)
     reading = reading_examples(questions, pairs)
     wider = wider_examples(questions, pairs, WIDER_EXAMPLES + ASKED_EXAMPLES, seed)
     asked = [

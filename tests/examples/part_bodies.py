@@ -4,7 +4,7 @@ import os
 import time
 
 
-def fail_or_wait(name, recipe, seed, features, only_shared, queue, threads):
+def fail_or_wait(name, recipe, seed, features, queue, threads):
     """The MoE fails at once; the others would train for a while."""
     if name == "moe":
         queue.put((name, "failed", ("disk is full",), {}))
@@ -22,9 +22,9 @@ def leave(*arguments):
     """Ends in good order and without a word, as a process does that is interrupted."""
 
 
-def tell(name, recipe, seed, features, only_shared, queue, threads):
+def tell(name, recipe, seed, features, queue, threads):
     """Says what it was asked for, and shows a bar."""
-    asked = f"{name} of {recipe} {seed} {features} {only_shared} {threads}"
+    asked = f"{name} of {recipe} {seed} {features} {threads}"
     queue.put((name, "say", (asked,), {}))
     queue.put((name, "start", ("tune", 2, 1), {}))
     queue.put((name, "advance", (1,), {"loss": "0.5"}))

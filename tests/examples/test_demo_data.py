@@ -126,6 +126,17 @@ def test_every_task_has_its_lines(written, few):
 
 
 @needs_assets
+def test_texts_of_pretraining_are_written_where_they_are_trained_on(written, few, tmp_path):
+    examples = data.write_data(tmp_path / "data", 0, LIMITS, SilentReporter(), HELD_OUT, False)
+    names = {path.stem for path in (tmp_path / "data" / "train").glob("*.jsonl")}
+    assert names == examples["train"].keys()
+    assert not names & {"asked", "wider", "describe", "repeat", "sounds", "moving", "talk"}
+    for name in names:
+        own, other = (folder / "train" / f"{name}.jsonl" for folder in (tmp_path / "data", written))
+        assert own.read_text() == other.read_text()
+
+
+@needs_assets
 def test_lines_can_be_read_by_a_person(written):
     first = {
         path.stem: json.loads(path.read_text().splitlines()[0])
@@ -200,6 +211,7 @@ def test_a_second_call_writes_what_a_stop_left_out_and_a_third_nothing(written, 
     [
         ({"seed": 1}, r"seed \(1\) must be 0: the data in .*data were made so"),
         ({"limits": DataLimits(pictures=9)}, r"limits\.pictures \(9\) must be 10; limits\.words"),
+        ({"for_pretraining": False}, r"for_pretraining \(False\) must be True"),
         ({"held_out": {}}, r"held_out\.image_qa \(None\) must be 5; "),
         ({"held_out": {"word": 3}}, r"held_out \(word\) must name tasks of image_qa, "),
     ],

@@ -28,9 +28,9 @@ def run(monkeypatch):
     messages = Messages()
 
     def body(train, recipe=RECIPE):
-        monkeypatch.setattr(parts, "train_part", train)
+        monkeypatch.setattr(parts, "train_arm", train)
         threads = torch.get_num_threads()
-        parts._body("moe", recipe, 3, FEATURES, True, messages, threads)
+        parts._body("moe", recipe, 3, FEATURES, messages, threads)
         return messages
 
     body.messages = messages
@@ -51,7 +51,7 @@ def test_errors_of_the_user_are_passed_on_without_a_traceback(run, error):
 
 
 def test_a_recipe_that_is_not_there_is_named(run, tmp_path):
-    ((name, call, (text,), _),) = run(parts.train_part, tmp_path / "none.yaml")
+    ((name, call, (text,), _),) = run(parts.train_arm, tmp_path / "none.yaml")
     assert (name, call) == ("moe", "failed")
     assert text.startswith(f"recipe ({tmp_path / 'none.yaml'}) must be a readable YAML file")
 
@@ -63,8 +63,8 @@ def test_other_errors_are_shown_whole(run):
 
 
 def test_progress_and_the_end_are_passed_on(run):
-    def train(recipe, seed, features, only_shared, reporter):
-        assert (recipe, seed, features, only_shared) == (RECIPE, 3, FEATURES, True)
+    def train(recipe, seed, features, reporter):
+        assert (recipe, seed, features) == (RECIPE, 3, FEATURES)
         reporter.start("tune", 2, 0)
         reporter.advance(2, loss="0.5")
         reporter.finish()
@@ -90,7 +90,7 @@ def test_progress_and_the_end_are_passed_on(run):
 
 
 def run_two(folder, target):
-    recipes = {name: (folder / f"{name}.yaml", name == "moe") for name in ("moe", "dense")}
+    recipes = {name: folder / f"{name}.yaml" for name in ("moe", "dense")}
     parts.run_parts(recipes, 3, folder / "features", 1, target)
 
 
@@ -110,6 +110,6 @@ def test_parts_get_what_they_are_asked_for_and_show_progress(tmp_path, capfd):
     run_two(tmp_path, part_bodies.tell)
     shown = capfd.readouterr()
     for name in ("moe", "dense"):
-        asked = f"{tmp_path / name}.yaml 3 {tmp_path / 'features'} {name == 'moe'} 1"
+        asked = f"{tmp_path / name}.yaml 3 {tmp_path / 'features'} 1"
         assert f"{name} of {asked}\n" in shown.out
         assert f"{name:>5} tune: 100%" in shown.err

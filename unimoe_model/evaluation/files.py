@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from unimoe_kernels import atomic_write
@@ -28,8 +29,10 @@ def folder_digest(folder: Path) -> str:
 
 def sizes_digest(paths: Iterable[Path]) -> str:
     """Name of the sizes of files, and of the files in folders; their bytes are not read."""
-    sizes = []
-    for path in paths:
+
+    @cache
+    def sizes_of(path: Path) -> list[tuple[str, int]]:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        sizes.append([(file.name, file.stat().st_size) for file in files])
-    return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+        return [(file.name, file.stat().st_size) for file in files]
+
+    return hashlib.sha256(repr([sizes_of(path) for path in paths]).encode()).hexdigest()[:16]

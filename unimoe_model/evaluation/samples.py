@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -159,10 +160,16 @@ def require_unique(sample: Sample, lines: dict[str, int]) -> None:
 def media_of(fields: dict[str, Any], folder: Path) -> dict[str, tuple[Path, ...]]:
     """Files of each kind that an object names; raises ValueError if they are no paths."""
     return {
-        kind: tuple(folder / name for name in _texts(fields[kind], kind, "path"))
+        kind: tuple(_path(folder, name) for name in _texts(fields[kind], kind, "path"))
         for kind in MEDIA_KINDS
         if kind in fields
     }
+
+
+@lru_cache(maxsize=1 << 16)
+def _path(folder: Path, name: str) -> Path:
+    """One object for all lines that name a file: to make one takes longer than to read a line."""
+    return folder / name
 
 
 def shown(value: Any) -> str:
@@ -196,11 +203,16 @@ def require_files(path: Path, files: Iterable[tuple[str, str, Path]]) -> None:
     Raises:
         ValueError: Naming the first of the missing and their number.
     """
+
+    @cache
+    def is_there(kind: str, file: Path) -> bool:
+        # A video may be a folder of pictures. A name too long for a file is missing, no OSError.
+        return os.path.exists(file) if kind == "video" else os.path.isfile(file)
+
     missing = [
         f"{where} {kind} ({_cut(str(file), _SHOWN_OF_PATH)})"
         for where, kind, file in files
-        # A video may be a folder of pictures. A name too long for a file is missing, no OSError.
-        if not (os.path.exists(file) if kind == "video" else os.path.isfile(file))
+        if not is_there(kind, file)
     ]
     if missing:
         more = len(missing) - _SHOWN_MISSING
