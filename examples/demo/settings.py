@@ -42,7 +42,7 @@ VARIANTS = {
     "demo": Variant(DataLimits(pictures=2400, questions=1200, sounds=1280, videos=1200)),
     "full": Variant(DataLimits(), {"text": 1000}, is_full=True),
     "quick": Variant(
-        DataLimits(240, 120, 120, 160, 120), dict.fromkeys(TASKS, 40), 0.15, is_forecast=False
+        DataLimits(400, 150, 150, 240, 160), dict.fromkeys(TASKS, 60), 0.25, is_forecast=False
     ),
 }
 
