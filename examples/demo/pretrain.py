@@ -14,12 +14,13 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.demo.data import write_text_tasks
+from examples.demo.exit_code import exit_code_of
 from examples.demo.settings import language_model_recipe
 from unimoe_kernels import replace_folder
+from unimoe_model.checkpoints.writing import refuse_existing
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.training.command import train_recipe
 from unimoe_model.training.starting_model import load_whole
-from unimoe_model.user_errors import USER_ERRORS
 
 
 def pretrain(output: Path, seed: int = 0) -> None:
@@ -35,8 +36,7 @@ def pretrain(output: Path, seed: int = 0) -> None:
         ValueError: If the folder exists.
         MissingAssetError: If a package of the demo's data is not installed.
     """
-    if output.exists():
-        raise ValueError(f"output ({output}) must not be there yet")
+    refuse_existing(output)
     training = output.with_name(f"{output.name}.training")
     names = write_text_tasks(training / "data", seed)
     recipe = training / "recipe.yaml"
@@ -65,15 +65,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of the language model")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     options = parser.parse_args()
-    try:
-        pretrain(options.output, options.seed)
-    except USER_ERRORS as error:
-        print(f"pretrain: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of("pretrain", lambda: pretrain(options.output, options.seed))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from examples.demo.baseline import blind_accuracy, exact_accuracy
 from examples.demo.data import write_data
+from examples.demo.exit_code import exit_code_of
 from examples.demo.forecast import Forecast, forecast
 from examples.demo.machine import Machine
 from examples.demo.parts import (
@@ -40,7 +41,6 @@ from examples.demo.throughput import layer_throughput
 from unimoe_kernels import atomic_write
 from unimoe_model.training.progress import BarReporter
 from unimoe_model.training.recipe import load_recipe
-from unimoe_model.user_errors import USER_ERRORS
 
 THROUGHPUT_LAYER = {
     "hidden_size": 1024,
@@ -186,15 +186,10 @@ def main() -> int:
     name = "full" if options.full else "quick" if options.quick else "demo"
     if options.quick:
         print("A quick run goes the whole way and is too short to learn much.")
-    try:
-        run_demo(VARIANTS[name], options.seed, options.output, options.features)
-    except USER_ERRORS as error:
-        print(f"demo: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of(
+        "demo",
+        lambda: run_demo(VARIANTS[name], options.seed, options.output, options.features),
+    )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_a_llama_in_float16_and_its_tokenizer_are_left(short, tmp_path, capsys):
     assert llama.config.vocab_size == len(tokenizer) <= 400
     ids = tokenizer("what shape is it?", return_tensors="pt")["input_ids"]
     assert llama(input_ids=ids).logits.isfinite().all()
-    with pytest.raises(ValueError, match=rf"output \({folder}\) must not be there yet"):
+    with pytest.raises(ValueError, match=rf"folder \({folder}\) already exists"):
         pretrain.pretrain(folder)
 
 

@@ -175,7 +175,7 @@ def test_every_evaluated_task_has_a_name():
 
 
 class Answers:
-    """Keeps what is asked."""
+    """Records the questions it is asked."""
 
     def __init__(self):
         self.asked = []

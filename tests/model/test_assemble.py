@@ -246,7 +246,7 @@ def test_folders_are_assembled_as_models_are(dense_folders, tmp_path, inputs, mo
 
 def test_folders_that_cannot_be_assembled(dense_folders, tmp_path, tiny_model):
     base, target = dense_folders["base"], tmp_path / "moe"
-    with pytest.raises(ValueError, match="must not be there yet"):
+    with pytest.raises(ValueError, match="already exists"):
         assemble(base, dense_folders, base)
     tiny_model().save_pretrained(tmp_path / "sparse")
     with pytest.raises(ValueError, match=r"sparse\) must hold a dense unimoe model"):

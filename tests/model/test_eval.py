@@ -1,4 +1,4 @@
-"""`unimoe eval` on files of one's own, from a data file to what it writes and prints."""
+"""`unimoe eval` on user data files, from a data file to what it writes and prints."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What was written is read bit for bit, by whoever may read it."""
+"""A feature store returns what was written bit for bit, to any number of readers."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def test_one_process_writes_at_a_time(tmp_path):
 
 def test_a_second_writer_waits_for_the_first(tmp_path):
     first, second = FeatureStore(tmp_path, SETTINGS), FeatureStore(tmp_path, SETTINGS)
-    second.wait()  # nobody writes
+    second.wait()  # no writer
     first.open()
     with pytest.raises(FolderInUseError, match="is in use by process"):
         second.open()

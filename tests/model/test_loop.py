@@ -21,7 +21,6 @@ from unimoe_model.training.checkpoint import (
 from unimoe_model.training.loop import _add_gradients, finish_stage, train_stage
 from unimoe_model.training.loss import answer_loss, autocast
 from unimoe_model.training.optimization import Optimization, build_optimizers
-from unimoe_model.training.progress import BarReporter, LineReporter
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.stopping import StoppedError
 
@@ -390,23 +389,3 @@ def test_muon_takes_the_matrices_of_the_decoder_layers(tiny_model):
 def test_unknown_precision_is_refused():
     with pytest.raises(ValueError, match=r"precision \('fp8'\)"):
         autocast(torch.device("cpu"), "fp8")
-
-
-def test_bar_shows_stage_and_figures(capsys):
-    bar = BarReporter(prefix="moe ")
-    bar.start("align", 4, 1)
-    bar.advance(3, loss="0.500")
-    bar.finish()
-    shown = capsys.readouterr().err
-    assert "moe align" in shown
-    assert "4/4" in shown
-    assert "loss=0.500" in shown
-
-
-def test_lines_stand_for_bars_without_a_terminal(capsys):
-    reporter = LineReporter(seconds=1e9)
-    reporter.start("align", 3, 1)
-    reporter.advance(1, loss="0.700")
-    reporter.advance(1, loss="0.500")
-    reporter.finish()
-    assert capsys.readouterr().err.splitlines() == ["align 1/3", "align 3/3 loss 0.500"]

@@ -1,4 +1,4 @@
-"""`unimoe routing` on files of one's own, from a data file to JSON and picture."""
+"""`unimoe routing` on user data files, from a data file to JSON and picture."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The tokenizer trained on one's own text."""
+"""A tokenizer trained on user text."""
 
 import pytest
 

@@ -20,7 +20,7 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 def refuse_existing(target: Path) -> None:
     """Raises ValueError if there is something at `target` already."""
     if target.exists():
-        raise ValueError(f"folder ({target}) must not be there yet")
+        raise ValueError(f"folder ({target}) already exists; expected a new one")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A tokenizer trained on one's own text: byte-level BPE."""
+"""Trains a byte-level BPE tokenizer on user text."""
 
 from collections.abc import Iterable
 
