@@ -1,4 +1,4 @@
-"""BEATs beyond the numbers of test_golden.py: shapes, masks, positions and refused input."""
+"""BEATs beyond the numbers of test_golden*.py: shapes, masks, positions and refused input."""
 
 import numpy as np
 import pytest
