@@ -254,7 +254,7 @@ def edits():
                 raw["stages"][3]["assemble"].update(experts=["eyes", "ears", "eyes"])
                 or raw.update(parallel={"expert": 2})
             ),
-            r"stages.tune.assemble.experts \(3\) must be a multiple of parallel.expert \(2\)",
+            r"stages.tune: experts \(3\) must be a multiple of parallel.expert \(2\)",
         ),
         edit(lambda raw: raw.update(parallel={"data": 2}), r"needs 2 processes, and there is 1"),
     ]

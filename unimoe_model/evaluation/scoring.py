@@ -11,7 +11,13 @@ from unimoe_model.evaluation.answer_log import AnswerLog
 from unimoe_model.evaluation.files import file_digest, folder_digest, sizes_digest, write_whole
 from unimoe_model.evaluation.metrics import METRICS, Metric
 from unimoe_model.evaluation.metrics.score import Score
-from unimoe_model.evaluation.samples import Sample, line_named, media_arguments, read_samples
+from unimoe_model.evaluation.samples import (
+    Sample,
+    asked_media,
+    line_named,
+    media_arguments,
+    read_samples,
+)
 from unimoe_model.generation import Answerer
 from unimoe_model.training.progress import BarReporter, ProgressReporter
 from unimoe_model.value_types import require_at_least
@@ -65,7 +71,7 @@ def evaluate_file(
     run = {
         "model": folder_digest(model),
         "data": file_digest(data),
-        "media_sizes": sizes_digest(_media_files(lines)),
+        "media_sizes": sizes_digest(file for line in lines for _, file in asked_media(line)),
         "metric": metric,
         "max_new_tokens": max_new_tokens,
     }
@@ -149,7 +155,3 @@ def _figures(score: Score, samples: Sequence[Sample], run: dict[str, Any]) -> di
         "max_new_tokens": run["max_new_tokens"],
         "per_item": [{"id": sample.id, "value": value} for sample, value in per_item],
     }
-
-
-def _media_files(samples: Sequence[Sample]) -> list[Path]:
-    return [file for sample in samples for files in sample.media.values() for file in files]

@@ -45,8 +45,8 @@ def check_recipe(
     configs = {START: start.config}
     for stage in recipe.stages:
         _require_media(recipe, stage, data)
-        _require_divisible(recipe, stage)
         config = configs[stage.name] = stage_config(stage, configs)
+        _require_divisible(recipe, stage, config.num_experts)
         with torch.device("meta"):
             model = UniMoEForConditionalGeneration(config)
         try:
@@ -87,13 +87,13 @@ def _require_media(recipe: Recipe, stage: Stage, data: RecipeData) -> None:
             )
 
 
-def _require_divisible(recipe: Recipe, stage: Stage) -> None:
+def _require_divisible(recipe: Recipe, stage: Stage, num_experts: int) -> None:
     """Raises ValueError if the processes of `parallel` cannot share the experts of a stage."""
     share = recipe.parallel.expert if recipe.parallel else 1
-    if stage.assembly is not None and len(stage.assembly.experts) % share:
+    if num_experts % share:
         raise ValueError(
-            f"{recipe.path}: stages.{stage.name}.assemble.experts ({len(stage.assembly.experts)})"
-            f" must be a multiple of parallel.expert ({share})"
+            f"{recipe.path}: stages.{stage.name}: experts ({num_experts}) must be a multiple of"
+            f" parallel.expert ({share})"
         )
 
 

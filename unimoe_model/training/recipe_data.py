@@ -60,11 +60,10 @@ class RecipeData:
         for e in recipe.evaluations:
             if not any(line.startswith(f"evaluate.{e.name}.") for line in absent):
                 try:
-                    self.held_out[e.name] = scored_samples(Path(e.data), e.metric, e.limit)[
-                        : e.limit
-                    ]
+                    lines = scored_samples(Path(e.data), e.metric, e.limit)
                 except ValueError as error:
                     raise ValueError(f"{recipe.path}: evaluate.{e.name}: {error}") from error
+                self.held_out[e.name] = lines[: e.limit]
         require_readers({kind for kind, _ in self.media()})
 
     def media(self) -> Iterator[tuple[str, Path]]:
