@@ -96,8 +96,8 @@ gpu-build: ## the extension with CUDA, in place, with this machine's own Python
 	UNIMOE_CUDA=$(if $(ON_CPU),0,1) $(PYTHON) setup.py -q build_ext --inplace
 
 gpu: gpu-build ## build, smoke tests and the table of goals, within 9 minutes
-	$(BENCHMARK) --smoke -q
-	$(BENCHMARK) --save $(ARGS)
+	$(BENCHMARK) --smoke -q --minutes 1
+	$(BENCHMARK) --save --minutes 7 $(ARGS)
 
 gpu-test: gpu-build ## every test that needs a GPU; failed ones first
 	$(PYTHON) -m pytest -m gpu --failed-first $(ARGS)

@@ -23,7 +23,12 @@ SETS_OF = {
     "sort_case": "movement",
     "lora_case": "lora",
     "ranks_case": "ranks",
+    "host_case": "host",
+    "launch_case": "launch",
 }
+
+VALUE = ("moe_layer", "topk_router", "permute", "unpermute", "model", "host")
+"""Benchmarks whose rows come first, where time runs out."""
 
 
 def pytest_addoption(parser):
@@ -47,6 +52,12 @@ def pytest_addoption(parser):
         action="store_true",
         help="write benchmarks/results/<machine class>-<date>.json, row by row, and its pictures;"
         " rows of the same commit that it holds already are not measured again",
+    )
+    group.addoption(
+        "--minutes",
+        type=float,
+        help="start no row after so many minutes; the most valuable rows come first, and with"
+        " --save the same command goes on",
     )
     group.addoption("--visit", type=Path, help=argparse.SUPPRESS)
 
@@ -80,6 +91,7 @@ def pytest_collection_modifyitems(config, items):
     run = config.stash[STATE]
     # A benchmark without cases in the chosen set.
     items[:] = [item for item in items if isinstance(_case(item), shapes.Case)]
+    items.sort(key=_value)
     if run.visit is not None:
         items[:] = [item for item in items if _key(item) in run.visit.anchors]
 
@@ -87,6 +99,11 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish(session):
     run = session.config.stash[STATE]
     run.expected = {_key(item) for item in session.items if hasattr(item, "callspec")}
+
+
+def _value(item):
+    name = item.originalname.removeprefix("bench_")
+    return VALUE.index(name) if name in VALUE else len(VALUE)
 
 
 def _case(item):
@@ -123,14 +140,16 @@ def record(benchmark, request, pytestconfig, dtype):
             anchor = run.visit.anchors[key]
             run.visit.add(key, revisited(name, providers, anchor, run.device))
             return
+        run.check_time()
         if run.smoke or benchmark.disabled:
-            candidates, _ = checked(providers)
+            candidates, _ = checked(providers, run.limits_of_time.ready)
             benchmark(candidates["ours"].run)
             return
         run.begin()
         if run.file is not None and _key(request.node) in run.file.rows:
             pytest.skip("measured already at this commit; its row is in the results file")
         row, ours = run.recorder.measure(name, case, dtype, providers, work)
+        _print(pytestconfig, tables.row_table(row))
         benchmark.extra_info.update(row)
         if run.file is not None:
             run.file.add(row)
@@ -138,6 +157,13 @@ def record(benchmark, request, pytestconfig, dtype):
         benchmark.pedantic(ours, rounds=3, warmup_rounds=1)
 
     return checks_times_and_keeps
+
+
+def _print(config, lines):
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    reporter.ensure_newline()
+    for line in lines:
+        reporter.write_line(line)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -12,11 +13,29 @@ from .history import Row
 from .limits import Limits, name_of
 from .memory import peak_extra_bytes, saved_bytes
 from .shapes import Case
-from .timing import Timing, time_in_turns
+from .time_limit import within
+from .timing import FEWEST_SAMPLES, Timing, seconds_of_a_call, time_in_turns
 
 SLOW_HOOK = "UNIMOE_BENCH_SLOW"
 """Environment variable `<benchmark>:<share>`: makes `ours` wait for that share of its time, so that
 anybody can see a regression being caught."""
+
+
+class LimitsOfTime(NamedTuple):
+    """How long a peer may take; one that takes longer is left out of the row, with the reason.
+
+    Attributes:
+        ready: seconds until it is made and checked, or None.
+        rounds: seconds that the fewest rounds would take it, or None.
+    """
+
+    ready: float | None = None
+    rounds: float | None = None
+
+
+NO_LIMITS = LimitsOfTime()
+GPU_LIMITS = LimitsOfTime(ready=20, rounds=30)
+"""A peer that autotunes for minutes must not take the table's time on a lent machine."""
 
 
 @dataclass
@@ -27,12 +46,14 @@ class Recorder:
         device: where providers run.
         limits: of the machine.
         seconds: time spent on the rounds of a row.
+        limits_of_time: of providers.
         rows: what was measured.
     """
 
     device: torch.device
     limits: Limits
     seconds: float = 1.5
+    limits_of_time: LimitsOfTime = NO_LIMITS
     rows: list[Row] = field(default_factory=list)
 
     def measure(
@@ -58,9 +79,13 @@ class Recorder:
         Raises:
             AssertionError: If an answer is wrong; nothing is timed then.
         """
-        candidates, unavailable = checked(providers)
+        candidates, unavailable = checked(providers, self.limits_of_time.ready)
         functions = {name: candidate.run for name, candidate in candidates.items()}
         anchor = next(iter(functions))
+        for name in functions.keys() - {anchor, "ours"}:
+            if reason := self._why_too_slow(functions[name]):
+                unavailable[name] = reason
+                del functions[name], candidates[name]
         functions["ours"] = slowed(functions["ours"], benchmark)
         timings, rounds = time_in_turns(functions, anchor, self.device, seconds=self.seconds)
         row = self._row(f"{benchmark}[{case}]", dtype, timings, rounds, candidates, work)
@@ -73,6 +98,19 @@ class Recorder:
         }
         self.rows.append(row)
         return row, functions["ours"]
+
+    def _why_too_slow(self, function: Callable[[], float | None]) -> str:
+        ready, rounds = self.limits_of_time
+        if ready is None or rounds is None:
+            return ""
+        try:
+            with within(ready):
+                seconds = FEWEST_SAMPLES * seconds_of_a_call(function, self.device)
+        except UnavailableError as error:
+            return str(error)
+        if seconds <= rounds:
+            return ""
+        return f"its part of the row would take {seconds:.0f} s, more than {rounds:g} s"
 
     def _row(
         self,
@@ -120,15 +158,23 @@ def set_shares(row: Row, limits: Limits) -> None:
         figures["share_of_limit"] = least / (figures["median_ms"] / 1e3) if least else None
 
 
-def checked(providers: Mapping[str, Provider]) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Makes and checks all candidates that run here; the others' reasons come second."""
+def checked(
+    providers: Mapping[str, Provider], ready: float | None = None
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """Makes and checks all candidates that run here; the others' reasons come second.
+
+    Args:
+        providers: by name.
+        ready: seconds that each but `ours` may take for it, or None.
+    """
     candidates: dict[str, Candidate] = {}
     unavailable: dict[str, str] = {}
     for name, provider in providers.items():
         try:
-            candidate = provider()
-            if candidate.check is not None:
-                candidate.check()
+            with within(None if name == "ours" else ready):
+                candidate = provider()
+                if candidate.check is not None:
+                    candidate.check()
             candidates[name] = candidate
         except UnavailableError as error:
             unavailable[name] = str(error)

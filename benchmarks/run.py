@@ -3,6 +3,7 @@
 import datetime
 import os
 import shlex
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from . import history, shapes
 from .compare import NOISY, Change, compare, is_noisy, is_slower
 from .limits import best_of, measure_limits
 from .memory import give_back_freed_memory, keep_freed_memory
-from .recorder import Recorder, set_shares
+from .recorder import GPU_LIMITS, NO_LIMITS, Recorder, set_shares
 from .remote import stop_workers
 from .visits import VisitFile, visit
 
@@ -37,12 +38,20 @@ class Run:
         self.recorder = self.file = self.source = None
         self.changes: list[Change] = []
         self.config = config
+        self.limits_of_time = GPU_LIMITS if self.device.type == "cuda" else NO_LIMITS
+        minutes = config.getoption("minutes")
+        self.stop = None if minutes is None else time.monotonic() + 60 * minutes
         asked = config.getoption("visit")
         self.visit = VisitFile(asked) if asked else None
 
     def dtype_of(self, case):
         """What a case is measured in: its own dtype, or the device's."""
         return getattr(torch, case.dtype) if case.dtype else self.dtype
+
+    def check_time(self):
+        """Skips a row that would start after the minutes that the run was given."""
+        if self.stop is not None and time.monotonic() > self.stop:
+            pytest.skip("the minutes are over; the same command goes on")
 
     def begin(self):
         """Measures the machine; done at the first row, so that collecting costs nothing."""
@@ -52,7 +61,7 @@ class Run:
         self.source, self.baseline = source, baseline
         keep_freed_memory()
         limits = measure_limits(self.device)
-        self.recorder = Recorder(self.device, limits)
+        self.recorder = Recorder(self.device, limits, limits_of_time=self.limits_of_time)
         if self.config.getoption("save"):
             head = {
                 "commit": history.commit(),

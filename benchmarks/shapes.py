@@ -55,6 +55,8 @@ class ShapeSet(NamedTuple):
         movement: cases of operators that choose, sort and copy. More tokens, as they are quick.
         lora: cases of LoRA on the experts of a layer.
         ranks: cases of a layer whose experts lie in several processes.
+        host: cases of layers so small that only the host takes time.
+        launch: cases of the launches of a layer's Triton kernels.
         model: name in `MODEL_CASES`, or "" for none.
     """
 
@@ -63,6 +65,8 @@ class ShapeSet(NamedTuple):
     movement: tuple[Case, ...] = ()
     lora: tuple[Case, ...] = ()
     ranks: tuple[Case, ...] = ()
+    host: tuple[Case, ...] = ()
+    launch: tuple[Case, ...] = ()
     model: str = ""
 
 
@@ -82,6 +86,8 @@ LAYERS = {
     "small-unimoe": Layer(D=512, F=1376, E=4, K=2),
     "small-mixtral": Layer(D=512, F=1792, E=8, K=2),
     "small-qwen3": Layer(D=512, F=192, E=32, K=8),
+    # Not to be multiplied but called: what Python and C++ cost.
+    "host": Layer(D=64, F=64, E=8, K=2),
     # Not to be timed: what Triton's interpreter multiplies in a second.
     "tiny-fine": Layer(D=64, F=32, E=8, K=2),
     "tiny-coarse": Layer(D=48, F=80, E=4, K=2),
@@ -173,6 +179,9 @@ def _full() -> ShapeSet:
     return ShapeSet(layer=tuple(wanted), operator=operator, movement=operator, model="large")
 
 
+HOST = tuple(Case("host", 4, mode) for mode in MODES)
+LAUNCH = (Case("small-qwen3", 16), Case("small-qwen3", 1024, "training"))
+
 SETS = {
     "smoke": ShapeSet(
         layer=(
@@ -183,10 +192,12 @@ SETS = {
         movement=(Case("tiny-fine", 16), Case("tiny-fine", 16, "training")),
         lora=(Case("tiny-fine", 16, "training"),),
         ranks=(Case("tiny-fine", 18, "training"),),
+        host=HOST,
         model="smoke",
     ),
     "small": _small(),
     "cpu-goals": _cpu_goals(),
+    "host": ShapeSet(layer=(), host=HOST, launch=LAUNCH),
     "goals": _goals(),
     "full": _full(),
     # Of processes that share the experts of a layer: one machine's, so gloo moves the rows.
@@ -248,6 +259,8 @@ def every_case(name: str) -> tuple[Case, ...]:
         *chosen.movement,
         *chosen.lora,
         *chosen.ranks,
+        *chosen.host,
+        *chosen.launch,
         *MODEL_CASES[chosen.model],
     )
     return tuple(dict.fromkeys(cases))

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from .history import Row
 
-COLUMNS = ("provider", "ms", "rate", "of limit", "ratio", "+-", "peak extra", "kept")
+NO_PEERS = ("dense", "gate")
+"""Providers that compute something else."""
 
 
 def row_table(row: Row) -> list[str]:
@@ -57,7 +58,7 @@ def best_peer(row: Row) -> str | None:
     peers = {
         name: figures["median_ms"]
         for name, figures in row["providers"].items()
-        if not name.startswith("ours") and name != "dense"
+        if not name.startswith("ours") and name not in NO_PEERS
     }
     return min(peers, key=peers.__getitem__) if peers else None
 

@@ -12,6 +12,8 @@ MIN_SAMPLE_SECONDS = 1e-3
 MAX_CALLS_A_SAMPLE = 64
 SLOW, SLOW_EVERY = 6, 4
 """Whoever takes `SLOW` times as long as the anchor takes part in every `SLOW_EVERY`-th round."""
+MIN_ROUNDS = 11
+FEWEST_SAMPLES = math.ceil(MIN_ROUNDS / SLOW_EVERY)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def time_in_turns(
     device: torch.device,
     *,
     seconds: float,
-    min_rounds: int = 11,
+    min_rounds: int = MIN_ROUNDS,
     max_rounds: int = 400,
 ) -> tuple[dict[str, Timing], int]:
     """Times every function once a round, in an order that rotates.
@@ -53,7 +55,7 @@ def time_in_turns(
     Returns:
         Figures by name, and the number of rounds.
     """
-    once = {name: _once(function, device) for name, function in functions.items()}
+    once = {name: seconds_of_a_call(function, device) for name, function in functions.items()}
     calls = {
         name: max(1, min(MAX_CALLS_A_SAMPLE, math.ceil(MIN_SAMPLE_SECONDS / max(one, 1e-9))))
         for name, one in once.items()
@@ -83,8 +85,8 @@ def noise_of_median(values: list[float]) -> float:
     return (ordered[min(high, n - 1)] - ordered[max(low, 0)]) / 2 / statistics.median(ordered)
 
 
-def _once(function: Callable[[], float | None], device: torch.device) -> float:
-    """Seconds of one warm call."""
+def seconds_of_a_call(function: Callable[[], float | None], device: torch.device) -> float:
+    """Seconds of one warm call; calls the function three times."""
     function()
     return min(_sample(function, 1, device) for _ in range(2))
 

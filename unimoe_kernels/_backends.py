@@ -47,27 +47,28 @@ class Operator:
     Attributes:
         name: of the operator.
         overloads: by name: `"default"`, `"reference"` and, where it has kernels, `"triton"`.
+        recorded: by name of an overload, what calls it and has autograd record that; empty without
+            a gradient formula.
         plain: the same in operations that every transform of torch goes through.
         parts: operators that this one is composed of.
         fused: whether `"triton"` is more than its parts one after the other.
         public: whether it has a function of its own, and is listed.
-        differentiable: whether it has a gradient formula.
         available: by device type, the backends that run there, the automatic choice first; filled
             by `find_kernels`.
     """
 
     name: str
     overloads: dict[str, torch._ops.OpOverload]
+    recorded: dict[str, Callable]
     plain: Callable
     parts: tuple[str, ...]
     fused: bool
     public: bool
-    differentiable: bool
     available: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
-    def overload(self, name: str) -> torch._ops.OpOverload:
-        """Returns an overload by name, or for lack of it the reference."""
-        return self.overloads.get(name, self.overloads["reference"])
+    def existing(self, overload: str) -> str:
+        """Returns the name of an overload, or for lack of it the reference."""
+        return overload if overload in self.overloads else "reference"
 
     def backends_on(self, device_type: str) -> tuple[str, ...]:
         """Returns the backends that run on a device type, the automatic choice first."""
@@ -101,6 +102,7 @@ def declare(
     fused: bool = False,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    num_outputs: int = 0,
     public: bool = True,
 ) -> None:
     """Registers an operator and the overloads of its backends.
@@ -121,12 +123,14 @@ def declare(
         setup_context: As in `torch.library.register_autograd`.
         backward: As there, with the name of the overload put first. Without it a gradient through
             the operator itself is refused.
+        num_outputs: How many results `call` returns where autograd records it: the others are for
+            the formula alone. 0 for all.
         public: Whether the operator has a public function.
     """
     implementations = {"default": native or reference, "reference": reference}
     if triton is not None:
         implementations["triton"] = triton
-    overloads = {}
+    overloads, recorded = {}, {}
     for overload, implementation in implementations.items():
         name = op if overload == "default" else f"{op}.{overload}"
         _library.define(name + schema)
@@ -138,19 +142,44 @@ def declare(
             setup_context=setup_context,
             lib=_library,
         )
-        overloads[overload] = getattr(getattr(torch.ops.unimoe, op), overload)
-    _operators[op] = Operator(
-        op, overloads, plain or reference, parts, fused, public, backward is not None
-    )
+        overloads[overload] = chosen = getattr(getattr(torch.ops.unimoe, op), overload)
+        if backward is not None:
+            formula = partial(backward, overload)
+            recorded[overload] = _recorded(chosen, setup_context, formula, num_outputs)
+    _operators[op] = Operator(op, overloads, recorded, plain or reference, parts, fused, public)
+
+
+def _recorded(
+    chosen: torch._ops.OpOverload, setup_context: Callable, formula: Callable, num_outputs: int
+) -> Callable:
+    """Returns what calls an overload with a gradient formula, past torch.library's boundary.
+
+    That boundary does the same as this function in four times the time: it goes from the dispatcher
+    to Python and back, and fills in arguments.
+    """
+
+    def forward(ctx: object, *args: object) -> object:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = chosen(*args)
+        setup_context(ctx, args, output)
+        return output if num_outputs == 0 else output[:num_outputs]
+
+    name = chosen.name().replace("::", "_").replace(".", "_")
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
+    function = type(name, (torch.autograd.Function,), methods)
+    # What `Function.apply` does besides is for transforms of torch.func, which do not come here.
+    return super(torch.autograd.Function, function).apply
 
 
 def _refuse(op: str, ctx: object, *grads: Tensor) -> None:
     raise NotImplementedError(f"unimoe::{op} is not differentiable")
 
 
-def declare_compiled(op: str, schema: str) -> None:
+def declare_compiled(op: str, schema: str, *, fake: Callable | None = None) -> None:
     """Registers an operator without gradients that only `csrc` implements."""
     _library.define(op + schema)
+    if fake is not None:
+        torch.library.register_fake(f"unimoe::{op}", fake, lib=_library)
 
 
 def find_kernels() -> None:
@@ -210,8 +239,8 @@ def call(op: str, *args: object) -> object:
     operator = _operators[op]
     if _checks.transformed():
         return _in_plain_torch(operator, *args)
-    backend = operator.backend_on(args[0].device.type)
-    return _dispatch(operator.overloads[_OVERLOAD_OF[backend]], *args)
+    backend = operator.backend_on("cpu" if args[0].is_cpu else args[0].device.type)
+    return _dispatch(operator, _OVERLOAD_OF[backend], args)
 
 
 def run(overload: str, op: str, *args: object) -> object:
@@ -225,21 +254,24 @@ def run(overload: str, op: str, *args: object) -> object:
         *args: Its arguments.
     """
     operator = _operators[op]
-    if _checks.transformed() or (not operator.differentiable and needs_gradient(*args)):
+    if _checks.transformed() or (not operator.recorded and needs_gradient(*args)):
         return _in_plain_torch(operator, *args)
-    return _dispatch(operator.overload(overload), *args)
+    return _dispatch(operator, operator.existing(overload), args)
 
 
-def _dispatch(chosen: torch._ops.OpOverload, *args: object) -> object:
-    """Calls an overload; where no gradient is needed the formula for it is stepped over.
+def _dispatch(operator: Operator, overload: str, args: tuple[object, ...]) -> object:
+    """Calls an overload as directly as the mode allows.
 
-    The formula is Python, and with cold caches costs a call some 50 us, in which 2 MB of weights
-    could be read.
+    Compiled code is to see the operator itself, whose gradient formula torch.library knows.
     """
-    if torch.compiler.is_compiling() or needs_gradient(*args):
+    chosen = operator.overloads[overload]
+    if torch.compiler.is_compiling():
         return chosen(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return chosen(*args)
+    if not needs_gradient(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return chosen(*args)
+    recorded = operator.recorded.get(overload, chosen)
+    return recorded(*args)
 
 
 def _in_plain_torch(operator: Operator, *args: object) -> object:
@@ -258,9 +290,11 @@ def is_recorded(*args: object) -> bool:
 
 def needs_gradient(*args: object) -> bool:
     """Returns whether autograd records what is done with any of the tensors among `args`."""
-    return torch.is_grad_enabled() and any(
-        isinstance(arg, Tensor) and arg.requires_grad for arg in args
-    )
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():  # which does not know the function below
+        return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    return torch._C._any_requires_grad(*args)
 
 
 def available_backends(op: str, device: str | torch.device | None = None) -> tuple[str, ...]:

@@ -6,7 +6,9 @@ They look at shapes, dtypes and devices only, so they cost no synchronisation an
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +18,41 @@ VALUE_CHECKS = os.environ.get("UNIMOE_CHECKS", "0") not in ("", "0")
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+
+
+MOST_SIGNATURES = 4096
+
+
+def once_per_signature(check: Callable[..., None]) -> Callable[..., None]:
+    """Runs a check of shapes, dtypes and devices once for each signature that passes it.
+
+    A signature is what such a check depends on: shape, dtype and device of tensors, and all other
+    arguments, which are hashable. Compiled code, and sizes that are symbols, are checked each time.
+    """
+    passed: set[tuple] = set()
+
+    @functools.wraps(check)
+    def checked(*arguments: object) -> None:
+        if torch.compiler.is_compiling():
+            return check(*arguments)
+        signature = tuple(
+            [
+                (one.shape, one.dtype, one.device) if isinstance(one, Tensor) else one
+                for one in arguments
+            ]
+        )
+        try:
+            if signature in passed:
+                return None
+        except TypeError:
+            return check(*arguments)
+        check(*arguments)
+        if len(passed) >= MOST_SIGNATURES:
+            passed.clear()
+        passed.add(signature)
+        return None
+
+    return checked
 
 
 def check_tensor(
@@ -100,12 +137,17 @@ def narrow_ids(ids: Tensor, num_experts: int) -> Tensor:
     Raises:
         ValueError: If values are checked and an id is negative.
     """
-    if reads_values(ids) and ids.numel() and ids.min() < 0:
-        raise ValueError(f"ids (minimum {ids.min().item()}) must not be negative")
+    check_ids(ids)
     if ids.dtype == torch.int64:
         # 2**32 would become expert 0.
-        ids = ids.clamp(-1, num_experts)
-    return ids.to(torch.int32)
+        ids = ids.clamp(-1, num_experts).to(torch.int32)
+    return ids
+
+
+def check_ids(ids: Tensor) -> None:
+    """Raises ValueError if values are checked and an id is negative."""
+    if reads_values(ids) and ids.numel() and ids.min() < 0:
+        raise ValueError(f"ids (minimum {ids.min().item()}) must not be negative")
 
 
 def transformed() -> bool:

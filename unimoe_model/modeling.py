@@ -31,6 +31,7 @@ class UniMoEPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict: ClassVar = ["correction_bias"]
     _skip_keys_device_placement: ClassVar = ["cache", "past_key_values"]
     _supports_sdpa = True
+    _can_compile_fullgraph = True
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **options):
         """As transformers' own, and leaves the permissions of the weights to the umask."""

@@ -14,30 +14,14 @@ namespace {
 constexpr int64_t kIdsPerChunk = 16384;
 
 // Sentinels, and any id that is not an expert's, go to the last bucket.
-inline int64_t bucket_of(int32_t id, int64_t num_experts) {
-  return std::min(static_cast<int64_t>(static_cast<uint32_t>(id)), num_experts);
+template <typename Id>
+int64_t bucket_of(Id id, int64_t num_experts) {
+  return id < 0 ? num_experts : std::min(static_cast<int64_t>(id), num_experts);
 }
 
-}  // namespace
-
-Sorted expert_sort(Tensor ids, int64_t num_experts) {
-  check_int32_vector(ids, "ids");
-  UNIMOE_CHECK(num_experts >= 1, "num_experts (", num_experts, ") must be at least 1");
-  const int64_t rows = ids.size(0);
-  UNIMOE_CHECK(rows <= std::numeric_limits<int32_t>::max(), "ids (", rows,
-               " rows) must have fewer than 2^31");
-
-  Tensor row_order = empty({rows}, ScalarType::Int, ids);
-  Tensor inverse_order = empty({rows}, ScalarType::Int, ids);
-  Tensor tokens_per_expert = empty({num_experts}, ScalarType::Int, ids);
-  Tensor expert_offsets = empty({num_experts + 1}, ScalarType::Int, ids);
-
-  const int32_t* id = const_data<int32_t>(ids);
-  int32_t* order = mutable_data<int32_t>(row_order);
-  int32_t* inverse = mutable_data<int32_t>(inverse_order);
-  int32_t* counts = mutable_data<int32_t>(tokens_per_expert);
-  int32_t* offsets = mutable_data<int32_t>(expert_offsets);
-
+template <typename Id>
+void sort(const Id* id, int64_t rows, int64_t num_experts, int32_t* order, int32_t* inverse,
+          int32_t* offsets) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t chunks =
       std::max<int64_t>(1, std::min(threads, (rows + kIdsPerChunk - 1) / kIdsPerChunk));
@@ -64,7 +48,6 @@ Sorted expert_sort(Tensor ids, int64_t num_experts) {
       slot = position;
       position += count;
     }
-    if (bucket < num_experts) counts[bucket] = position - offsets[bucket];
   }
 
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -78,6 +61,37 @@ Sorted expert_sort(Tensor ids, int64_t num_experts) {
       }
     }
   });
+}
+
+}  // namespace
+
+void sort_rows(const Tensor& ids, int64_t num_experts, int32_t* order, int32_t* inverse,
+               int32_t* offsets) {
+  UNIMOE_CHECK(num_experts >= 1, "num_experts (", num_experts, ") must be at least 1");
+  UNIMOE_CHECK(ids.is_contiguous(), "ids must be contiguous");
+  const int64_t rows = ids.numel();
+  UNIMOE_CHECK(rows <= std::numeric_limits<int32_t>::max(), "ids (", rows,
+               " rows) must have fewer than 2^31");
+  if (ids.scalar_type() == ScalarType::Long) {
+    return sort(const_data<int64_t>(ids), rows, num_experts, order, inverse, offsets);
+  }
+  UNIMOE_CHECK(ids.scalar_type() == ScalarType::Int, "ids must be int32 or int64");
+  sort(const_data<int32_t>(ids), rows, num_experts, order, inverse, offsets);
+}
+
+Sorted expert_sort(Tensor ids, int64_t num_experts) {
+  check_int32_vector(ids, "ids");
+  UNIMOE_CHECK(num_experts >= 1, "num_experts (", num_experts, ") must be at least 1");
+  const int64_t rows = ids.size(0);
+  Tensor row_order = empty({rows}, ScalarType::Int, ids);
+  Tensor inverse_order = empty({rows}, ScalarType::Int, ids);
+  Tensor tokens_per_expert = empty({num_experts}, ScalarType::Int, ids);
+  Tensor expert_offsets = empty({num_experts + 1}, ScalarType::Int, ids);
+  int32_t* offsets = mutable_data<int32_t>(expert_offsets);
+  sort_rows(ids, num_experts, mutable_data<int32_t>(row_order),
+            mutable_data<int32_t>(inverse_order), offsets);
+  int32_t* counts = mutable_data<int32_t>(tokens_per_expert);
+  for (int64_t e = 0; e < num_experts; ++e) counts[e] = offsets[e + 1] - offsets[e];
   return {row_order, inverse_order, tokens_per_expert, expert_offsets};
 }
 

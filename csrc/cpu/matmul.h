@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "multiply_packed.h"
+#include "multiply_streamed.h"
 #include "multiply_unpacked.h"
 
 namespace unimoe {
@@ -54,12 +55,15 @@ void with_units(const Kernels& chosen, Body&& body) {
 template <typename T>
 void multiply_all(const std::vector<Product<T>>& products) {
   const Kernels& chosen = kernels();
-  std::vector<Product<T>> unpacked, packed;
+  std::vector<Product<T>> streamed, unpacked, packed;
   for (const Product<T>& product : products) {
-    const bool as_it_is = !std::is_same_v<T, Half> && needs_no_packing(product);
-    (as_it_is ? unpacked : packed).push_back(product);
+    const bool is_half = std::is_same_v<T, Half>;
+    const bool as_it_is = !is_half && needs_no_packing(product);
+    const bool in_sums = !is_half && !as_it_is && sums_few_rows(product);
+    (in_sums ? streamed : as_it_is ? unpacked : packed).push_back(product);
   }
   if constexpr (!std::is_same_v<T, Half>) {
+    if (!streamed.empty()) multiply_streamed(streamed, chosen);
     if (!unpacked.empty()) multiply_unpacked(std::move(unpacked), chosen);
   }
   if (packed.empty()) return;

@@ -6,6 +6,8 @@
 // gradient dO of each row's token:
 //   dA' = dO W2    ds = rowsum(dA' * A) + dO b2    dH = act'(H)[s * dA']
 //   dW2 = dO' (s * A)    dW1 = dH' X    dx = sum of a token's rows of dH W1
+#include <algorithm>
+
 #include "check.h"
 #include "matmul.h"
 #include "ops.h"
@@ -32,24 +34,38 @@ void check_bias(const std::optional<Tensor>& bias, const char* name, const Tenso
   UNIMOE_CHECK(bias->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
 }
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // With weights as `pack_weight` leaves them, or without.
 struct Packed {
   std::optional<Tensor> gate_up;
   std::optional<Tensor> down;
 };
 
-Outputs run_experts(const Packed& packed, Tensor x, Tensor gate_up_proj, Tensor down_proj,
-                    Tensor ids, Tensor scores, std::optional<Tensor> gate_up_bias,
-                    std::optional<Tensor> down_bias, std::string activation, double limit,
-                    double alpha, bool keep_hidden) {
+// Where a call writes what it returns. `hidden` has no rows if they are not kept.
+struct Results {
+  Tensor y;
+  Tensor hidden;
+  int32_t* row_order;
+  int32_t* inverse_order;
+  int32_t* offsets;
+};
+
+int64_t check_rows_of(const Tensor& x, const Tensor& ids) {
   check_matrix(x, "x");
   check_floating(x, "x");
   check_matrix(ids, "ids");
+  UNIMOE_CHECK(ids.size(0) == x.size(0), "ids (shape ", shape_of(ids), ") must be of ", x.size(0),
+               " rows");
+  const int64_t rows = x.size(0) * ids.size(1);
+  check_top_k(ids.size(1), "ids", rows);
+  return rows;
+}
+
+void run_experts(const Results& results, const Packed& packed, const Tensor& x,
+                 const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& ids,
+                 const Tensor& scores, const std::optional<Tensor>& gate_up_bias,
+                 const std::optional<Tensor>& down_bias, const Activation& activation) {
   const int64_t tokens = x.size(0), width = x.size(1), top_k = ids.size(1);
-  UNIMOE_CHECK(ids.size(0) == tokens && ids.scalar_type() == ScalarType::Int, "ids (shape ",
-               shape_of(ids), ") must be int32 of ", tokens, " rows");
+  const int64_t rows = tokens * top_k;
   UNIMOE_CHECK(gate_up_proj.dim() == 3 && gate_up_proj.size(1) % 2 == 0, "gate_up_proj (shape ",
                shape_of(gate_up_proj), ") must be [E, 2F, D]");
   const int64_t experts = gate_up_proj.size(0), hidden_width = gate_up_proj.size(1) / 2;
@@ -58,49 +74,48 @@ Outputs run_experts(const Packed& packed, Tensor x, Tensor gate_up_proj, Tensor 
   check_bias(gate_up_bias, "gate_up_bias", x, experts, 2 * hidden_width);
   check_bias(down_bias, "down_bias", x, experts, width);
   check_scores(scores, x, tokens, top_k);
-  const Activation chosen = activation_of(activation, limit, alpha);
   const PackedWeight packed_up(packed.gate_up, "packed_gate_up", gate_up_proj, 2);
   const PackedWeight packed_down(packed.down, "packed_down", down_proj, 1);
 
-  const int64_t rows = tokens * top_k;
-  const Sorted sorted = expert_sort(torch::stable::view(ids, {rows}), experts);
-  const Tensor &row_order = std::get<0>(sorted), &inverse_order = std::get<1>(sorted);
-  const Tensor& offsets = std::get<3>(sorted);
-  Tensor hidden = empty({keep_hidden ? rows : 0, 2 * hidden_width}, x.scalar_type(), x);
-  Tensor activated = empty({rows, hidden_width}, x.scalar_type(), x);
-  Tensor out = empty({rows, width}, x.scalar_type(), x);
-  const int32_t* bound = const_data<int32_t>(offsets);
-
+  sort_rows(ids, experts, results.row_order, results.inverse_order, results.offsets);
+  const int32_t* bound = results.offsets;
+  const bool keep_hidden = results.hidden.size(0) != 0;
   dispatch_floating(x.scalar_type(), "x", [&](auto element) {
     using T = decltype(element);
-    T* hidden_data = mutable_data<T>(hidden);
-    T* activated_data = mutable_data<T>(activated);
+    // Activations, then what comes of them.
+    const int64_t numbers = rows * (hidden_width + width);
+    const auto memory = allocate((numbers * static_cast<int64_t>(sizeof(T)) + 3) / 4);
+    T* activated = reinterpret_cast<T*>(memory.get());
+    T* out = activated + rows * hidden_width;
+    T* hidden = mutable_data<T>(results.hidden);
     std::vector<Product<T>> up, down;
+    up.reserve(experts);
+    down.reserve(experts);
     for (int64_t e = 0; e < experts; ++e) {
       const int64_t first = bound[e], held = bound[e + 1] - bound[e];
       if (held == 0) continue;
-      Product<T> product{
-          {const_data<T>(x), width, 1, const_data<int32_t>(row_order) + first, top_k},
-          {const_data<T>(gate_up_proj) + e * gate_up_proj.stride(0), gate_up_proj.stride(1),
-           gate_up_proj.stride(2)},
-          held,
-          hidden_width,
-          width,
-          gate_up_bias ? const_data<T>(*gate_up_bias) + e * 2 * hidden_width : nullptr,
-          activated_data + first * hidden_width,
-          &chosen,
-          keep_hidden ? hidden_data + first * 2 * hidden_width : nullptr,
-          packed_up.of_expert(e)};
-      if (hidden_width != 0) up.push_back(product);
+      if (hidden_width != 0) {
+        up.push_back({{const_data<T>(x), width, 1, results.row_order + first, top_k},
+                      {const_data<T>(gate_up_proj) + e * gate_up_proj.stride(0),
+                       gate_up_proj.stride(1), gate_up_proj.stride(2)},
+                      held,
+                      hidden_width,
+                      width,
+                      gate_up_bias ? const_data<T>(*gate_up_bias) + e * 2 * hidden_width : nullptr,
+                      activated + first * hidden_width,
+                      &activation,
+                      keep_hidden ? hidden + first * 2 * hidden_width : nullptr,
+                      packed_up.of_expert(e)});
+      }
       if (width != 0) {
-        down.push_back({{activated_data + first * hidden_width, hidden_width, 1},
+        down.push_back({{activated + first * hidden_width, hidden_width, 1},
                         {const_data<T>(down_proj) + e * down_proj.stride(0), down_proj.stride(1),
                          down_proj.stride(2)},
                         held,
                         width,
                         hidden_width,
                         down_bias ? const_data<T>(*down_bias) + e * width : nullptr,
-                        mutable_data<T>(out) + first * width,
+                        out + first * width,
                         nullptr,
                         nullptr,
                         packed_down.of_expert(e)});
@@ -109,27 +124,44 @@ Outputs run_experts(const Packed& packed, Tensor x, Tensor gate_up_proj, Tensor 
     multiply_all(up);
     multiply_all(down);
     if (keep_hidden) {
-      std::fill(hidden_data + bound[experts] * 2 * hidden_width,
-                hidden_data + rows * 2 * hidden_width, T(0));
+      std::fill(hidden + bound[experts] * 2 * hidden_width, hidden + rows * 2 * hidden_width, T(0));
     }
+    sum_token_rows(out, results.inverse_order, bound[experts], const_data<Accumulator<T>>(scores),
+                   tokens, top_k, width, mutable_data<T>(results.y));
   });
-  return {unpermute(out, inverse_order, offsets, scores, top_k), hidden, row_order, inverse_order,
-          offsets};
 }
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Outputs moe_mlp(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor ids, Tensor scores,
                 std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias,
                 std::string activation, double limit, double alpha, bool keep_hidden) {
-  return run_experts({}, x, gate_up_proj, down_proj, ids, scores, gate_up_bias, down_bias,
-                     activation, limit, alpha, keep_hidden);
+  const int64_t rows = check_rows_of(x, ids), experts = gate_up_proj.size(0);
+  Tensor row_order = empty({rows}, ScalarType::Int, x);
+  Tensor inverse_order = empty({rows}, ScalarType::Int, x);
+  Tensor offsets = empty({experts + 1}, ScalarType::Int, x);
+  const Results results{empty({x.size(0), x.size(1)}, x.scalar_type(), x),
+                        empty({keep_hidden ? rows : 0, gate_up_proj.size(1)}, x.scalar_type(), x),
+                        mutable_data<int32_t>(row_order), mutable_data<int32_t>(inverse_order),
+                        mutable_data<int32_t>(offsets)};
+  run_experts(results, {}, x, gate_up_proj, down_proj, ids, scores, gate_up_bias, down_bias,
+              activation_of(activation, limit, alpha));
+  return {results.y, results.hidden, row_order, inverse_order, offsets};
 }
 
-Tensor moe_mlp_packed(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor packed_gate_up,
-                      Tensor packed_down, Tensor ids, Tensor scores,
-                      std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias,
-                      std::string activation, double limit, double alpha) {
-  return std::get<0>(run_experts({packed_gate_up, packed_down}, x, gate_up_proj, down_proj, ids,
-                                 scores, gate_up_bias, down_bias, activation, limit, alpha, false));
+Tensor moe_mlp_inference(Tensor x, Tensor gate_up_proj, Tensor down_proj,
+                         std::optional<Tensor> packed_gate_up, std::optional<Tensor> packed_down,
+                         Tensor ids, Tensor scores, std::optional<Tensor> gate_up_bias,
+                         std::optional<Tensor> down_bias, std::string activation, double limit,
+                         double alpha) {
+  const int64_t rows = check_rows_of(x, ids);
+  std::vector<int32_t> places(2 * rows + gate_up_proj.size(0) + 1);
+  const Results results{empty({x.size(0), x.size(1)}, x.scalar_type(), x),
+                        empty({0, gate_up_proj.size(1)}, x.scalar_type(), x), places.data(),
+                        places.data() + rows, places.data() + 2 * rows};
+  run_experts(results, {packed_gate_up, packed_down}, x, gate_up_proj, down_proj, ids, scores,
+              gate_up_bias, down_bias, activation_of(activation, limit, alpha));
+  return results.y;
 }
 
 // What the rows of dA' and H turn into: dH, s * A, and ds where each score is.
@@ -271,6 +303,6 @@ Gradients moe_mlp_backward(Tensor grad, Tensor x, Tensor gate_up_proj, Tensor do
 
 STABLE_TORCH_LIBRARY_IMPL(unimoe, CPU, m) {
   m.impl("moe_mlp", TORCH_BOX(&unimoe::moe_mlp));
-  m.impl("moe_mlp_packed", TORCH_BOX(&unimoe::moe_mlp_packed));
+  m.impl("moe_mlp_inference", TORCH_BOX(&unimoe::moe_mlp_inference));
   m.impl("moe_mlp_backward", TORCH_BOX(&unimoe::moe_mlp_backward));
 }

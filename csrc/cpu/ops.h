@@ -12,10 +12,20 @@ using Sorted = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Sorted expert_sort(Tensor ids, int64_t num_experts);
 
+// The same for ids of any shape, int32 or int64, into memory for as many rows and E + 1 offsets.
+void sort_rows(const Tensor& ids, int64_t num_experts, int32_t* order, int32_t* inverse,
+               int32_t* offsets);
+
 Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k);
 
 Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
                  std::optional<Tensor> scores, int64_t top_k);
+
+// The same on memory. `scores` is null where all are 1.
+template <typename T>
+void sum_token_rows(const T* rows, const int32_t* inverse, int64_t routed,
+                    const Accumulator<T>* scores, int64_t tokens, int64_t top_k, int64_t width,
+                    T* out);
 
 Tensor grouped_mm(Tensor x, Tensor weight, Tensor expert_offsets, std::optional<Tensor> bias);
 

@@ -105,6 +105,36 @@ void sum_rows(const Kernels& kernels, const TokenRows<T>& token, const TokenRows
 
 }  // namespace
 
+template <typename T>
+void sum_token_rows(const T* rows, const int32_t* inverse, int64_t routed,
+                    const Accumulator<T>* scores, int64_t tokens, int64_t top_k, int64_t width,
+                    T* out) {
+  const Kernels& fast = kernels();
+  const int64_t grain = rows_per_task(width * top_k * static_cast<int64_t>(sizeof(T)));
+  torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+    TokenRows<T> token, next;
+    const auto set = [&](TokenRows<T>& held, int64_t t) {
+      held.set(rows, width, inverse + t * top_k, scores ? scores + t * top_k : nullptr, top_k,
+               routed);
+    };
+    set(next, begin);
+    for (int64_t t = begin; t < end; ++t) {
+      std::swap(token, next);
+      if (t + 1 < end) set(next, t + 1);
+      sum_rows(fast, token, next, width, out + t * width);
+    }
+  });
+}
+
+template void sum_token_rows(const float*, const int32_t*, int64_t, const float*, int64_t, int64_t,
+                             int64_t, float*);
+template void sum_token_rows(const double*, const int32_t*, int64_t, const double*, int64_t,
+                             int64_t, int64_t, double*);
+template void sum_token_rows(const BFloat16*, const int32_t*, int64_t, const float*, int64_t,
+                             int64_t, int64_t, BFloat16*);
+template void sum_token_rows(const Half*, const int32_t*, int64_t, const float*, int64_t, int64_t,
+                             int64_t, Half*);
+
 Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
                  std::optional<Tensor> scores, int64_t top_k) {
   check_matrix(rows, "rows");
@@ -121,24 +151,9 @@ Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
   dispatch_floating(rows.scalar_type(), "rows", [&](auto element) {
     using T = decltype(element);
     using Sum = Accumulator<T>;
-    const Sum* score = scores ? const_data<Sum>(*scores) : nullptr;
-    const T* from = const_data<T>(rows);
-    T* to = mutable_data<T>(out);
-    const Kernels& fast = kernels();
-    const int64_t grain = rows_per_task(width * top_k * static_cast<int64_t>(sizeof(T)));
-    torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
-      TokenRows<T> token, next;
-      const auto set = [&](TokenRows<T>& rows, int64_t t) {
-        rows.set(from, width, inverse + t * top_k, score ? score + t * top_k : nullptr, top_k,
-                 routed);
-      };
-      set(next, begin);
-      for (int64_t t = begin; t < end; ++t) {
-        std::swap(token, next);
-        if (t + 1 < end) set(next, t + 1);
-        sum_rows(fast, token, next, width, to + t * width);
-      }
-    });
+    sum_token_rows(const_data<T>(rows), inverse, routed,
+                   scores ? const_data<Sum>(*scores) : nullptr, tokens, top_k, width,
+                   mutable_data<T>(out));
   });
   return out;
 }

@@ -10,8 +10,9 @@ from benchmarks import history, visits
 from benchmarks.candidates import Candidate, UnavailableError, Work, in_turns
 from benchmarks.limits import Limits, best_of
 from benchmarks.memory import peak_extra_bytes, saved_bytes
-from benchmarks.recorder import Recorder, checked, revisited, set_shares
+from benchmarks.recorder import LimitsOfTime, Recorder, checked, revisited, set_shares
 from benchmarks.shapes import SETS, Case, every_case
+from benchmarks.time_limit import within
 from benchmarks.timing import time_in_turns
 
 CPU = torch.device("cpu")
@@ -59,6 +60,45 @@ def test_a_visit_times_the_anchor_and_ours(monkeypatch):
         "ours": lambda: Candidate(run=lambda: 3.0),
     }
     assert revisited("permute", given, "dense", CPU) == 3.0
+
+
+def forever():
+    while True:
+        pass
+
+
+def test_a_provider_that_is_not_ready_in_time_is_left_out():
+    given = {
+        "dense": lambda: Candidate(run=lambda: 1.0),
+        "autotunes": lambda: Candidate(run=lambda: 1.0, check=forever),
+        "ours": lambda: Candidate(run=lambda: 1.0),
+    }
+    candidates, unavailable = checked(given, ready=0.01)
+    assert list(candidates) == ["dense", "ours"]
+    assert unavailable == {"autotunes": "it was not ready within 0.01 s"}
+    # The alarm is off again, and what rang before rings again.
+    for _ in range(10**5):
+        pass
+    with pytest.raises(UnavailableError), within(0.01):
+        forever()
+
+
+def test_a_peer_whose_row_would_take_too_long_is_left_out():
+    given = {
+        "dense": lambda: Candidate(run=lambda: 12.0),
+        "slow": lambda: Candidate(run=lambda: 11.0),
+        "slower": lambda: Candidate(run=forever),
+        "ours": lambda: Candidate(run=lambda: 13.0),
+    }
+    recorder = Recorder(
+        CPU, Limits({}, 0, 0), seconds=0, limits_of_time=LimitsOfTime(ready=0.01, rounds=30)
+    )
+    row, _ = recorder.measure("permute", Case("host", 4), torch.float32, given, Work(0, 1))
+    assert list(row["providers"]) == ["dense", "ours"]
+    assert row["unavailable"] == {
+        "slow": "its part of the row would take 33 s, more than 30 s",
+        "slower": "it was not ready within 0.01 s",
+    }
 
 
 def test_calls_take_turns_on_shared_memory():
@@ -184,5 +224,5 @@ def test_case_names_are_unique_and_sets_hold_cases():
     for name in SETS:
         layer = [str(case) for case in SETS[name].layer]
         assert len(set(layer)) == len(layer)
-        assert bool(layer) == (name != "ranks")
+        assert bool(layer) == (name not in ("ranks", "host"))
         assert every_case(name)

@@ -41,6 +41,17 @@ def test_a_benchmark_without_cases_in_a_set_is_left_out():
     assert all("::bench_moe_layer[" in line for line in collected)
 
 
+def test_the_most_valuable_rows_come_first_and_none_starts_after_the_minutes():
+    printed = _benchmarks("--collect-only", "--smoke")
+    names = [line.split("::")[1].split("[")[0] for line in printed.split("\n") if "::" in line]
+    order = list(dict.fromkeys(names))
+    assert order[:3] == ["bench_moe_layer", "bench_topk_router", "bench_permute"]
+    assert len(order) == len(list((ROOT / "benchmarks").glob("bench_*.py"))) - 1, "launches"
+    printed = _benchmarks("--smoke", "--minutes", "0", "-rs", files=("benchmarks/bench_swiglu.py",))
+    assert "the minutes are over" in printed
+    assert " passed" not in printed
+
+
 def test_tiles_are_tuned_for_the_layers_of_the_goals():
     options = tune_tiles.shapes()
     assert options[:5] == ["--shape", "4096", "11008", "4", "2"]

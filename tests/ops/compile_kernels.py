@@ -96,6 +96,10 @@ def main(archs, everything):
                     for parameter, value in arguments.items()
                     if isinstance(value, TensorDescriptor)
                 ]
+                # Where narrow products come in parts and no wide one is asked for.
+                row["adds_only"] = arguments.get("BLOCK_C", 0) > 0 and not arguments.get(
+                    "NEEDS_Y", 1
+                )
                 tile = [arguments[a] for a in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if a in arguments]
                 print(json.dumps(row | {"tile": tile} | resources(compiled)), flush=True)
 

@@ -12,7 +12,7 @@ def declared():
 
 def differentiable(op):
     """Whether an operator is declared with a gradient formula."""
-    return _backends._operators[op].differentiable
+    return bool(_backends._operators[op].recorded)
 
 
 def overloads(op):

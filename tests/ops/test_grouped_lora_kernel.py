@@ -87,6 +87,17 @@ def test_ranks_beyond_the_registers_are_composed(launched):
     assert set(launched) == {"grouped_mm", "grouped_mm_wgrad"}
 
 
+def test_many_rows_are_composed(launched):
+    from unimoe_kernels.ops.grouped_lora import kernel
+
+    most = kernel.MOST_ROWS
+    assert_right((2 * most, 0), d=16, f=16, rank=3, extra=0)
+    assert "grouped_mm" not in launched
+    launched.clear()
+    assert_right((2 * most, 1), d=16, f=16, rank=3, extra=0)
+    assert set(launched) == {"grouped_mm", "grouped_mm_wgrad"}
+
+
 def weights_of_rank(rank, dtype=torch.float32):
     x = torch.empty(4, 8, dtype=dtype)
     return x, x.new_empty(2, rank, 8), x.new_empty(2, 8, rank)

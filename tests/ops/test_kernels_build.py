@@ -78,7 +78,8 @@ def test_kernels_compile(arch, options, tmp_path, capsys):
         assert row["spilled"] <= elsewhere, row
         assert row["registers"] <= 255, row
         assert row["shared"] <= SHARED[arch], row
-        if row["kernel"] in MATMULS and not row["case"].startswith(("fp32", "fp64")):
+        multiplies = row["kernel"] in MATMULS and not row["adds_only"]
+        if multiplies and not row["case"].startswith(("fp32", "fp64")):
             # On Hopper the fast matrix units take 64 rows or more; fewer go to the older ones.
             fast = row["tile"][0] >= 64 and arch in (90, 100)
             unit = {90: "wgmma", 100: "tcgen05"}[arch] if fast else "mma"
@@ -91,7 +92,9 @@ def test_kernels_compile(arch, options, tmp_path, capsys):
             if "--descriptors" in options:
                 assert row["descriptors"] or not able, row
             else:
-                meant = able and fast and "--pointers" not in options
+                # Gathered rows in tiles of 128 by 256 were faster through pointers on an H100.
+                wide = row["kernel"] == "gated_backward" and row["tile"][:2] == [128, 256]
+                meant = able and fast and "--pointers" not in options and not wide
                 assert bool(row["descriptors"]) == meant, row
 
 

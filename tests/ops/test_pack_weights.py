@@ -197,4 +197,4 @@ def test_panels_of_another_shape_are_refused():
     rest = ids, scores, None, None, "silu", 7.0, 1.702
     for wrong in ((down, down), (up[:, 1:], down), (up, down[:1]), (up.float(), down)):
         with pytest.raises(RuntimeError, match=r"packed_\w+ \(shape .*\) must be int32 \[4, "):
-            torch.ops.unimoe.moe_mlp_packed(x, *weights, *wrong, *rest)
+            torch.ops.unimoe.moe_mlp_inference(x, *weights, *wrong, *rest)

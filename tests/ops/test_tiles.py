@@ -104,7 +104,33 @@ def entry(problem, tile=None, capability=90):
 def test_shipped_table_is_well_formed():
     content = json.loads(table.SHIPPED.read_text(encoding="utf-8"))
     assert "measured" in content["note"]
-    assert len(table.read(table.SHIPPED, "shipped").tiles) == len(content["entries"])
+    tiles_of_problems = table.read(table.SHIPPED, "shipped").tiles
+    assert len(tiles_of_problems) == len(content["entries"]) + len(content["unchanged"]) > 0
+    # Nothing asks for a weight gradient that gathers any more.
+    assert all(one.top_k == 1 for _, one in tiles_of_problems if one.kind == "weights")
+
+
+def test_measured_problems_take_the_measured_tile():
+    content = json.loads(table.SHIPPED.read_text(encoding="utf-8"))
+    for record in content["entries"]:
+        one = table.parse_problem("problem", record["problem"])
+        assert tiles.choose(one, DEVICES[2]) == table.parse_tile("tile", record["tile"])
+
+
+def test_what_was_measured_taught_the_choice():
+    """The analytic tile of Hopper's gated backward is the measured one or next to it."""
+    content = json.loads(table.SHIPPED.read_text(encoding="utf-8"))
+    records = [r for r in content["entries"] if r["problem"]["kind"] == "gated_backward"]
+    assert len(records) == 8
+    for record in records:
+        one = table.parse_problem("problem", record["problem"])
+        tile = table.parse_tile("tile", record["tile"])
+        own = tiles.analytic(one, DEVICES[2])
+        assert (own.block_m, own.block_n, own.descriptors) == (
+            tile.block_m,
+            tile.block_n,
+            tile.descriptors,
+        ), record
 
 
 def test_measured_tile_is_taken(with_table):

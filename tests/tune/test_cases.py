@@ -60,6 +60,8 @@ def test_problems_are_those_that_a_layer_asks_for(monkeypatch):
 
 
 class NoKernel:
+    arg_names = ()
+
     def __getitem__(self, grid):
         return lambda *args, **kwargs: None
 

@@ -11,10 +11,14 @@ Source: CUDA driver API, `cuTensorMapEncodeTiled`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from unimoe_kernels._triton.planned import Layout
 from unimoe_kernels._triton.tiles import Tile
 
 ALIGNMENT_BYTES = 16  # of the address and of every stride but the last
@@ -23,49 +27,87 @@ MAX_SIZE = 2**31 - 1  # coordinates are int32
 MAX_RAGGED_ROWS = 2**30
 
 
-def describable(tensor: Tensor) -> bool:
+class Source:
+    """What kernels read tensors of one layout from.
+
+    Attributes:
+        form: constant of the kernel: `"pointers"`, or a form of descriptor.
+
+    Args:
+        form: see there.
+        describe: makes the descriptor of a tensor; None for pointers.
+    """
+
+    __slots__ = ("_describe", "_fields", "form")
+
+    def __init__(self, form: str, describe: Callable[[Tensor], TensorDescriptor] | None = None):
+        self.form = form
+        self._describe = describe
+        self._fields: dict[str, object] = {}
+
+    def of(self, tensor: Tensor) -> Tensor | TensorDescriptor:
+        """Returns the tensor, or a descriptor of it.
+
+        All but its address follows from the layout: it is checked once.
+        """
+        if self._describe is None:
+            return tensor
+        if not self._fields:
+            made = self._describe(tensor)
+            self._fields = {name: value for name, value in vars(made).items() if name != "base"}
+            return made
+        again = TensorDescriptor.__new__(TensorDescriptor)
+        vars(again).update(self._fields, base=tensor)
+        return again
+
+
+POINTERS = Source("pointers")
+
+
+def describable(layout: Layout) -> bool:
     """Returns whether a descriptor may read a tensor: 16-bit numbers, aligned, last stride 1."""
-    *strides, last = tensor.stride()
+    *strides, last = layout.strides
     return (
-        tensor.dtype.itemsize == 2
+        layout.dtype.itemsize == 2
         and last == 1
-        and tensor.numel() > 0
-        and max(tensor.shape) <= MAX_SIZE
+        and math.prod(layout.shape) > 0
+        and max(layout.shape) <= MAX_SIZE
         and all(0 < 2 * stride < MAX_STRIDE_BYTES for stride in strides)
         and all(2 * stride % ALIGNMENT_BYTES == 0 for stride in strides)
-        and tensor.data_ptr() % ALIGNMENT_BYTES == 0
+        and layout.aligned
     )
 
 
-def describe_weight(weight: Tensor, tile: Tile) -> tuple[Tensor | TensorDescriptor, str]:
-    """Returns what kernels read a weight `[E, N, K]` of any strides from, and the form of that."""
+def weight_source(weight: Layout, tile: Tile) -> Source:
+    """Returns what kernels read a weight `[E, N, K]` of any strides from."""
     if tile.descriptors:
         if describable(weight):
-            return _describe(weight, [1, tile.block_n, tile.block_k]), "by_column"
-        rows = weight.transpose(1, 2)
-        if describable(rows):
-            return _describe(rows, [1, tile.block_k, tile.block_n]), "by_row"
-    return weight, "pointers"
+            block = [1, tile.block_n, tile.block_k]
+            return Source("by_column", lambda tensor: _describe(tensor, block))
+        if describable(weight.transposed()):
+            block = [1, tile.block_k, tile.block_n]
+            return Source("by_row", lambda tensor: _describe(tensor.transpose(1, 2), block))
+    return POINTERS
 
 
-def describe_rows(x: Tensor, tile: Tile, top_k: int) -> tuple[Tensor | TensorDescriptor, str]:
-    """Returns what kernels read rows `[N, K]` from, and its form: pointers where they gather."""
+def rows_source(x: Layout, tile: Tile, top_k: int) -> Source:
+    """Returns what kernels read rows `[N, K]` from: pointers where they gather (`top_k > 0`)."""
     if tile.descriptors and top_k == 0 and describable(x):
-        return _describe(x, [tile.block_m, tile.block_k]), "descriptor"
-    return x, "pointers"
+        block = [tile.block_m, tile.block_k]
+        return Source("descriptor", lambda tensor: _describe(tensor, block))
+    return POINTERS
 
 
-def describe_owned(
-    x: Tensor, tile: Tile, columns: int, top_k: int
-) -> tuple[Tensor | TensorDescriptor, str]:
-    """Returns what a sum over rows reads blocks of `columns` of `[N, width]` from, and its form.
+def owned_source(x: Layout, tile: Tile, columns: int) -> Source:
+    """Returns what a sum over rows reads blocks of `columns` of `[N, width]` from.
 
     The descriptor ends at the end of an expert, wherever that is: what other experts have in their
     rows must not enter the sum, not even times zero.
     """
-    if tile.descriptors and top_k == 0 and describable(x) and x.shape[0] <= MAX_RAGGED_ROWS:
-        return create_ragged_descriptor(x, [tile.block_k, columns]), "descriptor"
-    return x, "pointers"
+    if tile.descriptors and describable(x) and x.shape[0] <= MAX_RAGGED_ROWS:
+        block = [tile.block_k, columns]
+        return Source("descriptor", lambda tensor: create_ragged_descriptor(tensor, block))
+    return POINTERS
 
 
 def _describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:

@@ -120,9 +120,7 @@ def read_owned(
     end_k,
     start_k,
     start_n,
-    row_order_ptr,
     width,
-    TOP_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -140,5 +138,5 @@ def read_owned(
         mask_kn = (offs_k < end_k)[:, None]
         if not EVEN_N:
             mask_kn = mask_kn & (offs_n < width)[None, :]
-        offs_k = source_rows(tl.minimum(offs_k, end_k - 1), row_order_ptr, TOP_K)
+        offs_k = tl.minimum(offs_k, end_k - 1).to(tl.int64)
         return tl.load(source + offs_k[:, None] * width + offs_n[None, :], mask=mask_kn, other=0)

@@ -1,7 +1,19 @@
 """Which of our activations a module of torch or transformers computes."""
 
+import functools
+
 import torch.nn.functional as F
 from torch import nn
+
+
+@functools.cache
+def _classes_of_transformers() -> tuple[type, ...]:
+    """The classes of `"silu"`, `"gelu"` and `"gelu_pytorch_tanh"`; none without transformers."""
+    try:
+        from transformers.activations import ACT2FN
+    except ImportError:
+        return ()
+    return tuple(type(ACT2FN[name]) for name in ("silu", "gelu", "gelu_pytorch_tanh"))
 
 
 def activation_name(act_fn: nn.Module) -> str | None:
@@ -9,21 +21,19 @@ def activation_name(act_fn: nn.Module) -> str | None:
 
     Exact types: a subclass may compute something else.
     """
-    kind, inner = type(act_fn), getattr(act_fn, "act", None)
+    kind = type(act_fn)
     if kind is nn.SiLU:
         return "silu"
     if kind is nn.ReLU:
         return "relu"
     if kind is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}[act_fn.approximate]
-    try:
-        from transformers.activations import ACT2FN
-    except ImportError:
+    if kind not in (known := _classes_of_transformers()):
         return None
-    if kind is type(ACT2FN["silu"]):
+    silu, gelu, _ = known
+    if kind is silu:
         return "silu"
-    if kind is type(ACT2FN["gelu"]) and inner is F.gelu:
-        return "gelu"
-    if kind is type(ACT2FN["gelu_pytorch_tanh"]) and getattr(inner, "func", None) is F.gelu:
-        return "gelu_tanh"
-    return None
+    inner = getattr(act_fn, "act", None)
+    if kind is gelu:
+        return "gelu" if inner is F.gelu else None
+    return "gelu_tanh" if getattr(inner, "func", None) is F.gelu else None

@@ -6,10 +6,12 @@ import re
 import torch
 
 from unimoe_kernels.integrations.activations import activation_name
+from unimoe_kernels.layers._inputs import weight_of
 from unimoe_kernels.layers.expert_lora import unmerged_lora
 from unimoe_kernels.ops import ExpertWeights, run_experts
 
 _NAME = "unimoe"
+_REGISTRY = "transformers.integrations.moe"
 _MIN_VERSION = (5, 17)
 _KNOWN_LAYOUT = (
     "is_concatenated",
@@ -98,7 +100,7 @@ def unimoe_experts_forward(
     elif type(experts).__name__ in _IN_FLOAT32:
         dtype = torch.promote_types(dtype, torch.float32)
     operands = (first_proj, down_proj, first_bias, down_bias)
-    weights = ExpertWeights(*(None if one is None else one.to(dtype) for one in operands))
+    weights = ExpertWeights(*[_in_dtype(one, dtype) for one in operands])
 
     def own_activation(hidden: torch.Tensor) -> torch.Tensor:
         # Code of the model runs in the model's dtype, which under autocast is the wider one.
@@ -115,7 +117,7 @@ def unimoe_experts_forward(
         return experts.post_expert_norm(out) if has_norm else out
 
     y_TD = run_experts(
-        hidden_states.to(dtype),
+        _in_dtype(hidden_states, dtype),
         top_k_index,
         top_k_weights,
         weights,
@@ -123,15 +125,19 @@ def unimoe_experts_forward(
         correct_first=None if lora is None else lora.correct_first,
         correct_down=correct_down if lora is not None or has_norm else None,
     )
-    return y_TD.to(hidden_states.dtype)
+    return _in_dtype(y_TD, hidden_states.dtype)
+
+
+def _in_dtype(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _weight_and_bias(
     experts: torch.nn.Module, name: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A stacked weight as `[E, out, in]`, a view where it is stored transposed, and its bias."""
-    weight = getattr(experts, name)
-    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    weight = weight_of(experts, name)
+    bias = weight_of(experts, f"{name}_bias") if experts.has_bias else None
     return (weight.transpose(1, 2) if experts.is_transposed else weight), bias
 
 
@@ -142,11 +148,9 @@ def _has_post_expert_norm(experts: torch.nn.Module) -> bool:
 
 def plain_gate(experts: torch.nn.Module) -> str | None:
     """The activation name of `moe_mlp` that equals this module's gate, or None if none does."""
-    from transformers.integrations.moe import ExpertsInterface
-
     if not experts.has_gate or _has_post_expert_norm(experts):
         return None
     # The default gate is defined beside the registry; an overridden one in the model's own module.
-    if type(experts)._apply_gate.__module__ != ExpertsInterface.__module__:
+    if type(experts)._apply_gate.__module__ != _REGISTRY:
         return None
     return activation_name(experts.act_fn)

@@ -244,7 +244,7 @@ def merge_and_unload(experts: nn.Module) -> None:
 
 def unmerged_lora(experts: nn.Module) -> ExpertLoRADict | None:
     """The LoRA that a forward has to add, or None."""
-    lora = getattr(experts, "expert_lora", None)
+    lora = experts._modules.get("expert_lora")
     return None if lora is None or lora.is_merged else lora
 
 

@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from unimoe_kernels._renamed import warn_renamed
-from unimoe_kernels.layers._inputs import autocasts, check_hidden, check_positive, local_part
+from unimoe_kernels.layers._inputs import (
+    autocasts,
+    check_hidden,
+    check_positive,
+    local_part,
+    weight_of,
+)
 from unimoe_kernels.layers.expert_lora import (
     HALVES,
     attach,
@@ -18,6 +24,9 @@ from unimoe_kernels.layers.expert_lora import (
     unmerged_lora,
 )
 from unimoe_kernels.ops import ExpertWeights, run_experts, swiglu
+
+# Parameters in the order of `ExpertWeights`.
+_WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 
 
 class GroupedExperts(nn.Module):
@@ -126,7 +135,7 @@ class GroupedExperts(nn.Module):
                 another shape than `[T, K]`.
             TypeError: If x has another dtype than the weights.
         """
-        check_hidden(x, self.gate_up_proj, self.hidden_size)
+        check_hidden(x, weight_of(self, "gate_up_proj"), self.hidden_size)
         if x.dim() != 2:
             raise ValueError(f"x (shape {tuple(x.shape)}) must be [T, D]")
         if ids.dim() != 2 or ids.shape[0] != x.shape[0]:
@@ -142,8 +151,7 @@ class GroupedExperts(nn.Module):
 
     def _answer(self, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`forward` by the experts held here, whose ids start at 0."""
-        weights = (self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias)
-        weights = ExpertWeights(*map(local_part, weights))
+        weights = ExpertWeights(*[local_part(weight_of(self, name)) for name in _WEIGHTS])
         lora = unmerged_lora(self)
         return run_experts(
             x,

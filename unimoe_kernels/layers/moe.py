@@ -261,7 +261,7 @@ class MoE(nn.Module):
                 f" {tuple(x.shape)}"
             )
         routed = self.router(x if router_input is None else router_input, token_mask)
-        x_TD = x.reshape(-1, x.shape[-1])
+        x_TD = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y_TD = self.experts(x_TD, routed.ids, routed.scores)
         if self.shared_experts is not None:
             y_TD = y_TD + self._shared(x_TD, routed)

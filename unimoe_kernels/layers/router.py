@@ -15,6 +15,7 @@ from unimoe_kernels.layers._inputs import (
     check_positive,
     check_top_k,
     flatten_mask,
+    weight_of,
 )
 from unimoe_kernels.layers.router_config import (
     RouterConfig,
@@ -159,9 +160,11 @@ class TopKRouter(nn.Module):
             ValueError: If the shape or device of x, or the shape of token_mask is wrong.
             TypeError: If x has another dtype than the weight, or token_mask is not bool.
         """
-        check_hidden(x, self.weight, self.hidden_size)
+        weight = weight_of(self, "weight")
+        check_hidden(x, weight, self.hidden_size)
         mask_T = flatten_mask(token_mask, x)
-        logits_TE, shared_TS = self._logits(x.reshape(-1, self.hidden_size)), None
+        x_TD = x if x.dim() == 2 else x.reshape(-1, self.hidden_size)
+        logits_TE, shared_TS = self._logits(x_TD, weight), None
         if self.num_weighed_experts > 0:
             logits_TE, shared_TS = logits_TE.tensor_split([self.num_choices], dim=1)
         routed = self._limit(self._choose(logits_TE, mask_T), logits_TE, mask_T)
@@ -204,19 +207,19 @@ class TopKRouter(nn.Module):
         load_E = tokens_per_expert.to(self.correction_bias)
         self.correction_bias += rate * torch.sign(load_E.mean() - load_E)
 
-    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def _logits(self, x_TD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         dtype, jitter = self.config.router_dtype, self.config.jitter
         if dtype is not None:
             x_TD = x_TD.to(dtype)
         if self.training and jitter > 0:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
         if dtype is None:
-            return F.linear(x_TD, self.weight)
+            return F.linear(x_TD, weight)
         with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD, self.weight.to(dtype))
+            return F.linear(x_TD, weight.to(dtype))
 
     def _choose(self, logits_TE: torch.Tensor, mask_T: torch.Tensor | None) -> RouterOutput:
-        config, bias_E = self.config, self.correction_bias
+        config, bias_E = self.config, self._buffers["correction_bias"]
         chosen = topk_router(
             logits_TE,
             self.top_k,
@@ -228,7 +231,7 @@ class TopKRouter(nn.Module):
             token_mask=mask_T,
             balance=config.balance,
         )
-        return RouterOutput(*chosen, num_null_experts=config.num_null_experts)
+        return RouterOutput(*chosen, None, config.num_null_experts)
 
     def _limit(
         self, routed: RouterOutput, logits_TE: torch.Tensor, mask_T: torch.Tensor | None

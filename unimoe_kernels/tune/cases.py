@@ -84,7 +84,7 @@ def _matmuls(one_pass: str, shape: Shape, tokens: int, dtype: torch.dtype) -> li
         return []
     return [
         case("gated_backward", "gated_backward", d, f, 0, top_k),
-        case("grad_down", "weights", 0, f, d, top_k),
-        case("grad_gate_up", "weights", 0, d, 2 * f, top_k),
+        case("grad_down", "weights", 0, f, d, 1),
+        case("grad_gate_up", "weights", 0, d, 2 * f, 1),
         case("grad_x", "rows", 2 * f, d, 0, 1),
     ]

@@ -194,29 +194,19 @@ class GatedBackward(Matmul):
 
 
 class WeightGradient(Matmul):
-    """Gradient of a weight: `"grad_down"` gathers the gradient, `"grad_gate_up"` the tokens."""
+    """Gradient of a weight, from rows in expert order."""
 
     def prepare(self) -> None:
         """See `Matmul`."""
         problem = self.case.problem
-        self.gathers_grad = self.case.name == "grad_down"
-        sizes = [self.rows, self.rows]
-        sizes[0 if self.gathers_grad else 1] = self.tokens
         by = max(1, self.rows // self.experts) ** -0.5
-        self.grad = self.draw(sizes[0], problem.height, by=by)
-        self.x = self.draw(sizes[1], problem.width)
+        self.grad = self.draw(self.rows, problem.height, by=by)
+        self.x = self.draw(self.rows, problem.width)
 
     def launch(self, tile: Tile) -> tuple[Tensor, ...]:
         """See `Matmul`."""
-        gathered = "grad_top_k" if self.gathers_grad else "x_top_k"
         grad_weight, _ = grouped_mm.grouped_mm_wgrad(
-            self.grad,
-            self.x,
-            self.offsets,
-            False,
-            self.row_order,
-            **{gathered: self.top_k},
-            tile=tile,
+            self.grad, self.x, self.offsets, False, tile=tile
         )
         return (grad_weight,)
 
@@ -227,10 +217,7 @@ class WeightGradient(Matmul):
     def exact(self, own: Expert) -> tuple[Tensor, ...]:
         """See `Matmul`."""
         rows = slice(own.begin, own.end)
-        grad, x = self.wide(
-            self.grad[own.tokens if self.gathers_grad else rows],
-            self.x[rows if self.gathers_grad else own.tokens],
-        )
+        grad, x = self.wide(self.grad[rows], self.x[rows])
         return (grad.t() @ x,)
 
 

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unimoe_kernels._triton.planned import Launch, Place, place_of, planned
+
 BLOCK_M = 256  # ids a program
 SMALL_ROWS = 1024  # up to which one program sorts alone, not tuned on a GPU
 BLOCK_E = 16  # buckets compared at a time: BLOCK_M * BLOCK_E comparisons are held in registers
@@ -118,41 +120,31 @@ def expert_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
     if num_rows == 0:
         zeros = ids.new_zeros(num_experts + 1)
         return row_order, inverse_order, ids.new_zeros(num_experts), zeros
+    place = place_of(ids)
     if num_rows <= SMALL_ROWS:
         tokens_per_expert, offsets = ids.new_empty(num_experts), ids.new_empty(num_experts + 1)
-        block_m = max(64, triton.next_power_of_2(num_rows))
-        with torch.cuda.device_of(ids):
-            sort_small_kernel[(1,)](
-                ids,
-                row_order,
-                inverse_order,
-                tokens_per_expert,
-                offsets,
-                num_rows,
-                num_experts,
-                BLOCK_M=block_m,
-                BLOCK_E=BLOCK_E,
-                num_warps=max(4, block_m // 128),
-            )
+        sort = _small(place, num_rows, num_experts)
+        sort(ids, row_order, inverse_order, tokens_per_expert, offsets)
         return row_order, inverse_order, tokens_per_expert, offsets
-    num_blocks = triton.cdiv(num_rows, BLOCK_M)
-    counts = ids.new_empty(num_experts + 1, num_blocks)
+    counts = ids.new_empty(num_experts + 1, triton.cdiv(num_rows, BLOCK_M))
     offsets = ids.new_zeros(num_experts + 1)
-    with torch.cuda.device_of(ids):
-        count_kernel[(num_blocks,)](
-            ids, counts, num_rows, num_experts, BLOCK_M=BLOCK_M, BLOCK_E=BLOCK_E
-        )
-        ends = counts.view(-1).cumsum(0, dtype=torch.int32).view_as(counts)
-        place_kernel[(num_blocks,)](
-            ids,
-            ends,
-            counts,
-            row_order,
-            inverse_order,
-            num_rows,
-            num_experts,
-            BLOCK_M=BLOCK_M,
-            BLOCK_E=BLOCK_E,
-        )
-        offsets[1:] = ends[:-1, -1]
-        return row_order, inverse_order, offsets.diff(), offsets
+    _in_blocks(place, count_kernel, num_rows, num_experts)(ids, counts)
+    ends = counts.view(-1).cumsum(0, dtype=torch.int32).view_as(counts)
+    move = _in_blocks(place, place_kernel, num_rows, num_experts)
+    move(ids, ends, counts, row_order, inverse_order)
+    offsets[1:] = ends[:-1, -1]
+    return row_order, inverse_order, offsets.diff(), offsets
+
+
+@planned
+def _small(place: Place, num_rows: int, num_experts: int) -> Launch:
+    block_m = max(64, triton.next_power_of_2(num_rows))
+    constants = {"BLOCK_M": block_m, "BLOCK_E": BLOCK_E, "num_warps": max(4, block_m // 128)}
+    return Launch(place, sort_small_kernel, (1,), (num_rows, num_experts), constants)
+
+
+@planned
+def _in_blocks(place: Place, kernel: triton.JITFunction, num_rows: int, num_experts: int) -> Launch:
+    grid = (triton.cdiv(num_rows, BLOCK_M),)
+    constants = {"BLOCK_M": BLOCK_M, "BLOCK_E": BLOCK_E}
+    return Launch(place, kernel, grid, (num_rows, num_experts), constants)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from unimoe_kernels._triton.launch import (
     bits_to_float,
-    device_of,
     float_bits,
     matmul_constants,
     precision,
 )
 from unimoe_kernels._triton.matmul import add_product
+from unimoe_kernels._triton.planned import Launch, Place, place_of, planned
 from unimoe_kernels._triton.tiles import Problem, choose, num_programs, rank_columns, rows_bucket
 
 
@@ -168,31 +168,33 @@ def grouped_lora_wgrad(
     num_experts = expert_offsets.shape[0] - 1
     grad_A = x.new_empty(num_experts, rank, inner)
     grad_B = x.new_empty(num_experts, width, rank)
-    device = device_of(x)
-    tf32, rows = precision(x.dtype) == "tf32", rows_bucket(num_rows, num_experts)
-    problem = Problem("low_rank_weights", inner, width, rank, num_experts, 1, x.dtype, rows, tf32)
-    tile = choose(problem, device)
-    column_tiles = triton.cdiv(inner, tile.block_m) + triton.cdiv(width, tile.block_m)
-    grid = (num_programs(problem, tile, num_experts * column_tiles, device),)
-    with torch.cuda.device_of(x):
-        grouped_lora_wgrad_kernel[grid](
-            grad,
-            x,
-            grad_low,
-            low,
-            grad_A,
-            grad_B,
-            expert_offsets.contiguous(),
-            float_bits(scale),
-            num_experts,
-            inner,
-            width,
-            rank,
-            BLOCK_R=rank_columns(rank),
-            BLOCK_M=tile.block_m,
-            BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            **matmul_constants(x.dtype),
-        )
+    launch = _launch(
+        place_of(x), (num_rows, num_experts, inner, width, rank), scale, x.dtype, precision(x.dtype)
+    )
+    launch(grad, x, grad_low, low, grad_A, grad_B, expert_offsets.contiguous())
     return grad_A, grad_B
+
+
+@planned
+def _launch(
+    place: Place, sizes: tuple[int, ...], scale: float, dtype: torch.dtype, precision: str
+) -> Launch:
+    num_rows, num_experts, inner, width, rank = sizes
+    rows, tf32 = rows_bucket(num_rows, num_experts), precision == "tf32"
+    problem = Problem("low_rank_weights", inner, width, rank, num_experts, 1, dtype, rows, tf32)
+    tile = choose(problem, place.gpu)
+    column_tiles = triton.cdiv(inner, tile.block_m) + triton.cdiv(width, tile.block_m)
+    return Launch(
+        place,
+        grouped_lora_wgrad_kernel,
+        (num_programs(problem, tile, num_experts * column_tiles, place.gpu),),
+        (float_bits(scale), num_experts, inner, width, rank),
+        {
+            "BLOCK_R": rank_columns(rank),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_K": tile.block_k,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            **matmul_constants(dtype),
+        },
+    )

@@ -48,8 +48,8 @@ def grouped_lora(
     _checks.check_size("lora_B", lora_B, 0, lora_A.shape[0], "E of lora_A")
     _checks.check_size("lora_B", lora_B, 2, lora_A.shape[1], "r of lora_A")
     _checks.check_same("lora_B", lora_B, "x", x)
-    y, _ = _backends.call("grouped_lora", x.contiguous(), lora_A, lora_B, expert_offsets, scale)
-    return y
+    x = x.contiguous()
+    return _backends.call("grouped_lora", x, lora_A, lora_B, expert_offsets, scale)[0]
 
 
 def _fake(x, lora_A, lora_B, expert_offsets, scale):
@@ -67,7 +67,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, lora_A, lora_B, low, expert_offsets)
 
 
-def _backward(backend, ctx, grad, _):
+def _backward(backend, ctx, grad, *_):
     if grad is None:
         return (None,) * 5
     x, lora_A, lora_B, low, expert_offsets = ctx.saved_tensors
@@ -132,5 +132,6 @@ _backends.declare(
     fused=True,
     fake=_fake,
     setup_context=_setup_context,
+    num_outputs=1,
     backward=_backward,
 )

@@ -1,8 +1,9 @@
 """Triton kernels of `grouped_mm`, its weight gradient and its bias gradient.
 
-Grids are persistent, and tiles come from the offsets of the experts on the device. Either operand
-that has a row for each routed row can be read through `row_order` from a row for each token
-(`TOP_K > 0`), so that a fused layer needs no permuted copy.
+Grids are persistent, and tiles come from the offsets of the experts on the device. The rows of a
+product can be read through `row_order` from a row for each token (`TOP_K > 0`), so that a fused
+layer needs no permuted copy. Weight gradients read rows in expert order: on an H100 that is 15 to
+28 % faster through tensor descriptors than a gather, which takes pointers.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unimoe_kernels._triton.descriptors import describe_owned, describe_rows, describe_weight
-from unimoe_kernels._triton.launch import accumulator, device_of, matmul_constants, precision
+from unimoe_kernels._triton.descriptors import Source, owned_source, rows_source, weight_source
+from unimoe_kernels._triton.launch import accumulator, matmul_constants, precision
 from unimoe_kernels._triton.loads import read_owned
 from unimoe_kernels._triton.matmul import add_product, multiply_rows
+from unimoe_kernels._triton.planned import Launch, Layout, Place, layout_of, place_of, planned
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
 
@@ -116,14 +118,11 @@ def grouped_mm_wgrad_kernel(
     x_source,
     grad_weight_ptr,
     offsets_ptr,
-    row_order_ptr,
     num_experts,
     height,
     width,
     GRAD_FORM: tl.constexpr,
     X_FORM: tl.constexpr,
-    GRAD_TOP_K: tl.constexpr,
-    X_TOP_K: tl.constexpr,
     EVEN_MN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -148,9 +147,7 @@ def grouped_mm_wgrad_kernel(
                 end_k,
                 start_k,
                 tile_m * BLOCK_M,
-                row_order_ptr,
                 height,
-                GRAD_TOP_K,
                 EVEN_MN,
                 BLOCK_K,
                 BLOCK_M,
@@ -162,9 +159,7 @@ def grouped_mm_wgrad_kernel(
                 end_k,
                 start_k,
                 tile_n * BLOCK_N,
-                row_order_ptr,
                 width,
-                X_TOP_K,
                 EVEN_MN,
                 BLOCK_K,
                 BLOCK_N,
@@ -187,12 +182,12 @@ def grouped_sum_kernel(
     offsets_ptr,
     row_order_ptr,
     width,
-    TOP_K: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Sums the rows of an expert, those gathered by token (`TOP_K > 0`) times their scores."""
+    """Sums the rows of an expert, times their scores if there are any."""
     expert = tl.program_id(0)
     pid_n = tl.program_id(1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -208,15 +203,13 @@ def grouped_sum_kernel(
             end_k,
             start_k,
             pid_n * BLOCK_N,
-            row_order_ptr,
             width,
-            TOP_K,
             False,
             BLOCK_K,
             BLOCK_N,
             "pointers",
         ).to(ACC)
-        if TOP_K > 0:
+        if HAS_SCORES:
             routed_K = tl.load(row_order_ptr + offs_k, mask=mask_k, other=0)
             score_K = tl.load(scores_ptr + routed_K, mask=mask_k, other=0)
             grad_KN *= score_K.to(ACC)[:, None]
@@ -247,46 +240,69 @@ def grouped_mm(
         tail: Whether rows of no expert are written, as zeros.
         tile: Taken instead of the one that `choose` returns.
     """
-    num_experts, width, inner = weight.shape
     num_rows = (x if row_order is None else row_order).shape[0]
-    y = x.new_empty(num_rows, width)
+    y = x.new_empty(num_rows, weight.shape[1])
     if y.numel() == 0:
         return y
-    device = device_of(x)
-    expert_offsets = expert_offsets.contiguous()
-    rows = rows_bucket(num_rows, num_experts)
-    tf32 = precision(x.dtype) == "tf32"
+    launch, x_source, w_source = _product(
+        place_of(x),
+        num_rows,
+        layout_of(x),
+        layout_of(weight),
+        0 if row_order is None else top_k,
+        bias is not None,
+        tail,
+        precision(x.dtype),
+        tile,
+    )
+    launch(
+        x_source.of(x),
+        w_source.of(weight),
+        None if bias is None else bias.contiguous(),
+        y,
+        expert_offsets.contiguous(),
+        row_order,
+    )
+    return y
+
+
+@planned
+def _product(
+    place: Place,
+    num_rows: int,
+    x: Layout,
+    weight: Layout,
+    top_k: int,
+    has_bias: bool,
+    tail: bool,
+    precision: str,
+    tile: Tile | None,
+) -> tuple[Launch, Source, Source]:
+    num_experts, width, inner = weight.shape
+    rows, tf32 = rows_bucket(num_rows, num_experts), precision == "tf32"
     problem = Problem("rows", inner, width, 0, num_experts, max(1, top_k), x.dtype, rows, tf32)
-    tile = tile or choose(problem, device)
+    tile = tile or choose(problem, place.gpu)
     num_tiles = (num_rows // tile.block_m + num_experts + 1) * triton.cdiv(width, tile.block_n)
-    top_k = 0 if row_order is None else top_k
-    x_source, x_form = describe_rows(x, tile, top_k)
-    weight_source, weight_form = describe_weight(weight, tile)
-    with torch.cuda.device_of(x):
-        grouped_mm_kernel[(num_programs(problem, tile, num_tiles, device),)](
-            x_source,
-            weight_source,
-            None if bias is None else bias.contiguous(),
-            y,
-            expert_offsets,
-            row_order,
-            num_rows,
-            num_experts,
-            inner,
-            width,
-            *weight.stride(),
-            X_FORM=x_form,
-            WEIGHT_FORM=weight_form,
-            TOP_K=top_k,
-            HAS_BIAS=bias is not None,
-            TAIL=tail,
-            EVEN_N=width % tile.block_n == 0,
-            EVEN_K=inner % tile.block_k == 0,
-            BLOCK_E=triton.next_power_of_2(num_experts + 1),
+    x_source, w_source = rows_source(x, tile, top_k), weight_source(weight, tile)
+    launch = Launch(
+        place,
+        grouped_mm_kernel,
+        (num_programs(problem, tile, num_tiles, place.gpu),),
+        (num_rows, num_experts, inner, width, *weight.strides),
+        {
+            "X_FORM": x_source.form,
+            "WEIGHT_FORM": w_source.form,
+            "TOP_K": top_k,
+            "HAS_BIAS": has_bias,
+            "TAIL": tail,
+            "EVEN_N": width % tile.block_n == 0,
+            "EVEN_K": inner % tile.block_k == 0,
+            "BLOCK_E": triton.next_power_of_2(num_experts + 1),
             **tile.constants(),
             **matmul_constants(x.dtype),
-        )
-    return y
+        },
+    )
+    return launch, x_source, w_source
 
 
 def grouped_mm_wgrad(
@@ -294,70 +310,76 @@ def grouped_mm_wgrad(
     x: Tensor,
     expert_offsets: Tensor,
     has_bias: bool,
-    row_order: Tensor | None = None,
-    grad_top_k: int = 0,
-    x_top_k: int = 0,
     scores: Tensor | None = None,
+    row_order: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns `grad.T @ x` and, with `has_bias`, the sum of `grad`, for each expert.
 
     Args:
-        grad: `[N, F]`, contiguous; with `grad_top_k` `[T, F]`, read through `row_order`.
-        x: `[N, D]`, contiguous; with `x_top_k` `[T, D]`, read through `row_order`.
+        grad: `[N, F]`, contiguous.
+        x: `[N, D]`, contiguous.
         expert_offsets: `[E + 1]`.
         has_bias: Whether the sum is required.
-        row_order: `[N]`, if any operand is read through it.
-        grad_top_k: K or 0.
-        x_top_k: K or 0.
-        scores: `[T, K]`, with `grad_top_k` and `has_bias`: weights of the rows in the sum.
+        scores: `[T, K]` or None, weights of the rows in the sum.
+        row_order: `[N]`, with `scores`: the routed row of each.
         tile: Taken instead of the one that `choose` returns.
     """
     num_experts, height, width = expert_offsets.shape[0] - 1, grad.shape[1], x.shape[1]
-    num_rows = (grad if row_order is None else row_order).shape[0]
-    expert_offsets = expert_offsets.contiguous()
+    expert_offsets, place = expert_offsets.contiguous(), place_of(x)
     grad_weight = x.new_empty(num_experts, height, width)
     grad_bias = x.new_empty(num_experts if has_bias else 0, height)
-    with torch.cuda.device_of(x):
-        if grad_weight.numel():
-            device = device_of(x)
-            rows = rows_bucket(num_rows, num_experts)
-            top_k, tf32 = max(1, grad_top_k, x_top_k), precision(x.dtype) == "tf32"
-            problem = Problem("weights", 0, width, height, num_experts, top_k, x.dtype, rows, tf32)
-            tile = tile or choose(problem, device)
-            num_tiles = triton.cdiv(height, tile.block_m) * triton.cdiv(width, tile.block_n)
-            grid = (num_programs(problem, tile, num_tiles * num_experts, device),)
-            grad_source, grad_form = describe_owned(grad, tile, tile.block_m, grad_top_k)
-            x_source, x_form = describe_owned(x, tile, tile.block_n, x_top_k)
-            grouped_mm_wgrad_kernel[grid](
-                grad_source,
-                x_source,
-                grad_weight,
-                expert_offsets,
-                row_order,
-                num_experts,
-                height,
-                width,
-                GRAD_FORM=grad_form,
-                X_FORM=x_form,
-                GRAD_TOP_K=grad_top_k,
-                X_TOP_K=x_top_k,
-                EVEN_MN=height % tile.block_m == 0 and width % tile.block_n == 0,
-                **tile.constants(),
-                **matmul_constants(x.dtype),
-            )
-        if grad_bias.numel():
-            grid = (num_experts, triton.cdiv(height, BIAS_BLOCK_COLUMNS))
-            grouped_sum_kernel[grid](
-                grad,
-                scores,
-                grad_bias,
-                expert_offsets,
-                row_order,
-                height,
-                TOP_K=grad_top_k,
-                BLOCK_K=BIAS_BLOCK_ROWS,
-                BLOCK_N=BIAS_BLOCK_COLUMNS,
-                ACC=accumulator(x.dtype),
-            )
+    if grad_weight.numel():
+        launch, grad_source, x_source = _weight_gradient(
+            place, num_experts, layout_of(grad), layout_of(x), precision(x.dtype), tile
+        )
+        launch(grad_source.of(grad), x_source.of(x), grad_weight, expert_offsets)
+    if grad_bias.numel():
+        launch = _sum(place, num_experts, height, scores is not None, x.dtype)
+        launch(grad, scores, grad_bias, expert_offsets, row_order)
     return grad_weight, grad_bias
+
+
+@planned
+def _weight_gradient(
+    place: Place, num_experts: int, grad: Layout, x: Layout, precision: str, tile: Tile | None
+) -> tuple[Launch, Source, Source]:
+    (num_rows, height), width = grad.shape, x.shape[1]
+    rows, tf32 = rows_bucket(num_rows, num_experts), precision == "tf32"
+    problem = Problem("weights", 0, width, height, num_experts, 1, x.dtype, rows, tf32)
+    tile = tile or choose(problem, place.gpu)
+    num_tiles = triton.cdiv(height, tile.block_m) * triton.cdiv(width, tile.block_n)
+    grad_source = owned_source(grad, tile, tile.block_m)
+    x_source = owned_source(x, tile, tile.block_n)
+    launch = Launch(
+        place,
+        grouped_mm_wgrad_kernel,
+        (num_programs(problem, tile, num_tiles * num_experts, place.gpu),),
+        (num_experts, height, width),
+        {
+            "GRAD_FORM": grad_source.form,
+            "X_FORM": x_source.form,
+            "EVEN_MN": height % tile.block_m == 0 and width % tile.block_n == 0,
+            **tile.constants(),
+            **matmul_constants(x.dtype),
+        },
+    )
+    return launch, grad_source, x_source
+
+
+@planned
+def _sum(
+    place: Place, num_experts: int, height: int, has_scores: bool, dtype: torch.dtype
+) -> Launch:
+    return Launch(
+        place,
+        grouped_sum_kernel,
+        (num_experts, triton.cdiv(height, BIAS_BLOCK_COLUMNS)),
+        (height,),
+        {
+            "HAS_SCORES": has_scores,
+            "BLOCK_K": BIAS_BLOCK_ROWS,
+            "BLOCK_N": BIAS_BLOCK_COLUMNS,
+            "ACC": accumulator(dtype),
+        },
+    )

@@ -19,7 +19,7 @@ def check_experts(
     names: ExpertWeights = NAMES,
     gated: bool = True,
 ) -> None:
-    """Checks that shapes, dtypes and devices fit each other.
+    """Checks that shapes, dtypes and devices fit each other, once for each signature.
 
     Args:
         x: `[T, D]`.
@@ -33,6 +33,22 @@ def check_experts(
         ValueError: If shapes do not fit or devices differ.
         TypeError: If dtypes differ, or are none that the operators take.
     """
+    _check(x, ids, scores, *weights, names, gated)
+
+
+@_checks.once_per_signature
+def _check(
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    first: Tensor,
+    down: Tensor,
+    first_bias: Tensor | None,
+    down_bias: Tensor | None,
+    names: ExpertWeights,
+    gated: bool,
+) -> None:
+    weights = ExpertWeights(first, down, first_bias, down_bias)
     _checks.check_tensor("x", x, "[T, D]")
     _checks.check_tensor(names.first, weights.first, "[E, 2F, D]" if gated else "[E, G, D]")
     num_experts, width, _ = weights.first.shape

@@ -4,9 +4,10 @@ Forward: rows are gathered from tokens inside the first matmul, whose sums are a
 are written; the second matmul writes rows in expert order, and one pass gathers and sums them. The
 sort and the last pass run on the backend that `expert_sort` and `unpermute` take on their own.
 
-Backward: one matmul gives the gradients of scores and pre-activations and the weighted activations;
-x and dy are gathered inside the matmuls that need them. Rows of another rank are not written, and
-nothing depends on what is in them.
+Backward: one matmul, which gathers dy, gives the gradients of scores and pre-activations and the
+weighted activations. Weight gradients read x and dy from a permuted copy, one at a time, that lives
+no longer than its matmul. Rows of another rank are not written, and nothing depends on what is in
+them.
 """
 
 from __future__ import annotations
@@ -61,19 +62,17 @@ def backward(grad_TD: Tensor, saved: Saved, gate: Gate, needs: Needs) -> Grads:
         needs.down or needs.down_bias,
     )
     if needs.down or needs.down_bias:
+        grad_ND = _backends.call("permute", grad_TD, rows.order, offsets, top_k)
         grad_down, grad_down_bias = grouped_mm.grouped_mm_wgrad(
-            grad_TD,
-            weighted_NF,
-            offsets,
-            needs.down_bias,
-            rows.order,
-            grad_top_k=top_k,
-            scores=scores,
+            grad_ND, weighted_NF, offsets, needs.down_bias, scores, rows.order
         )
+        del grad_ND, weighted_NF
     if needs.first or needs.first_bias:
+        x_ND = _backends.call("permute", x, rows.order, offsets, top_k)
         grad_first, grad_first_bias = grouped_mm.grouped_mm_wgrad(
-            grad_h_NG, x, offsets, needs.first_bias, rows.order, x_top_k=top_k
+            grad_h_NG, x_ND, offsets, needs.first_bias
         )
+        del x_ND
     if needs.x:
         grad_x_ND = grouped_mm.grouped_mm(
             grad_h_NG, weights.first.transpose(1, 2), offsets, None, tail=False

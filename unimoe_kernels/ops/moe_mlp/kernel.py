@@ -5,16 +5,16 @@ It gathers tokens while it reads them, and activates its sums before they leave 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from unimoe_kernels._triton.activation import activate, gate_constants
-from unimoe_kernels._triton.descriptors import describe_weight
+from unimoe_kernels._triton.descriptors import Source, weight_source
 from unimoe_kernels._triton.halves import store_halves
-from unimoe_kernels._triton.launch import device_of, matmul_constants, precision
+from unimoe_kernels._triton.launch import matmul_constants, precision
 from unimoe_kernels._triton.matmul import multiply_rows
+from unimoe_kernels._triton.planned import Launch, Layout, Place, layout_of, place_of, planned
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
 
@@ -144,43 +144,62 @@ def gated(
         keep_hidden: Whether pre-activations `[N, 2F]` are written, or `[0, 2F]` is returned.
         tile: Taken instead of the one that `choose` returns.
     """
-    num_experts, double_width, inner = weight.shape
-    num_rows, width = row_order.shape[0], double_width // 2
-    out = x.new_empty(num_rows, width)
+    num_rows, double_width = row_order.shape[0], weight.shape[1]
+    out = x.new_empty(num_rows, double_width // 2)
     hidden = x.new_empty(num_rows if keep_hidden else 0, double_width)
     if out.numel() == 0:
         return out, hidden
-    device = device_of(x)
-    rows = rows_bucket(num_rows, num_experts)
-    tf32 = precision(x.dtype) == "tf32"
-    problem = Problem("gated", inner, width, 0, num_experts, top_k, x.dtype, rows, tf32)
-    tile = tile or choose(problem, device)
-    num_tiles = (num_rows // tile.block_m + num_experts + 1) * triton.cdiv(width, tile.block_n)
-    weight_source, weight_form = describe_weight(weight, tile)
-    with torch.cuda.device_of(x):
-        gated_kernel[(num_programs(problem, tile, num_tiles, device),)](
-            x,
-            weight_source,
-            None if bias is None else bias.contiguous(),
-            hidden,
-            out,
-            offsets,
-            row_order,
-            num_rows,
-            num_experts,
-            inner,
-            width,
-            *weight.stride(),
-            width * weight.stride(1),
-            WEIGHT_FORM=weight_form,
-            TOP_K=top_k,
-            HAS_BIAS=bias is not None,
-            KEEP_HIDDEN=keep_hidden,
-            **gate_constants(gate),
-            EVEN_N=width % tile.block_n == 0,
-            EVEN_K=inner % tile.block_k == 0,
-            BLOCK_E=triton.next_power_of_2(num_experts + 1),
-            **tile.constants(),
-            **matmul_constants(x.dtype),
-        )
+    launch, source = _gated(
+        place_of(x),
+        num_rows,
+        layout_of(weight),
+        top_k,
+        bias is not None,
+        keep_hidden,
+        gate,
+        precision(x.dtype),
+        tile,
+    )
+    bias = None if bias is None else bias.contiguous()
+    launch(x, source.of(weight), bias, hidden, out, offsets, row_order)
     return out, hidden
+
+
+@planned
+def _gated(
+    place: Place,
+    num_rows: int,
+    weight: Layout,
+    top_k: int,
+    has_bias: bool,
+    keep_hidden: bool,
+    gate: tuple[str, float, float],
+    precision: str,
+    tile: Tile | None,
+) -> tuple[Launch, Source]:
+    num_experts, double_width, inner = weight.shape
+    width, dtype = double_width // 2, weight.dtype
+    rows, tf32 = rows_bucket(num_rows, num_experts), precision == "tf32"
+    problem = Problem("gated", inner, width, 0, num_experts, top_k, dtype, rows, tf32)
+    tile = tile or choose(problem, place.gpu)
+    num_tiles = (num_rows // tile.block_m + num_experts + 1) * triton.cdiv(width, tile.block_n)
+    source = weight_source(weight, tile)
+    launch = Launch(
+        place,
+        gated_kernel,
+        (num_programs(problem, tile, num_tiles, place.gpu),),
+        (num_rows, num_experts, inner, width, *weight.strides, width * weight.strides[1]),
+        {
+            "WEIGHT_FORM": source.form,
+            "TOP_K": top_k,
+            "HAS_BIAS": has_bias,
+            "KEEP_HIDDEN": keep_hidden,
+            **gate_constants(gate),
+            "EVEN_N": width % tile.block_n == 0,
+            "EVEN_K": inner % tile.block_k == 0,
+            "BLOCK_E": triton.next_power_of_2(num_experts + 1),
+            **tile.constants(),
+            **matmul_constants(dtype),
+        },
+    )
+    return launch, source

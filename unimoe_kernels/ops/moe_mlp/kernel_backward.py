@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from unimoe_kernels._triton.activation import activate, activate_backward, gate_constants
-from unimoe_kernels._triton.descriptors import describe_weight
+from unimoe_kernels._triton.descriptors import Source, weight_source
 from unimoe_kernels._triton.halves import load_halves, split_halves, store_halves
-from unimoe_kernels._triton.launch import accumulator, device_of, matmul_constants, precision
+from unimoe_kernels._triton.launch import accumulator, matmul_constants, precision
 from unimoe_kernels._triton.matmul import multiply_rows
+from unimoe_kernels._triton.planned import Launch, Layout, Place, layout_of, place_of, planned
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
 
@@ -261,68 +262,100 @@ def gated_backward(
         tile: Taken instead of the one that `choose` returns.
     """
     num_experts, inner, width = down_proj.shape
-    num_rows, top_k = row_order.shape[0], scores.shape[1]
-    device = device_of(grad)
-    rows = rows_bucket(num_rows, num_experts)
-    dtype, tf32 = grad.dtype, precision(grad.dtype) == "tf32"
-    problem = Problem("gated_backward", inner, width, 0, num_experts, top_k, dtype, rows, tf32)
-    tile = tile or choose(problem, device)
-    num_partials = triton.cdiv(width, tile.block_n)
-    experts = triton.next_power_of_2(num_experts + 1)
+    (num_rows,), top_k, place = row_order.shape, scores.shape[1], place_of(grad)
+    launch, source, num_partials = _gated_backward(
+        place,
+        num_rows,
+        layout_of(down_proj),
+        top_k,
+        (needs_scores, needs_hidden, needs_activated),
+        gate,
+        precision(grad.dtype),
+        tile,
+    )
     partial = scores.new_empty(num_partials if needs_scores else 0, num_rows)
     grad_scores = torch.empty_like(scores) if needs_scores else grad.new_empty(0)
     grad_hidden = grad.new_empty(num_rows if needs_hidden else 0, 2 * width)
     activated = grad.new_empty(num_rows if needs_activated else 0, width)
     if num_rows == 0:
         return grad_scores, grad_hidden, activated
-    weight_source, weight_form = describe_weight(down_proj.transpose(1, 2), tile)
-    with torch.cuda.device_of(grad):
-        if width:
-            num_tiles = (num_rows // tile.block_m + num_experts) * num_partials
-            gated_backward_kernel[(num_programs(problem, tile, num_tiles, device),)](
-                grad,
-                weight_source,
-                scores,
-                hidden,
-                grad_hidden,
-                activated,
-                partial,
-                offsets,
-                row_order,
-                num_rows,
-                num_experts,
-                inner,
-                width,
-                *down_proj.stride(),
-                WEIGHT_FORM=weight_form,
-                TOP_K=top_k,
-                NEEDS_SCORES=needs_scores,
-                NEEDS_HIDDEN=needs_hidden,
-                NEEDS_ACTIVATED=needs_activated,
-                **gate_constants(gate),
-                EVEN_N=width % tile.block_n == 0,
-                EVEN_K=inner % tile.block_k == 0,
-                BLOCK_E=experts,
-                **tile.constants(),
-                **matmul_constants(grad.dtype),
-            )
-        if needs_scores:
-            score_grad_kernel[(triton.cdiv(num_rows, SCORE_BLOCK),)](
-                partial,
-                grad,
-                None if down_bias is None else down_bias.contiguous(),
-                grad_scores,
-                offsets,
-                row_order,
-                num_rows,
-                num_experts,
-                num_partials,
-                inner,
-                TOP_K=top_k,
-                HAS_BIAS=down_bias is not None,
-                BLOCK_E=experts,
-                BLOCK_M=SCORE_BLOCK,
-                BLOCK_K=SCORE_BLOCK_K,
-                ACC=accumulator(grad.dtype),
-            )
+    if width:
+        launch(
+            grad,
+            source.of(down_proj.transpose(1, 2)),
+            scores,
+            hidden,
+            grad_hidden,
+            activated,
+            partial,
+            offsets,
+            row_order,
+        )
+    if needs_scores:
+        sizes = (num_rows, num_experts, num_partials, inner)
+        launch = _score_gradient(place, sizes, top_k, down_bias is not None, grad.dtype)
+        bias = None if down_bias is None else down_bias.contiguous()
+        launch(partial, grad, bias, grad_scores, offsets, row_order)
     return grad_scores, grad_hidden, activated
+
+
+@planned
+def _gated_backward(
+    place: Place,
+    num_rows: int,
+    down_proj: Layout,
+    top_k: int,
+    needs: tuple[bool, bool, bool],
+    gate: tuple[str, float, float],
+    precision: str,
+    tile: Tile | None,
+) -> tuple[Launch, Source, int]:
+    (num_experts, inner, width), dtype = down_proj.shape, down_proj.dtype
+    rows, tf32 = rows_bucket(num_rows, num_experts), precision == "tf32"
+    problem = Problem("gated_backward", inner, width, 0, num_experts, top_k, dtype, rows, tf32)
+    tile = tile or choose(problem, place.gpu)
+    num_partials = triton.cdiv(width, tile.block_n)
+    num_tiles = (num_rows // tile.block_m + num_experts) * num_partials
+    source = weight_source(down_proj.transposed(), tile)
+    needs_scores, needs_hidden, needs_activated = needs
+    launch = Launch(
+        place,
+        gated_backward_kernel,
+        (num_programs(problem, tile, num_tiles, place.gpu),),
+        (num_rows, num_experts, inner, width, *down_proj.strides),
+        {
+            "WEIGHT_FORM": source.form,
+            "TOP_K": top_k,
+            "NEEDS_SCORES": needs_scores,
+            "NEEDS_HIDDEN": needs_hidden,
+            "NEEDS_ACTIVATED": needs_activated,
+            **gate_constants(gate),
+            "EVEN_N": width % tile.block_n == 0,
+            "EVEN_K": inner % tile.block_k == 0,
+            "BLOCK_E": triton.next_power_of_2(num_experts + 1),
+            **tile.constants(),
+            **matmul_constants(dtype),
+        },
+    )
+    return launch, source, num_partials
+
+
+@planned
+def _score_gradient(
+    place: Place, sizes: tuple[int, ...], top_k: int, has_bias: bool, dtype: torch.dtype
+) -> Launch:
+    num_rows, num_experts, _, _ = sizes
+    return Launch(
+        place,
+        score_grad_kernel,
+        (triton.cdiv(num_rows, SCORE_BLOCK),),
+        sizes,
+        {
+            "TOP_K": top_k,
+            "HAS_BIAS": has_bias,
+            "BLOCK_E": triton.next_power_of_2(num_experts + 1),
+            "BLOCK_M": SCORE_BLOCK,
+            "BLOCK_K": SCORE_BLOCK_K,
+            "ACC": accumulator(dtype),
+        },
+    )

@@ -67,16 +67,26 @@ def moe_mlp(
     weights = ExpertWeights(*weights)
     check_experts(x, ids, scores, weights)
     _checks.check_choice("activation", activation, ACTIVATIONS)
+    return _run(x, ids, scores, weights, Gate(activation, limit, alpha))
+
+
+def _run(x: Tensor, ids: Tensor, scores: Tensor, weights: ExpertWeights, gate: Gate) -> Tensor:
+    """`moe_mlp` on arguments that were checked."""
     keep_hidden = _backends.is_recorded(x, scores, *weights)
-    x, ids = x.contiguous(), _checks.narrow_ids(ids, weights.first.shape[0]).contiguous()
-    scores = scores.to(_checks.accumulation_dtype(x.dtype)).contiguous()
-    projections, biases = weights[:2], weights[2:]
-    options = (ids, scores, *biases, activation, limit, alpha)
-    if not keep_hidden and not torch.compiler.is_compiling():
-        panels = packed.panels_of(*projections)
-        if panels is not None and _backends.backend_of("moe_mlp", x) == "cpp":
-            return torch.ops.unimoe.moe_mlp_packed(x, *projections, *panels, *options)
-    return _backends.call("moe_mlp", x, *projections, *options, keep_hidden)[0]
+    compiled = x.is_cpu and _backends.backend_of("moe_mlp", x) == "cpp"
+    compiled = compiled and not torch.compiler.is_compiling()
+    if compiled:  # narrows ids by itself
+        _checks.check_ids(ids)
+    else:
+        ids = _checks.narrow_ids(ids, weights.first.shape[0])
+    wide = _checks.accumulation_dtype(x.dtype)
+    scores = scores if scores.dtype == wide else scores.to(wide)
+    x, ids, scores = x.contiguous(), ids.contiguous(), scores.contiguous()
+    first, down, *biases = weights
+    if compiled and not keep_hidden:
+        panels = packed.panels_of(first, down) or (None, None)
+        return packed.infer(x, first, down, *panels, ids, scores, *biases, *gate)
+    return _backends.call("moe_mlp", x, first, down, ids, scores, *biases, *gate, keep_hidden)[0]
 
 
 def _arguments(
@@ -98,7 +108,9 @@ def _arguments(
 
 
 def _forward(implementation: Callable, *flat):
-    y, hidden, rows = implementation(*_arguments(*flat))
+    x, ids, scores, weights, *options = _arguments(*flat)
+    ids = _checks.narrow_ids(ids, weights.first.shape[0])
+    y, hidden, rows = implementation(x, ids, scores, weights, *options)
     return y, hidden, *rows
 
 
@@ -109,9 +121,9 @@ def _fake(*flat):
     return (
         x.new_empty(x.shape),
         x.new_empty((num_rows if keep_hidden else 0, double_width)),
-        ids.new_empty((num_rows,)),
-        ids.new_empty((num_rows,)),
-        ids.new_empty((num_experts + 1,)),
+        ids.new_empty((num_rows,), dtype=torch.int32),
+        ids.new_empty((num_rows,), dtype=torch.int32),
+        ids.new_empty((num_experts + 1,), dtype=torch.int32),
     )
 
 
@@ -229,5 +241,6 @@ _backends.declare(
     fused=True,
     fake=_fake,
     setup_context=_setup_context,
+    num_outputs=1,
     backward=_backward,
 )

@@ -1,4 +1,4 @@
-"""Weights of experts packed once for the CPU, instead of in every call."""
+"""Inference on a CPU: one operator, and weights packed once instead of in every call."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 _backends.declare_compiled("pack_weight", "(Tensor weight, int sides) -> Tensor")
 _backends.declare_compiled(
-    "moe_mlp_packed",
-    "(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor packed_gate_up, Tensor packed_down, "
-    "Tensor ids, Tensor scores, Tensor? gate_up_bias, Tensor? down_bias, str activation, "
-    "float limit, float alpha) -> Tensor",
+    "moe_mlp_inference",
+    "(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor? packed_gate_up, "
+    "Tensor? packed_down, Tensor ids, Tensor scores, Tensor? gate_up_bias, Tensor? down_bias, "
+    "str activation, float limit, float alpha) -> Tensor",
+    fake=lambda x, *_: x.new_empty(x.shape),
 )
+_infer = torch.ops.unimoe.moe_mlp_inference.default
+
+
+def infer(*arguments: object) -> Tensor:
+    """Calls `moe_mlp` where nothing is kept, with packed weights or without."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _infer(*arguments)
 
 
 class _Packed(NamedTuple):
@@ -58,6 +66,8 @@ def forget_expert_weight(weight: Tensor) -> None:
 
 def panels_of(gate_up_proj: Tensor, down_proj: Tensor) -> tuple[Tensor, Tensor] | None:
     """Returns the panels of both weights as they are now, or None where they are not packed."""
+    if not _packed:
+        return None
     weights = (gate_up_proj, down_proj)
     if not all(id(weight) in _packed for weight in weights):
         return None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from unimoe_kernels._triton.planned import Launch, Place, place_of, planned
 
 MAX_BLOCK_N = 1024
 BLOCK_ELEMENTS = 2048  # of a program: 8 elements a thread with 8 warps, not tuned on a GPU
@@ -41,19 +42,19 @@ def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) ->
     out = x.new_empty(num_rows, width)
     if out.numel() == 0:
         return out
+    launch = _copy(place_of(x), num_rows, width, top_k)
+    launch(x, out, row_order, expert_offsets[-1:])
+    return out
+
+
+@planned
+def _copy(place: Place, num_rows: int, width: int, top_k: int) -> Launch:
     block_n = min(triton.next_power_of_2(width), MAX_BLOCK_N)
     block_m = BLOCK_ELEMENTS // block_n
-    grid = (triton.cdiv(num_rows, block_m), triton.cdiv(width, block_n))
-    with torch.cuda.device_of(x):
-        permute_kernel[grid](
-            x,
-            out,
-            row_order,
-            expert_offsets[-1:],
-            num_rows,
-            width,
-            TOP_K=top_k,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-        )
-    return out
+    return Launch(
+        place,
+        permute_kernel,
+        (triton.cdiv(num_rows, block_m), triton.cdiv(width, block_n)),
+        (num_rows, width),
+        {"TOP_K": top_k, "BLOCK_M": block_m, "BLOCK_N": block_n},
+    )

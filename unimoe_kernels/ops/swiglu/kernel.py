@@ -10,6 +10,7 @@ from torch import Tensor
 from unimoe_kernels._triton.activation import activate, activate_backward, gate_constants
 from unimoe_kernels._triton.halves import load_halves, store_halves
 from unimoe_kernels._triton.launch import accumulator
+from unimoe_kernels._triton.planned import Launch, Place, place_of, planned
 
 MAX_BLOCK_N = 1024
 BLOCK_ELEMENTS = 2048  # of a program: 16 elements a thread with 4 warps, not tuned on a GPU
@@ -65,7 +66,7 @@ def swiglu_backward_kernel(
 def swiglu(gate_up: Tensor, activation: str, limit: float, alpha: float) -> Tensor:
     """Activates contiguous rows; see `ops/swiglu/op.py`."""
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-    _launch(swiglu_kernel, (gate_up, out), *out.shape, activation, limit, alpha)
+    _launch(swiglu_kernel, (gate_up, out), out.shape, (activation, limit, alpha))
     return out
 
 
@@ -75,30 +76,40 @@ def swiglu_backward(
     """Returns the gradient in contiguous rows."""
     grad_gate_up = gate_up.new_empty(gate_up.shape)
     tensors = (grad, gate_up, grad_gate_up)
-    _launch(swiglu_backward_kernel, tensors, *grad.shape, activation, limit, alpha)
+    _launch(swiglu_backward_kernel, tensors, grad.shape, (activation, limit, alpha))
     return grad_gate_up
 
 
 def _launch(
     kernel: triton.JITFunction,
     tensors: tuple[Tensor, ...],
-    num_rows: int,
-    width: int,
-    activation: str,
-    limit: float,
-    alpha: float,
+    shape: torch.Size,
+    gate: tuple[str, float, float],
 ) -> None:
-    if num_rows == 0 or width == 0:
-        return
+    if shape.numel():
+        _plan(place_of(tensors[0]), kernel, shape, gate, tensors[0].dtype)(*tensors)
+
+
+@planned
+def _plan(
+    place: Place,
+    kernel: triton.JITFunction,
+    shape: torch.Size,
+    gate: tuple[str, float, float],
+    dtype: torch.dtype,
+) -> Launch:
+    num_rows, width = shape
     block_n = min(triton.next_power_of_2(width), MAX_BLOCK_N)
     block_m = BLOCK_ELEMENTS // block_n
-    with torch.cuda.device_of(tensors[0]):
-        kernel[(triton.cdiv(num_rows, block_m), triton.cdiv(width, block_n))](
-            *tensors,
-            num_rows,
-            width,
-            **gate_constants((activation, limit, alpha)),
-            ACC=accumulator(tensors[0].dtype),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-        )
+    return Launch(
+        place,
+        kernel,
+        (triton.cdiv(num_rows, block_m), triton.cdiv(width, block_n)),
+        (num_rows, width),
+        {
+            **gate_constants(gate),
+            "ACC": accumulator(dtype),
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        },
+    )

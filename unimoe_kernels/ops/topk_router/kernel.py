@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unimoe_kernels._triton.launch import accumulator, device_of
+from unimoe_kernels._triton.launch import accumulator
+from unimoe_kernels._triton.planned import Launch, Place, place_of, planned
 from unimoe_kernels._triton.router import (
     TINY,
     close_groups,
@@ -194,61 +195,76 @@ def topk_router(
     ids = logits.new_empty(num_tokens, top_k, dtype=torch.int32)
     tokens_per_expert = logits.new_empty(num_experts, dtype=torch.int32)
     balancing, z = (logits.new_empty((), dtype=dtype) for _ in range(2))
-    block_e, block_t, num_warps = program_shape(num_experts, logits.dtype)
-    num_parts = max(1, min(triton.cdiv(num_tokens, block_t), device_of(logits).processors))
+    route, reduce, num_parts = _launches(
+        place_of(logits),
+        (num_tokens, num_experts),
+        logits.dtype,
+        top_k,
+        mode,
+        (num_groups, top_groups),
+        scale,
+        balance,
+        correction_bias is not None,
+        token_mask is not None,
+    )
     chosen, counted = (
         logits.new_empty(num_parts, num_experts, dtype=torch.int32) for _ in range(2)
     )
     probability = logits.new_empty(num_parts, num_experts, dtype=dtype)
     sums = logits.new_empty(num_parts, 2, dtype=dtype)
-    choices = top_k if balance == "all" else 1
-    group_size = num_experts // num_groups
-    with torch.cuda.device_of(logits):
-        topk_router_kernel[(num_parts,)](
-            logits,
-            correction_bias,
-            token_mask,
-            scores,
-            ids,
-            chosen,
-            counted,
-            probability,
-            sums,
-            num_tokens,
-            num_experts,
-            TOP_K=top_k,
-            MODE=mode,
-            CHOICES=choices,
-            SCALE=scale,
-            HAS_BIAS=correction_bias is not None,
-            HAS_MASK=token_mask is not None,
-            NUM_GROUPS=num_groups,
-            TOP_GROUPS=top_groups,
-            BLOCK_G=triton.next_power_of_2(num_groups),
-            GROUP_SIZE=group_size,
-            # DeepSeek-V2 ranks groups by their best expert; V3, which has the bias, by two.
-            BEST=1 if correction_bias is None else min(2, group_size),
-            BLOCK_K=triton.next_power_of_2(top_k),
-            BLOCK_E=block_e,
-            BLOCK_T=block_t,
-            ACC=accumulator(logits.dtype),
-            WIDE=logits.dtype == torch.float64,
-            num_warps=num_warps,
-        )
-        reduce_kernel[(1,)](
-            chosen,
-            counted,
-            probability,
-            sums,
-            tokens_per_expert,
-            balancing,
-            z,
-            num_parts,
-            num_experts,
-            CHOICES=choices,
-            BLOCK_E=block_e,
-            BLOCK_C=max(1, REDUCE_ELEMENTS // block_e),
-            ACC=accumulator(logits.dtype),
-            num_warps=num_warps,
-        )
+    route(logits, correction_bias, token_mask, scores, ids, chosen, counted, probability, sums)
+    reduce(chosen, counted, probability, sums, tokens_per_expert, balancing, z)
     return scores, ids, tokens_per_expert, balancing, z
+
+
+@planned
+def _launches(
+    place: Place,
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    top_k: int,
+    mode: str,
+    groups: tuple[int, int],
+    scale: float,
+    balance: str,
+    has_bias: bool,
+    has_mask: bool,
+) -> tuple[Launch, Launch, int]:
+    (num_tokens, num_experts), (num_groups, top_groups) = sizes, groups
+    block_e, block_t, num_warps = program_shape(num_experts, dtype)
+    num_parts = max(1, min(triton.cdiv(num_tokens, block_t), place.gpu.processors))
+    group_size = num_experts // num_groups
+    common = {
+        "CHOICES": top_k if balance == "all" else 1,
+        "BLOCK_E": block_e,
+        "ACC": accumulator(dtype),
+        "num_warps": num_warps,
+    }
+    route = Launch(
+        place,
+        topk_router_kernel,
+        (num_parts,),
+        sizes,
+        {
+            "TOP_K": top_k,
+            "MODE": mode,
+            "SCALE": scale,
+            "HAS_BIAS": has_bias,
+            "HAS_MASK": has_mask,
+            "NUM_GROUPS": num_groups,
+            "TOP_GROUPS": top_groups,
+            "BLOCK_G": triton.next_power_of_2(num_groups),
+            "GROUP_SIZE": group_size,
+            # DeepSeek-V2 ranks groups by their best expert; V3, which has the bias, by two.
+            "BEST": min(2, group_size) if has_bias else 1,
+            "BLOCK_K": triton.next_power_of_2(top_k),
+            "BLOCK_T": block_t,
+            "WIDE": dtype == torch.float64,
+            **common,
+        },
+    )
+    block_c = max(1, REDUCE_ELEMENTS // block_e)
+    reduce = Launch(
+        place, reduce_kernel, (1,), (num_parts, num_experts), {"BLOCK_C": block_c, **common}
+    )
+    return route, reduce, num_parts

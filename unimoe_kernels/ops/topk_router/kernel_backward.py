@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unimoe_kernels._triton.launch import accumulator
+from unimoe_kernels._triton.planned import Launch, Place, place_of, planned
 from unimoe_kernels._triton.router import (
     TINY,
     counted_tokens,
@@ -164,44 +165,62 @@ def topk_router_backward(
     grad_logits = logits.new_empty(logits.shape)
     if num_tokens == 0:
         return grad_logits
-    top_k = ids.shape[1]
-    block_e, block_t, num_warps = program_shape(num_experts, logits.dtype)
-    count_block_t = max(1, min(64, COUNT_ELEMENTS // block_e))
     counts = ids.new_zeros(num_experts + 1)
-    choices = top_k if balance == "all" else 1
-    with torch.cuda.device_of(logits):
-        count_choices_kernel[(triton.cdiv(num_tokens, count_block_t),)](
-            ids,
-            token_mask,
-            counts,
-            num_tokens,
-            num_experts,
-            TOP_K=top_k,
-            CHOICES=choices,
-            HAS_MASK=token_mask is not None,
-            BLOCK_E=block_e,
-            BLOCK_T=count_block_t,
-        )
-        topk_router_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
-            grad_scores,
-            grad_balancing,
-            grad_z,
-            logits,
-            ids,
-            token_mask,
-            counts,
-            grad_logits,
-            num_tokens,
-            num_experts,
-            TOP_K=top_k,
-            MODE=mode,
-            CHOICES=choices,
-            SCALE=scale,
-            HAS_MASK=token_mask is not None,
-            BLOCK_K=triton.next_power_of_2(top_k),
-            BLOCK_E=block_e,
-            BLOCK_T=block_t,
-            ACC=accumulator(logits.dtype),
-            num_warps=num_warps,
-        )
+    count, differentiate = _launches(
+        place_of(logits),
+        (num_tokens, num_experts),
+        logits.dtype,
+        ids.shape[1],
+        mode,
+        scale,
+        balance,
+        token_mask is not None,
+    )
+    count(ids, token_mask, counts)
+    differentiate(grad_scores, grad_balancing, grad_z, logits, ids, token_mask, counts, grad_logits)
     return grad_logits
+
+
+@planned
+def _launches(
+    place: Place,
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    top_k: int,
+    mode: str,
+    scale: float,
+    balance: str,
+    has_mask: bool,
+) -> tuple[Launch, Launch]:
+    num_tokens, num_experts = sizes
+    block_e, block_t, num_warps = program_shape(num_experts, dtype)
+    count_block_t = max(1, min(64, COUNT_ELEMENTS // block_e))
+    common = {
+        "TOP_K": top_k,
+        "CHOICES": top_k if balance == "all" else 1,
+        "HAS_MASK": has_mask,
+        "BLOCK_E": block_e,
+    }
+    count = Launch(
+        place,
+        count_choices_kernel,
+        (triton.cdiv(num_tokens, count_block_t),),
+        sizes,
+        {"BLOCK_T": count_block_t, **common},
+    )
+    differentiate = Launch(
+        place,
+        topk_router_backward_kernel,
+        (triton.cdiv(num_tokens, block_t),),
+        sizes,
+        {
+            "MODE": mode,
+            "SCALE": scale,
+            "BLOCK_K": triton.next_power_of_2(top_k),
+            "BLOCK_T": block_t,
+            "ACC": accumulator(dtype),
+            "num_warps": num_warps,
+            **common,
+        },
+    )
+    return count, differentiate

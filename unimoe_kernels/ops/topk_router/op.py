@@ -96,6 +96,8 @@ def topk_router(
         (balancing), arXiv:2202.08906 (z-loss), arXiv:2412.19437 (sigmoid, bias, groups).
     """
     _check(logits, top_k, mode, correction_bias, num_groups, top_groups, token_mask, balance)
+    if _checks.reads_values(logits) and logits.isnan().any():
+        raise ValueError(f"logits ({int(logits.isnan().sum())} NaN) must not be NaN")
     outputs = _backends.call(
         "topk_router",
         logits.contiguous(),
@@ -111,6 +113,7 @@ def topk_router(
     return TopKRouterOutput(*outputs)
 
 
+@_checks.once_per_signature
 def _check(logits, top_k, mode, correction_bias, num_groups, top_groups, token_mask, balance):
     _checks.check_tensor("logits", logits, "[T, E]")
     num_experts = logits.shape[1]
@@ -141,8 +144,6 @@ def _check(logits, top_k, mode, correction_bias, num_groups, top_groups, token_m
         _checks.check_tensor("token_mask", token_mask, "[T]", (torch.bool,))
         _checks.check_size("token_mask", token_mask, 0, logits.shape[0], "T of logits")
         _checks.check_device("token_mask", token_mask, "logits", logits)
-    if _checks.reads_values(logits) and logits.isnan().any():
-        raise ValueError(f"logits ({int(logits.isnan().sum())} NaN) must not be NaN")
 
 
 def _fake(

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unimoe_kernels._triton.launch import accumulator
+from unimoe_kernels._triton.planned import Launch, Place, place_of, planned
 
 MAX_BLOCK_N = 1024
 
@@ -92,21 +93,28 @@ def unpermute(
     out = rows.new_empty(num_tokens, width)
     if out.numel() == 0:
         return out
-    block_n = min(triton.next_power_of_2(width), MAX_BLOCK_N)
-    with torch.cuda.device_of(rows):
-        unpermute_kernel[(num_tokens, triton.cdiv(width, block_n))](
-            rows,
-            out,
-            inverse_order,
-            expert_offsets[-1:],
-            rows if scores is None else scores,
-            width,
-            TOP_K=top_k,
-            HAS_SCORES=scores is not None,
-            BLOCK_N=block_n,
-            ACC=accumulator(rows.dtype),
-        )
+    launch = _sum(place_of(rows), num_tokens, width, top_k, scores is not None, rows.dtype)
+    launch(rows, out, inverse_order, expert_offsets[-1:], rows if scores is None else scores)
     return out
+
+
+@planned
+def _sum(
+    place: Place, num_tokens: int, width: int, top_k: int, has_scores: bool, dtype: torch.dtype
+) -> Launch:
+    block_n = min(triton.next_power_of_2(width), MAX_BLOCK_N)
+    return Launch(
+        place,
+        unpermute_kernel,
+        (num_tokens, triton.cdiv(width, block_n)),
+        (width,),
+        {
+            "TOP_K": top_k,
+            "HAS_SCORES": has_scores,
+            "BLOCK_N": block_n,
+            "ACC": accumulator(dtype),
+        },
+    )
 
 
 def unpermute_backward(
@@ -122,18 +130,22 @@ def unpermute_backward(
     grad_rows, grad_scores = rows.new_empty(num_rows, width), torch.empty_like(scores)
     if num_rows == 0:
         return grad_rows, grad_scores
-    with torch.cuda.device_of(rows):
-        unpermute_backward_kernel[(num_rows,)](
-            grad,
-            rows,
-            grad_rows,
-            grad_scores,
-            inverse_order,
-            expert_offsets[-1:],
-            scores,
-            width,
-            TOP_K=top_k,
-            BLOCK_N=min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK_N),
-            ACC=accumulator(rows.dtype),
-        )
+    launch = _gradients(place_of(rows), num_rows, width, top_k, rows.dtype)
+    num_routed = expert_offsets[-1:]
+    launch(grad, rows, grad_rows, grad_scores, inverse_order, num_routed, scores)
     return grad_rows, grad_scores
+
+
+@planned
+def _gradients(place: Place, num_rows: int, width: int, top_k: int, dtype: torch.dtype) -> Launch:
+    return Launch(
+        place,
+        unpermute_backward_kernel,
+        (num_rows,),
+        (width,),
+        {
+            "TOP_K": top_k,
+            "BLOCK_N": min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK_N),
+            "ACC": accumulator(dtype),
+        },
+    )
