@@ -102,11 +102,14 @@ gpu: gpu-build ## build, smoke tests and the table of goals, within 9 minutes
 gpu-test: gpu-build ## every test that needs a GPU; failed ones first
 	$(PYTHON) -m pytest -m gpu --failed-first $(ARGS)
 
+# All tests take an hour under these tools; SANITIZED_TESTS= runs them.
+SANITIZED_TESTS ?= edge or deterministic
+
 gpu-sanitize: gpu-build ## GPU tests of the operators under compute-sanitizer
 	@if command -v compute-sanitizer >/dev/null; then \
 		for tool in memcheck racecheck; do \
 			compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest \
-				-m gpu tests/ops --ignore tests/ops/test_gpu.py -q $(ARGS) || exit 1; \
+				-m gpu tests/ops --ignore tests/ops/test_gpu.py -q -k "$(SANITIZED_TESTS)" $(ARGS) || exit 1; \
 		done; \
 	else \
 		echo "compute-sanitizer is not on PATH (CUDA's toolkit has it): nothing was checked"; \

@@ -25,7 +25,7 @@ def bench_launch(record, launch_case, device):
     if interpreted():
         pytest.skip("Triton runs in its interpreter here")
     with _no_gpu() if device.type == "cpu" else nullcontext():
-        call = _layer(launch_case, device)
+        call = layer(launch_case, device)
         record(
             launch_case,
             {"jit": lambda: _candidate(call, _through_jit), "ours": lambda: _candidate(call)},
@@ -58,7 +58,7 @@ def _no_gpu():
     return stand_in()
 
 
-def _layer(case, device) -> Callable[[], None]:
+def layer(case, device) -> Callable[[], None]:
     """The launches of a layer's forward, and in training of its backward."""
     from unimoe_kernels.ops.expert_sort import kernel as expert_sort
     from unimoe_kernels.ops.grouped_mm import kernel as grouped_mm

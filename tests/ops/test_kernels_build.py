@@ -70,6 +70,10 @@ def test_kernels_compile(arch, options, tmp_path, capsys):
     for row in rows:
         # Outside of loops the compiler may put a few registers aside, to run more blocks at a time.
         in_loops, elsewhere = 0, 64
+        # Faster on an H100 than any tile whose sums leave room for both halves of H beside them.
+        wide = row["kernel"] == "gated_backward" and row["tile"][:2] == [128, 256]
+        if wide:
+            elsewhere = 512
         if arch == 120 and row["descriptors"]:
             # No choice of ours, but a table may ask for it. ptxas of Triton 3.6 keeps 8 bytes of a
             # loop over descriptors in local memory there, however many registers are free.
@@ -92,8 +96,7 @@ def test_kernels_compile(arch, options, tmp_path, capsys):
             if "--descriptors" in options:
                 assert row["descriptors"] or not able, row
             else:
-                # Gathered rows in tiles of 128 by 256 were faster through pointers on an H100.
-                wide = row["kernel"] == "gated_backward" and row["tile"][:2] == [128, 256]
+                # Gathered rows in these tiles were faster through pointers, too.
                 meant = able and fast and "--pointers" not in options and not wide
                 assert bool(row["descriptors"]) == meant, row
 
