@@ -1,12 +1,11 @@
-"""What a call costs the host: layers so small that nothing else takes time, on one thread.
+"""What a call costs the host: layers so small that nothing else takes time.
 
 The anchor is Mixtral's block of transformers on torch's grouped matmul. `gate` is the router of
 that block alone, which `ours-transformers`, the same block on `"unimoe"`, runs as well.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -36,8 +35,7 @@ def bench_host(record, host_case, device, dtype):
         ),
         "ours": provider("ours", lambda: own_gradients(problem.moe)),
     }
-    with _one_thread():
-        record(host_case, providers, problem.work)
+    record(host_case, providers, problem.work)
 
 
 def _dense(problem: Problem) -> nn.Module:
@@ -69,13 +67,3 @@ def _gate(problem: Problem) -> Candidate:
         scores_TK.backward(grad_TK.to(scores_TK.dtype))
 
     return Candidate(run=training if problem.case.mode == "training" else forward)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

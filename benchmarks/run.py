@@ -33,6 +33,9 @@ class Run:
         self.device = _device()
         self.shapes = chosen or ("goals" if self.device.type == "cuda" else "small")
         self.smoke = config.getoption("smoke")
+        # What is asked for is checked later, where pytest reports it.
+        if (chosen := shapes.SETS.get(self.shapes.partition(":")[0])) and chosen.threads:
+            torch.set_num_threads(chosen.threads)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.expected = set()
         self.recorder = self.file = self.source = None

@@ -58,6 +58,7 @@ class ShapeSet(NamedTuple):
         host: cases of layers so small that only the host takes time.
         launch: cases of the launches of a layer's Triton kernels.
         model: name in `MODEL_CASES`, or "" for none.
+        threads: of the process, or 0 for all.
     """
 
     layer: tuple[Case, ...]
@@ -68,6 +69,7 @@ class ShapeSet(NamedTuple):
     host: tuple[Case, ...] = ()
     launch: tuple[Case, ...] = ()
     model: str = ""
+    threads: int = 0
 
 
 # Published models first, then the same proportions at sizes that two CPU cores finish in seconds.
@@ -197,7 +199,7 @@ SETS = {
     ),
     "small": _small(),
     "cpu-goals": _cpu_goals(),
-    "host": ShapeSet(layer=(), host=HOST, launch=LAUNCH),
+    "host": ShapeSet(layer=(), host=HOST, launch=LAUNCH, threads=1),
     "goals": _goals(),
     "full": _full(),
     # Of processes that share the experts of a layer: one machine's, so gloo moves the rows.
