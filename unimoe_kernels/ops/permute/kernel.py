@@ -17,8 +17,9 @@ def permute_kernel(
     x_ptr,
     out_ptr,
     row_order_ptr,
-    num_routed_ptr,
+    offsets_ptr,
     num_rows,
+    num_experts,
     width,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -27,7 +28,7 @@ def permute_kernel(
     """Copies `BLOCK_M` rows, `BLOCK_N` columns; rows past the routed ones become zero."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    routed_mask_m = offs_m < tl.load(num_routed_ptr)
+    routed_mask_m = offs_m < tl.load(offsets_ptr + num_experts)
     token_M = tl.load(row_order_ptr + offs_m, mask=routed_mask_m, other=0) // TOP_K
     mask_n = offs_n < width
     source_offs_mn = token_M.to(tl.int64)[:, None] * width + offs_n[None, :]
@@ -42,19 +43,19 @@ def permute(x: Tensor, row_order: Tensor, expert_offsets: Tensor, top_k: int) ->
     out = x.new_empty(num_rows, width)
     if out.numel() == 0:
         return out
-    launch = _copy(place_of(x), num_rows, width, top_k)
-    launch(x, out, row_order, expert_offsets[-1:])
+    launch = _copy(place_of(x), num_rows, expert_offsets.shape[0] - 1, width, top_k)
+    launch(x, out, row_order, expert_offsets.contiguous())
     return out
 
 
 @planned
-def _copy(place: Place, num_rows: int, width: int, top_k: int) -> Launch:
+def _copy(place: Place, num_rows: int, num_experts: int, width: int, top_k: int) -> Launch:
     block_n = min(triton.next_power_of_2(width), MAX_BLOCK_N)
     block_m = BLOCK_ELEMENTS // block_n
     return Launch(
         place,
         permute_kernel,
         (triton.cdiv(num_rows, block_m), triton.cdiv(width, block_n)),
-        (num_rows, width),
+        (num_rows, num_experts, width),
         {"TOP_K": top_k, "BLOCK_M": block_m, "BLOCK_N": block_n},
     )

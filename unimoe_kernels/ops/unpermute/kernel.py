@@ -18,8 +18,9 @@ def unpermute_kernel(
     rows_ptr,
     out_ptr,
     inverse_order_ptr,
-    num_routed_ptr,
+    offsets_ptr,
     scores_ptr,
+    num_experts,
     width,
     TOP_K: tl.constexpr,
     HAS_SCORES: tl.constexpr,
@@ -30,7 +31,7 @@ def unpermute_kernel(
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < width
-    num_routed = tl.load(num_routed_ptr)
+    num_routed = tl.load(offsets_ptr + num_experts)
     acc_N = tl.zeros((BLOCK_N,), dtype=ACC)
     for k in range(TOP_K):
         position = tl.load(inverse_order_ptr + token * TOP_K + k)
@@ -53,8 +54,9 @@ def unpermute_backward_kernel(
     grad_rows_ptr,
     grad_scores_ptr,
     inverse_order_ptr,
-    num_routed_ptr,
+    offsets_ptr,
     scores_ptr,
+    num_experts,
     width,
     TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -64,7 +66,7 @@ def unpermute_backward_kernel(
     row = tl.program_id(0)
     token = (row // TOP_K).to(tl.int64)
     position = tl.load(inverse_order_ptr + row)
-    routed = position < tl.load(num_routed_ptr)
+    routed = position < tl.load(offsets_ptr + num_experts)
     score = tl.load(scores_ptr + row, mask=routed, other=0).to(ACC)
     rows_start = position.to(tl.int64) * width
     num_columns = tl.where(routed, width, 0)
@@ -93,21 +95,24 @@ def unpermute(
     out = rows.new_empty(num_tokens, width)
     if out.numel() == 0:
         return out
-    launch = _sum(place_of(rows), num_tokens, width, top_k, scores is not None, rows.dtype)
-    launch(rows, out, inverse_order, expert_offsets[-1:], rows if scores is None else scores)
+    sizes = (num_tokens, expert_offsets.shape[0] - 1, width)
+    launch = _sum(place_of(rows), sizes, top_k, scores is not None, rows.dtype)
+    offsets = expert_offsets.contiguous()
+    launch(rows, out, inverse_order, offsets, rows if scores is None else scores)
     return out
 
 
 @planned
 def _sum(
-    place: Place, num_tokens: int, width: int, top_k: int, has_scores: bool, dtype: torch.dtype
+    place: Place, sizes: tuple[int, int, int], top_k: int, has_scores: bool, dtype: torch.dtype
 ) -> Launch:
+    num_tokens, num_experts, width = sizes
     block_n = min(triton.next_power_of_2(width), MAX_BLOCK_N)
     return Launch(
         place,
         unpermute_kernel,
         (num_tokens, triton.cdiv(width, block_n)),
-        (width,),
+        (num_experts, width),
         {
             "TOP_K": top_k,
             "HAS_SCORES": has_scores,
@@ -130,19 +135,21 @@ def unpermute_backward(
     grad_rows, grad_scores = rows.new_empty(num_rows, width), torch.empty_like(scores)
     if num_rows == 0:
         return grad_rows, grad_scores
-    launch = _gradients(place_of(rows), num_rows, width, top_k, rows.dtype)
-    num_routed = expert_offsets[-1:]
-    launch(grad, rows, grad_rows, grad_scores, inverse_order, num_routed, scores)
+    sizes = (num_rows, expert_offsets.shape[0] - 1, width)
+    launch = _gradients(place_of(rows), sizes, top_k, rows.dtype)
+    offsets = expert_offsets.contiguous()
+    launch(grad, rows, grad_rows, grad_scores, inverse_order, offsets, scores)
     return grad_rows, grad_scores
 
 
 @planned
-def _gradients(place: Place, num_rows: int, width: int, top_k: int, dtype: torch.dtype) -> Launch:
+def _gradients(place: Place, sizes: tuple[int, int, int], top_k: int, dtype: torch.dtype) -> Launch:
+    num_rows, num_experts, width = sizes
     return Launch(
         place,
         unpermute_backward_kernel,
         (num_rows,),
-        (width,),
+        (num_experts, width),
         {
             "TOP_K": top_k,
             "BLOCK_N": min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK_N),
