@@ -154,8 +154,8 @@ def _recorded(
 ) -> Callable:
     """Returns what calls an overload with a gradient formula, past torch.library's boundary.
 
-    That boundary does the same as this function in four times the time: it goes from the dispatcher
-    to Python and back, and fills in arguments.
+    That boundary goes from the dispatcher to Python and back and fills in arguments: with it, a
+    training step of a layer with four tokens took 1.3 times as long.
     """
 
     def forward(ctx: object, *args: object) -> object:
@@ -262,10 +262,11 @@ def run(overload: str, op: str, *args: object) -> object:
 def _dispatch(operator: Operator, overload: str, args: tuple[object, ...]) -> object:
     """Calls an overload as directly as the mode allows.
 
-    Compiled code is to see the operator itself, whose gradient formula torch.library knows.
+    Compiled and traced code is to see the operator itself, whose gradient formula torch.library
+    knows.
     """
     chosen = operator.overloads[overload]
-    if torch.compiler.is_compiling():
+    if is_captured():
         return chosen(*args)
     if not needs_gradient(*args):
         with torch._C._AutoDispatchBelowAutograd():
@@ -281,6 +282,11 @@ def _in_plain_torch(operator: Operator, *args: object) -> object:
     # The operator itself computes in the dtypes that it is given.
     with torch.autocast(device_type, enabled=False):
         return operator.plain(*args)
+
+
+def is_captured() -> bool:
+    """Returns whether `torch.compile` or `torch.jit.trace` writes down what is called."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_recorded(*args: object) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from unimoe_kernels import (
+    MoE,
     available_backends,
     expert_sort,
     grouped_lora,
@@ -193,3 +194,28 @@ def test_use_backend_changes_a_compiled_function(compilations):
     targets = {node.target for graph in counter for node in graph.graph.nodes}
     assert torch.ops.unimoe.permute.reference in targets
     assert len(counter) == len(available_backends("permute", "cpu"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("training", [False, True])
+def test_a_trace_holds_the_operators_and_is_saved(tmp_path, training):
+    """What autograd is told in Python calls nothing that a file could hold."""
+    moe = MoE(D, F, E, K, initializer_range=0.5).requires_grad_(training)
+    x = torch.randn(5, D)
+    traced = torch.jit.trace(moe, x, check_trace=False)
+    traced.save(tmp_path / "moe.pt")
+    loaded = torch.jit.load(tmp_path / "moe.pt")
+    assert {"unimoe::topk_router", "unimoe::moe_mlp"} <= {
+        node.kind() for node in traced.inlined_graph.nodes()
+    }
+    y = loaded(x)
+    assert torch.equal(y, moe(x))
+    assert y.abs().max() > 0.01
+    if training:
+        loaded(x).square().sum().backward()
+        grads = [parameter.grad for parameter in loaded.parameters()]
+        moe.zero_grad()
+        moe(x).square().sum().backward()
+        for one, other in zip(grads, moe.parameters(), strict=True):
+            assert torch.equal(one, other.grad)

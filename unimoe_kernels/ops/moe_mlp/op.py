@@ -74,7 +74,7 @@ def _run(x: Tensor, ids: Tensor, scores: Tensor, weights: ExpertWeights, gate: G
     """`moe_mlp` on arguments that were checked."""
     keep_hidden = _backends.is_recorded(x, scores, *weights)
     compiled = x.is_cpu and _backends.backend_of("moe_mlp", x) == "cpp"
-    compiled = compiled and not torch.compiler.is_compiling()
+    compiled = compiled and not _backends.is_captured()
     if compiled:  # narrows ids by itself
         _checks.check_ids(ids)
     else:
