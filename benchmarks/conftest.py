@@ -161,9 +161,11 @@ def record(benchmark, request, pytestconfig, dtype):
 
 def _print(config, lines):
     reporter = config.pluginmanager.getplugin("terminalreporter")
-    reporter.ensure_newline()
-    for line in lines:
-        reporter.write_line(line)
+    # What is written while a test runs would be shown if it fails.
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        reporter.ensure_newline()
+        for line in lines:
+            reporter.write_line(line)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
