@@ -67,9 +67,9 @@ def test_columns_are_shared_out(monkeypatch, launched, case, processors):
     ("dtype", "rank"), [(torch.float32, 20), (torch.float64, 3)], ids=["float32-20", "float64-3"]
 )
 def test_long_sums_are_shared_out(monkeypatch, launched, case, dtype, rank):
-    from unimoe_kernels.ops.grouped_lora import kernel
+    from unimoe_kernels._triton import low_rank
 
-    monkeypatch.setattr(kernel, "LONG_SUM", 1)
+    monkeypatch.setattr(low_rank, "LONG_SUM", 1)
     monkeypatch.setattr(launch, "STAND_IN", launch.Device(0, 64, 0))
     # Three steps along the sum leave some of the chunks empty; the backward sums over F.
     assert_right(COUNTS[case], d=80, f=300, rank=rank, dtype=dtype)

@@ -14,7 +14,7 @@ import functools
 import torch
 import triton
 
-from unimoe_kernels._triton.launch import Device
+from unimoe_kernels._triton.launch import Device, matmul_constants
 from unimoe_kernels._triton.problem import MAX_ROWS, Problem, Tile
 from unimoe_kernels._triton.table import Table, load
 
@@ -221,6 +221,17 @@ def stage_bytes(problem: Problem, tile: Tile) -> int:
         rank = rank_columns(problem.height)
         numbers = max((tile.block_m + rank) * tile.block_k, rank * tile.block_n)
     return numbers * problem.dtype.itemsize
+
+
+def product_constants(problem: Problem, tile: Tile) -> dict[str, object]:
+    """Returns the constants of a kernel that multiplies rows with the weights of their experts."""
+    return {
+        "EVEN_N": problem.width % tile.block_n == 0,
+        "EVEN_K": problem.inner % tile.block_k == 0,
+        "BLOCK_E": triton.next_power_of_2(problem.experts + 1),
+        **tile.constants(),
+        **matmul_constants(problem.dtype),
+    }
 
 
 def num_programs(problem: Problem, tile: Tile, num_tiles: int, device: Device) -> int:

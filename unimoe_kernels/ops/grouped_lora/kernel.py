@@ -26,77 +26,20 @@ import triton.language as tl
 from torch import Tensor
 
 from unimoe_kernels._triton.launch import (
-    Device,
     bits_to_float,
     float_bits,
     matmul_constants,
     precision,
 )
-from unimoe_kernels._triton.loads import load_block, place_weight
-from unimoe_kernels._triton.matmul import add_product
+from unimoe_kernels._triton.loads import load_block
+from unimoe_kernels._triton.low_rank import narrow_product, num_chunks
 from unimoe_kernels._triton.planned import Launch, Layout, Place, layout_of, place_of, planned
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows
-from unimoe_kernels._triton.tiles import (
-    Problem,
-    Tile,
-    choose,
-    num_programs,
-    rank_columns,
-    rows_bucket,
-)
+from unimoe_kernels._triton.tiles import Problem, choose, num_programs, rank_columns, rows_bucket
 
 MOST_ROWS = 64  # of an expert on average, as `rows_bucket` counts them
-LONG_SUM = 2**17  # numbers of one expert's narrow weight
-PARTIAL_ELEMENTS = 8192  # that a program adds up: 64 registers a thread
-MAX_CHUNKS = 8
 # Once a program spends an eighth on wide products, sharing these out further gains little.
 WIDE_SHARE = 8
-
-
-@triton.jit
-def narrow_product(
-    x_ptr,
-    narrow_ptr,
-    expert,
-    offs_m,
-    mask_m,
-    begin_k,
-    end_k,
-    inner: tl.constexpr,
-    rank: tl.constexpr,
-    stride_narrow_e,
-    stride_narrow_r: tl.constexpr,
-    stride_narrow_k: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Returns `[M, R]`: rows of x times narrow, summed over columns from `begin_k` to `end_k`."""
-    offs_k = begin_k + tl.arange(0, BLOCK_K)
-    offs_r = tl.arange(0, BLOCK_R)
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * inner + offs_k[None, :]
-    narrow_ptrs = place_weight(
-        narrow_ptr,
-        expert,
-        offs_r,
-        offs_k,
-        stride_narrow_e,
-        stride_narrow_r,
-        stride_narrow_k,
-        "pointers",
-    )
-    acc_MR = tl.zeros((offs_m.shape[0], BLOCK_R), dtype=ACC)
-    for start_k in range(begin_k, end_k, BLOCK_K):
-        mask_k = offs_k < inner - (start_k - begin_k)
-        x_MK = load_block(x_ptrs, mask_m, mask_k, False, EVEN_K)
-        narrow_KR = load_block(narrow_ptrs, mask_k, offs_r < rank, EVEN_K, rank == BLOCK_R)
-        acc_MR = add_product(x_MK, narrow_KR, acc_MR, PRECISION, UPCAST)
-        x_ptrs += BLOCK_K
-        narrow_ptrs += BLOCK_K * stride_narrow_k
-    return acc_MR
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -391,12 +334,3 @@ def _launches(
         },
     )
     return sum_parts, multiply, (chunks, num_rows, constants["BLOCK_R"])
-
-
-def num_chunks(problem: Problem, tile: Tile, num_rows: int, device: Device) -> int:
-    """Returns into how many parts, a power of 2, a launch of its own cuts the narrow sums, or 0."""
-    row_tiles = min(num_rows, num_rows // tile.block_m + problem.experts)
-    rank = rank_columns(problem.height)
-    chunks = min(MAX_CHUNKS, PARTIAL_ELEMENTS // (tile.block_m * rank))
-    worth_it = 2 * row_tiles <= device.processors and rank * problem.inner >= LONG_SUM
-    return chunks if worth_it and chunks > 1 else 0

@@ -19,7 +19,14 @@ from unimoe_kernels._triton.loads import read_owned
 from unimoe_kernels._triton.matmul import add_product, multiply_rows
 from unimoe_kernels._triton.planned import Launch, Layout, Place, layout_of, place_of, planned
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
-from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
+from unimoe_kernels._triton.tiles import (
+    Problem,
+    Tile,
+    choose,
+    num_programs,
+    product_constants,
+    rows_bucket,
+)
 
 BIAS_BLOCK_ROWS = 16
 BIAS_BLOCK_COLUMNS = 64
@@ -295,11 +302,7 @@ def _product(
             "TOP_K": top_k,
             "HAS_BIAS": has_bias,
             "TAIL": tail,
-            "EVEN_N": width % tile.block_n == 0,
-            "EVEN_K": inner % tile.block_k == 0,
-            "BLOCK_E": triton.next_power_of_2(num_experts + 1),
-            **tile.constants(),
-            **matmul_constants(x.dtype),
+            **product_constants(problem, tile),
         },
     )
     return launch, x_source, w_source

@@ -12,11 +12,18 @@ from torch import Tensor
 from unimoe_kernels._triton.activation import activate, gate_constants
 from unimoe_kernels._triton.descriptors import Source, weight_source
 from unimoe_kernels._triton.halves import store_halves
-from unimoe_kernels._triton.launch import matmul_constants, precision
+from unimoe_kernels._triton.launch import precision
 from unimoe_kernels._triton.matmul import multiply_rows
 from unimoe_kernels._triton.planned import Launch, Layout, Place, layout_of, place_of, planned
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
-from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
+from unimoe_kernels._triton.tiles import (
+    Problem,
+    Tile,
+    choose,
+    num_programs,
+    product_constants,
+    rows_bucket,
+)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -195,11 +202,7 @@ def _gated(
             "HAS_BIAS": has_bias,
             "KEEP_HIDDEN": keep_hidden,
             **gate_constants(gate),
-            "EVEN_N": width % tile.block_n == 0,
-            "EVEN_K": inner % tile.block_k == 0,
-            "BLOCK_E": triton.next_power_of_2(num_experts + 1),
-            **tile.constants(),
-            **matmul_constants(dtype),
+            **product_constants(problem, tile),
         },
     )
     return launch, source

@@ -14,11 +14,18 @@ from torch import Tensor
 from unimoe_kernels._triton.activation import activate, activate_backward, gate_constants
 from unimoe_kernels._triton.descriptors import Source, weight_source
 from unimoe_kernels._triton.halves import load_halves, split_halves, store_halves
-from unimoe_kernels._triton.launch import accumulator, matmul_constants, precision
+from unimoe_kernels._triton.launch import accumulator, precision
 from unimoe_kernels._triton.matmul import multiply_rows
 from unimoe_kernels._triton.planned import Launch, Layout, Place, layout_of, place_of, planned
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
-from unimoe_kernels._triton.tiles import Problem, Tile, choose, num_programs, rows_bucket
+from unimoe_kernels._triton.tiles import (
+    Problem,
+    Tile,
+    choose,
+    num_programs,
+    product_constants,
+    rows_bucket,
+)
 
 SCORE_BLOCK = 32  # rows whose score gradients one program sums
 SCORE_BLOCK_K = 64
@@ -330,11 +337,7 @@ def _gated_backward(
             "NEEDS_HIDDEN": needs_hidden,
             "NEEDS_ACTIVATED": needs_activated,
             **gate_constants(gate),
-            "EVEN_N": width % tile.block_n == 0,
-            "EVEN_K": inner % tile.block_k == 0,
-            "BLOCK_E": triton.next_power_of_2(num_experts + 1),
-            **tile.constants(),
-            **matmul_constants(dtype),
+            **product_constants(problem, tile),
         },
     )
     return launch, source, num_partials
