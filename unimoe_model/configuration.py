@@ -1,8 +1,10 @@
-"""Configuration of Uni-MoE: one LLaMA, one MoE layout, three connectors, three encoders by name."""
+"""Configuration of Uni-MoE: one LLM, one MoE layout, three connectors, three encoders by name."""
 
 from typing import ClassVar
 
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+
+from unimoe_model.llm_families import expert_activation, has_own_experts, llm_config
 
 MEDIA_KINDS = ("image", "video", "speech", "audio")
 """Kinds of media, each with a placeholder token `<kind>`, in the order prompts show them."""
@@ -12,7 +14,8 @@ class UniMoEConfig(PreTrainedConfig):
     """Describes a Uni-MoE model; the defaults are those of the published 7B x 4 release.
 
     Args:
-        text_config: LLaMA configuration, or its fields as a dict.
+        text_config: configuration of the LLM, or its fields as a dict, where `model_type` is one of
+            `llm_families` and `"llama"` unless given.
         num_experts: experts in an MoE layer; 0 gives the dense model of stages 1 and 2.
         num_experts_per_tok: experts a token is routed to, K.
         moe_layers: decoder layers that hold experts: `"all"`, `"even"` (0, 2, 4 and so on, as the
@@ -45,15 +48,16 @@ class UniMoEConfig(PreTrainedConfig):
             ids after the vocabulary. Those need no row in the embedding table.
 
     Raises:
-        ValueError: If an MoE field is out of range or a media kind has no token.
+        ValueError: If an MoE field is out of range, a media kind has no token, or the LLM cannot be
+            that of a Uni-MoE.
 
     Reference: arXiv:2405.11273, section 3, and the released `config.json`.
     """
 
     model_type = "unimoe"
-    sub_configs: ClassVar = {"text_config": LlamaConfig}
+    sub_configs: ClassVar = {"text_config": AutoConfig}
 
-    text_config: dict | LlamaConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
     num_experts: int = 4
     num_experts_per_tok: int = 2
     moe_layers: str | list[int] = "all"
@@ -82,8 +86,7 @@ class UniMoEConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        if not isinstance(self.text_config, LlamaConfig):
-            self.text_config = LlamaConfig(**(self.text_config or {}))
+        self.text_config = llm_config(self.text_config)
         self.speech_connector = {**WHISPER_SMALL_DECODER, **(self.speech_connector or {})}
         self.audio_connector = {**BLIP2_QFORMER, **(self.audio_connector or {})}
         if self.media_token_ids is None:
@@ -96,6 +99,13 @@ class UniMoEConfig(PreTrainedConfig):
     def _check(self) -> None:
         if self.num_experts < 0:
             raise ValueError(f"num_experts ({self.num_experts}) must be 0 (dense) or positive")
+        if self.num_experts and has_own_experts(self.text_config):
+            raise ValueError(
+                f"num_experts ({self.num_experts}) must be 0: text_config"
+                f" ({self.text_config.model_type}) has experts of its own"
+            )
+        if self.num_experts:
+            expert_activation(self.text_config)
         choices = self.num_experts + (self.moe_options or {}).get("num_null_experts", 0)
         if self.num_experts and not 1 <= self.num_experts_per_tok <= choices:
             raise ValueError(

@@ -163,7 +163,7 @@ class Answerer:
             do_sample=False,
             max_new_tokens=min(max_new_tokens, self._context - length),
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=self.processor.stop_token_ids,
         )
         return self.processor.decode_answers(produced, length)
 

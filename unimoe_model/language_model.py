@@ -1,18 +1,66 @@
-"""The LLM of Uni-MoE: a LLaMA whose FFNs are MoE layers where the configuration says so."""
+"""The LLM of Uni-MoE: one of transformers, with MoE layers where the configuration says so."""
+
+import functools
 
 import torch
 from torch import nn
-from transformers import LlamaModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from unimoe_kernels import GroupedExperts, MoE, TopKRouter, inject_aux_loss
+from unimoe_kernels import (
+    GroupedExperts,
+    MoE,
+    TopKRouter,
+    inject_aux_loss,
+    register_with_transformers,
+)
 from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.llm_families import expert_activation, has_own_experts
 from unimoe_model.modality import ModalityGate, modality_expert_loss, modality_kl_loss
 
 
-class UniMoEDecoderLayer(LlamaDecoderLayer):
-    """LLaMA decoder layer whose FFN is an MoE layer; padding tokens count in no router loss.
+def build_language_model(config: UniMoEConfig) -> PreTrainedModel:
+    """The decoder of an LLM without its head, with experts in the layers that `config` says.
+
+    The model is of transformers' own class, or of a subclass with the same parameters outside the
+    layers with experts. Experts that an LLM has of its own run on `"unimoe"` unless its
+    configuration names another implementation.
+    """
+    text = config.text_config
+    family = MODEL_MAPPING[type(text)]
+    if has_own_experts(text) and text._experts_implementation is None:
+        register_with_transformers()
+        text._experts_implementation = "unimoe"
+    return _with_experts(family)(config) if config.num_experts else family(text)
+
+
+class _ExpertsInLayers:
+    """Puts experts into layers of an LLM, and initialises them.
+
+    transformers lets each `PreTrainedModel` initialise its own modules, so the experts' weights
+    are initialised here and not by the model around it.
+    """
+
+    def __init__(self, config: UniMoEConfig):
+        super().__init__(config.text_config)
+        for index, layer in enumerate(self.layers):
+            if config.is_moe_layer(index):
+                self.layers[index] = _with_moe(type(layer))(config, index)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal(0, initializer_range) for linear maps, experts, router and embeddings."""
+        super()._init_weights(module)
+        # Of models outside its own package, transformers asks only for modules that hold
+        # parameters themselves, which an MoE does not.
+        if isinstance(module, TopKRouter | GroupedExperts):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, std=self.config.initializer_range)
+
+
+class _MoELayer:
+    """Decoder layer whose FFN is an MoE layer; padding tokens count in no router loss.
 
     Losses of the router are injected: they change gradients and not the loss that is reported.
     """
@@ -20,6 +68,7 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: UniMoEConfig, layer_idx: int):
         super().__init__(config.text_config, layer_idx)
         text = config.text_config
+        self.has_output_norms = hasattr(self, "post_feedforward_layernorm")
         self.expert_coef, self.kl_coef = config.modality_expert_coef, config.modality_kl_coef
         self.modality_experts = config.modality_experts
         self.modality_gate = ModalityGate(text.hidden_size) if config.modality_gate else None
@@ -31,7 +80,7 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
             load_balancing_coef=config.load_balancing_coef,
             router_z_coef=config.router_z_coef,
             aux_loss="inject",
-            **(config.moe_options or {}),
+            **({"activation": expert_activation(text)} | (config.moe_options or {})),
         )
 
     def forward(
@@ -39,7 +88,6 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
         hidden_states: torch.Tensor,
         token_mask: torch.Tensor | None = None,
         modality_ids: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """Maps `[B, S, D]` to `[B, S, D]`.
@@ -48,16 +96,15 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
             hidden_states: `[B, S, D]`.
             token_mask: `[B, S]` bool, False on padding.
             modality_ids: `[B, S]` of `modality_ids_of`; None is all text.
-            position_embeddings: of the rotary embedding.
             **kwargs: passed on to the attention.
         """
-        attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attended
-        normed = self.post_attention_layernorm(hidden_states)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        if self.has_output_norms:
+            hidden_states = hidden_states + self.post_attention_layernorm(attended)
+            normed = self.pre_feedforward_layernorm(hidden_states)
+        else:
+            hidden_states = hidden_states + attended
+            normed = self.post_attention_layernorm(hidden_states)
         if self.modality_gate is None:
             output, router_input = self.mlp(normed, token_mask=token_mask), normed
         else:
@@ -65,6 +112,8 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
             output = self.mlp(normed, token_mask=token_mask, router_input=router_input)
         if modality_ids is not None and torch.is_grad_enabled():
             output = self._inject_modality_losses(output, router_input, modality_ids)
+        if self.has_output_norms:
+            output = self.post_feedforward_layernorm(output)
         return hidden_states + output
 
     def _inject_modality_losses(
@@ -81,26 +130,17 @@ class UniMoEDecoderLayer(LlamaDecoderLayer):
         return inject_aux_loss(output, loss * self.mlp.aux_loss_scale)
 
 
-class UniMoELanguageModel(LlamaModel):
-    """LLaMA with experts in the layers that the configuration says.
+@functools.cache
+def _with_experts(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of a family's decoders that have experts in some layers."""
+    layers = family._no_split_modules or ()
+    names = [*layers, *(f"UniMoE{name}" for name in layers)]
+    return type(
+        f"UniMoE{family.__name__}", (_ExpertsInLayers, family), {"_no_split_modules": names}
+    )
 
-    transformers lets each `PreTrainedModel` initialise its own modules, so the experts' weights
-    are initialised here and not by the model around it.
-    """
 
-    def __init__(self, config: UniMoEConfig):
-        super().__init__(config.text_config)
-        for layer in range(config.text_config.num_hidden_layers):
-            if config.is_moe_layer(layer):
-                self.layers[layer] = UniMoEDecoderLayer(config, layer)
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Normal(0, initializer_range) for linear maps, experts, router and embeddings."""
-        super()._init_weights(module)
-        # Of models outside its own package, transformers asks only for modules that hold
-        # parameters themselves, which an MoE does not.
-        if isinstance(module, TopKRouter | GroupedExperts):
-            for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, std=self.config.initializer_range)
+@functools.cache
+def _with_moe(layer: type[nn.Module]) -> type[nn.Module]:
+    """The class of a family's decoder layers whose FFN is an MoE layer."""
+    return type(f"UniMoE{layer.__name__}", (_MoELayer, layer), {})

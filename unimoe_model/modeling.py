@@ -1,4 +1,4 @@
-"""Uni-MoE: a LLaMA with MoE layers that reads text and the soft tokens of four media kinds."""
+"""Uni-MoE: an LLM with MoE layers that reads text and the soft tokens of four media kinds."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 from unimoe_kernels import MoE
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.connectors import build_connector
-from unimoe_model.language_model import UniMoELanguageModel
+from unimoe_model.language_model import build_language_model
 from unimoe_model.media_generation import CACHE, MediaGenerationMixin
 from unimoe_model.modality import modality_ids_of
 from unimoe_model.permissions import permit_as_usual
@@ -27,7 +27,6 @@ class UniMoEPreTrainedModel(PreTrainedModel):
     config_class = UniMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["LlamaDecoderLayer", "UniMoEDecoderLayer"]
     _keep_in_fp32_modules_strict: ClassVar = ["correction_bias"]
     _skip_keys_device_placement: ClassVar = ["cache", "past_key_values"]
     _supports_sdpa = True
@@ -42,14 +41,14 @@ class UniMoEPreTrainedModel(PreTrainedModel):
 
 
 class UniMoEModel(UniMoEPreTrainedModel):
-    """Connectors and LLaMA; the output is the last hidden state."""
+    """Connectors and LLM; the output is the last hidden state."""
 
     def __init__(self, config: UniMoEConfig):
         super().__init__(config)
         self.image_connector = build_connector(config, "image")
         self.speech_connector = build_connector(config, "speech")
         self.audio_connector = build_connector(config, "audio")
-        self.language_model = UniMoELanguageModel(config)
+        self.language_model = build_language_model(config)
         self.post_init()
 
     @property
@@ -231,7 +230,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
             shift_labels: `[B, S]` int64 instead of `labels`: each position's next token.
             past_key_values: keys and values of the tokens before these.
             cache: the same, by the name that transformers gives it from 5.24.
-            **kwargs: passed on to transformers' `LlamaModel` (positions, `use_cache`,
+            **kwargs: passed on to transformers' model of the LLM (positions, `use_cache`,
                 `output_hidden_states`, `output_attentions`); with `return_dict=False` the output
                 is a tuple.
 

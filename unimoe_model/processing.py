@@ -7,6 +7,7 @@ import torch
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from unimoe_model.chat_template import end_of_turn_id
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.data.encoded_media import (
     ASPECT_RATIOS,
@@ -19,11 +20,13 @@ from unimoe_model.data.encoded_media import (
     stack_media,
 )
 from unimoe_model.encoders import FrozenEncoder, build_encoder
-from unimoe_model.prompt import PLACEHOLDERS, build_prompt
+from unimoe_model.prompt import PLACEHOLDERS, PROMPT_FORMATS, user_turn
 from unimoe_model.tokenization import (
     IGNORED,
     TokenizedText,
+    tokenize_chat,
     tokenize_conversation,
+    tokenize_rendered,
     tokenize_text,
     truncated,
 )
@@ -54,12 +57,15 @@ class UniMoEProcessor(ProcessorMixin):
         video_num_frames: frames of a video.
         speech_max_frames: feature rows of a piece of speech.
         system_prompt: what stands before the first turn of `ask` and of conversations.
+        prompt_format: `"vicuna"` writes conversations as the published prompt, `"chat"` in the
+            tokenizer's own chat template.
         image_aspect_ratio: `"square"` lets an encoder cut the middle of a picture out, `"pad"`
             fills it up to a square; only CLIP knows the latter.
 
     Raises:
         ValueError: If a placeholder is not one token of the tokenizer, it has no padding token, a
-            media kind has no number of soft tokens, or image_aspect_ratio is unknown.
+            media kind has no number of soft tokens, or image_aspect_ratio or prompt_format is
+            unknown or has no chat template.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class UniMoEProcessor(ProcessorMixin):
         video_num_frames: int = 8,
         speech_max_frames: int = 1500,
         system_prompt: str = "",
+        prompt_format: str = "vicuna",
         image_aspect_ratio: str = "square",
         **kwargs,
     ):
@@ -90,6 +97,11 @@ class UniMoEProcessor(ProcessorMixin):
         self.video_num_frames = video_num_frames
         self.speech_max_frames = speech_max_frames
         self.system_prompt = system_prompt
+        if prompt_format not in PROMPT_FORMATS:
+            raise ValueError(f"prompt_format ({prompt_format!r}) must be one of {PROMPT_FORMATS}")
+        if prompt_format == "chat" and not tokenizer.chat_template:
+            raise ValueError("prompt_format ('chat') requires a tokenizer with a chat template")
+        self.prompt_format = prompt_format
         self.image_aspect_ratio = image_aspect_ratio
         if tokenizer.pad_token_id is None:
             raise ValueError(
@@ -142,8 +154,8 @@ class UniMoEProcessor(ProcessorMixin):
         """Tokenizes prompts and encodes the media at their placeholders.
 
         Args:
-            text: prompts (`build_prompt` writes them), with one placeholder for each item, in any
-                order and number.
+            text: whole prompts, with one placeholder for each item, in any order and number;
+                `build_prompt` writes published ones, and chat templates write theirs.
             images: pictures, in the order of their placeholders, prompt by prompt.
             videos: videos, likewise.
             speech: recordings of speech, likewise.
@@ -164,8 +176,11 @@ class UniMoEProcessor(ProcessorMixin):
         prompts = [text] if isinstance(text, str) else list(text)
         if not prompts:
             raise ValueError("text must hold at least one prompt")
-        ids = self._media_token_ids()
-        texts = [tokenize_text(prompt, self.tokenizer, ids) for prompt in prompts]
+        if self.prompt_format == "chat":
+            texts = [tokenize_rendered(prompt, self.tokenizer) for prompt in prompts]
+        else:
+            ids = self._media_token_ids()
+            texts = [tokenize_text(prompt, self.tokenizer, ids) for prompt in prompts]
         media = dict(zip(MEDIA_KINDS, (images, videos, speech, audio), strict=True))
         batch = self.collate(self.rows(texts, media, max_length, frame_seed), padding_side)
         del batch["labels"]
@@ -225,8 +240,7 @@ class UniMoEProcessor(ProcessorMixin):
         kinds = [names[name] for name in names for _ in media.get(name, ())]
         if any(placeholder in question for placeholder in PLACEHOLDERS.values()):
             kinds = []
-        prompt = build_prompt(question, kinds, self.system_prompt)
-        text = tokenize_text(prompt, self.tokenizer, self._media_token_ids())
+        text = self.tokenize([(user_turn(question, kinds), None)])
         items = {kind: media.get(name, ()) for name, kind in names.items()}
         return self.rows([text], items, frame_seed=frame_seed)[0]
 
@@ -297,8 +311,18 @@ class UniMoEProcessor(ProcessorMixin):
 
     def tokenize(self, turns: Sequence[tuple[str, str | None]]) -> TokenizedText:
         """Ids and labels of a conversation with placeholders that are not expanded yet."""
+        if self.prompt_format == "chat":
+            return tokenize_chat(turns, self.tokenizer, self.system_prompt)
         ids = self._media_token_ids()
         return tokenize_conversation(turns, self.tokenizer, ids, self.system_prompt)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end an answer: the end-of-sequence token and the chat template's end of turn."""
+        ids = [self.tokenizer.eos_token_id]
+        if self.prompt_format == "chat":
+            ids.append(end_of_turn_id(self.tokenizer))
+        return list(dict.fromkeys(ids))
 
     def encode(self, kind: str, item, frame_seed: int | None = None) -> EncodedMedia:
         """Features of one item of media; `EncodedMedia` is returned as it is."""

@@ -1,10 +1,12 @@
-"""The prompt: user turns with media placeholders first, then the question, and their answers."""
+"""The published prompt: user turns, media placeholders first in each, and answers."""
 
 from collections.abc import Sequence
 
 from unimoe_model.configuration import MEDIA_KINDS
 
 PLACEHOLDERS = {kind: f"<{kind}>" for kind in MEDIA_KINDS}
+PROMPT_FORMATS = ("vicuna", "chat")
+"""How conversations are written: as the published prompt, or in the tokenizer's chat template."""
 USER = "USER:"
 ASSISTANT = "ASSISTANT:"
 END_OF_TURN = "</s>"
@@ -31,6 +33,15 @@ def build_prompt(question: str, media: Sequence[str] = (), system: str = "") -> 
     Raises:
         ValueError: For an unknown kind, or if there is neither a question nor media.
     """
+    return conversation_text([(user_turn(question, media), None)], system)[0]
+
+
+def user_turn(question: str, media: Sequence[str] = ()) -> str:
+    """A question behind the placeholders of its media, a line each; arguments as in `build_prompt`.
+
+    Raises:
+        ValueError: For an unknown kind, or if there is neither a question nor media.
+    """
     unknown = [kind for kind in media if kind not in PLACEHOLDERS]
     if unknown:
         raise ValueError(f"media ({unknown}) must be among {MEDIA_KINDS}")
@@ -39,11 +50,11 @@ def build_prompt(question: str, media: Sequence[str] = (), system: str = "") -> 
     lines = [PLACEHOLDERS[kind] for kind in media]
     if question.strip():
         lines.append(question.strip())
-    return conversation_text([("\n".join(lines), None)], system)[0]
+    return "\n".join(lines)
 
 
 def conversation_text(
-    turns: Sequence[tuple[str, str | None]], system: str = ""
+    turns: Sequence[tuple[str, str | None]], system: str = "", end_of_turn: str = END_OF_TURN
 ) -> tuple[str, list[tuple[int, int]]]:
     """Writes a conversation as the published `vicuna_v1` template does.
 
@@ -51,6 +62,7 @@ def conversation_text(
         turns: what the user says, and the answer; None or an empty one ends the text where the
             answer would begin.
         system: what stands before the first turn.
+        end_of_turn: what an answer ends with; the tokenizer's end token.
 
     Returns:
         The text, and where in it each answer begins and ends, its end-of-turn token included.
@@ -65,6 +77,6 @@ def conversation_text(
         text += f"{USER} {user} {ASSISTANT}"
         if answer:
             start = len(text)
-            text += f" {answer}{END_OF_TURN}"
+            text += f" {answer}{end_of_turn}"
             answers.append((start, len(text)))
     return text, answers

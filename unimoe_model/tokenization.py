@@ -1,4 +1,4 @@
-"""From conversations with media to ids and labels, as the published code numbers them."""
+"""From conversations with media to ids and labels, as the published code or an LLM numbers them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from unimoe_model.chat_template import chat_text
 from unimoe_model.prompt import PLACEHOLDERS, conversation_text
 
 IGNORED = -100
@@ -20,7 +21,7 @@ class TokenizedText:
     """Ids of a text with one id for each placeholder, and labels.
 
     Attributes:
-        ids: token ids; the beginning-of-sequence token comes first.
+        ids: token ids; the beginning-of-sequence token comes first where the tokenizer has one.
         labels: the ids that are to be learned, -100 elsewhere.
     """
 
@@ -109,7 +110,7 @@ def tokenize_conversation(
         media_token_ids: id of each kind's placeholder.
         system: what stands before the first turn.
     """
-    text, answers = conversation_text(turns, system)
+    text, answers = conversation_text(turns, system, tokenizer.eos_token)
     return tokenize_text(text, tokenizer, media_token_ids, answers)
 
 
@@ -127,7 +128,8 @@ def tokenize_text(
         media_token_ids: id of each kind's placeholder.
         answers: where in the text it is to be learned, from first to behind the last character.
     """
-    ids, positions = [tokenizer.bos_token_id], [-1]
+    ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    positions = [-1] * len(ids)
     end = 0
     for match in _PLACEHOLDER.finditer(text):
         _add_chunk(text, end, match.start(), tokenizer, ids, positions)
@@ -135,6 +137,40 @@ def tokenize_text(
         positions.append(-1)
         end = match.end()
     _add_chunk(text, end, len(text), tokenizer, ids, positions)
+    return _labelled(ids, positions, answers)
+
+
+def tokenize_chat(
+    turns: Sequence[tuple[str, str | None]],
+    tokenizer: PreTrainedTokenizerBase,
+    system: str = "",
+) -> TokenizedText:
+    """Ids of a conversation in the tokenizer's own chat template, and labels of its answers.
+
+    Arguments as in `tokenize_conversation`; the placeholders are special tokens of the tokenizer.
+    Labelled is what a model writes after the template's generation prompt, the end of turn
+    included.
+
+    Raises:
+        ValueError: See `chat_text`.
+    """
+    text, answers = chat_text(turns, tokenizer, system)
+    return tokenize_rendered(text, tokenizer, answers)
+
+
+def tokenize_rendered(
+    text: str, tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[int, int]] = ()
+) -> TokenizedText:
+    """Ids of a text that holds all of its special tokens; arguments as in `tokenize_text`."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [first for first, _ in encoded["offset_mapping"]]
+    return _labelled(encoded["input_ids"], starts, answers)
+
+
+def _labelled(
+    ids: list[int], positions: list[int], answers: Sequence[tuple[int, int]]
+) -> TokenizedText:
+    """Ids with labels where they begin in an answer."""
     labels = [
         token if any(start <= at < stop for start, stop in answers) else IGNORED
         for token, at in zip(ids, positions, strict=True)

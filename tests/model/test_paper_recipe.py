@@ -39,7 +39,7 @@ def test_check_lists_the_paper_and_what_is_missing(run, tmp_path, monkeypatch):
     lora = 32 * 3 * 64 * (4096 + 11008)
     assert trained["task-7"] == f"{lora + 768 * 4096 + 4096:,}"
     missing = re.findall(r"missing: (\S+) ", shown)
-    assert "model.llama" in missing
+    assert "model.llm" in missing
     assert {name for name in missing if name.startswith("data.")} >= {"data.race.file"}
     assert not list(tmp_path.iterdir())
 

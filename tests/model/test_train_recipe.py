@@ -236,7 +236,7 @@ def edits():
         ),
         edit(lambda raw: raw["encoders"].update(speech="clip"), r"encoders.speech: .*model_type"),
         edit(lambda raw: raw["encoders"].update(audio="ears:Nose"), r"cannot be imported"),
-        edit(lambda raw: raw.update(model="./lama"), r"model.llama \(.*lama\) must be a folder"),
+        edit(lambda raw: raw.update(model="./lama"), r"model.llm \(.*lama\) must be a folder"),
         edit(
             lambda raw: raw["evaluate"]["colors"].update(metric="exactly"),
             r"evaluate.colors.metric \('exactly'\) must be one of",
@@ -295,4 +295,4 @@ def test_recipes_read_back_what_they_say(case):
     assert recipe.stage("tune").parent == "align"
     assert recipe.stage("tune").sources == ("align", "eyes", "ears")
     assert recipe.stage("ears").optimization.accumulation == 2
-    assert Path(recipe.model.llama) == case.parent / "llama"
+    assert Path(recipe.model.llm) == case.parent / "llama"

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from unimoe_model.llm_families import has_own_experts
 from unimoe_model.modality import MODALITIES, modality_ids_of
 
 
@@ -40,14 +41,19 @@ class RoutingCounts:
         model: MoE model in eval mode.
 
     Raises:
-        ValueError: If the model is dense.
+        ValueError: If no FFN of the model's LLM was made into experts.
     """
 
     def __init__(self, model):
         self._model = model
         self.layers = [index for index, _ in model.moe_layers()]
         if not self.layers:
-            raise ValueError("model must have MoE layers; this one is dense, so nothing is routed")
+            llm = model.config.text_config.model_type
+            raise ValueError(
+                f"model must have MoE layers of a Uni-MoE; this one has only those of {llm}"
+                if has_own_experts(model.config.text_config)
+                else "model must have MoE layers; this one is dense, so nothing is routed"
+            )
         shape = (len(self.layers), model.config.num_experts)
         self._taken = {modality: torch.zeros(shape, dtype=torch.int64) for modality in MODALITIES}
         self.tokens = dict.fromkeys(MODALITIES, 0)

@@ -6,7 +6,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from unimoe_kernels import MoE
+from unimoe_kernels import MoE, merge_and_unload_expert_lora
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 
@@ -85,9 +85,8 @@ def merge_and_unload_lora(model: UniMoEForConditionalGeneration) -> None:
     for parent, name, child in list(_lora_linears(model)):
         child.merge()
         setattr(parent, name, child.get_base_layer())
-    for _, moe in model.moe_layers():
-        if moe.experts.lora_rank:
-            moe.experts.merge_and_unload_lora()
+    if any(".expert_lora." in name for name, _ in model.named_parameters()):
+        merge_and_unload_expert_lora(model)
 
 
 def _lora_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, LoraLayer]]:

@@ -10,7 +10,7 @@ from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.recipe import START, Recipe, Stage
 from unimoe_model.training.recipe_data import RecipeData
 from unimoe_model.training.stage_model import kept_parts
-from unimoe_model.training.starting_model import describe_start
+from unimoe_model.training.starting_model import Start, describe_start
 from unimoe_model.training.trained import count_trained
 
 
@@ -39,6 +39,7 @@ def check_recipe(
         media = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "no media"
         yield f"  data {name}: {counts[name]} samples, {media} ({file.file})"
     start = describe_start(recipe, data.texts(), missing)
+    yield f"  model: {start.config.text_config.model_type}{_prompts(start)}"
     for sense in ("vision", "speech", "audio"):
         width = getattr(start.config, f"{sense}_feature_size")
         yield f"  encoder {sense}: {getattr(start.config, f'{sense}_encoder')}, {width} features"
@@ -69,6 +70,13 @@ def check_recipe(
         )
     for line in missing or ():
         yield f"  missing: {line}"
+
+
+def _prompts(start: Start) -> str:
+    if start.processor is None:
+        return ""
+    names = {"chat": "in the tokenizer's chat template", "vicuna": "as published"}
+    return f", prompts {names[start.processor.prompt_format]}"
 
 
 def _require_media(recipe: Recipe, stage: Stage, data: RecipeData) -> None:

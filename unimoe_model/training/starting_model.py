@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
 
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.data.tokenizer import train_tokenizer
 from unimoe_model.encoders import empty_encoder
+from unimoe_model.llm_families import llm_config
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.prompt import PLACEHOLDERS
@@ -25,21 +25,15 @@ from unimoe_model.tokenization import load_llama_tokenizer
 from unimoe_model.training.connector_start import connector_sizes, load_connector_bodies
 from unimoe_model.training.recipe import Recipe
 
-_TAKEN = (
-    "attention_bias",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "initializer_range",
-    "intermediate_size",
-    "max_position_embeddings",
-    "mlp_bias",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_parameters",
-    "vocab_size",
+# What a configuration says of its file, or the tokenizer says better.
+_LEFT_OUT = (
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
 )
 _DEFAULT_ENCODERS = {
     "vision": "clip-vit-large-patch14-336",
@@ -67,7 +61,7 @@ def describe_start(recipe: Recipe, texts: Iterable[str], missing: list[str] | No
     Args:
         recipe: says where the model and its encoders come from.
         texts: what a tokenizer is trained on, where the recipe trains one.
-        missing: takes the name of a LLaMA or tokenizer that is not there, instead of an error,
+        missing: takes the name of an LLM or tokenizer that is not there, instead of an error,
             where the recipe gives sizes.
 
     Raises:
@@ -86,25 +80,31 @@ def describe_start(recipe: Recipe, texts: Iterable[str], missing: list[str] | No
     fields = _encoder_fields(recipe, _DEFAULT_ENCODERS) | _connector_fields(recipe)
     if tokenizer is None:
         missing += absent
-        tied = text.pop("tie_word_embeddings")
+        tied = text["tie_word_embeddings"]
         config = UniMoEConfig(text_config=text, tie_word_embeddings=tied, num_experts=0, **fields)
         return Start(config, None)
     ids = {kind: tokenizer.convert_tokens_to_ids(token) for kind, token in PLACEHOLDERS.items()}
-    text |= {
-        name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-    }
     if recipe.model.vocab_size is not None:
         text["vocab_size"] = len(tokenizer)
-    tied = text.pop("tie_word_embeddings")
     with _named(recipe, "model"):
         config = UniMoEConfig(
-            text_config={**text, "tie_word_embeddings": tied},
-            tie_word_embeddings=tied,
+            text_config=text,
+            tie_word_embeddings=text["tie_word_embeddings"],
             num_experts=0,
             media_token_ids=ids,
             **fields,
         )
-    return Start(config, UniMoEProcessor.from_config(config, tokenizer))
+        chosen = recipe.model.prompt_format or ("chat" if tokenizer.chat_template else "vicuna")
+        processor = UniMoEProcessor.from_config(config, tokenizer, prompt_format=chosen)
+        stops = processor.stop_token_ids
+    config.text_config.update(
+        {
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": stops if len(stops) > 1 else stops[0],
+        }
+    )
+    return Start(config, processor)
 
 
 def build_start(recipe: Recipe, start: Start) -> UniMoEForConditionalGeneration:
@@ -120,11 +120,11 @@ def build_start(recipe: Recipe, start: Start) -> UniMoEForConditionalGeneration:
     else:
         model = UniMoEForConditionalGeneration(start.config)
     load_connector_bodies(model, recipe)
-    if recipe.model.llama is not None:
+    if recipe.model.llm is not None:
         with _named(recipe, "model"):
-            llama = LlamaForCausalLM.from_pretrained(recipe.model.llama, dtype=torch.float32)
-            model.model.language_model.load_state_dict(llama.model.state_dict())
-            model.lm_head.load_state_dict(llama.lm_head.state_dict())
+            llm = AutoModelForCausalLM.from_pretrained(recipe.model.llm, dtype=torch.float32)
+            model.model.language_model.load_state_dict(llm.model.state_dict())
+            model.lm_head.load_state_dict(llm.lm_head.state_dict())
     return model
 
 
@@ -168,6 +168,11 @@ def _own_folder(recipe: Recipe) -> Start:
     for sense in _DEFAULT_ENCODERS:
         setattr(processor, f"{sense}_encoder", fields[f"{sense}_encoder"])
         setattr(config, f"{sense}_encoder", fields[f"{sense}_encoder"])
+    if recipe.model.prompt_format not in (None, processor.prompt_format):
+        raise ValueError(
+            f"prompt_format ({recipe.model.prompt_format}) must be that of the folder's model"
+            f" ({processor.prompt_format}), or left out"
+        )
     if recipe.video_frames is not None:
         config.video_num_frames = processor.video_num_frames = recipe.video_frames
     return Start(config, processor)
@@ -175,7 +180,7 @@ def _own_folder(recipe: Recipe) -> Start:
 
 def _absent(recipe: Recipe) -> list[tuple[str, str]]:
     """Keys and paths of folders that are written as such and are not there."""
-    named = {"llama": recipe.model.llama, "tokenizer": recipe.model.tokenizer}
+    named = {"llm": recipe.model.llm, "tokenizer": recipe.model.tokenizer}
     return [
         (key, path)
         for key, path in named.items()
@@ -184,41 +189,37 @@ def _absent(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _text_fields(recipe: Recipe, is_absent: bool) -> dict[str, Any]:
-    if recipe.model.llama is None or is_absent:
-        config = LlamaConfig(**recipe.model.sizes)
-        tied = recipe.model.sizes.get("tie_word_embeddings", recipe.model.llama is None)
+    if recipe.model.llm is None or is_absent:
+        config = llm_config(recipe.model.sizes)
+        tied = recipe.model.sizes.get("tie_word_embeddings", recipe.model.llm is None)
     else:
-        config = AutoConfig.from_pretrained(recipe.model.llama)
-        if config.model_type != "llama":
-            raise ValueError(
-                f"model.llama ({recipe.model.llama}) has model_type {config.model_type!r}, expected"
-                " 'llama'"
-            )
+        config = llm_config(AutoConfig.from_pretrained(recipe.model.llm))
         tied = config.tie_word_embeddings
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"llm ({recipe.model.llm}) must not be quantised")
         for name, expected in (recipe.model.sizes or {}).items():
             found = getattr(config, name, None)
             if found != expected:
                 raise ValueError(
-                    f"model.sizes.{name} ({expected}) must be that of the LLaMA ({found})"
+                    f"model.sizes.{name} ({expected}) must be that of the LLM ({found})"
                 )
-    fields = config.to_dict()
-    return {name: fields[name] for name in _TAKEN if name in fields} | {"tie_word_embeddings": tied}
+    fields = config.to_dict() | {"tie_word_embeddings": tied}
+    return {name: value for name, value in fields.items() if name not in _LEFT_OUT}
 
 
 def _tokenizer(recipe: Recipe, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     model = recipe.model
     if model.vocab_size is not None:
         return train_tokenizer(texts, model.vocab_size)
-    source = model.tokenizer or model.llama
+    source = model.tokenizer or model.llm
     if (Path(source) / "tokenizer.model").is_file():
         tokenizer = load_llama_tokenizer(source)
     else:
         tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer ({source}) must be a fast one")
-    for name in ("bos_token", "eos_token"):
-        if getattr(tokenizer, name) is None:
-            raise ValueError(f"tokenizer ({source}) must have a {name}")
+    if tokenizer.eos_token is None:
+        raise ValueError(f"tokenizer ({source}) must have an eos_token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     known = tokenizer.get_vocab()

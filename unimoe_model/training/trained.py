@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from unimoe_kernels import add_expert_lora
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.recipe.parts import LORA_LINEARS, TrainedPart
 
@@ -53,10 +54,7 @@ def count_trained(
 
 def _attach(model: UniMoEForConditionalGeneration, part: TrainedPart) -> None:
     if part.part == "experts":
-        for _, moe in model.moe_layers():
-            moe.experts.add_lora(part.rank, part.alpha)
-            for lora in moe.experts.expert_lora.values():
-                lora.dropout = part.dropout
+        add_expert_lora(model, part.rank, part.alpha, part.dropout)
         return
     config = LoraConfig(
         r=part.rank,

@@ -14,7 +14,7 @@ PARTS = {
     **{f"projectors.{kind}": rf"model\.{kind}_connector\.projector\..*" for kind in CONNECTORS},
     "ffn": rf"{_LAYER}mlp\.(gate|up|down)_proj\..*",
     "experts": rf"{_LAYER}mlp\.(experts|shared_experts)\..*",
-    "router": rf"{_LAYER}(mlp\.(router|shared_gate)|modality_gate)\..*",
+    "router": rf"{_LAYER}(mlp\.(router|gate|shared_gate)|modality_gate)\..*",
     "attention": rf"{_LAYER}self_attn\..*",
     "embeddings": r"model\.language_model\.embed_tokens\..*|lm_head\..*",
     "language_model": r"model\.language_model\..*|lm_head\..*",

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.recipe.parts import CONNECTORS, TrainedPart
 from unimoe_model.training.recipe.schema import (
@@ -89,24 +90,22 @@ def _language_model(raw: Any, folder: Path) -> LanguageModel:
     if isinstance(raw, str):
         raw = {_model_type(raw, folder): raw}
     raw = dict(_mapping(raw, "model"))
-    for key in ("folder", "llama", "tokenizer"):
+    for key in ("folder", "llm", "tokenizer"):
         if isinstance(raw.get(key), str):
             raw[key] = _local(raw[key], folder)
     return _build(LanguageModel, raw, "model")
 
 
 def _model_type(name: str, folder: Path) -> str:
-    """`"folder"` for a Uni-MoE, `"llama"` for a LLaMA or a name of the hub."""
+    """`"folder"` for a Uni-MoE, `"llm"` for another model or a name of the hub."""
     place = Path(_local(name, folder))
     if not place.exists():
-        return "llama"
+        return "llm"
     try:
         kind = json.loads((place / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model ({name}) must hold the config.json of a model: {error}") from error
-    if kind not in ("unimoe", "llama"):
-        raise ValueError(f"model ({name}) has model_type {kind!r}, expected 'unimoe' or 'llama'")
-    return "folder" if kind == "unimoe" else "llama"
+    return "folder" if kind == UniMoEConfig.model_type else "llm"
 
 
 def _encoders(raw: Any, folder: Path) -> EncoderNames:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unimoe_model.precision import PRECISIONS
+from unimoe_model.prompt import PROMPT_FORMATS
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.recipe.parts import TrainedPart
 from unimoe_model.value_types import require_at_least, require_positive
@@ -18,34 +19,43 @@ START = "model"
 class LanguageModel:
     """The model that the first stage starts from.
 
-    One of `folder`, `llama` and `sizes` is given, or `llama` with the `sizes` that it is expected
-    to have, so that a recipe can be checked while the LLaMA is not there.
+    One of `folder`, `llm` and `sizes` is given, or `llm` with the `sizes` that it is expected to
+    have, so that a recipe can be checked while the LLM is not there.
 
     Attributes:
         folder: a Uni-MoE in the layout of transformers.
-        llama: a LLaMA of transformers, as a folder or a name of the Hugging Face hub.
-        sizes: fields of `LlamaConfig`; without `llama` for weights drawn anew.
-        tokenizer: folder or hub name of the tokenizer; None is that of the folder or LLaMA.
+        llm: an LLM of transformers, as a folder or a name of the Hugging Face hub;
+            `unimoe_model.llm_families` has the model types.
+        sizes: fields of the LLM's configuration, of a LLaMA without `model_type`; without `llm`
+            for weights drawn anew.
+        tokenizer: folder or hub name of the tokenizer; None is that of the folder or LLM.
         vocab_size: entries of a tokenizer that is trained on the texts of the recipe.
+        prompt_format: `"vicuna"` or `"chat"`, see `UniMoEProcessor`; None is that of the folder, or
+            `"chat"` where the tokenizer has a chat template.
     """
 
     folder: str | None = None
-    llama: str | None = None
+    llm: str | None = None
     sizes: dict[str, Any] | None = None
     tokenizer: str | None = None
     vocab_size: int | None = None
+    prompt_format: str | None = None
 
     def __post_init__(self):
-        given = [n for n in ("folder", "llama", "sizes") if getattr(self, n) is not None]
-        if len(given) != 1 and given != ["llama", "sizes"]:
-            raise ValueError(f"exactly one of folder, llama and sizes is expected, got {given}")
+        given = [n for n in ("folder", "llm", "sizes") if getattr(self, n) is not None]
+        if len(given) != 1 and given != ["llm", "sizes"]:
+            raise ValueError(f"exactly one of folder, llm and sizes is expected, got {given}")
+        if self.prompt_format not in (None, *PROMPT_FORMATS):
+            raise ValueError(
+                f"prompt_format ({self.prompt_format!r}) must be one of {PROMPT_FORMATS}"
+            )
         if self.folder is not None and (self.tokenizer or self.vocab_size):
             raise ValueError(
                 "folder has a tokenizer already; tokenizer and vocab_size are for LLMs"
             )
         if self.tokenizer is not None and self.vocab_size is not None:
             raise ValueError("tokenizer and vocab_size exclude each other")
-        drawn = self.sizes is not None and self.llama is None
+        drawn = self.sizes is not None and self.llm is None
         if drawn and (self.tokenizer is None) == (self.vocab_size is None):
             raise ValueError("sizes requires a tokenizer: a folder, or vocab_size to train one")
 
