@@ -62,7 +62,7 @@ def whole_run(path, run, output):
 )
 def test_stages_experts_and_evaluation(with_llm, run, tmp_path, family, template, options):
     def edit(raw):
-        raw["stages"][0]["steps"] = 40
+        raw["stages"][0].update(train="all", steps=60)
 
     path = with_llm(family, template, edit, **options)
     code, shown, _ = run("train", path, "--output", tmp_path / "none", "--check")
