@@ -51,6 +51,7 @@ stages:
     train: {ffn: {lora: 3, alpha: 6}}
     data: {pictures: 1, videos: 1, words: 1}
     steps: 3
+    gradient_checkpointing: true
     batch_size: 12
     part_tokens: 64
     learning_rate: 1.0e-2
@@ -75,6 +76,7 @@ stages:
             projectors: whole}
     data_in_turn: [{pictures: 1, videos: 1, tones: 1}, {words: 1, texts: 1}]
     steps: 6
+    gradient_checkpointing: true
     batch_size: 10
     accumulation: 2
     learning_rate: 1.0e-2

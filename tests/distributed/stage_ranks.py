@@ -1,4 +1,6 @@
-"""Trains a recipe in float64: `stage_ranks.py FOLDER RANK WORLD EXPERT RECIPE [STAGE STEP]`.
+"""Trains a recipe in float64: `stage_ranks.py FOLDER RANK WORLD LAYOUT RECIPE [STAGE STEP]`.
+
+LAYOUT is the number of processes that share the experts, with `-shard` behind it for FSDP2.
 
 Leaves the stages in FOLDER/run. With STAGE and STEP it makes a checkpoint after every step, and
 kills itself at that one, before its checkpoint.
@@ -7,13 +9,16 @@ kills itself at that one, before its checkpoint.
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from launcher import write
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+from transformers import modeling_utils
 
 from unimoe_kernels.distributed import count_traffic, finish_parallel, start_parallel
 from unimoe_model.encoders.outside import permit_encoder
@@ -64,18 +69,21 @@ def _load_whole(folder):
 def in_float64():
     """Steps of AdamW and Muon enlarge rounding: float32 says little after a few of them."""
     own = torch.get_default_dtype()
-    loaders = [patch.object(m, "load_whole", _load_whole) for m in (starting_model, stage_model)]
+    patches = [patch.object(m, "load_whole", _load_whole) for m in (starting_model, stage_model)]
+    # Activations are recomputed in the backward, where the mode is off.
+    recomputed = partial(checkpoint, context_fn=lambda: (nullcontext(), Wide()))
+    patches.append(patch.object(modeling_utils, "checkpoint", recomputed))
     torch.set_default_dtype(torch.float64)
     try:
-        with loaders[0], loaders[1], Wide():
+        with patches[0], patches[1], patches[2], Wide():
             yield
     finally:
         torch.set_default_dtype(own)
 
 
-def train(folder, path, *end, mesh=None):
+def train(folder, path, *end, mesh=None, parallel=None):
     """Trains all stages of the recipe `path`; `end` is the STAGE and STEP at which it dies."""
-    recipe = load_recipe(path, checkpoint_seconds=0.0 if end else 600.0)
+    recipe = load_recipe(path, checkpoint_seconds=0.0 if end else 600.0, parallel=parallel)
     for name in recipe.encoder_names:
         permit_encoder(name, path.parent)
     reporter, device = Reporter(*end), torch.device("cpu")
@@ -87,22 +95,25 @@ def train(folder, path, *end, mesh=None):
     return {"sent": traffic.sent, "began": reporter.began}
 
 
-def main(folder, rank, world, expert, path, *end):
+def main(folder, rank, world, layout, path, *end):
     torch.set_num_threads(1)
+    expert, _, shard = layout.partition("-")
+    expert = int(expert)
+    parallel = {"data": world // expert, "expert": expert, "shard": bool(shard)}
     mesh = start_parallel(
         world // expert,
         expert,
         timeout=60,
-        init_method=f"file://{folder}/store-{world}-{expert}-{len(end)}",
+        init_method=f"file://{folder}/store-{world}-{layout}-{len(end)}",
         rank=rank,
         world_size=world,
     )
-    found = train(folder, path, *end, mesh=mesh)
+    found = train(folder, path, *end, mesh=mesh, parallel=parallel)
     finish_parallel()
     write(folder, rank, found)
 
 
 if __name__ == "__main__":
-    own, *numbers, path = sys.argv[1:6]
+    own, rank, world, layout, path = sys.argv[1:6]
     end = [sys.argv[6], int(sys.argv[7])] if len(sys.argv) > 6 else []
-    main(Path(own), *map(int, numbers), Path(path), *end)
+    main(Path(own), int(rank), int(world), layout, Path(path), *end)

@@ -59,9 +59,14 @@ def test_two_processes_share_the_experts(recipe, alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "expert"), [(2, 1), (4, 2)])
-def test_other_layouts(recipe, alone, tmp_path, world, expert):
-    found("stage_ranks.py", world, tmp_path, expert, recipe)
+@pytest.mark.parametrize(("world", "layout"), [(2, "1"), (4, "2"), (2, "1-shard"), (4, "2-shard")])
+def test_other_layouts(recipe, alone, tmp_path, world, layout):
+    found("stage_ranks.py", world, tmp_path, layout, recipe)
+    check(tmp_path / "run", alone)
+
+
+def test_two_processes_shard_weights_and_share_experts(recipe, alone, tmp_path):
+    assert found("stage_ranks.py", 2, tmp_path, "2-shard", recipe)["sent"] > 0
     check(tmp_path / "run", alone)
 
 
@@ -69,8 +74,8 @@ def test_other_layouts(recipe, alone, tmp_path, world, expert):
 def test_a_killed_stage_goes_on_with_another_number_of_processes(recipe, alone, tmp_path):
     run = tmp_path / "run"
     # Of the first stage, Muon's state is in the checkpoint.
-    for world, expert, stage, step in ((2, 1, "words", 2), (4, 2, "tune", 4)):
-        ended = launch("stage_ranks.py", world, tmp_path, expert, recipe, stage, step)
+    for world, layout, stage, step in ((2, "1-shard", "words", 2), (4, "2", "tune", 4)):
+        ended = launch("stage_ranks.py", world, tmp_path, layout, recipe, stage, step)
         assert all(end.code for end in ended), ended
         (folder,) = run.glob(f"stages/{stage}-*")
         assert (folder / "checkpoint/.metadata").exists(), ended

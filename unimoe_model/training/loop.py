@@ -64,8 +64,8 @@ def train_stage(
         workers: threads that make batches beside training.
 
     Returns:
-        Losses, tokens and seconds of the whole stage. The checkpoint stays until
-        `finish_stage`.
+        Losses, tokens and seconds of the whole stage. The checkpoint stays until `finish_stage`,
+        and weights are divided among processes until `Ranks.unite`.
 
     Raises:
         ValueError: If the checkpoint is of another run, the loss is not finite, or a batch has no
@@ -124,7 +124,6 @@ def train_stage(
                     f"stopped after step {progress.step} of {stage}", stop.signal or int(signal)
                 )
     reporter.finish()
-    ranks.unite(model, parameters)
     model.eval()
     return progress
 

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from unimoe_kernels.distributed import collective
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -88,11 +91,13 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
-                directions = torch.stack([self._direction(p, group) for p in parameters])
-                directions = orthogonalize(directions, self._dtype).to(parameters[0].dtype)
+                directions = [_whole(self._direction(p, group)) for p in parameters]
+                directions = orthogonalize(torch.stack(directions), self._dtype)
+                directions = directions.to(parameters[0].dtype)
                 step = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
+                parts = [_part(d, p) for d, p in zip(directions, parameters, strict=True)]
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, list(directions), alpha=-step)
+                torch._foreach_add_(parameters, parts, alpha=-step)
         return loss
 
     def _direction(self, parameter: nn.Parameter, group: dict) -> Tensor:
@@ -101,3 +106,19 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter.grad)
         mean = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
         return parameter.grad.lerp(mean, group["momentum"])
+
+
+def _whole(direction: Tensor) -> Tensor:
+    """A direction whose parts may lie on several processes, all of it on each."""
+    if not isinstance(direction, DTensor):
+        return direction
+    with collective("direction of Muon"):
+        return direction.full_tensor()
+
+
+def _part(direction: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The part of a direction for the part of a parameter that lies here."""
+    if not isinstance(parameter, DTensor):
+        return direction
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(direction, mesh, placements, src_data_rank=None)

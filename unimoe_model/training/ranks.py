@@ -1,5 +1,6 @@
 """What a stage does differently when several processes train one model."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from unimoe_kernels.distributed import (
     clip_grad_norm,
@@ -14,7 +16,10 @@ from unimoe_kernels.distributed import (
     count_over_ranks,
     parallelize_moe,
     unparallelize_moe,
+    whole_state_dict,
 )
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.training.used_modules import UsedModules
 
 Item = TypeVar("Item")
 
@@ -25,10 +30,17 @@ class Ranks:
     Attributes:
         rank: number of this process.
         world_size: number of processes.
+
+    Args:
+        mesh: of the processes.
+        shard: whether each holds a part of every weight, and not only of the experts.
     """
 
-    def __init__(self, mesh: DeviceMesh | None = None):
+    def __init__(self, mesh: DeviceMesh | None = None, shard: bool = False):
         self._mesh = mesh
+        self._shard = shard
+        self._used: UsedModules | None = None
+        self._skeleton: UniMoEForConditionalGeneration | None = None
         self.rank = 0 if mesh is None else dist.get_rank()
         self.world_size = 1 if mesh is None else mesh.size()
 
@@ -51,27 +63,52 @@ class Ranks:
         return batch[self.rank :: self.world_size]
 
     def divide(self, model: nn.Module, parameters: dict[str, nn.Parameter]):
-        """Splits the experts of a model whose trained parameters require gradients.
+        """Divides a model whose trained parameters require gradients, as `parallelize_moe` does.
 
         Returns:
-            The trained parameters by name; those of experts are others than before.
+            The trained parameters by name; those that are divided are others than before.
         """
         if self._mesh is None:
             return parameters
-        return _of(parallelize_moe(model, self._mesh), parameters)
+        if self._shard:
+            self._divide_all(model)
+        else:
+            parallelize_moe(model, self._mesh)
+        found = dict(model.named_parameters())
+        return {name: found[name] for name in parameters}
 
-    def unite(self, model: nn.Module, parameters: dict[str, nn.Parameter]):
-        """Puts the experts together again; returns the trained parameters by name."""
+    def _divide_all(self, model: UniMoEForConditionalGeneration) -> None:
+        self._skeleton = _without_weights(model)
+        connectors = [part for name, part in model.model.named_children() if "connector" in name]
+        self._used = UsedModules(connectors)
+        layers = model.model.language_model.layers
+        parallelize_moe(model, self._mesh, data="shard", units=layers)
+        register_fsdp_forward_method(model, "hidden_states")
+        # Each backward gathers every layer on all processes, also where what is trained, such as a
+        # connector, has no part in this process's samples.
+        model.get_input_embeddings().register_forward_hook(_require_gradient)
+
+    def unite(self, model: nn.Module) -> nn.Module:
+        """A model with whole weights, which only the first process can rely on."""
         if self._mesh is None:
-            return parameters
-        return _of(unparallelize_moe(model), parameters)
+            return model
+        if not self._shard:
+            return unparallelize_moe(model)
+        weights, skeleton = whole_state_dict(model), self._skeleton
+        self._used = self._skeleton = None
+        if self.is_first:
+            skeleton.load_state_dict(weights, assign=True)
+            skeleton.tie_weights()
+        return skeleton
 
     def count(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Adds up a number of answer tokens over all processes; None alone."""
         return None if self._mesh is None else count_over_ranks(tokens, self._mesh)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-        """Scales gradients down to a norm."""
+        """Scales gradients down to a norm; parameters that no process used have none then."""
+        if self._used is not None:
+            self._used.drop_other_gradients()
         if self._mesh is None:
             nn.utils.clip_grad_norm_(parameters, max_norm)
         else:
@@ -92,6 +129,15 @@ class Ranks:
         self.sums(operation, 0.0)
 
 
-def _of(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    found = dict(model.named_parameters())
-    return {name: found[name] for name in parameters}
+def _without_weights(model: UniMoEForConditionalGeneration) -> UniMoEForConditionalGeneration:
+    """A copy of a model whose parameters take no memory."""
+    memo = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def _require_gradient(_: nn.Module, __: tuple, embeddings: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        embeddings.requires_grad_()

@@ -73,7 +73,7 @@ class Run:
         self._output = output
         self._reporter = reporter
         self._device = device
-        self._ranks = Ranks(mesh)
+        self._ranks = Ranks(mesh, shard=bool(recipe.parallel and recipe.parallel.shard))
         self._precision = resolve_precision(recipe.precision, device)
         self.ids = stage_ids(recipe, self._precision, data.digests)
         self._check_output()
@@ -185,6 +185,7 @@ class Run:
             self._ranks,
             self._recipe.workers,
         )
+        model = self._ranks.unite(model)
         if self._ranks.is_first:
             if any(part.rank for part in stage.train):
                 merge_and_unload_lora(model)

@@ -30,6 +30,7 @@ def parallelize_moe(
     mesh: DeviceMesh,
     *,
     data: str = "replicate",
+    units: Iterable[nn.Module] | None = None,
     num_chunks: int = 1,
     max_rows: int | None = None,
 ) -> nn.Module:
@@ -57,8 +58,10 @@ def parallelize_moe(
         mesh: of `start_parallel`, or any with dimensions `("dp", "ep")`.
         data: `"replicate"` holds all parameters except experts whole on every rank and sums
             gradients after the backward. `"shard"` shards everything with FSDP2: experts over
-            `dp`, all else over all ranks, layer by layer (members of a `ModuleList` that holds an
-            `MoE` somewhere are the units). Every rank must then use the same layers.
+            `dp`, all else over all ranks, unit by unit. Every rank must then use the same units.
+        units: with `"shard"`, parts of the model that are gathered one after the other, such as
+            decoder layers; None is the members of each `ModuleList` that holds an `MoE` somewhere.
+            What lies in none of them is gathered at once.
         num_chunks: see `ExpertDispatcher`.
         max_rows: likewise.
 
@@ -93,7 +96,8 @@ def parallelize_moe(
             moe.router.sum_over_ranks = _Sum(everyone, f"auxiliary losses of {name}")
     _materialise(model, mesh.device_type)
     if data == "shard":
-        _shard(model, [moe.experts for _, moe in layers], mesh, everyone)
+        chosen = _units(model) if units is None else units
+        _shard(model, [moe.experts for _, moe in layers], chosen, mesh, everyone)
     else:
         _replicate(model, mesh, everyone)
     return model
@@ -287,6 +291,7 @@ def _replicate(model: nn.Module, mesh: DeviceMesh, everyone: dist.ProcessGroup) 
 def _shard(
     model: nn.Module,
     experts: list[GroupedExperts],
+    units: Iterable[nn.Module],
     mesh: DeviceMesh,
     everyone: dist.ProcessGroup,
 ) -> None:
@@ -298,7 +303,7 @@ def _shard(
             mesh=mesh["dp"],
             shard_placement_fn=lambda parameter: _placement(parameter, ranks),
         )
-    for unit in [*_units(model), model]:
+    for unit in [*units, model]:
         if not isinstance(unit, FSDPModule):
             fully_shard(unit, mesh=whole_mesh)
     for part in model.modules():

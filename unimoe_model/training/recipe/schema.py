@@ -242,11 +242,14 @@ class Parallel:
     Attributes:
         data: groups of processes that hold all experts together.
         expert: processes that share the experts of a group.
+        shard: whether weights, gradients and optimiser states are divided among all processes
+            (FSDP2), those of experts among the groups, and gathered one decoder layer at a time.
         timeout: seconds after which processes give up waiting for one that does not come.
     """
 
     data: int = 1
     expert: int = 1
+    shard: bool = False
     timeout: float = 600.0
 
     def __post_init__(self):
