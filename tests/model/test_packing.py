@@ -191,12 +191,26 @@ def test_every_row_has_its_place(lengths, least, side):
     width = max(len(made.text.ids) for made in rows) + 2
     positions = restarting_positions([made.lengths for made in rows], width, side)
     assert positions.shape == (len(rows), width)
-    # First-fit: no row could have begun in an earlier one, but for the first ones.
-    for number, made in enumerate(rows[least:], start=least):
-        first = made.text.ids[0]
-        for earlier in rows[:number]:
-            before = [n for n in earlier.text.ids if n < first]
-            assert len(before) + lengths[first] > 30
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=30), most=st.integers(30, 99))
+def test_rows_are_as_few_as_first_fit_makes_and_short(lengths, most):
+    rows = packed([row(n, length) for n, length in enumerate(lengths)], most)
+    room = []
+    for length in lengths:
+        place = next((at for at, left in enumerate(room) if left >= length), len(room))
+        room += [most] * (place == len(room))
+        room[place] -= length
+    assert len(rows) == len(room)
+    widest = max(len(made.text.ids) for made in rows)
+    assert widest <= most - min(room)
+
+
+def test_no_row_is_left_half_empty():
+    rows = packed([row(n, 10) for n in range(10)], 80)
+    assert [len(made.text.ids) for made in rows] == [50, 50]
+    rows = packed([row(n, length) for n, length in enumerate([6, 5, 4, 3, 2])], 10)
+    assert [made.lengths for made in rows] == [(6, 4), (5, 3, 2)]
 
 
 def test_positions_begin_at_0_for_each_conversation_and_for_padding():

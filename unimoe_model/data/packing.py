@@ -1,5 +1,6 @@
 """Several conversations in one row of a batch."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,24 +12,41 @@ from unimoe_model.tokenization import IGNORED, TokenizedText
 def packed(rows: Sequence[Row], most: int, least: int = 1) -> list[Row]:
     """Puts rows together, first-fit: each goes into the first row that has room for it.
 
+    Where shorter rows do for as many of them, they are made so short: a row that is left half empty
+    would be padded to the longest.
+
     Args:
         rows: of one conversation each, in the order drawn.
         most: most tokens of a row; those of one conversation have no more.
         least: rows that there are at the least: the first so many begin one each.
     """
-    bins: list[list[Row]] = []
+    lengths = [len(row.text.ids) for row in rows]
+    best = _first_fit(lengths, most, least)
+    shortest = max(*lengths, math.ceil(sum(lengths) / len(best)))
+    while shortest < most:
+        middle = (shortest + most) // 2
+        places = _first_fit(lengths, middle, least)
+        if len(places) == len(best):
+            best, most = places, middle
+        else:
+            shortest = middle + 1
+    return [_joined([rows[at] for at in held]) for held in best]
+
+
+def _first_fit(lengths: Sequence[int], most: int, least: int) -> list[list[int]]:
+    """Numbers of the conversations of each row."""
+    held: list[list[int]] = []
     room: list[int] = []
-    for row in rows:
-        length = len(row.text.ids)
+    for number, length in enumerate(lengths):
         fitting = (at for at, left in enumerate(room) if left >= length)
-        place = next(fitting, None) if len(bins) >= least else None
+        place = next(fitting, None) if len(held) >= least else None
         if place is None:
-            place = len(bins)
-            bins.append([])
+            place = len(held)
+            held.append([])
             room.append(most)
-        bins[place].append(row)
+        held[place].append(number)
         room[place] -= length
-    return [_joined(held) for held in bins]
+    return held
 
 
 def restarting_positions(lengths: Sequence[Sequence[int]], width: int, side: str) -> torch.Tensor:
