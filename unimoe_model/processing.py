@@ -19,6 +19,7 @@ from unimoe_model.data.encoded_media import (
     read_media,
     stack_media,
 )
+from unimoe_model.data.packing import restarting_positions
 from unimoe_model.encoders import FrozenEncoder, build_encoder
 from unimoe_model.prompt import PLACEHOLDERS, PROMPT_FORMATS, user_turn
 from unimoe_model.tokenization import (
@@ -302,8 +303,16 @@ class UniMoEProcessor(ProcessorMixin):
         return found
 
     def collate(self, rows: Sequence[Row], padding_side: str = "right") -> BatchFeature:
-        """Inputs and labels of rows, padded to the longest; see `training_inputs`."""
+        """Inputs and labels of rows, padded to the longest; see `training_inputs`.
+
+        Packed rows have `token_mask` `[B, S]` bool, False on padding, and `position_ids` instead of
+        `attention_mask`, for which the model keeps their conversations apart.
+        """
         batch = self._padded([row.text for row in rows], padding_side)
+        if rows[0].lengths:
+            lengths, width = [row.lengths for row in rows], batch["input_ids"].shape[1]
+            batch["token_mask"] = batch.pop("attention_mask").bool()
+            batch["position_ids"] = restarting_positions(lengths, width, padding_side)
         for kind in MEDIA_KINDS:
             items = [item for row in rows for held, item in row.media if held == kind]
             batch |= stack_media(kind, items)

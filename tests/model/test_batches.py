@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unimoe_model.data.conversations import Conversation
+from unimoe_model.data.conversation_objects import Conversation
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.tokenization import IGNORED
 from unimoe_model.training.batches import Batches, sample_order

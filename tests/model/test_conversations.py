@@ -11,7 +11,8 @@ from talks import refusal, talk
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
 
 from unimoe_model.configuration import MEDIA_KINDS
-from unimoe_model.data.conversations import Conversation, data_digest, read_conversations
+from unimoe_model.data.conversation_objects import Conversation
+from unimoe_model.data.conversations import read_conversations
 from unimoe_model.evaluation.metrics.choice import with_options
 from unimoe_model.evaluation.samples import media_arguments, read_samples
 from unimoe_model.processing import UniMoEProcessor
@@ -49,7 +50,7 @@ def test_lines_of_questions(write_talks, tmp_path):
     path = write_talks("\n\n".join(lines), "data.jsonl")
     a, b, q = (tmp_path / name for name in ("a.png", "b.png", "q.wav"))
     chosen = f"<image>\n{with_options('which?', ['dog', 'cat'])}"
-    assert read_conversations(path) == [
+    assert list(read_conversations(path)) == [
         Conversation(
             "é",
             f"{path} line 1",
@@ -77,7 +78,7 @@ def test_llava_array(write_talks, tmp_path, mark, indent):
     ]
     items[1]["conversations"][1] |= {"markdown": None, "text": None}
     path = write_talks(mark + json.dumps(items, indent=indent, ensure_ascii=False).encode())
-    assert read_conversations(path) == [
+    assert list(read_conversations(path)) == [
         Conversation(
             "7",
             f"{path} item 1",
@@ -248,7 +249,7 @@ def test_digest_changes_with_bytes_and_sizes_of_media(write_talks, tmp_path):
 
     def digest(content):
         path = write_talks(content)
-        return data_digest(path, read_conversations(path))
+        return read_conversations(path).digest
 
     items = [talk("q", "r", image="a.png", video="frames")]
     digests = [digest(items), digest(json.dumps(items, indent=1))]

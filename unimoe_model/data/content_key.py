@@ -7,12 +7,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from unimoe_model.data.indexed_files import Media, TarMember
 from unimoe_model.data.sources import require_file
 from unimoe_model.full_disk import naming_full_disk
 
 
 class DigestMemo:
     """SHA-256 of files by absolute path, size and time of change, in `<root>/digests.jsonl`.
+
+    A member of a tar goes by where it is in the archive, and by the archive's time of change.
 
     A second start need not read every file again. Several processes may add to it at a time.
 
@@ -28,16 +31,14 @@ class DigestMemo:
                 path, size, changed, digest = json.loads(line)
                 self._digests[path, size, changed] = digest
 
-    def digest(self, path: Path) -> str:
+    def digest(self, path: Media) -> str:
         """The digest of a file, which is read only if it has changed."""
-        path = path.resolve()
-        stat = path.stat()
-        state = (str(path), stat.st_size, stat.st_mtime_ns)
+        state = _state(path)
         if state in self._digests:
             return self._digests[state]
         digest = _digest(path)
         # A file that changes again within a tick of its file system's clock keeps its time.
-        if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
+        if time.time_ns() - state[2] > 2_000_000_000:
             # The newline comes first, so that a line which a kill tore spoils no other.
             line = b"\n" + json.dumps([*state, digest]).encode()
             folder = self._path.parent
@@ -51,17 +52,19 @@ class DigestMemo:
         return digest
 
 
-def content_key(path: Path, memo: DigestMemo | None = None) -> str:
+def content_key(path: Media, memo: DigestMemo | None = None) -> str:
     """SHA-256 of a file's bytes; of a folder, of the names and bytes of its files in sorted order.
 
     Args:
-        path: a media file, or a folder of frames.
+        path: a media file, one in a tar, or a folder of frames.
         memo: remembers the digests of files.
 
     Raises:
         ValueError: If `path` is neither.
     """
     digest_of = memo.digest if memo else _digest
+    if isinstance(path, TarMember):
+        return digest_of(path)
     if not path.is_dir():
         require_file(path, "a media file or a folder of frames")
         return digest_of(path)
@@ -72,6 +75,14 @@ def content_key(path: Path, memo: DigestMemo | None = None) -> str:
     return hashlib.sha256(b"\n".join(lines)).hexdigest()
 
 
-def _digest(path: Path) -> str:
+def _state(path: Media) -> tuple[str, int, int]:
+    if isinstance(path, TarMember):
+        return f"{path.tar.path.resolve()}:{path.offset}", path.size, path.tar.changed
+    path = path.resolve()
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+def _digest(path: Media) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -53,10 +53,12 @@ class Row:
     Attributes:
         text: with expanded placeholders.
         media: kind and features of each item, in the order of the placeholders.
+        lengths: tokens of each conversation of a packed row; empty where the row is one.
     """
 
     text: TokenizedText
     media: tuple[tuple[str, EncodedMedia], ...] = ()
+    lengths: tuple[int, ...] = ()
 
 
 def read_media(

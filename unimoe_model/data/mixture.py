@@ -1,23 +1,71 @@
-"""Mixtures of tasks whose batches are a pure function of the step."""
+"""Orders of samples: which ones a step has, a pure function of the seed and the step."""
 
+from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+
+from unimoe_model.data.windows import Shuffle, WindowOrder
 
 Item = TypeVar("Item")
 
 
-class Mixture(Generic[Item]):
-    """Draws batches from several tasks by weight.
+class Order(ABC, Generic[Item]):
+    """Which samples each step has.
 
-    Batch `step` depends on the seed and the step alone, so a run that continues from a checkpoint
-    sees the batches it would have seen, and two models trained with one seed see the same ones.
+    A run that continues from a checkpoint sees the batches it would have seen, and two models
+    trained with one seed see the same ones.
+
+    Attributes:
+        total: samples of all tasks.
+
+    Args:
+        tasks: examples by task name.
+        names: of the tasks that are drawn from.
+        seed: any integers that name the run and its stage.
+        shuffles: tasks that are shuffled in windows.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Sequence[Item]],
+        names: Sequence[str],
+        seed: Sequence[int],
+        shuffles: Mapping[str, Shuffle] | None = None,
+    ):
+        self._tasks = {name: tasks[name] for name in names}
+        self._names = list(names)
+        self._seed = list(seed)
+        self._windows = [
+            WindowOrder(shuffles[name], [*seed, number]) if name in (shuffles or {}) else None
+            for number, name in enumerate(names)
+        ]
+        self.total = sum(map(len, self._tasks.values()))
+
+    @abstractmethod
+    def places(self, step: int, size: int) -> list[tuple[str, int]]:
+        """Task and number in it of the `size` examples of step `step`."""
+
+    def batch(self, step: int, size: int) -> list[Item]:
+        """The `size` examples of step `step`."""
+        return [self._tasks[name][index] for name, index in self.places(step, size)]
+
+
+class Mixture(Order[Item]):
+    """Draws batches from several tasks by weight, and from each at random.
+
+    A task that is shuffled in windows gives its examples in their order instead, pass after pass.
 
     Args:
         tasks: examples by task name.
         weights: share of each task in a batch; need not sum to one.
         seed: any integers that name the run and its stage.
+        shuffles: tasks that are shuffled in windows.
 
     Raises:
         ValueError: If a weighted task is missing or empty, or a weight is not positive.
@@ -28,6 +76,7 @@ class Mixture(Generic[Item]):
         tasks: Mapping[str, Sequence[Item]],
         weights: Mapping[str, float],
         seed: Sequence[int],
+        shuffles: Mapping[str, Shuffle] | None = None,
     ):
         for name, weight in weights.items():
             if not tasks.get(name):
@@ -35,20 +84,50 @@ class Mixture(Generic[Item]):
                 raise ValueError(f"task ({name}) must be one with examples: {filled}")
             if weight <= 0:
                 raise ValueError(f"weight of task {name} ({weight}) must be positive")
-        self._tasks = [tasks[name] for name in weights]
+        super().__init__(tasks, list(weights), seed, shuffles)
         share = np.array(list(weights.values()), dtype=np.float64)
         self._shares = share / share.sum()
-        self._seed = list(seed)
+        self._totals: dict[int, array] = {}
+        self._lock = Lock()
 
-    def batch(self, step: int, size: int) -> list[Item]:
-        """The `size` examples of step `step`."""
+    def places(self, step: int, size: int) -> list[tuple[str, int]]:
+        """Task and number in it of the `size` examples of step `step`."""
+        rng, chosen = self._chosen(step, size)
+        drawn = self._drawn_before(step, size) if any(self._windows) else []
+        found = []
+        for task in chosen.tolist():
+            name, windows = self._names[task], self._windows[task]
+            if windows is None:
+                index = int(rng.integers(len(self._tasks[name])))
+            else:
+                index = windows.index(drawn[task])
+                drawn[task] += 1
+            found.append((name, index))
+        return found
+
+    def _chosen(self, step: int, size: int) -> tuple[np.random.Generator, NDArray[np.int64]]:
         rng = np.random.default_rng([*self._seed, step])
-        chosen = rng.choice(len(self._tasks), size=size, p=self._shares)
-        return [self._tasks[task][rng.integers(len(self._tasks[task]))] for task in chosen.tolist()]
+        return rng, rng.choice(len(self._names), size=size, p=self._shares)
+
+    def _drawn_before(self, step: int, size: int) -> list[int]:
+        """How many examples of each task the steps before had.
+
+        To count them anew takes some seconds in 100,000 steps, and is done once.
+        """
+        tasks = len(self._names)
+        with self._lock:
+            totals = self._totals.setdefault(size, array("q", [0] * tasks))
+            for earlier in range(len(totals) // tasks - 1, step):
+                counts = np.bincount(self._chosen(earlier, size)[1], minlength=tasks)
+                totals.extend((np.array(totals[-tasks:]) + counts).tolist())
+            return totals[step * tasks : (step + 1) * tasks].tolist()
 
 
 class Turns(Generic[Item]):
     """Mixtures that take turns, a step each.
+
+    Attributes:
+        total: samples of all tasks.
 
     Args:
         mixtures: in their order.
@@ -56,6 +135,12 @@ class Turns(Generic[Item]):
 
     def __init__(self, mixtures: Sequence[Mixture[Item]]):
         self._mixtures = list(mixtures)
+        self.total = sum(mixture.total for mixture in mixtures)
+
+    def places(self, step: int, size: int) -> list[tuple[str, int]]:
+        """Task and number in it of the `size` examples of step `step`."""
+        own, number = divmod(step, len(self._mixtures))
+        return self._mixtures[number].places(own, size)
 
     def batch(self, step: int, size: int) -> list[Item]:
         """The `size` examples of step `step`."""
@@ -63,13 +148,17 @@ class Turns(Generic[Item]):
         return self._mixtures[number].batch(own, size)
 
 
-class Epochs(Generic[Item]):
+class Epochs(Order[Item]):
     """Passes over all samples, each in an order of its own.
+
+    Each pass is a random permutation of all. Of a task that is shuffled in windows, it says only
+    where in the pass its examples come; these follow in their own order.
 
     Args:
         tasks: examples by task name.
         repeats: how often each task's examples are seen in a pass.
         seed: any integers that name the run and its stage.
+        shuffles: tasks that are shuffled in windows.
     """
 
     def __init__(
@@ -77,21 +166,37 @@ class Epochs(Generic[Item]):
         tasks: Mapping[str, Sequence[Item]],
         repeats: Mapping[str, int],
         seed: Sequence[int],
+        shuffles: Mapping[str, Shuffle] | None = None,
     ):
-        self._items = [item for name, times in repeats.items() for item in [*tasks[name]] * times]
-        self._seed = list(seed)
-        self._orders: dict[int, np.ndarray] = {}
+        super().__init__(tasks, list(repeats), seed, shuffles)
+        self._ends = np.cumsum([len(tasks[name]) * times for name, times in repeats.items()])
+        # The last batch of a pass ends in the next one.
+        self._order = lru_cache(maxsize=2)(self._draw_order)
 
-    def batch(self, step: int, size: int) -> list[Item]:
-        """The `size` examples of step `step`; the last batch of a pass ends in the next one."""
-        places = range(step * size, (step + 1) * size)
-        return [
-            self._items[self._order(at // len(self._items))[at % len(self._items)]] for at in places
-        ]
+    def places(self, step: int, size: int) -> list[tuple[str, int]]:
+        """Task and number in it of the `size` examples of step `step`."""
+        passed, found = int(self._ends[-1]), []
+        for at in range(step * size, (step + 1) * size):
+            number, place = divmod(at, passed)
+            item = int(self._order(number)[place])
+            task = int(np.searchsorted(self._ends, item, side="right"))
+            start, end = self._bounds(task)
+            name, windows = self._names[task], self._windows[task]
+            if windows is None:
+                index = (item - start) % len(self._tasks[name])
+            else:
+                index = windows.index(number * (end - start) + item - start)
+            found.append((name, index))
+        return found
 
-    def _order(self, number: int) -> np.ndarray:
-        if number not in self._orders:
-            self._orders = {n: o for n, o in self._orders.items() if abs(n - number) < 2}
-            rng = np.random.default_rng([*self._seed, number])
-            self._orders[number] = rng.permutation(len(self._items))
-        return self._orders[number]
+    def _bounds(self, task: int) -> tuple[int, int]:
+        return int(self._ends[task - 1]) if task else 0, int(self._ends[task])
+
+    def _draw_order(self, number: int) -> NDArray[np.int64]:
+        rng = np.random.default_rng([*self._seed, number])
+        order = rng.permutation(int(self._ends[-1]))
+        for task, windows in enumerate(self._windows):
+            if windows is not None:
+                start, end = self._bounds(task)
+                order[(order >= start) & (order < end)] = np.arange(start, end)
+        return order

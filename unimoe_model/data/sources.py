@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from unimoe_model.data.indexed_files import TarMember
+
 
 def as_source(item: Any) -> Path | BinaryIO | None:
     """What a file is read from, or None if `item` is no file.
 
     Args:
-        item: a path, the bytes of a file, a file open for reading, or the `{"bytes", "path"}` that
-            Hugging Face datasets make of media that are not decoded.
+        item: a path, the bytes of a file, a file open for reading, a member of a tar, or the
+            `{"bytes", "path"}` that Hugging Face datasets make of media that are not decoded.
 
     Returns:
         A path, or a file at its start; an open file is rewound, so that it can be read again.
@@ -23,6 +25,8 @@ def as_source(item: Any) -> Path | BinaryIO | None:
         return Path(os.fsdecode(item))
     if isinstance(item, bytes | bytearray | memoryview):
         return io.BytesIO(item)
+    if isinstance(item, TarMember):
+        return item.open()
     if not hasattr(item, "read"):
         return None
     if not (hasattr(item, "seekable") and item.seekable()):

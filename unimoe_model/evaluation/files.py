@@ -29,10 +29,32 @@ def folder_digest(folder: Path) -> str:
 
 def sizes_digest(paths: Iterable[Path]) -> str:
     """Name of the sizes of files, and of the files in folders; their bytes are not read."""
+    digest = SizesDigest()
+    for path in paths:
+        digest.add(path)
+    return digest.hexdigest()
 
-    @cache
-    def sizes_of(path: Path) -> list[tuple[str, int]]:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        return [(file.name, file.stat().st_size) for file in files]
 
-    return hashlib.sha256(repr([sizes_of(path) for path in paths]).encode()).hexdigest()[:16]
+class SizesDigest:
+    """`sizes_digest` of paths that come one by one."""
+
+    def __init__(self):
+        self._hash = hashlib.sha256(b"[")
+        self._separator = ""
+        self._sizes_of = cache(_sizes_of)
+
+    def add(self, path: Path) -> None:
+        """Takes the next path; raises OSError if nothing is there."""
+        self._hash.update(f"{self._separator}{self._sizes_of(path)}".encode())
+        self._separator = ", "
+
+    def hexdigest(self) -> str:
+        """Of all paths that were added, 16 digits."""
+        whole = self._hash.copy()
+        whole.update(b"]")
+        return whole.hexdigest()[:16]
+
+
+def _sizes_of(path: Path) -> str:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return repr([(file.name, file.stat().st_size) for file in files])

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -63,10 +63,11 @@ def read_samples(path: Path, check: Callable[[Sample], None] = lambda sample: No
     path = Path(path)
     samples: list[Sample] = []
     lines: dict[str, int] = {}
+    place = partial(located, path.parent)
     with data_file(path, "JSON lines") as file:
         for number, text in filled_lines(file):
             with named(f"{path} line {number}"):
-                sample = sample_of(line_object(text), number, path.parent)
+                sample = sample_of(line_object(text), number, place)
                 check(sample)
                 require_unique(sample, lines)
             samples.append(sample)
@@ -112,8 +113,8 @@ def line_object(text: str) -> dict[str, Any]:
     return fields
 
 
-def sample_of(fields: dict[str, Any], number: int, folder: Path) -> Sample:
-    """The sample of a line's JSON object; media are relative to `folder`.
+def sample_of(fields: dict[str, Any], number: int, place: Callable[[str], Any]) -> Sample:
+    """The sample of a line's JSON object; `place` says where the media file of a name is.
 
     Raises:
         ValueError: Naming the key that is not as this module describes.
@@ -125,7 +126,7 @@ def sample_of(fields: dict[str, Any], number: int, folder: Path) -> Sample:
     question = fields.get("question", "")
     if not isinstance(question, str):
         raise ValueError(f"question ({shown(question)}) must be a text")
-    media = media_of(fields, folder)
+    media = media_of(fields, place)
     if not question.strip() and not media:
         raise ValueError(f"question ({shown(question)}) must ask something where there is no media")
     if "answer" in fields and "answers" in fields:
@@ -157,18 +158,18 @@ def require_unique(sample: Sample, lines: dict[str, int]) -> None:
         raise ValueError(f"id ({shown(sample.id)}) must be unique; line {earlier} has it too")
 
 
-def media_of(fields: dict[str, Any], folder: Path) -> dict[str, tuple[Path, ...]]:
+def media_of(fields: dict[str, Any], place: Callable[[str], Any]) -> dict[str, tuple[Any, ...]]:
     """Files of each kind that an object names; raises ValueError if they are no paths."""
     return {
-        kind: tuple(_path(folder, name) for name in _texts(fields[kind], kind, "path"))
+        kind: tuple(place(name) for name in _texts(fields[kind], kind, "path"))
         for kind in MEDIA_KINDS
         if kind in fields
     }
 
 
 @lru_cache(maxsize=1 << 16)
-def _path(folder: Path, name: str) -> Path:
-    """One object for all lines that name a file: to make one takes longer than to read a line."""
+def located(folder: Path, name: str) -> Path:
+    """A file of a folder, one object for all lines: making one takes longer than reading a line."""
     return folder / name
 
 

@@ -3,34 +3,41 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 
 from unimoe_model.configuration import MEDIA_KINDS
-from unimoe_model.data.conversations import Conversation
+from unimoe_model.data.conversation_objects import Conversation
 from unimoe_model.data.encoded_media import EncodedMedia, Row
+from unimoe_model.data.indexed_files import Media
 from unimoe_model.data.mixture import Epochs, Mixture, Turns
+from unimoe_model.data.packing import packed
+from unimoe_model.data.windows import Shuffle
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.recipe import Stage
 
 Samples = Mapping[str, Sequence[Conversation]]
+_CACHED_SAMPLES = 1 << 14
+"""Tokenized texts of so many samples are kept; of more, few would be met again in time."""
 
 
-def sample_order(stage: Stage, samples: Samples, seed: int) -> Mixture | Turns | Epochs:
+def sample_order(
+    stage: Stage, samples: Samples, seed: int, shuffles: Mapping[str, Shuffle] | None = None
+) -> Mixture | Turns | Epochs:
     """What says which samples a step has.
 
     Args:
         stage: its data, weights and seed.
         samples: conversations by the name of their data.
         seed: of the run.
+        shuffles: data that are shuffled in windows.
     """
     own = {name: samples[name] for name in stage.data}
     if stage.epochs is not None:
         repeats = {name: int(weight) for name, weight in stage.streams[0].items()}
-        return Epochs(own, repeats, (seed, stage.seed))
+        return Epochs(own, repeats, (seed, stage.seed), shuffles)
     mixtures = [
-        Mixture(own, weights, (seed, stage.seed + number))
+        Mixture(own, weights, (seed, stage.seed + number), shuffles)
         for number, weights in enumerate(stage.streams)
     ]
     return mixtures[0] if len(mixtures) == 1 else Turns(mixtures)
@@ -42,7 +49,7 @@ class Batches:
     Args:
         processor: tokenises and pads.
         order: `sample_order` of the stage.
-        stage: says how long samples and parts may be.
+        stage: says how long samples and parts may be, and whether rows are packed.
         optimization: its batch size and number of parts.
         features: gives the features of a media file.
         ranks: the processes that train together, each of which has a share of every part.
@@ -54,7 +61,7 @@ class Batches:
         order: Mixture | Turns | Epochs,
         stage: Stage,
         optimization: Optimization,
-        features: Callable[[str, Path], EncodedMedia],
+        features: Callable[[str, Media], EncodedMedia],
         ranks: Ranks | None = None,
     ):
         self._processor = processor
@@ -63,11 +70,16 @@ class Batches:
         self._optimization = optimization
         self._features = features
         self._ranks = ranks or Ranks()
-        self._tokenize = lru_cache(maxsize=1 << 16)(processor.tokenize)
+        cached = lru_cache(_CACHED_SAMPLES)(processor.tokenize)
+        self._tokenize = cached if order.total <= _CACHED_SAMPLES else processor.tokenize
 
     def samples(self, step: int) -> list[Conversation]:
         """The samples of a step, of all processes."""
         return self._order.batch(step, self._optimization.batch_size)
+
+    def places(self, step: int) -> list[tuple[str, int]]:
+        """Data and number in it of each of the samples of a step."""
+        return self._order.places(step, self._optimization.batch_size)
 
     def __call__(self, step: int) -> list[dict]:
         """This process's share of each part of a step's batch.
@@ -80,15 +92,15 @@ class Batches:
             parts = self._optimization.accumulation
             ends = [len(samples) * number // parts for number in range(parts + 1)]
             shares = [self._ranks.share(samples[a:b]) for a, b in pairwise(ends)]
-            return [self._collate(self._rows(share)) for share in shares]
-        rows = self._rows(samples)
+            return [self._collate(self._packed(self._rows(share))) for share in shares]
+        rows = self._packed(self._rows(samples), world)
         return [
             self._collate(self._ranks.share(part))
             for part in parts_of(rows, self._stage.part_tokens * world, world)
         ]
 
     def whole(self, step: int) -> dict:
-        """The whole batch of a step, of all processes."""
+        """The whole batch of a step, of all processes, a row a sample."""
         return self._collate(self._rows(self.samples(step)))
 
     def _rows(self, samples: Sequence[Conversation]) -> list[Row]:
@@ -103,6 +115,9 @@ class Batches:
             for kind in MEDIA_KINDS
         }
         return self._processor.rows(texts, media, self._stage.max_length)
+
+    def _packed(self, rows: list[Row], least: int = 1) -> list[Row]:
+        return packed(rows, self._stage.max_length, least) if self._stage.pack else rows
 
     def _collate(self, rows: Sequence[Row]) -> dict:
         return dict(self._processor.collate(rows))

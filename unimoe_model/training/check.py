@@ -32,12 +32,10 @@ def check_recipe(
     counts = data.counts()
     yield f"recipe {recipe.path}"
     for name, file in recipe.data.items():
-        kinds: dict[str, int] = {}
-        for sample in data.samples[name]:
-            for kind, _ in sample.media:
-                kinds[kind] = kinds.get(kind, 0) + 1
-        media = ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "no media"
-        yield f"  data {name}: {counts[name]} samples, {media} ({file.file})"
+        kinds = data.kinds[name].items()
+        media = ", ".join(f"{number} {kind}" for kind, number in kinds) or "no media"
+        place = file.file or f"{len(data.samples[name].parts)} shards"
+        yield f"  data {name}: {counts[name]} samples, {media} ({place})"
     start = describe_start(recipe, data.texts(), missing)
     yield f"  model: {start.config.text_config.model_type}{_prompts(start)}"
     for sense in ("vision", "speech", "audio"):
@@ -48,6 +46,7 @@ def check_recipe(
         _require_media(recipe, stage, data)
         config = configs[stage.name] = stage_config(stage, configs)
         _require_divisible(recipe, stage, config.num_experts)
+        _require_losses_of_tokens(recipe, stage, config)
         with torch.device("meta"):
             model = UniMoEForConditionalGeneration(config)
         try:
@@ -83,7 +82,7 @@ def _require_media(recipe: Recipe, stage: Stage, data: RecipeData) -> None:
     """Raises ValueError if a stage trains a connector and its data hold nothing to pass it."""
     if not all(data.samples[name] for name in stage.data):
         return  # files that are missing are listed as such
-    held = {kind for name in stage.data for item in data.samples[name] for kind, _ in item.media}
+    held = {kind for name in stage.data for kind in data.kinds[name]}
     read = {"image" if kind == "video" else kind for kind in held}
     for part in stage.train:
         base, dot, kind = part.part.partition(".")
@@ -103,6 +102,17 @@ def _require_divisible(recipe: Recipe, stage: Stage, num_experts: int) -> None:
             f"{recipe.path}: stages.{stage.name}: experts ({num_experts}) must be a multiple of"
             f" parallel.expert ({share})"
         )
+
+
+def _require_losses_of_tokens(recipe: Recipe, stage: Stage, config: UniMoEConfig) -> None:
+    """Raises ValueError if rows are packed and the model has losses that are means of a row."""
+    for name in ("modality_expert_coef", "modality_kl_coef"):
+        value = getattr(config, name)
+        if stage.pack and value:
+            raise ValueError(
+                f"{recipe.path}: stages.{stage.name}: pack requires {name} ({value}) to be 0; its"
+                " loss is a mean of each row, which must hold one sample then"
+            )
 
 
 def stage_config(stage: Stage, configs: dict[str, UniMoEConfig]) -> UniMoEConfig:

@@ -1,5 +1,6 @@
 """`unimoe train`: a recipe from reading to the model folder."""
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,13 @@ def train_recipe(
         permit_encoder(name, path.parent)
     stages = _chosen(recipe, stage, from_stage)
     disable_progress_bar()  # of transformers, for what takes a moment
+    reporter = own_reporter() if os.environ.get("RANK", "0") == "0" else SilentReporter()
     if check:
         missing: list[str] = []
-        for line in check_recipe(recipe, RecipeData(recipe, missing), missing):
+        for line in check_recipe(recipe, RecipeData(recipe, missing, reporter), missing):
             print(line)
         return None
-    data = RecipeData(recipe)
+    data = RecipeData(recipe, reporter=reporter)
     for _ in check_recipe(recipe, data):
         pass  # raises for what does not fit together, before anything is written
     device = own_device()
@@ -66,7 +68,6 @@ def train_recipe(
         attributed(f"training of {output}"),
         FolderLock(output) if is_first else nullcontext(),
     ):
-        reporter = own_reporter() if is_first else SilentReporter()
         features = features or output / "features"
         run = Run(recipe, data, output, features, reporter, device, mesh)
         if is_first:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unimoe_model.data.content_key import DigestMemo, content_key
 from unimoe_model.data.encoded_media import SENSES, EncodedMedia, encode_media, read_media
 from unimoe_model.data.feature_store import FeatureStore, needed_bytes
+from unimoe_model.data.indexed_files import Media
 from unimoe_model.encoders import FrozenEncoder, build_encoder
 from unimoe_model.folder_lock import FolderInUseError
 from unimoe_model.processing import UniMoEProcessor
@@ -22,7 +23,7 @@ from unimoe_model.training.stopping import StoppedError, StopRequest
 BATCHES = {"image": 32, "video": 4, "speech": 64, "audio": 16}
 """Items that go through an encoder at once."""
 _FLUSH_SECONDS = 10.0
-Media = tuple[str, Path]
+KindAndFile = tuple[str, Media]
 
 
 class MediaFeatures:
@@ -53,7 +54,7 @@ class MediaFeatures:
         self._reporter = reporter
         self._ranks = ranks or Ranks()
         self._memo = DigestMemo(folder)
-        self._keys: dict[Path, str] = {}
+        self._keys: dict[Media, str] = {}
         self._encoders: dict[str, FrozenEncoder] = {}
         self._stores: dict[str, FeatureStore] = {}
         self._states: dict[str, FeatureStore] = {}
@@ -62,7 +63,7 @@ class MediaFeatures:
         """From now on this process encodes for itself: the others have ended."""
         self._ranks = Ranks()
 
-    def prepare(self, media: Iterable[Media]) -> None:
+    def prepare(self, media: Iterable[KindAndFile]) -> None:
         """Encodes what is not there yet; all processes call it.
 
         `item` gives features again, whatever `use_query_states` was told before.
@@ -79,7 +80,9 @@ class MediaFeatures:
             store = self._stores[kind]
             self._fill(store, f"encode {kind}", paths, BATCHES[kind], self._encode, kind)
 
-    def use_query_states(self, kinds: Sequence[str], model: nn.Module, media: Iterable[Media]):
+    def use_query_states(
+        self, kinds: Sequence[str], model: nn.Module, media: Iterable[KindAndFile]
+    ):
         """Runs the frozen bodies of connectors once over their media, for this stage and like ones.
 
         Args:
@@ -100,7 +103,7 @@ class MediaFeatures:
                 self._states[kind], f"connector {kind}", paths, 32, self._run_body, kind, connector
             )
 
-    def item(self, kind: str, path: Path) -> EncodedMedia:
+    def item(self, kind: str, path: Media) -> EncodedMedia:
         """Features of a file, or its query states where the stage uses them."""
         states = self._states.get(kind)
         store = self._stores[kind] if states is None else states
@@ -118,7 +121,9 @@ class MediaFeatures:
             raise failure or RuntimeError(f"{title} failed on the first process")
         store.refresh()
 
-    def _fill_alone(self, store, title, paths: Sequence[Path], size: int, encode, *options) -> bool:
+    def _fill_alone(
+        self, store, title, paths: Sequence[Media], size: int, encode, *options
+    ) -> bool:
         """Computes what is missing; False if another process is at it."""
         if all(self._key(path) in store for path in paths):
             return True
@@ -154,7 +159,7 @@ class MediaFeatures:
             self._reporter.finish()
         return True
 
-    def _encode(self, paths: Sequence[Path], kind: str) -> list[list[Tensor]]:
+    def _encode(self, paths: Sequence[Media], kind: str) -> list[list[Tensor]]:
         encoder, options = self._encoder(SENSES[kind]), self._processor.media_options
         read = [_named(path, read_media, kind, path, encoder, options) for path in paths]
         return encode_media(kind, read, encoder, options)
@@ -193,20 +198,20 @@ class MediaFeatures:
             self._encoders[sense] = encoder.to(self._device)
         return self._encoders[sense]
 
-    def _key(self, path: Path) -> str:
+    def _key(self, path: Media) -> str:
         if path not in self._keys:
             self._keys[path] = content_key(path, self._memo)
         return self._keys[path]
 
 
-def _by_kind(media: Iterable[Media]) -> dict[str, list[Path]]:
-    found: dict[str, dict[Path, None]] = {}
+def _by_kind(media: Iterable[KindAndFile]) -> dict[str, list[Media]]:
+    found: dict[str, dict[Media, None]] = {}
     for kind, path in media:
         found.setdefault(kind, {})[path] = None
     return {kind: list(paths) for kind, paths in found.items()}
 
 
-def _named(path: Path, read, *arguments):
+def _named(path: Media, read, *arguments):
     """What is read from a file; its errors name the file."""
     try:
         return read(*arguments)

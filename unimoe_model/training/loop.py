@@ -19,7 +19,7 @@ from unimoe_model.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from unimoe_model.training.loss import answer_loss, autocast, count_labels
+from unimoe_model.training.loss import answer_loss, autocast, count_labels, count_tokens
 from unimoe_model.training.optimization import Optimization, build_optimizers, set_learning_rates
 from unimoe_model.training.prefetch import prefetched
 from unimoe_model.training.progress import ProgressReporter
@@ -156,7 +156,7 @@ def _add_gradients(
                 value = value + 0 * next(p for p in model.parameters() if p.requires_grad).sum()
             value.backward()
             loss += value.item()
-            tokens += int(part["attention_mask"].sum())
+            tokens += count_tokens(part)
     return loss, tokens
 
 

@@ -26,6 +26,12 @@ def count_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return (batch["labels"][:, 1:] != IGNORED).sum()
 
 
+def count_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Number of tokens of a batch, padding left out."""
+    mask = batch["token_mask"] if "token_mask" in batch else batch["attention_mask"]
+    return int(mask.sum())
+
+
 def answer_loss(
     model: nn.Module, batch: dict[str, torch.Tensor], count: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from tqdm import tqdm
@@ -103,6 +105,40 @@ class LineReporter:
 def own_reporter() -> ProgressReporter:
     """Bars on a terminal, lines elsewhere."""
     return BarReporter() if sys.stderr.isatty() else LineReporter()
+
+
+_REPORTED_BYTES = 64 << 20
+"""Less than this is read in a moment."""
+
+
+@contextmanager
+def reported_bytes(
+    reporter: ProgressReporter | None, title: str, size: int
+) -> Iterator[Callable[[int], None]]:
+    """Reports in MiB how much of a long file is done; gives what is told the bytes of each piece.
+
+    Args:
+        reporter: is told; nothing is without one, or where the file is short.
+        title: what is done.
+        size: bytes of the file.
+    """
+    if reporter is None or size < _REPORTED_BYTES:
+        yield lambda count: None
+        return
+    done = shown = 0
+
+    def advance(count: int) -> None:
+        nonlocal done, shown
+        done += count
+        if done >> 20 > shown:
+            reporter.advance((done >> 20) - shown)
+            shown = done >> 20
+
+    reporter.start(f"{title}, MiB", size >> 20, 0)
+    try:
+        yield advance
+    finally:
+        reporter.finish()
 
 
 class SilentReporter:

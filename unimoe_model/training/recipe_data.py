@@ -1,13 +1,18 @@
-"""The samples that a recipe trains on, read once and checked before anything is loaded."""
+"""The samples that a recipe trains on, all checked before anything is loaded."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from unimoe_model.data.conversations import Conversation, data_digest, read_conversations
+from unimoe_model.data.conversations import Conversations, read_conversations
+from unimoe_model.data.indexed_files import Media
 from unimoe_model.data.media_items import require_readers
+from unimoe_model.data.shards import read_shards
+from unimoe_model.data.windows import Shuffle
 from unimoe_model.evaluation.samples import Sample, asked_media
 from unimoe_model.evaluation.scoring import scored_samples
-from unimoe_model.training.recipe import Recipe
+from unimoe_model.training.progress import ProgressReporter
+from unimoe_model.training.recipe import DataFile, Recipe
+from unimoe_model.training.recipe.shard_names import shard_files, shard_paths
 
 
 class RecipeData:
@@ -15,13 +20,14 @@ class RecipeData:
 
     Attributes:
         samples: conversations by the name of their data.
+        shuffles: data that are shuffled in windows.
         held_out: questions by the name of their evaluation.
-        digests: of each file and its media.
 
     Args:
         recipe: names the files.
         missing: takes the names of files that are not there, instead of an error; their data are
             empty then.
+        reporter: is told how far the check of long files is.
 
     Raises:
         ValueError: If a file is missing, is not as `read_conversations` describes or cannot be
@@ -29,11 +35,15 @@ class RecipeData:
         ModuleNotFoundError: If a package that reads media or scores answers is not installed.
     """
 
-    def __init__(self, recipe: Recipe, missing: list[str] | None = None):
-        self.samples: dict[str, list[Conversation]] = {}
-        self.digests: dict[str, str] = {}
+    def __init__(
+        self,
+        recipe: Recipe,
+        missing: list[str] | None = None,
+        reporter: ProgressReporter | None = None,
+    ):
+        self.samples: dict[str, Conversations] = {}
         places = [
-            *((f"data.{name}.file", Path(file.file), False) for name, file in recipe.data.items()),
+            *((f"data.{n}.file", Path(f.file), False) for n, f in recipe.data.items() if f.file),
             *((f"data.{n}.media", Path(f.media), True) for n, f in recipe.data.items() if f.media),
             *((f"evaluate.{e.name}.data", Path(e.data), False) for e in recipe.evaluations),
         ]
@@ -42,20 +52,29 @@ class RecipeData:
             for key, path, is_folder in places
             if not (path.is_dir() if is_folder else path.is_file())
         ]
+        absent += [
+            f"data.{name}.shards ({pattern}) must be a file; there is none"
+            for name, file in recipe.data.items()
+            for pattern in file.shards
+            if not shard_files(pattern)
+        ]
         if absent and missing is None:
             raise ValueError(f"{recipe.path}: {absent[0]}")
         if missing is not None:
             missing += absent
         for name, file in recipe.data.items():
-            path, media = Path(file.file), file.media and Path(file.media)
             if any(line.startswith(f"data.{name}.") for line in absent):
-                self.samples[name] = []
+                self.samples[name] = Conversations([].__getitem__, (), {}, "")
                 continue
             try:
-                self.samples[name] = read_conversations(path, media)
+                self.samples[name] = _read(file, reporter)
             except ValueError as error:
                 raise ValueError(f"{recipe.path}: data.{name}: {error}") from error
-            self.digests[name] = data_digest(path, self.samples[name])
+        self.shuffles = {
+            name: Shuffle(file.shuffle, self.samples[name].parts)
+            for name, file in recipe.data.items()
+            if file.shuffle is not None
+        }
         self.held_out: dict[str, list[Sample]] = {}
         for e in recipe.evaluations:
             if not any(line.startswith(f"evaluate.{e.name}.") for line in absent):
@@ -64,10 +83,22 @@ class RecipeData:
                 except ValueError as error:
                     raise ValueError(f"{recipe.path}: evaluate.{e.name}: {error}") from error
                 self.held_out[e.name] = lines[: e.limit]
-        require_readers({kind for kind, _ in self.media()})
+        asked = (asked_media(one) for questions in self.held_out.values() for one in questions)
+        held = {kind for media in asked for kind, _ in media}
+        require_readers(held.union(*self.kinds.values()))
 
-    def media(self) -> Iterator[tuple[str, Path]]:
-        """Kind and path of all media, those of held-out questions last."""
+    @property
+    def kinds(self) -> dict[str, dict[str, int]]:
+        """How many items of each media kind the data hold, by their name."""
+        return {name: samples.kinds for name, samples in self.samples.items()}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the data, by their name: of the samples and the sizes of their media."""
+        return {name: samples.digest for name, samples in self.samples.items()}
+
+    def media(self) -> Iterator[tuple[str, Media]]:
+        """Kind and place of all media, those of held-out questions last."""
         for samples in self.samples.values():
             for sample in samples:
                 yield from sample.media
@@ -85,3 +116,9 @@ class RecipeData:
             for sample in samples:
                 for user, answer in sample.turns:
                     yield f"USER: {user} ASSISTANT: {answer}"
+
+
+def _read(file: DataFile, reporter: ProgressReporter | None) -> Conversations:
+    if file.shards:
+        return read_shards(shard_paths(file.shards), reporter)
+    return read_conversations(Path(file.file), file.media and Path(file.media), reporter)

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from unimoe_kernels import recover_folder, replace_folder
+from unimoe_model.data.indexed_files import Media
 from unimoe_model.evaluation.files import write_whole
 from unimoe_model.evaluation.samples import asked_media
 from unimoe_model.evaluation.scoring import evaluate_file
@@ -213,7 +215,7 @@ class Run:
         most = self._start.config.text_config.max_position_embeddings
         return Batches(
             self.processor,
-            sample_order(stage, self._data.samples, self._recipe.seed),
+            sample_order(stage, self._data.samples, self._recipe.seed, self._data.shuffles),
             replace(stage, max_length=min(stage.max_length or most, most)),
             stage.optimization_for(self._data.counts()),
             self.features.item,
@@ -223,18 +225,20 @@ class Run:
     def _whole(self, stage: str, step: int) -> dict:
         return self._batches(self._recipe.stage(stage), None).whole(step)
 
-    def _used(self, stage: Stage, steps: int) -> list[tuple[str, Path]]:
+    def _used(self, stage: Stage, steps: int) -> list[tuple[str, Media]]:
         """Media of the samples in the first batches of a stage, in the order of their first use."""
         batches = self._batches(stage, None)
-        everything = sum(len(self._data.samples[name]) for name in stage.data)
-        seen, media = set(), {}
+        samples = {name: self._data.samples[name] for name in stage.data if self._data.kinds[name]}
+        unseen = {name: np.ones(len(held), bool) for name, held in samples.items()}
+        left, media = sum(map(len, samples.values())), {}
         for step in range(steps):
-            for sample in batches.samples(step):
-                if id(sample) not in seen:
-                    seen.add(id(sample))
-                    media |= dict.fromkeys(sample.media)
-            if len(seen) == everything:
+            if not left:
                 break
+            for name, index in batches.places(step):
+                if name in samples and unseen[name][index]:
+                    unseen[name][index] = False
+                    left -= 1
+                    media |= dict.fromkeys(samples[name][index].media)
         return list(media)
 
     def _set_attention(self, model: UniMoEForConditionalGeneration) -> None:

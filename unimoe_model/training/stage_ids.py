@@ -26,7 +26,7 @@ def stage_ids(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> dic
         for key in ("name", "parent"):
             del facts[key]
         facts["sources"] = [ids[name] for name in stage.sources]
-        facts["data"] = [digests[name] for name in stage.data]
+        facts["data"] = [(digests[name], recipe.data[name].shuffle) for name in stage.data]
         ids[stage.name] = fingerprint(facts)
     del ids[START]
     return ids

@@ -24,10 +24,11 @@ from unimoe_model.training.recipe.schema import (
     Recipe,
     Stage,
 )
+from unimoe_model.training.recipe.shard_names import shard_patterns
 from unimoe_model.value_types import fits_type
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_STAGE_KEYS = ("name", "from", "train", "data", "data_in_turn", "assemble", "widen", "seed")
+_STAGE_KEYS = ("name", "from", "train", "data", "data_in_turn", "assemble", "widen", "seed", "pack")
 _LORA_KEYS = ("lora", "alpha", "dropout")
 
 
@@ -124,10 +125,24 @@ def _data(raw: Any, folder: Path) -> dict[str, DataFile]:
     found = {}
     for name, value in _mapping(raw, "data").items():
         where = f"data.{name}"
-        file = _build(DataFile, {"file": value} if isinstance(value, str) else value, where)
-        media = file.media and str(folder / file.media)
-        found[str(name)] = DataFile(str(folder / file.file), media)
+        value = {"file": value} if isinstance(value, str) else dict(_mapping(value, where))
+        if "shards" in value:
+            value["shards"] = _shards(value["shards"], folder, where)
+        file = _build(DataFile, value, where)
+        places = {key: getattr(file, key) for key in ("file", "media")}
+        places = {key: path and str(folder / path) for key, path in places.items()}
+        found[str(name)] = replace(file, **places)
     return found
+
+
+def _shards(raw: Any, folder: Path, where: str) -> tuple[str, ...]:
+    names = [raw] if isinstance(raw, str) else raw
+    if not fits_type(names, list[str]):
+        raise ValueError(f"{where}.shards ({_short(raw)}) must be a name of tars or a list of them")
+    try:
+        return shard_patterns(names, folder)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from error
 
 
 def _stages(raw: Any, data: tuple[str, ...]) -> tuple[Stage, ...]:
@@ -170,7 +185,7 @@ def _stage(
     optimization = {key: raw[key] for key in settings if key in raw}
     optimization["steps"] = raw.get("steps", 1)
     values = {key: raw[key] for key in ("epochs", "part_tokens", "max_length") if key in raw}
-    values |= {key: raw[key] for key in ("widen", "seed") if key in raw}
+    values |= {key: raw[key] for key in ("widen", "seed", "pack") if key in raw}
     values |= {
         "name": name,
         "parent": parent,

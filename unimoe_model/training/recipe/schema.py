@@ -97,15 +97,27 @@ class ConnectorRecipe:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of training samples; `read_conversations` says which formats there are.
+    """Training samples in a file or in shards, one of which is given.
 
     Attributes:
-        file: the file, relative to the recipe.
+        file: the file, relative to the recipe; `read_conversations` says which formats there are.
         media: folder that media paths are relative to; None is that of the file.
+        shards: uncompressed tars (`data/shards.py`), as patterns of `glob`.
+        shuffle: samples of a window within which they are shuffled (`WindowOrder`); None draws from
+            all of them at random.
     """
 
-    file: str
+    file: str | None = None
     media: str | None = None
+    shards: tuple[str, ...] = ()
+    shuffle: int | None = None
+
+    def __post_init__(self):
+        if (self.file is None) != bool(self.shards):
+            raise ValueError("either file or shards must be given")
+        if self.shards and self.media is not None:
+            raise ValueError("shards and media exclude each other: shards hold their media")
+        require_at_least(1, shuffle=self.shuffle)
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,7 @@ class Stage:
         part_tokens: most tokens, padding included, that go through the model at once; a batch with
             more is cut into parts whose gradients are added up. None leaves it whole.
         max_length: most tokens of a sample, soft ones included; what is beyond is cut off.
+        pack: puts samples together into rows of at most `max_length` tokens.
         assembly: makes experts before training; None leaves the model as it is.
         widen: makes every dense FFN so many times as wide before training, with equal outputs.
         seed: of the data order; stages with equal seeds and data see the same batches.
@@ -171,6 +184,7 @@ class Stage:
     epochs: float | None = None
     part_tokens: int | None = None
     max_length: int | None = None
+    pack: bool = False
     assembly: Assembly | None = None
     widen: int = 1
     seed: int = 0
@@ -181,6 +195,8 @@ class Stage:
         require_at_least(0, seed=self.seed)
         if self.part_tokens and self.optimization.accumulation > 1:
             raise ValueError("accumulation and part_tokens exclude each other")
+        if self.pack and self.max_length is None:
+            raise ValueError("pack requires max_length, the most tokens of a row")
         if self.assembly and self.widen > 1:
             raise ValueError("assemble and widen exclude each other")
         if self.epochs is None:
