@@ -151,3 +151,19 @@ def test_activation_of_experts_is_that_of_the_llm(tiny_config):
 def test_what_cannot_be_served_is_refused(text, fields, message):
     with pytest.raises(ValueError, match=message):
         UniMoEConfig(text_config=text, **({"num_experts": 0} | fields))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_conversations_of_a_packed_row_do_not_see_each_other(pair, family):
+    _, ours = pair(family)
+    one, other = ids(1, 5), ids(1, 9)[:, 4:]
+    positions = torch.cat([torch.arange(5), torch.arange(5)]).unsqueeze(0)
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    row = torch.cat([one, other], 1)
+    # Eager attention of transformers takes its softmax in float32.
+    for attention, limit in (("eager", 1e-6), ("sdpa", 1e-9)):
+        ours.set_attn_implementation(attention)
+        found = ours(input_ids=row, position_ids=positions, token_mask=mask, use_cache=False).logits
+        expected = torch.cat([ours(input_ids=text).logits for text in (one, other)], 1)
+        assert relative(found, expected) < limit
+    assert relative(ours(input_ids=row, use_cache=False).logits, expected) > 1e-3
