@@ -95,6 +95,8 @@ def training_arguments(given: argparse.Namespace, settings: Optimization) -> Tra
             f"batch_size ({settings.batch_size}) must be a multiple of accumulation"
             f" ({settings.accumulation})"
         )
+    require_at_least(1, save_steps=given.save_steps)
+    require_at_least(0, seed=given.seed)
     devices = max(torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", "1")))
     if devices > 1:
         raise ValueError(
