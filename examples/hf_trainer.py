@@ -197,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     merged = merge_and_unload_expert_lora(model).merge_and_unload()
     merged.save_pretrained(given.output / "model")
     processor.save_pretrained(given.output / "model")
+    print(f"model in {given.output / 'model'}")
     return trainer
 
 
