@@ -202,7 +202,6 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
         audio_query_states: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
         **kwargs,
@@ -227,12 +226,12 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
                 positions, `[n]`.
             num_items_in_batch: labelled tokens of all batches whose gradients are added up, as
                 transformers' `Trainer` gives it; the loss is then the sum divided by it.
-            shift_labels: `[B, S]` int64 instead of `labels`: each position's next token.
             past_key_values: keys and values of the tokens before these.
             cache: the same, by the name that transformers gives it from 5.24.
             **kwargs: passed on to transformers' model of the LLM (positions, `use_cache`,
                 `output_hidden_states`, `output_attentions`); with `return_dict=False` the output
-                is a tuple.
+                is a tuple. `shift_labels`, `[B, S]` int64, are each position's next token, instead
+                of `labels`.
 
         Returns:
             `loss` (mean over labelled tokens, at least float32), `logits` `[B, S, V]`, the cache,
@@ -242,6 +241,8 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
             ValueError: If placeholders and media do not match in number, a feature's shape is not
                 the connector's, or labels are not those of the positions that logits are kept of.
         """
+        # Were it a parameter, `Trainer` would evaluate no loss of batches without it.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self._decode(
             {
                 "image": (image_features, None),

@@ -1,9 +1,12 @@
-"""Examples import each other from the root of the repository, as where they are run from."""
+"""Examples import each other from the root of the repository, as where they are run from.
+
+Models and data of tests/model are shared.
+"""
 
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-for folder in (str(HERE.parents[1]), str(HERE)):
+for folder in (str(HERE.parents[1]), str(HERE), str(HERE.parent / "model")):
     if folder not in sys.path:
         sys.path.append(folder)

@@ -1,20 +1,11 @@
 """Every example, at a size that a test has time for."""
 
-import importlib.util
 from pathlib import Path
 
 import torch
+from load_example import EXAMPLES, example
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_drop_in():
@@ -64,6 +55,7 @@ def test_upcycle_smollm2(capsys, tmp_path):
 
 
 def test_every_example_is_tested():
-    tested = Path(__file__).read_text(encoding="utf-8")
+    tests = Path(__file__).parent.glob("test_*.py")
+    tested = "".join(path.read_text(encoding="utf-8") for path in tests)
     for path in EXAMPLES.glob("*.py"):
         assert f'example("{path.stem}")' in tested

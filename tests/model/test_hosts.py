@@ -77,6 +77,19 @@ def test_accumulated_gradients_are_those_of_one_batch(tiny_model, llama, tmp_pat
     assert relative_error(update_by_trainer(model, rows, 1, 4, tmp_path), whole) < 1e-5
 
 
+def test_a_trainer_evaluates_the_loss(tiny_model, tmp_path):
+    """Its names of labels are read from the model's `forward`; a batch has to have all of them."""
+    model = tiny_model()
+    rows = rows_of_text(model, 4)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, dataloader_pin_memory=False
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, eval_dataset=rows)
+    with torch.no_grad():
+        expected = model(**{key: torch.stack([row[key] for row in rows]) for key in rows[0]}).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_loss_over_the_labels_of_several_batches(tiny_model, llama):
     for model in (tiny_model(), llama):
         rows = rows_of_text(model)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from unimoe_kernels.integrations.model_experts import (
@@ -18,6 +19,7 @@ from unimoe_kernels.integrations.model_experts import (
 )
 from unimoe_kernels.integrations.peft_adapter import read_adapter, write_adapter
 from unimoe_kernels.integrations.peft_linears import load_linears
+from unimoe_kernels.integrations.peft_reload import read_again
 from unimoe_kernels.integrations.transformers import register_with_transformers
 from unimoe_kernels.layers import GroupedExperts
 from unimoe_kernels.layers.expert_lora import (
@@ -144,6 +146,7 @@ def merge_and_unload_expert_lora(model: nn.Module) -> nn.Module:
         merge_and_unload(experts)
     for module in model.modules():
         module.__dict__.pop("save_pretrained", None)
+        module.__dict__.pop("load_adapter", None)
     return model
 
 
@@ -204,12 +207,15 @@ def guard_saving(model: nn.Module) -> None:
     """Makes `save_pretrained` of a model, and of models in it, keep LoRA that is not merged.
 
     Without it transformers writes the weights below the LoRA, and peft its own adapter alone: both
-    would come back as another model without a word.
+    would come back as another model without a word. So would peft's adapter that is loaded again,
+    as transformers' `Trainer` does when it resumes: `load_adapter` of peft's model is kept too.
     """
     modules = {id(module): module for module in (*model.modules(), *innermost(model).modules())}
     for module in modules.values():
         if hasattr(type(module), "save_pretrained") and _has_lora(module):
             module.save_pretrained = functools.partial(_save_pretrained, module)
+            if innermost(module) is not module:
+                module.load_adapter = functools.partial(_load_adapter, module)
 
 
 def _save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwargs) -> Any:
@@ -222,6 +228,19 @@ def _save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwar
     merged = all(experts.expert_lora.is_merged for _, experts in with_lora(model))
     if not merged and kwargs.get("is_main_process", True):
         write_adapter(model, Path(save_directory), kwargs.get("state_dict"))
+    return result
+
+
+def _load_adapter(
+    model: nn.Module, model_id: str | Path, adapter_name: str, *args, **kwargs
+) -> Any:
+    """`load_adapter` of peft's model, and the expert LoRA in the folder of an adapter it has."""
+    again = read_again(model, Path(model_id)) if adapter_name in model.peft_config else ()
+    result = type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)
+    with torch.no_grad():
+        for lora, lora_A, lora_B in again:
+            lora.lora_A.copy_(lora_A)
+            lora.lora_B.copy_(lora_B)
     return result
 
 

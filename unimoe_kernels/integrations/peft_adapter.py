@@ -50,27 +50,45 @@ def read_adapter(model: nn.Module, folder: Path, dropout: float) -> LoadedAdapte
         ValueError: If the adapter holds anything but LoRA that fits this model.
         RuntimeError: If experts have LoRA already, or weights are sharded or replicated.
     """
-    from safetensors.torch import load_file
-
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    check_kind(folder, config)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    config, tensors = read_files(folder)
     made = []
     for name, experts in attachable_experts(model):
-        loras = {}
-        keys = _targeted(config, name, experts)
-        for index, key in enumerate(keys):
-            stem = f"{PREFIX}{name}.{'base_layer.' * (len(keys) - 1 - index)}lora_"
-            pair = tensors.pop(f"{stem}A.weight", None), tensors.pop(f"{stem}B.weight", None)
-            if None in pair:
-                raise ValueError(f"folder ({folder}) has no {stem}A.weight and {stem}B.weight")
-            rank, scale = rank_and_scale(config, f"{name}.{key}")
-            loras[key] = _from_peft(folder, experts, f"{name}.{key}", *pair, rank, scale, dropout)
+        loras = take_experts(folder, config, tensors, name, experts, dropout)
         if loras:
             made.append((experts, loras))
     if not made:
         raise ValueError(f"folder ({folder}) holds no LoRA on these experts: {sorted(tensors)}")
     return LoadedAdapter(config, made, linears_of(folder, config, model, tensors))
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a folder that holds plain LoRA."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    check_kind(folder, config)
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def take_experts(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    name: str,
+    experts: nn.Module,
+    dropout: float = 0.0,
+) -> dict[str, ExpertLoRA]:
+    """LoRA of one module of experts, made of the tensors of an adapter, which loses them."""
+    loras = {}
+    keys = _targeted(config, name, experts)
+    for index, key in enumerate(keys):
+        stem = f"{PREFIX}{name}.{'base_layer.' * (len(keys) - 1 - index)}lora_"
+        pair = tensors.pop(f"{stem}A.weight", None), tensors.pop(f"{stem}B.weight", None)
+        if None in pair:
+            raise ValueError(f"folder ({folder}) has no {stem}A.weight and {stem}B.weight")
+        rank, scale = rank_and_scale(config, f"{name}.{key}")
+        loras[key] = _from_peft(folder, experts, f"{name}.{key}", *pair, rank, scale, dropout)
+    return loras
 
 
 def write_adapter(
