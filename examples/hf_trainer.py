@@ -28,7 +28,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from unimoe_kernels import add_expert_lora, merge_and_unload_expert_lora
 from unimoe_model.configuration import MEDIA_KINDS
-from unimoe_model.data.conversations import Conversation, data_digest, read_conversations
+from unimoe_model.data.conversation_objects import Conversation
+from unimoe_model.data.conversations import Conversations, read_conversations
 from unimoe_model.data.mixture import Mixture
 from unimoe_model.encoders.outside import choose_encoders
 from unimoe_model.modeling import UniMoEForConditionalGeneration
@@ -126,9 +127,9 @@ def training_arguments(given: argparse.Namespace, settings: Optimization) -> Tra
     )
 
 
-def keep_settings(given: argparse.Namespace, samples: Sequence[Conversation]) -> None:
+def keep_settings(given: argparse.Namespace, samples: Conversations) -> None:
     """Writes down what decides the result; a run is resumed with the same settings alone."""
-    decisive = vars(given) | {"data_digest": data_digest(given.data, samples)}
+    decisive = vars(given) | {"data_digest": samples.digest}
     passed_over = ("output", "resume", "save_steps", "data", "encoders")
     own = {key: str(value) for key, value in decisive.items() if key not in passed_over}
     notes = given.output / "settings.json"
