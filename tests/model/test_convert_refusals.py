@@ -54,14 +54,14 @@ def misshapen(state, name, shape):
             lambda s: misshapen(s, "model.layers.7.input_layernorm.weight", (WIDTH,)),
             "model.layers.7.input_layernorm.weight has no place in the model",
         ),
-        (lambda s: misshapen(s, GATE, (INNER, WIDTH + 1)), f"{GATE} .* must have the shape of"),
+        (lambda s: misshapen(s, GATE, (INNER, WIDTH + 1)), f"{GATE} .* must have the shape and"),
         (
             lambda s: misshapen(s, "lm_head.weight", (VOCAB, WIDTH - 1)),
             r"lm_head.weight gives lm_head.weight the shape \[300, 31\], expected \[300, 32\]",
         ),
         (
             lambda s: s.update({GATE: s[GATE].float()}),
-            "gate_up_proj is made of several dtypes",
+            rf"{GATE} \(.*float32\) must have the .* dtype of .*gate_proj.weight \(.*bfloat16\)",
         ),
     ],
 )
@@ -82,10 +82,8 @@ def test_cut_files_are_named(tmp_path, tokenizer_folder, pickled):
     whole = path.read_bytes()
     for length in (len(whole) * 2 // 3, 4, 0):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=rf"{path.name} is (cut short|damaged)") as error:
+        with pytest.raises(ValueError, match=rf"{path.name} is cut short or damaged: \w+"):
             convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
-        if not pickled and length > 4:
-            assert "model." in str(error.value).split(path.name)[1]
     path.unlink()
     with pytest.raises(ValueError, match=rf"{path.name} is missing"):
         convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
@@ -136,7 +134,7 @@ def test_headers_that_are_none(tmp_path, tokenizer_folder, content):
     header = content.encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"....")
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"model.safetensors is (cut short|damaged)"):
+    with pytest.raises(ValueError, match=r"model.safetensors is cut short or damaged: \w+"):
         convert_from_published(folder, tmp_path / "ours", tokenizer=tokenizer_folder)
 
 
