@@ -14,6 +14,7 @@ from published_checkpoints import (
     published,
     write,
 )
+from safetensors.torch import save_file
 
 from unimoe_model.checkpoints.convert import convert_from_published, convert_to_published
 from unimoe_model.checkpoints.record import Conversion
@@ -149,6 +150,49 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, tokenizer_folder, monkeypat
     with pytest.raises(OSError, match="No space"):
         convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("use_rslora", True),
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 8}),
+    ],
+)
+def test_adapters_of_another_kind(tmp_path, tokenizer_folder, option, value):
+    state, config = published("every layer, speech")
+    base = write(tmp_path / "base", state, config)
+    folder, *_ = adapter(tmp_path / "adapter", state)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {option: value}))
+    with pytest.raises(ValueError, match=f"config.json must be of a plain LoRA, has {option}"):
+        convert_from_published(folder, tmp_path / "ours", base, tokenizer_folder)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_adapters_that_do_not_fit(tmp_path, tokenizer_folder):
+    state, config = published("every layer, speech")
+    base = write(tmp_path / "base", state, config)
+    folder, loras, *_ = adapter(tmp_path / "adapter", state)
+    path = folder / "adapter_model.safetensors"
+    half = next(name for name in loras if "q_proj.lora_B" in name)
+
+    def refused(state, message):
+        save_file(state, path)
+        with pytest.raises(ValueError, match=message):
+            convert_from_published(folder, tmp_path / "ours", base, tokenizer_folder)
+
+    left = {name: value for name, value in loras.items() if name != half}
+    refused(left, f"{path.name}: LoRA of .*q_proj must have A and B, has A")
+    refused(loras | {"x.lora_C.weight": matrix(2)}, "x.lora_C.weight is neither A nor B of a LoRA")
+    refused(loras | {half: matrix(WIDTH, 3)}, r"q_proj.lora_B.weight \(shape \[32, 3\].* must fit")
+    # The expert beside the one with LoRA.
+    beside = "model.layers.0.mlp.experts.2.down_proj.weight"
+    base = write(tmp_path / "mixed", state | {beside: state[beside].float()}, config)
+    refused(loras, rf"{beside} \(.*float32\) must have the shape and dtype of")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_arguments_that_do_not_go_together(tmp_path, tokenizer_folder):

@@ -13,7 +13,7 @@ from torch import Tensor
 from unimoe_kernels import replace_folder
 from unimoe_model.permissions import permit_as_usual
 
-SHARD_BYTES = 1_000_000_000
+SHARD_BYTES = 500_000_000
 
 Progress = Callable[[int, int], None]
 
