@@ -56,6 +56,19 @@ def test_there_and_back_bit_for_bit(tmp_path, tokenizer_folder, name, pickled):
     assert set(made.aside) < set(before)
 
 
+def test_pickled_tensors_that_share_memory(tmp_path, tokenizer_folder):
+    state, config = published("every layer, speech")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    norm = "model.norm.weight"
+    state[norm] = torch.stack([state[norm], state[norm]], 1)[:, 0]
+    source = write(tmp_path / "source", state, config, files=1, pickled=True)
+    convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
+    convert_to_published(tmp_path / "ours", tmp_path / "back")
+    after = read_all(tmp_path / "back")
+    for name in ("lm_head.weight", "model.embed_tokens.weight", norm):
+        assert torch.equal(after[name], state[name])
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_what_is_converted_is_a_model(tmp_path, tokenizer_folder, name):
     hears, layers, _ = LAYOUTS[name]

@@ -14,7 +14,7 @@ from published_checkpoints import (
     published,
     write,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from unimoe_model.checkpoints.convert import convert_from_published, convert_to_published
 from unimoe_model.checkpoints.record import Conversion
@@ -216,3 +216,26 @@ def test_arguments_that_do_not_go_together(tmp_path, tokenizer_folder):
     with pytest.raises(ValueError, match=r"expected \[301, 32\]"):
         convert_from_published(source, target, tokenizer=tokenizer_folder)
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: without(s, "lm_head.weight"), "lm_head.weight is missing"),
+        (lambda s: misshapen(s, "a.weight", (3,)), "a.weight has no place in the model"),
+        (
+            lambda s: misshapen(s, "lm_head.weight", (VOCAB, WIDTH - 1)),
+            r"lm_head.weight the shape \[300, 31\], expected \[300, 32\]",
+        ),
+    ],
+)
+def test_models_that_cannot_go_back(tmp_path, tokenizer_folder, change, message):
+    source = write(tmp_path / "source", *published("every layer, speech"))
+    convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
+    path = tmp_path / "ours" / "model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+    with pytest.raises(ValueError, match=message):
+        convert_to_published(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
