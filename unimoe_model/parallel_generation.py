@@ -1,11 +1,10 @@
 """Generation by several ranks that share the experts of a model."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from accelerate import init_empty_weights
 from torch.distributed.device_mesh import DeviceMesh
 
 from unimoe_kernels.distributed import attributed, load_weights, parallelize_moe
@@ -32,30 +31,14 @@ def load_in_parallel(folder: str | Path, mesh: DeviceMesh) -> UniMoEForCondition
         config = UniMoEConfig.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f"model ({folder}) cannot be read: {error}") from error
-    with _parameters_on_meta():
+    # Buffers, which no checkpoint holds, are built as they are.
+    with init_empty_weights(include_buffers=False):
         model = UniMoEForConditionalGeneration._from_config(config, dtype=config.dtype)
         model.tie_weights()
     model.eval().requires_grad_(False)
     parallelize_moe(model, mesh)
     load_weights(model, folder)
     return model.to(mesh.device_type)
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Builds parameters without memory, and buffers, which no checkpoint holds, as they are."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 @torch.inference_mode()

@@ -4,20 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from unimoe_model.checkpoints.plan import Shapes, plan_from_published, plan_to_published
-
-
-class _Tensors:
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self._tensors = tensors
-
-    @property
-    def shapes(self) -> Shapes:
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def read(self, name: str, rows: slice | None = None, index: int | None = None) -> Tensor:
-        tensor = self._tensors[name] if index is None else self._tensors[name][index]
-        return tensor if rows is None else tensor[rows]
+from unimoe_model.checkpoints.plan import plan_from_published, plan_to_published
 
 
 def from_published(
@@ -37,11 +24,8 @@ def from_published(
         ValueError: If a name is unknown, or an expert or one of its weights is missing or of
             another shape.
     """
-    source = _Tensors(published)
-    plan = plan_from_published(source.shapes, hears, lora_scale)
-    for recipe in plan.targets.values():
-        recipe.shape(source.shapes)
-    return {name: recipe.read(source) for name, recipe in plan.targets.items()}
+    plan = plan_from_published(published, hears, lora_scale)
+    return {name: recipe.read(published.__getitem__) for name, recipe in plan.targets.items()}
 
 
 def to_published(
@@ -57,6 +41,5 @@ def to_published(
     Raises:
         ValueError: If a tensor has no published name.
     """
-    source = _Tensors(state)
-    plan = plan_to_published(source.shapes, hears, eight)
-    return {name: recipe.read(source) for name, recipe in plan.targets.items()}
+    targets = plan_to_published(state, hears, eight)
+    return {name: recipe.read(state.__getitem__) for name, recipe in targets.items()}

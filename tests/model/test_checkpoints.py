@@ -54,7 +54,7 @@ def test_there_and_back(num_experts):
         ),
         (
             lambda s: s.update({"model.layers.0.mlp.experts.2.down_proj.weight": torch.ones(4, 6)}),
-            r"experts\.2\.down_proj\.weight \(shape \[4, 6\]\) must have the shape of .* \[4, 5\]",
+            r"experts\.2\.down_proj\.weight \(shape \[4, 6\], .* must have the shape .* \[4, 5\]",
         ),
         (
             lambda s: [s.pop(name) for name in list(s) if ".experts.1." in name],

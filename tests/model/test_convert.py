@@ -1,7 +1,7 @@
 """`unimoe convert`: there and back bit for bit, and models that work."""
 
 import json
-import struct
+import os
 
 import pytest
 import torch
@@ -21,11 +21,13 @@ from published_checkpoints import (
     vision,
     write,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from unimoe_kernels.testing import relative_error
 from unimoe_model.checkpoints.convert import convert_from_published, convert_to_published
+from unimoe_model.checkpoints.files import TensorFiles, shards
 from unimoe_model.checkpoints.record import Conversion
+from unimoe_model.checkpoints.writing import write_shards
 from unimoe_model.cli import main
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
@@ -52,6 +54,19 @@ def test_there_and_back_bit_for_bit(tmp_path, tokenizer_folder, name, pickled):
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
     assert all(reason for reason in made.aside.values())
     assert set(made.aside) < set(before)
+
+
+def test_pickled_tensors_that_share_memory(tmp_path, tokenizer_folder):
+    state, config = published("every layer, speech")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    norm = "model.norm.weight"
+    state[norm] = torch.stack([state[norm], state[norm]], 1)[:, 0]
+    source = write(tmp_path / "source", state, config, files=1, pickled=True)
+    convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
+    convert_to_published(tmp_path / "ours", tmp_path / "back")
+    after = read_all(tmp_path / "back")
+    for name in ("lm_head.weight", "model.embed_tokens.weight", norm):
+        assert torch.equal(after[name], state[name])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -207,9 +222,7 @@ def test_command(tmp_path, tokenizer_folder, capsys):
     assert "already exists" in capsys.readouterr().err
 
 
-def test_files_are_what_safetensors_writes(tmp_path):
-    from unimoe_model.checkpoints.files import write_tensors
-
+def test_files_hold_what_was_read_and_the_index_names_them(tmp_path):
     torch.manual_seed(0)
     state = {
         "a": torch.randn(3, 4),
@@ -219,12 +232,27 @@ def test_files_are_what_safetensors_writes(tmp_path):
         "e": torch.arange(4),
         "f": torch.empty(0, 3),
         "g": torch.tensor(7.0).half(),
+        "h": torch.randn(2).to(torch.float8_e4m3fn),
     }
-    layout = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
-    write_tensors(tmp_path / "file.safetensors", layout, state.get)
-    read = load_file(tmp_path / "file.safetensors")
+    total, told = sum(value.nbytes for value in state.values()), []
+    layout = {name: value.to("meta") for name, value in state.items()}
+    mask = os.umask(0o027)
+    try:
+        write_shards(tmp_path, layout, state.get, lambda *bytes_: told.append(bytes_), 64)
+    finally:
+        os.umask(mask)
+    assert told[-1] == (total, total)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == total
+    files = TensorFiles(shards(tmp_path))
+    assert files.meta.keys() == state.keys() == index["weight_map"].keys()
+    assert len(set(index["weight_map"].values())) > 2
     for name, value in state.items():
-        assert read[name].dtype == value.dtype
-        assert torch.equal(read[name], value)
-    (length,) = struct.unpack("<Q", (tmp_path / "file.safetensors").read_bytes()[:8])
-    assert length % 8 == 0
+        found, path = files.read(name), tmp_path / index["weight_map"][name]
+        assert found.dtype == files.meta[name].dtype == value.dtype
+        assert found.shape == files.meta[name].shape == value.shape
+        assert torch.equal(found.float(), value.float())
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert sum(layout[n].nbytes for n, f in index["weight_map"].items() if f == path.name) <= 64
+    with pytest.raises(ValueError, match=r"shard_bytes \(0\) must be at least 1"):
+        write_shards(tmp_path, layout, state.get, shard_bytes=0)

@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 
-from unimoe_model.checkpoints.files import PICKLED, SAFETENSORS, TensorFiles
+from unimoe_model.checkpoints.files import PICKLED, SAFETENSORS, TensorFiles, single_file
 from unimoe_model.checkpoints.plan import Lora
 
 CONFIG = "adapter_config.json"
@@ -37,35 +38,35 @@ def add_adapter(files: TensorFiles, folder: Path) -> dict[str, Lora]:
         scale = config["lora_alpha"] / config["r"]
     except (OSError, KeyError, TypeError, ZeroDivisionError, json.JSONDecodeError) as error:
         raise ValueError(f"file {folder / CONFIG} must be that of a LoRA: {error!r}") from error
-    if config.get("fan_in_fan_out") or config.get("use_rslora") or config.get("use_dora"):
-        raise ValueError(f"file {folder / CONFIG} must be of a plain LoRA")
-    lora_path = _one(folder, _LORA)
+    for option in ("fan_in_fan_out", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if config.get(option):
+            raise ValueError(
+                f"file {folder / CONFIG} must be of a plain LoRA, has {option} ({config[option]})"
+            )
+    lora_path = single_file(folder, _LORA)
     if lora_path is None:
         raise ValueError(f"folder ({folder}) must hold {_LORA}{SAFETENSORS} or {PICKLED}")
-    lora_names = TensorFiles([lora_path], published_adapter_name).shapes
-    files.add([lora_path], published_adapter_name)
-    loras = {}
-    for name in lora_names:
-        base, found, half = name.partition(".lora_A.")
-        if not found:
-            if ".lora_B." not in name:
-                raise ValueError(f"file {lora_path}: {name} is neither A nor B of a LoRA")
-            if name.replace(".lora_B.", ".lora_A.") not in lora_names:
-                raise ValueError(f"file {lora_path}: {name} has no A")
-            continue
-        other = f"{base}.lora_B.{half}"
-        if other not in lora_names:
-            raise ValueError(f"file {lora_path}: {name} has no B")
-        loras[f"{base}.weight"] = Lora(name, other, scale)
-    replacements = [path for stem in _REPLACEMENTS if (path := _one(folder, stem))]
+    lora_files = TensorFiles([lora_path], published_adapter_name)
+    files.join(lora_files)
+    halves = defaultdict(dict)
+    for name in lora_files.meta:
+        base, _, half = name.partition(".lora_")
+        if half not in ("A.weight", "B.weight"):
+            raise ValueError(f"file {lora_path}: {name} is neither A nor B of a LoRA")
+        halves[base][half[0]] = name
+    for base, found in halves.items():
+        if found.keys() != {"A", "B"}:
+            raise ValueError(
+                f"file {lora_path}: LoRA of {base} must have A and B, has {min(found)}"
+            )
     _add_expert_loras(files, folder)
-    for path in replacements:
+    for path in filter(None, (single_file(folder, stem) for stem in _REPLACEMENTS)):
         replaced = TensorFiles([path], published_adapter_name)
-        again = [n for n in replaced.shapes if ".lora_" in n and n not in lora_names]
+        again = [n for n in replaced.meta if ".lora_" in n and n not in lora_files.meta]
         if again:
             raise ValueError(f"file {path}: {again[0]} is a LoRA that {lora_path.name} lacks")
-        files.add([path], published_adapter_name)
-    return loras
+        files.join(replaced)
+    return {f"{base}.weight": Lora(found["A"], found["B"], scale) for base, found in halves.items()}
 
 
 def _add_expert_loras(files: TensorFiles, folder: Path) -> None:
@@ -80,7 +81,7 @@ def _add_expert_loras(files: TensorFiles, folder: Path) -> None:
         for path in folder.glob(f"[0-9]*_mlp_experts{suffix}")
     }
     for number, path in sorted(paths.items()):
-        names = TensorFiles([path], published_adapter_name).shapes
+        names = TensorFiles([path], published_adapter_name).meta
         found = {int(match[1]) for name in names if (match := _EXPERT.search(name))}
         if found not in ({0}, {number}):
             raise ValueError(f"file {path} must be of expert {number}, holds {sorted(found)}")
@@ -95,8 +96,3 @@ def _add_expert_loras(files: TensorFiles, folder: Path) -> None:
 def published_adapter_name(name: str) -> str:
     """The name in the base of what an adapter's file calls `base_model.model.<name>`."""
     return name.removeprefix(_PEFT).replace(".default.", ".")
-
-
-def _one(folder: Path, stem: str) -> Path | None:
-    found = [folder / f"{stem}{suffix}" for suffix in (SAFETENSORS, PICKLED)]
-    return next((path for path in found if path.is_file()), None)

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import torch
 
-from unimoe_model.checkpoints.convert import Progress, counter, parameter_shapes
+from unimoe_model.checkpoints.convert import parameter_shapes
 from unimoe_model.checkpoints.files import TensorFiles, read_config, shards
-from unimoe_model.checkpoints.names import LLM
-from unimoe_model.checkpoints.plan import Matrix, Recipe, Stack
+from unimoe_model.checkpoints.names import LLM, PROJECTIONS
+from unimoe_model.checkpoints.plan import Matrix, Recipe, Stack, checked_layout
 from unimoe_model.checkpoints.writing import (
     SHARD_BYTES,
+    Progress,
     refuse_existing,
     whole_folder,
     write_shards,
 )
 from unimoe_model.configuration import UniMoEConfig
 
-_STACK = re.compile(rf"({re.escape(LLM)}layers\.\d+\.mlp\.)experts\.(gate_up_proj|down_proj)")
-_ROUTER = re.compile(rf"{re.escape(LLM)}layers\.\d+\.mlp\.router\.weight")
+_ROUTER = ".mlp.router.weight"
 _WEIGHTS = re.compile(r"(model.*\.safetensors(\.index\.json)?|pytorch_model.*|config\.json)")
 
 
@@ -37,8 +37,8 @@ def assemble(
     """Writes the model that the third stage starts from.
 
     Attention, embeddings and connectors are those of the base, each expert is the FFN of one
-    checkpoint, and routers are drawn from normal(0, initializer_range). In memory is one stack of
-    experts at a time.
+    checkpoint, and routers are drawn from normal(0, initializer_range). In memory is one file of
+    weights at a time.
 
     Args:
         base: folder of a dense model.
@@ -48,7 +48,7 @@ def assemble(
         top_k: experts a token is routed to.
         moe_layers: which layers hold experts, as in `UniMoEConfig`.
         seed: of the routers.
-        on_bytes: is told the bytes written so far and their total.
+        on_bytes: is told the bytes read so far and their total.
         shard_bytes: most bytes of a file of weights.
 
     Returns:
@@ -73,41 +73,29 @@ def assemble(
         "expert_origins": list(experts),
     }
     config = UniMoEConfig.from_dict(fields)
-    files = TensorFiles(shards(base))
-    for number, folder in enumerate(experts.values()):
-        files.add(shards(folder), lambda name, number=number: f"{number}:{name}")
+    files = TensorFiles()
+    for folder in dict.fromkeys((base, *experts.values())):
+        files.join(TensorFiles(shards(folder)), f" of {folder}")
     expected = parameter_shapes(config)
     if config.tie_word_embeddings:  # files then hold the embeddings once
         del expected["lm_head.weight"]
-    recipes = {n: _recipe(n, len(experts)) for n in expected if not _ROUTER.fullmatch(n)}
-    layout = {}
-    for name, recipe in recipes.items():
-        absent = [part for part in recipe.names if part not in files.shapes]
-        if absent:
-            raise ValueError(f"{_described(absent[0], base, experts)} is missing")
-        dtypes = {files.dtype(part) for part in recipe.names}
-        if recipe.shape(files.shapes) != expected[name] or len(dtypes) > 1:
-            raise ValueError(
-                f"{_described(recipe.names[0], base, experts)} gives {name} the shape"
-                f" {list(recipe.shape(files.shapes))} in {sorted(map(str, dtypes))}, expected"
-                f" {list(expected[name])} in one dtype"
-            )
-        layout[name] = (expected[name], dtypes.pop())
-    dtype = layout[f"{LLM}embed_tokens.weight"][1]
+    recipes = {n: _recipe(n, base, experts) for n in expected if not n.endswith(_ROUTER)}
+    layout = checked_layout(recipes, files.meta, expected)
+    dtype = layout[f"{LLM}embed_tokens.weight"].dtype
     generator = torch.Generator().manual_seed(seed)
     spread = config.text_config.initializer_range
     routers = {
         name: (spread * torch.randn(shape, generator=generator)).to(dtype)
         for name, shape in expected.items()
-        if _ROUTER.fullmatch(name)
+        if name.endswith(_ROUTER)
     }
-    layout |= {name: (expected[name], dtype) for name in routers}
+    layout |= {name: router.to("meta") for name, router in routers.items()}
     with whole_folder(target) as folder:
         write_shards(
             folder,
             layout,
-            lambda name: routers[name] if name in routers else recipes[name].read(files),
-            counter(layout, on_bytes),
+            lambda name: routers[name] if name in routers else recipes[name].read(files.read),
+            on_bytes,
             shard_bytes,
         )
         config.save_pretrained(folder)
@@ -117,16 +105,14 @@ def assemble(
     return config
 
 
-def _recipe(name: str, num_experts: int) -> Recipe:
-    stack = _STACK.fullmatch(name)
-    if not stack:
-        return Matrix(name)
-    mlp, kind = stack.groups()
-    matrices = ("down",) if kind == "down_proj" else ("gate", "up")
+def _recipe(name: str, base: Path, experts: Mapping[str, Path]) -> Recipe:
+    mlp, _, stack = name.rpartition("experts.")
+    if stack not in PROJECTIONS:
+        return Matrix(f"{name} of {base}")
     return Stack(
         [
-            [Matrix(f"{number}:{mlp}{matrix}_proj.weight") for matrix in matrices]
-            for number in range(num_experts)
+            [Matrix(f"{mlp}{matrix}_proj.weight of {folder}") for matrix in PROJECTIONS[stack]]
+            for folder in experts.values()
         ]
     )
 
@@ -137,9 +123,3 @@ def _dense_config(folder: Path) -> UniMoEConfig:
     if model_type != UniMoEConfig.model_type or config.num_experts:
         raise ValueError(f"folder ({folder}) must hold a dense {UniMoEConfig.model_type} model")
     return config
-
-
-def _described(name: str, base: Path, experts: Mapping[str, Path]) -> str:
-    number, colon, rest = name.partition(":")
-    folder = list(experts.values())[int(number)] if colon else base
-    return f"{rest if colon else name} of {folder}"

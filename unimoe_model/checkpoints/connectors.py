@@ -1,13 +1,13 @@
 """Connectors that a checkpoint lacks: drawn anew, or taken from another checkpoint."""
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import local_torch_dtype
 
-from unimoe_model.checkpoints.files import PICKLED, SAFETENSORS, TensorFiles, shards
+from unimoe_model.checkpoints.files import TensorFiles, shards
 from unimoe_model.checkpoints.names import own_part
 from unimoe_model.checkpoints.plan import Matrix
 from unimoe_model.configuration import UniMoEConfig
@@ -15,7 +15,6 @@ from unimoe_model.connectors import build_connector
 
 UNUSED = "model.speech_connector.decoder.embed_tokens.weight"
 """Has one row here, which is never read."""
-_ELSEWHERE = "elsewhere:"
 _SEED = 0
 
 
@@ -32,17 +31,15 @@ def other_half(folder: Path, hears: str) -> tuple[TensorFiles, dict[str, Matrix]
         hears: what the first checkpoint hears; the other must hear the other.
 
     Returns:
-        Its tensors, whose names begin with `elsewhere:`, and what becomes of them.
+        Its tensors, and what becomes of them once each is called `<name> of <folder>`.
 
     Raises:
         ValueError: If the folder has no aligner, or one for the same.
     """
-    stems = [folder / f"mm_audio_aligner{suffix}" for suffix in (SAFETENSORS, PICKLED)]
-    paths = [path for path in stems if path.is_file()][:1] or shards(folder)
-    files = TensorFiles(paths, lambda name: _ELSEWHERE + name)
-    names = [name.removeprefix(_ELSEWHERE) for name in files.shapes]
-    found = what_it_hears(names)
-    aligner = [n for n in names if n.startswith(("model.mm_audio_aligner.", "model.query_tokens"))]
+    files = TensorFiles(shards(folder, ("mm_audio_aligner", "model", "pytorch_model")))
+    found = what_it_hears(files.meta)
+    prefixes = ("model.mm_audio_aligner.", "model.query_tokens")
+    aligner = [name for name in files.meta if name.startswith(prefixes)]
     if not aligner or found == hears:
         raise ValueError(
             f"folder ({folder}) must hold an aligner for what the source cannot hear; it is for"
@@ -50,7 +47,7 @@ def other_half(folder: Path, hears: str) -> tuple[TensorFiles, dict[str, Matrix]
         )
     parts = {name: own_part(name, found) for name in aligner}
     return files, {
-        part.target: Matrix(_ELSEWHERE + name)
+        part.target: Matrix(f"{name} of {folder}")
         for name, part in parts.items()
         if part is not None and part.target != UNUSED
     }
@@ -66,11 +63,11 @@ def initial_connectors(
         planned: parameters that come from elsewhere.
         expected: all parameters of the model.
     """
-    initial: Mapping[str, Tensor] = {}
+    initial: dict[str, Tensor] = {}
     for kind in ("image", "speech", "audio"):
         prefix = f"model.{kind}_connector."
         if not any(name.startswith(prefix) for name in planned):
-            with torch.random.fork_rng(devices=[]), _default_dtype(config.dtype):
+            with torch.random.fork_rng(devices=[]), local_torch_dtype(config.dtype):
                 torch.manual_seed(_SEED)
                 state = build_connector(config, kind).state_dict()
             initial |= {prefix + name: value for name, value in state.items()}
@@ -78,14 +75,3 @@ def initial_connectors(
         width = config.speech_connector["d_model"]
         initial[UNUSED] = torch.zeros(1, width, dtype=config.dtype)
     return initial
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Modules are built in this dtype, and take no memory in a wider one before."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

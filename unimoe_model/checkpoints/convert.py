@@ -1,11 +1,10 @@
 """Published checkpoints to ours and back, streamed: what `unimoe convert` runs."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from unimoe_model.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
 from unimoe_model.checkpoints.adapter import add_adapter
@@ -15,19 +14,18 @@ from unimoe_model.checkpoints.connectors import (
     other_half,
     what_it_hears,
 )
-from unimoe_model.checkpoints.files import (
-    TensorFiles,
-    num_bytes,
-    read_config,
-    shards,
-    write_tensors,
+from unimoe_model.checkpoints.files import TensorFiles, read_config, shards
+from unimoe_model.checkpoints.plan import (
+    Matrix,
+    checked_layout,
+    plan_from_published,
+    plan_to_published,
 )
-from unimoe_model.checkpoints.plan import Plan, Stack, plan_from_published, plan_to_published
 from unimoe_model.checkpoints.published_config import config_from_published
 from unimoe_model.checkpoints.record import Conversion
 from unimoe_model.checkpoints.writing import (
     SHARD_BYTES,
-    Layout,
+    Progress,
     refuse_existing,
     whole_folder,
     write_json,
@@ -36,10 +34,9 @@ from unimoe_model.checkpoints.writing import (
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.prompt import VICUNA_SYSTEM
 
-ASIDE = "published_aside.safetensors"
+ASIDE = "published_aside"
 TOKENIZER = "tokenizer.model"
 EMBEDDING = "model.embed_tokens.weight"
-Progress = Callable[[int, int], None]
 
 
 def convert_from_published(
@@ -55,7 +52,7 @@ def convert_from_published(
     """Converts a published checkpoint to a folder that `from_pretrained` reads.
 
     Everything is checked before anything is written, and the folder appears when it is whole. In
-    memory is one stack of experts at a time.
+    memory is one file of weights at a time.
 
     Args:
         source: a model, or an adapter with LoRA, gates and aligner.
@@ -65,7 +62,7 @@ def convert_from_published(
         connector: a published checkpoint whose aligner becomes the connector that source lacks: the
             other half of a unified model.
         overrides: fields of `UniMoEConfig` that are known better than from the source.
-        on_bytes: is told the bytes written so far and their total.
+        on_bytes: is told the bytes read so far and their total.
         shard_bytes: most bytes of a file of weights.
 
     Returns:
@@ -92,52 +89,49 @@ def convert_from_published(
     if is_adapter:
         published |= read_config(source) if (source / "config.json").is_file() else {}
         loras = add_adapter(files, source)
-    hears = what_it_hears(files.shapes)
+    hears = what_it_hears(files.meta)
     fields = dict(overrides or {})
-    elsewhere = {}
     if connector is not None:
-        other_files, elsewhere = other_half(connector, hears)
-        fields = _fields_of_other(connector, other_files, hears) | fields
-    config = config_from_published(published, files.shapes, hears, **fields)
+        other, elsewhere = other_half(connector, hears)
+        fields = _fields_of_other(connector, other, hears) | fields
+    config = config_from_published(published, files.meta, hears, **fields)
     plan = plan_from_published(
-        files.shapes, hears, _lora_scale(published), loras, config.num_experts or None
-    )
-    merged = sorted(
-        matrix.name
-        for recipe in plan.targets.values()
-        for expert in (recipe.experts if isinstance(recipe, Stack) else [[recipe]])
-        for matrix in expert
-        if matrix.loras
+        files.meta, hears, _lora_scale(published), loras, config.num_experts or None
     )
     if connector is not None:
-        files.join(other_files)
+        files.join(other, f" of {connector}")
         plan.targets |= elsewhere
-    if EMBEDDING not in files.shapes:
+    if EMBEDDING not in files.meta:
         raise ValueError(f"{EMBEDDING} is missing from the checkpoint")
-    config.dtype = files.dtype(EMBEDDING)
+    config.dtype = files.meta[EMBEDDING].dtype
     expected = parameter_shapes(config)
     initial = initial_connectors(config, plan.targets, expected)
-    layout = _checked_layout(plan, files, initial, expected)
+    # Initial weights come first, to be out of memory before the rest is in it.
+    layout = {name: tensor.to("meta") for name, tensor in initial.items()}
+    layout |= checked_layout(plan.targets, files.meta, expected)
+    missing = [name for name in expected if name not in layout]
+    if missing:
+        raise ValueError(f"the checkpoint has nothing for {missing[0]} ({len(missing)} missing)")
     made = Conversion(
         hears=hears,
-        eight=any("deepspeed_moe" in name for name in files.shapes),
+        eight=any("deepspeed_moe" in name for name in files.meta),
         published_config=published,
         aside=plan.aside,
         initialised=sorted(initial),
-        merged=merged,
+        merged=plan.merged,
     )
     processor = _processor(config, published, places)
     with whole_folder(target) as folder:
         write_shards(
             folder,
             layout,
-            lambda name: initial[name] if name in initial else plan.targets[name].read(files),
-            counter(layout, on_bytes),
+            lambda n: initial.pop(n) if n in initial else plan.targets[n].read(files.read),
+            on_bytes,
             shard_bytes,
         )
         if plan.aside:
-            kept = {name: (files.shapes[name], files.dtype(name)) for name in plan.aside}
-            write_tensors(folder / ASIDE, kept, files.read)
+            kept = {name: files.meta[name] for name in plan.aside}
+            write_shards(folder, kept, lambda n: Matrix(n).read(files.read), stem=ASIDE)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         _copy_tokenizer(places, folder)
@@ -159,7 +153,7 @@ def convert_to_published(
     Args:
         source: a folder that was converted; its weights may have been trained since.
         target: a folder that is not there yet.
-        on_bytes: is told the bytes written so far and their total.
+        on_bytes: is told the bytes read so far and their total.
         shard_bytes: most bytes of a file of weights.
 
     Returns:
@@ -175,26 +169,22 @@ def convert_to_published(
         raise ValueError(f"folder ({source}) must be one that was converted: it has no record")
     files = TensorFiles(shards(source))
     expected = parameter_shapes(UniMoEConfig.from_pretrained(source))
-    for name in expected.keys() ^ files.shapes.keys():
-        what = "is missing from" if name in expected else "is one too many for"
-        raise ValueError(f"{name} {what} the model in {source}")
+    checked_layout({name: Matrix(name) for name in expected | files.meta}, files.meta, expected)
     absent = {"speech": "model.audio_connector.", "audio": "model.speech_connector."}[made.hears]
-    left_out = [n for n in files.shapes if n.startswith(absent) or n in {UNUSED, *made.initialised}]
-    plan = plan_to_published(files.shapes, made.hears, made.eight, left_out)
-    layout = {
-        name: (recipe.shape(files.shapes), files.dtype(recipe.names[0]))
-        for name, recipe in plan.targets.items()
+    left_out = {UNUSED, *made.initialised}
+    asked = {
+        name: tensor
+        for name, tensor in files.meta.items()
+        if name not in left_out and not name.startswith(absent)
     }
-    aside = TensorFiles([source / ASIDE] if made.aside else [])
-    layout |= {name: (shape, aside.dtype(name)) for name, shape in aside.shapes.items()}
+    targets = plan_to_published(asked, made.hears, made.eight)
+    if made.aside:
+        aside = TensorFiles(shards(source, [ASIDE]))
+        targets |= {name: Matrix(name) for name in aside.meta}
+        files.join(aside)
+    layout = {name: recipe.read(files.meta.__getitem__) for name, recipe in targets.items()}
     with whole_folder(target) as folder:
-        write_shards(
-            folder,
-            layout,
-            lambda n: plan.targets[n].read(files) if n in plan.targets else aside.read(n),
-            counter(layout, on_bytes),
-            shard_bytes,
-        )
+        write_shards(folder, layout, lambda n: targets[n].read(files.read), on_bytes, shard_bytes)
         write_json(folder / "config.json", made.published_config)
         _copy_tokenizer([source], folder)
     return made
@@ -209,43 +199,10 @@ def parameter_shapes(config: UniMoEConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _checked_layout(
-    plan: Plan,
-    files: TensorFiles,
-    initial: Mapping[str, Tensor],
-    expected: Mapping[str, tuple[int, ...]],
-) -> Layout:
-    """Shape and dtype of every parameter, in the order of the source.
-
-    Raises:
-        ValueError: For the first one that is missing, one too many, or of another shape or dtype.
-    """
-    layout, shapes = {}, files.shapes
-    for name, recipe in plan.targets.items():
-        if name not in expected:
-            raise ValueError(f"{recipe.names[0]} has no place in the model: it has no {name}")
-        shape = recipe.shape(shapes)
-        if shape != expected[name]:
-            raise ValueError(
-                f"{recipe.names[0]} gives {name} the shape {list(shape)}, expected"
-                f" {list(expected[name])}"
-            )
-        dtypes = {files.dtype(n) for n in recipe.names} if isinstance(recipe, Stack) else set()
-        if len(dtypes) > 1 and not any(m.loras for e in recipe.experts for m in e):
-            raise ValueError(f"{name} is made of several dtypes: {sorted(map(str, dtypes))}")
-        layout[name] = (shape, files.dtype(recipe.names[0]))
-    layout |= {name: (tuple(value.shape), value.dtype) for name, value in initial.items()}
-    missing = [name for name in expected if name not in layout]
-    if missing:
-        raise ValueError(f"the checkpoint has nothing for {missing[0]} ({len(missing)} missing)")
-    return layout
-
-
 def _fields_of_other(folder: Path, files: TensorFiles, hears: str) -> dict:
     """Fields of the configuration about the connector of the other half."""
     other = {"speech": "audio", "audio": "speech"}[hears]
-    shapes = {name.partition(":")[2]: shape for name, shape in files.shapes.items()}
-    config = config_from_published(read_config(folder), shapes, other)
+    config = config_from_published(read_config(folder), files.meta, other)
     names = ("encoder", "feature_size", "num_queries", "connector")
     return {f"{other}_{name}": getattr(config, f"{other}_{name}") for name in names}
 
@@ -288,15 +245,3 @@ def _copy_tokenizer(places: list[Path], folder: Path) -> None:
         if (place / TOKENIZER).is_file():
             shutil.copyfile(place / TOKENIZER, folder / TOKENIZER)
             return
-
-
-def counter(layout: Layout, on_bytes: Progress) -> Callable[[int], None]:
-    """Adds up what `write_shards` says, and tells it with the total."""
-    total, done = sum(num_bytes(*described) for described in layout.values()), 0
-
-    def count(written: int) -> None:
-        nonlocal done
-        done += written
-        on_bytes(done, total)
-
-    return count

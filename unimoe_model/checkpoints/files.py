@@ -1,43 +1,21 @@
-"""Files of tensors: read one tensor at a time, written one tensor at a time."""
+"""Files of tensors, read one tensor at a time."""
 
 import json
-import struct
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 SAFETENSORS, PICKLED = ".safetensors", ".bin"
-INDEX = "model.safetensors.index.json"
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-
-
-@dataclass(frozen=True)
-class _Place:
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class TensorFiles:
-    """Tensors of several files by name, none of which is in memory before it is read.
+    """Tensors of several files by name, none of which is in memory before it is used.
 
     A name of a later file takes the place of the same name of an earlier one.
 
@@ -45,93 +23,65 @@ class TensorFiles:
         paths: `.safetensors` or `.bin` files; the latter are read with `weights_only=True`.
         rename: what a tensor is called, from what its file calls it.
 
+    Attributes:
+        meta: every tensor on the meta device: its shape and dtype.
+
     Raises:
         ValueError: If a file is missing, cut short, damaged, or holds something else.
     """
 
-    def __init__(self, paths: Iterable[Path], rename: Callable[[str], str] = lambda name: name):
-        self._places: dict[str, _Place] = {}
+    def __init__(self, paths: Iterable[Path] = (), rename: Callable[[str], str] = str):
+        self.meta: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
         self._opened: tuple[Path, Mapping[str, Tensor]] | None = None
         self.add(paths, rename)
 
-    def add(self, paths: Iterable[Path], rename: Callable[[str], str] = lambda name: name) -> None:
+    def add(self, paths: Iterable[Path], rename: Callable[[str], str] = str) -> None:
         """Adds files, as in the constructor."""
         for path in paths:
             if not path.is_file():
                 raise ValueError(f"file {path} is missing")
-            read = _safetensors_header if path.suffix == SAFETENSORS else self._pickled_header
-            for key, (shape, dtype) in read(path).items():
-                self._places[rename(key)] = _Place(path, key, shape, dtype)
+            with _named(path):
+                tensors = load_file(path) if path.suffix == SAFETENSORS else self._pickled(path)
+            for key, tensor in tensors.items():
+                self.meta[rename(key)] = tensor.to("meta")
+                self._places[rename(key)] = (path, key)
 
-    def join(self, others: "TensorFiles") -> None:
-        """Adds the tensors of others, under their names there."""
-        self._places |= others._places
+    def join(self, others: "TensorFiles", suffix: str = "") -> None:
+        """Adds the tensors of others, under their names there and a suffix."""
+        self.meta |= {name + suffix: tensor for name, tensor in others.meta.items()}
+        self._places |= {name + suffix: place for name, place in others._places.items()}
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor."""
-        return {name: place.shape for name, place in self._places.items()}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
-        return self._places[name].dtype
-
-    def read(self, name: str, rows: slice | None = None, index: int | None = None) -> Tensor:
-        """A tensor, its `index`-th entry, or these rows of that; nothing more is loaded."""
-        place = self._places[name]
-        if place.path.suffix == SAFETENSORS:
-            with safe_open(place.path, framework="pt") as file:
-                if index is None:
-                    return file.get_tensor(place.key).clone()
-                part = file.get_slice(place.key)[index, rows if rows is not None else slice(None)]
-                return part.clone()
-        tensor = self._pickled(place.path)[place.key]
-        tensor = tensor if index is None else tensor[index]
-        return (tensor if rows is None else tensor[rows]).clone()
-
-    def _pickled_header(self, path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        tensors = self._pickled(path)
-        return {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+    def read(self, name: str) -> Tensor:
+        """A tensor mapped into memory: what is not used of it is not loaded."""
+        path, key = self._places[name]
+        with _named(path):
+            if path.suffix != SAFETENSORS:
+                return self._pickled(path)[key]
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(key)
 
     def _pickled(self, path: Path) -> Mapping[str, Tensor]:
         """The file's tensors, mapped into memory; one file at a time."""
         if self._opened is None or self._opened[0] != path:
             self._opened = None
-            try:
-                tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except (RuntimeError, EOFError, OSError, ValueError, UnpicklingError) as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"file {path} is cut short or damaged: {reason}") from error
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if not isinstance(tensors, dict) or not all(
                 isinstance(value, Tensor) for value in tensors.values()
             ):
-                raise ValueError(f"file {path} must hold a dict of tensors")
+                raise ValueError("it must hold a dict of tensors")
             self._opened = (path, tensors)
         return self._opened[1]
 
 
-def _safetensors_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes; tensors that the file is too short for are named."""
-    size = path.stat().st_size
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Names the file in the errors of those who read it."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else {}
-        header.pop("__metadata__", None)
-        ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
-        found = {n: (tuple(e["shape"]), _DTYPES[e["dtype"]]) for n, e in header.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"file {path} is cut short or damaged: it has no whole header") from error
-    cut = [name for name, end in ends.items() if end > size]
-    if cut or length >= size:
-        which = f"{cut[0]} is not whole ({len(cut)} are not)" if cut else "it has no whole header"
-        raise ValueError(f"file {path} is cut short: {which}")
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"file {path} is damaged: {error}") from error
-    return found
+        yield
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"file {path} is cut short or damaged: {reason}") from error
 
 
 def shards(folder: Path, stems: Iterable[str] = ("model", "pytorch_model")) -> list[Path]:
@@ -149,10 +99,16 @@ def shards(folder: Path, stems: Iterable[str] = ("model", "pytorch_model")) -> l
                 except (json.JSONDecodeError, KeyError, AttributeError) as error:
                     raise ValueError(f"file {index} must be an index of weights") from error
                 return [folder / name for name in sorted(set(names))]
-            if (folder / f"{stem}{suffix}").is_file():
-                return [folder / f"{stem}{suffix}"]
+        if path := single_file(folder, stem):
+            return [path]
     names = [f"{stem}{suffix}" for stem in stems for suffix in (SAFETENSORS, PICKLED)]
     raise ValueError(f"folder ({folder}) must hold weights: one of {names}, or an index")
+
+
+def single_file(folder: Path, stem: str) -> Path | None:
+    """The file of tensors of this name without suffix, or None."""
+    paths = [folder / f"{stem}{suffix}" for suffix in (SAFETENSORS, PICKLED)]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_config(folder: Path) -> dict:
@@ -166,51 +122,3 @@ def read_config(folder: Path) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"file {path} must be the configuration of a model: {error}") from error
-
-
-def write_tensors(
-    path: Path,
-    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    read: Callable[[str], Tensor],
-    on_tensor: Callable[[str], None] = lambda name: None,
-) -> None:
-    """Writes a safetensors file, with one tensor in memory at a time.
-
-    The format: an 8-byte length, a JSON header with the place of every tensor, and their bytes.
-
-    Args:
-        path: written from the start.
-        layout: shape and dtype of each tensor, in their order in the file.
-        read: gives a tensor by name.
-        on_tensor: is told of each one written.
-
-    Raises:
-        ValueError: If a tensor has not the shape and dtype that was announced.
-    """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, (shape, dtype) in layout.items():
-        start, end = end, end + num_bytes(shape, dtype)
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
-        for name, (shape, dtype) in layout.items():
-            tensor = read(name)
-            if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-                raise ValueError(
-                    f"{name} ({tensor.dtype}, shape {list(tensor.shape)}) must be {dtype} of shape"
-                    f" {list(shape)}"
-                )
-            flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-            file.write(memoryview(flat.numpy()))
-            on_tensor(name)
-
-
-def num_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
-    """Bytes of a tensor."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count * torch.empty((), dtype=dtype).element_size()

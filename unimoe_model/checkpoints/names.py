@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 
 LLM = "model.language_model."
+PROJECTIONS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+"""The matrices of an expert that a stack of experts holds, by the last part of its name."""
 _LAYER = r"model\.layers\.(\d+)\."
 _DEEPSPEED = r"deepspeed_moe\.experts\.deepspeed_"
 _EXPERT = re.compile(rf"{_LAYER}mlp\.(?:{_DEEPSPEED})?experts\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -13,18 +15,17 @@ _PLAIN = re.compile(
     r"\.weight"
 )
 _PREFIXES = (
+    ("lm_head.weight", "lm_head.weight"),
+    ("model.embed_tokens.", f"{LLM}embed_tokens."),
+    ("model.norm.", f"{LLM}norm."),
+    ("model.layers.", f"{LLM}layers."),
+    ("model.query_tokens", "model.speech_connector.query_tokens"),
     ("model.mm_projector.", "model.image_connector.projector."),
+    ("model.mm_audio_aligner.projector.", "model.{hears}_connector.projector."),
+    ("model.mm_audio_aligner.query_tokens", "model.audio_connector.query_tokens"),
     ("model.mm_audio_aligner.decoder.audio_decoder.", "model.speech_connector.decoder."),
     ("model.mm_audio_aligner.qformer.qformer.", "model.audio_connector.qformer."),
 )
-_WHOLE = {
-    "lm_head.weight": "lm_head.weight",
-    "model.embed_tokens.weight": f"{LLM}embed_tokens.weight",
-    "model.norm.weight": f"{LLM}norm.weight",
-    "model.query_tokens": "model.speech_connector.query_tokens",
-    "model.mm_audio_aligner.query_tokens": "model.audio_connector.query_tokens",
-}
-_ALIGNER_PROJECTOR = "model.mm_audio_aligner.projector."
 _ASIDE = (
     (re.compile(rf"{_LAYER}self_attn\.rotary_emb\.inv_freq"), "computed from the configuration"),
     (re.compile(r"model\.(vision|audio)_tower\..*"), "weights of a frozen encoder"),
@@ -60,23 +61,15 @@ def own_part(name: str, hears: str) -> Part | None:
         hears: `"speech"` or `"audio"`: which of the two the checkpoint's aligner is for. Both call
             its projector the same.
     """
-    expert = _EXPERT.fullmatch(name)
-    if expert:
+    if expert := _EXPERT.fullmatch(name):
         layer, number, projection = expert.groups()
         stack = "down_proj" if projection == "down" else "gate_up_proj"
         return Part(f"{LLM}layers.{layer}.mlp.experts.{stack}", int(number), projection)
-    router = _ROUTER.fullmatch(name)
-    if router:
+    if router := _ROUTER.fullmatch(name):
         return Part(f"{LLM}layers.{router[1]}.mlp.router.weight")
-    if name in _WHOLE:
-        return Part(_WHOLE[name])
-    if _PLAIN.fullmatch(name):
-        return Part(LLM + name.removeprefix("model."))
-    if name.startswith(_ALIGNER_PROJECTOR):
-        return Part(f"model.{hears}_connector.projector.{name.removeprefix(_ALIGNER_PROJECTOR)}")
     for published, own in _PREFIXES:
-        if name.startswith(published):
-            return Part(own + name.removeprefix(published))
+        if name.startswith(published) and _is_known(name):
+            return Part(own.format(hears=hears) + name.removeprefix(published))
     return None
 
 
@@ -93,21 +86,20 @@ def published_name(own: str, hears: str, eight: bool) -> str | None:
         hears: see `own_part`.
         eight: whether routers are called as in the eight-expert code.
     """
-    router = re.fullmatch(rf"{re.escape(LLM)}layers\.(\d+)\.mlp\.router\.weight", own)
-    if router:
-        gate = "deepspeed_moe.gate.wg" if eight else "gate"
-        return f"model.layers.{router[1]}.mlp.{gate}.weight"
-    for published, name in _WHOLE.items():
-        if name == own:
-            return published
-    projector = f"model.{hears}_connector.projector."
-    if own.startswith(projector):
-        return _ALIGNER_PROJECTOR + own.removeprefix(projector)
+    gate = "deepspeed_moe.gate.wg" if eight else "gate"
+    own = own.replace(".mlp.router.", f".mlp.{gate}.")
     for published, prefix in _PREFIXES:
-        if own.startswith(prefix):
-            return published + own.removeprefix(prefix)
-    plain = "model." + own.removeprefix(LLM)
-    return plain if own.startswith(LLM) and _PLAIN.fullmatch(plain) else None
+        prefix = prefix.format(hears=hears)
+        name = published + own.removeprefix(prefix)
+        if own.startswith(prefix) and _is_known(name):
+            return name
+    return None
+
+
+def _is_known(name: str) -> bool:
+    """Whether a published name outside the experts is one of the LLM's layers, or of no layer."""
+    in_layer = name.startswith("model.layers.")
+    return not in_layer or bool(_PLAIN.fullmatch(name) or _ROUTER.fullmatch(name))
 
 
 def published_expert(own: str, expert: int, projection: str, eight: bool) -> str:

@@ -1,29 +1,29 @@
-"""How each tensor of a checkpoint comes out of the tensors of another one."""
+"""How each tensor of a checkpoint comes out of the tensors of another one.
+
+transformers has `WeightConverter` for such plans, but its `from_pretrained` and `save_pretrained`
+apply them to a whole model in memory. It also casts experts of several dtypes to one, and merges no
+LoRA.
+"""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from unimoe_kernels import merge_lora_weight
 from unimoe_model.checkpoints.names import (
     LORA,
+    PROJECTIONS,
     aside_reason,
     own_part,
     published_expert,
     published_name,
 )
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-class Source(Protocol):
-    """Tensors by name, read when they are asked for."""
-
-    def read(self, name: str, rows: slice | None = None, index: int | None = None) -> Tensor:
-        """A tensor, its `index`-th entry, or these rows of that."""
+Read = Callable[[str], Tensor]
+"""Gives a tensor by name."""
 
 
 @dataclass(frozen=True)
@@ -42,33 +42,21 @@ class Matrix:
     name: str
     loras: list[Lora] = field(default_factory=list)
 
-    @property
-    def names(self) -> list[str]:
-        """All that is read."""
-        return [self.name, *(part for lora in self.loras for part in (lora.a, lora.b))]
-
-    def shape(self, shapes: Shapes) -> tuple[int, ...]:
-        """Shape of the result.
+    def read(self, read: Read) -> Tensor:
+        """A copy of the tensor, corrections merged in at least float32.
 
         Raises:
             ValueError: If a correction does not fit.
         """
-        shape = tuple(shapes[self.name])
+        value = read(self.name).clone(memory_format=torch.contiguous_format)
         for lora in self.loras:
-            a, b = shapes[lora.a], shapes[lora.b]
-            if len(shape) != 2 or (b[0], a[1]) != shape or b[1] != a[0]:
+            a, b = read(lora.a), read(lora.b)
+            if value.shape != b.shape[:1] + a.shape[1:] or b.shape[1:] != a.shape[:1]:
                 raise ValueError(
-                    f"{lora.a} (shape {list(a)}) and {lora.b} (shape {list(b)}) must fit"
-                    f" {self.name} (shape {list(shape)})"
+                    f"{lora.a} ({_kind(a)}) and {lora.b} ({_kind(b)}) must fit"
+                    f" {self.name} ({_kind(value)})"
                 )
-        return shape
-
-    def read(self, source: Source) -> Tensor:
-        """The tensor, corrections merged in at least float32."""
-        value = source.read(self.name)
-        for lora in self.loras:
-            lora_A, lora_B = source.read(lora.a), source.read(lora.b)
-            value = merge_lora_weight(value, lora_A, lora_B, lora.scale)
+            value = merge_lora_weight(value, a, b, lora.scale)
         return value
 
 
@@ -79,39 +67,29 @@ class Stack:
     experts: list[list[Matrix]]
 
     @property
-    def names(self) -> list[str]:
-        """All that is read."""
-        return [name for expert in self.experts for matrix in expert for name in matrix.names]
+    def name(self) -> str:
+        """Name of the first matrix."""
+        return self.experts[0][0].name
 
-    def shape(self, shapes: Shapes) -> tuple[int, ...]:
-        """Shape of the result.
+    def read(self, read: Read) -> Tensor:
+        """The stacked tensor.
 
         Raises:
-            ValueError: If the matrices differ in shape.
+            ValueError: If the matrices differ in shape or dtype.
         """
-        first = self.experts[0][0]
-        rows, columns = first.shape(shapes)
-        for expert in self.experts:
-            for matrix in expert:
-                if matrix.shape(shapes) != (rows, columns):
-                    raise ValueError(
-                        f"{matrix.name} (shape {list(shapes[matrix.name])}) must have the shape of"
-                        f" {first.name} {[rows, columns]}"
-                    )
-        return (len(self.experts), len(self.experts[0]) * rows, columns)
-
-    def read(self, source: Source) -> Tensor:
-        """The stacked tensor."""
         stacked = None
         for number, expert in enumerate(self.experts):
             for half, matrix in enumerate(expert):
-                value = matrix.read(source)
-                rows = value.shape[0]
+                value = matrix.read(read)
                 if stacked is None:
-                    shape = (len(self.experts), len(expert) * rows, value.shape[1])
-                    stacked = value.new_empty(shape)
-                stacked[number, half * rows : (half + 1) * rows] = value
-        return stacked
+                    stacked = value.new_empty(len(self.experts), len(expert), *value.shape)
+                if value.shape != stacked.shape[2:] or value.dtype != stacked.dtype:
+                    raise ValueError(
+                        f"{matrix.name} ({_kind(value)}) must have the shape and dtype of"
+                        f" {self.name} ({_kind(stacked[0, 0])})"
+                    )
+                stacked[number, half] = value
+        return stacked.flatten(1, 2)
 
 
 @dataclass
@@ -123,23 +101,45 @@ class Entry:
     half: int
     halves: int
 
-    @property
-    def names(self) -> list[str]:
-        """All that is read."""
-        return [self.name]
-
-    def shape(self, shapes: Shapes) -> tuple[int, ...]:
-        """Shape of the result."""
-        _, rows, columns = shapes[self.name]
-        return (rows // self.halves, columns)
-
-    def read(self, source: Source) -> Tensor:
-        """The matrix."""
-        rows = source.shapes[self.name][1] // self.halves
-        return source.read(self.name, slice(self.half * rows, (self.half + 1) * rows), self.expert)
+    def read(self, read: Read) -> Tensor:
+        """A copy of the matrix."""
+        return read(self.name)[self.expert].chunk(self.halves)[self.half].clone()
 
 
 Recipe = Matrix | Stack | Entry
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"shape {list(tensor.shape)}, {tensor.dtype}"
+
+
+def checked_layout(
+    recipes: Mapping[str, Recipe], tensors: Mapping[str, Tensor], expected: Mapping[str, tuple]
+) -> dict[str, Tensor]:
+    """What recipes give, on the meta device.
+
+    Args:
+        recipes: by the names of what they give.
+        tensors: that they read, on the meta device.
+        expected: shapes by name.
+
+    Raises:
+        ValueError: For the first tensor that is missing, one too many, or of another shape.
+    """
+    layout = {}
+    for name, recipe in recipes.items():
+        if name not in expected:
+            raise ValueError(f"{recipe.name} has no place in the model: it has no {name}")
+        try:
+            layout[name] = recipe.read(tensors.__getitem__)
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]} is missing") from error
+        if layout[name].shape != expected[name]:
+            raise ValueError(
+                f"{recipe.name} gives {name} the shape {list(layout[name].shape)}, expected"
+                f" {list(expected[name])}"
+            )
+    return layout
 
 
 @dataclass
@@ -149,23 +149,25 @@ class Plan:
     Attributes:
         targets: how each tensor is made, by its new name.
         aside: tensors of the source that have no place in it, and why.
+        merged: tensors of the source that corrections are merged into.
     """
 
     targets: dict[str, Recipe]
     aside: dict[str, str]
+    merged: list[str]
 
 
 def plan_from_published(
-    shapes: Shapes,
+    names: Collection[str],
     hears: str,
     lora_scale: float | None = None,
     adapter: Mapping[str, Lora] | None = None,
     num_experts: int | None = None,
 ) -> Plan:
-    """Plans our names out of published ones.
+    """Plans our tensors out of published ones.
 
     Args:
-        shapes: of all tensors of the source.
+        names: of all tensors of the source.
         hears: see `own_part`.
         lora_scale: of the LoRA in the experts of the eight-expert code.
         adapter: further corrections, by the published name of what they correct.
@@ -176,21 +178,19 @@ def plan_from_published(
         ValueError: If a name is unknown, an expert or a half of a LoRA is missing, or a correction
             corrects nothing.
     """
+    corrections = list((adapter or {}).items())
+    in_adapter = {name for _, lora in corrections for name in (lora.a, lora.b)}
     matrices: dict[str, Matrix] = {}
     aside, halves = {}, defaultdict(dict)
-    for name in shapes:
-        reason, lora = aside_reason(name), LORA.fullmatch(name)
-        if reason:
+    for name in names:
+        if reason := aside_reason(name):
             aside[name] = reason
-        elif lora:
+        elif lora := LORA.fullmatch(name):
             halves[lora[1] + lora[3]][lora[2]] = name
-        elif own_part(name, hears) is None:
-            if any(name in (part.a, part.b) for part in (adapter or {}).values()):
-                continue
-            raise ValueError(f"{name} is no weight of a published checkpoint")
-        else:
+        elif own_part(name, hears):
             matrices[name] = Matrix(name)
-    corrections = [(base, lora) for base, lora in (adapter or {}).items()]
+        elif name not in in_adapter:
+            raise ValueError(f"{name} is no weight of a published checkpoint")
     for base, found in halves.items():
         if found.keys() != {"A", "B"} or lora_scale is None:
             raise ValueError(f"LoRA of {base} must have A and B and a scale, has {sorted(found)}")
@@ -199,65 +199,55 @@ def plan_from_published(
         if base not in matrices:
             raise ValueError(f"{lora.a} corrects {base}, which the checkpoint lacks")
         matrices[base].loras.append(lora)
-    return Plan(_stacked(matrices, hears, num_experts), aside)
+    merged = sorted({base for base, _ in corrections})
+    return Plan(_stacked(matrices, hears, num_experts), aside, merged)
 
 
 def _stacked(
     matrices: Mapping[str, Matrix], hears: str, num_experts: int | None
 ) -> dict[str, Recipe]:
-    targets, stacks = {}, defaultdict(lambda: defaultdict(dict))
+    targets, stacks = {}, defaultdict(dict)
     for name, matrix in matrices.items():
         part = own_part(name, hears)
-        if part.expert is None:
-            targets[part.target] = matrix
-        else:
-            targets[part.target] = None
-            stacks[part.target][part.expert][part.projection] = matrix
-    for target, experts in stacks.items():
-        wanted = ("down",) if target.endswith("down_proj") else ("gate", "up")
-        count = num_experts or max(experts) + 1
-        eight = any("deepspeed_moe" in name for name in matrices)
-        for number in range(max(count, max(experts) + 1)):
-            missing = [name for name in wanted if name not in experts[number]]
-            if missing and number < count:
-                name = published_expert(target, number, missing[0], eight)
-                raise ValueError(f"{name} is missing from the checkpoint")
-            if experts[number] and number >= count:
-                name = published_expert(target, number, wanted[0], eight)
-                raise ValueError(f"{name} is one too many for num_experts ({count})")
-        targets[target] = Stack(
-            [[experts[number][name] for name in wanted] for number in range(count)]
-        )
+        targets[part.target] = matrix
+        if part.expert is not None:
+            stacks[part.target][part.expert, part.projection] = matrix
+    eight = any("deepspeed_moe" in name for name in matrices)
+    for target, found in stacks.items():
+        count = num_experts or max(number for number, _ in found) + 1
+        projections = PROJECTIONS[target.rpartition(".")[2]]
+        wanted = [[(number, projection) for projection in projections] for number in range(count)]
+        for part in sorted(found.keys() ^ {part for expert in wanted for part in expert}):
+            extra = f"one too many for num_experts ({count})"
+            problem = extra if part in found else "missing from the checkpoint"
+            raise ValueError(f"{published_expert(target, *part, eight)} is {problem}")
+        targets[target] = Stack([[found[part] for part in expert] for expert in wanted])
     return targets
 
 
-def plan_to_published(
-    shapes: Shapes, hears: str, eight: bool, left_out: Sequence[str] = ()
-) -> Plan:
-    """Plans published names out of ours.
+def plan_to_published(tensors: Mapping[str, Tensor], hears: str, eight: bool) -> dict[str, Recipe]:
+    """Plans published tensors out of ours.
 
     Args:
-        shapes: of all tensors of a model.
+        tensors: those of a model that are asked for, on any device.
         hears: see `own_part`; the other connector has no published name beside this one.
         eight: whether experts and routers are called as in the eight-expert code.
-        left_out: names that are not asked for.
+
+    Returns:
+        How each tensor is made, by its published name.
 
     Raises:
         ValueError: If a tensor has no published name.
     """
-    targets, aside = {}, {}
-    for own, shape in shapes.items():
-        if own in left_out:
-            aside[own] = "was not in the published checkpoint"
-        elif own.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            names = ("down",) if own.endswith("down_proj") else ("gate", "up")
-            for expert in range(shape[0]):
-                for half, projection in enumerate(names):
+    targets = {}
+    for own, tensor in tensors.items():
+        if projections := PROJECTIONS.get(own.rpartition(".")[2]):
+            for expert in range(tensor.shape[0]):
+                for half, projection in enumerate(projections):
                     name = published_expert(own, expert, projection, eight)
-                    targets[name] = Entry(own, expert, half, len(names))
-        else:
-            name = published_name(own, hears, eight)
-            if name is None:
-                raise ValueError(f"{own} has no name in the published layout")
+                    targets[name] = Entry(own, expert, half, len(projections))
+        elif name := published_name(own, hears, eight):
             targets[name] = Matrix(own)
-    return Plan(targets, aside)
+        else:
+            raise ValueError(f"{own} has no name in the published layout")
+    return targets

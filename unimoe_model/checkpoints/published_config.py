@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from torch import Tensor
 from transformers import LlamaConfig
 
 from unimoe_model.configuration import PLACEMENTS, UniMoEConfig
@@ -32,13 +33,13 @@ _NAMED = {"BEATs_iter3_plus_AS2M.pt": "beats-iter3-plus-as2m"}
 
 
 def config_from_published(
-    published: Mapping, shapes: Mapping[str, tuple[int, ...]], hears: str, **overrides
+    published: Mapping, tensors: Mapping[str, Tensor], hears: str, **overrides
 ) -> UniMoEConfig:
     """The configuration of a checkpoint; what its `config.json` leaves out follows from shapes.
 
     Args:
         published: contents of `config.json`.
-        shapes: of the checkpoint's tensors, by their published names.
+        tensors: of the checkpoint by their published names, on any device.
         hears: `"speech"` or `"audio"`: which of the two the checkpoint's aligner is for.
         **overrides: fields of `UniMoEConfig` that are known better.
 
@@ -50,20 +51,20 @@ def config_from_published(
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
         _field(published, name)
     text = {name: published[name] for name in _TEXT if published.get(name) is not None}
-    fields = {"text_config": LlamaConfig(**text), **_experts(published, shapes, hears)}
+    fields = {"text_config": LlamaConfig(**text), **_experts(published, tensors, hears)}
     vision = published.get("mm_vision_tower")
     if vision:
         fields["vision_encoder"] = _encoder(vision)
     if published.get("mm_hidden_size"):
         fields["vision_feature_size"] = published["mm_hidden_size"]
-    positions = _shape(shapes, "vision_tower.", "position_embedding.weight")
+    positions = _shape(tensors, "vision_tower.", "position_embedding.weight")
     if positions:
         fields["vision_num_tokens"] = positions[0] - 1
     if published.get("mm_audio_tower"):
         fields[f"{hears}_encoder"] = _encoder(published["mm_audio_tower"])
         fields[f"{hears}_feature_size"] = _field(published, "mm_audio_hidden_size")
         fields[f"{hears}_num_queries"] = _field(published, "query_tokens_size")
-        fields[f"{hears}_connector"] = (_decoder if hears == "speech" else _qformer)(shapes)
+        fields[f"{hears}_connector"] = (_decoder if hears == "speech" else _qformer)(tensors)
     return UniMoEConfig(**(fields | overrides))
 
 
@@ -79,9 +80,9 @@ def _check_overrides(overrides: Mapping) -> None:
             raise ValueError(f"field {name} (set to {value!r}) must be of type {expected}")
 
 
-def _experts(published: Mapping, shapes: Mapping, hears: str) -> dict:
+def _experts(published: Mapping, tensors: Mapping, hears: str) -> dict:
     gates = (".mlp.gate.weight", ".deepspeed_moe.gate.wg.weight")
-    layers = sorted(int(name.split(".")[2]) for name in shapes if name.endswith(gates))
+    layers = sorted(int(name.split(".")[2]) for name in tensors if name.endswith(gates))
     if not layers:
         return {"num_experts": 0}
     fields = {
@@ -89,7 +90,7 @@ def _experts(published: Mapping, shapes: Mapping, hears: str) -> dict:
         "num_experts_per_tok": _field(published, "num_experts_per_tok"),
         "moe_layers": _placement(layers, published["num_hidden_layers"]),
     }
-    if any("deepspeed_moe" in name for name in shapes):
+    if any("deepspeed_moe" in name for name in tensors):
         fields["moe_options"] = {"balance": "first"}
         fields["modality_gate"] = bool(published.get("use_fm_block"))
     coefficients = {
@@ -127,36 +128,37 @@ def _encoder(tower: str) -> str:
     return last if last in ENCODERS else _NAMED.get(last, tower)
 
 
-def _shape(shapes: Mapping, *parts: str) -> tuple[int, ...] | None:
-    return next((s for n, s in shapes.items() if all(part in n for part in parts)), None)
+def _shape(tensors: Mapping, *parts: str) -> tuple[int, ...] | None:
+    found = (tensor.shape for n, tensor in tensors.items() if all(part in n for part in parts))
+    return next(found, None)
 
 
-def _layers(shapes: Mapping, mark: str) -> int:
-    numbers = {n.split(mark, 1)[1].split(".")[0] for n in shapes if mark in n}
+def _layers(tensors: Mapping, mark: str) -> int:
+    numbers = {n.split(mark, 1)[1].split(".")[0] for n in tensors if mark in n}
     return len(numbers)
 
 
-def _decoder(shapes: Mapping) -> dict:
-    positions = _shape(shapes, "audio_decoder.embed_positions")
-    inner = _shape(shapes, "audio_decoder.layers.0.fc1.weight")
+def _decoder(tensors: Mapping) -> dict:
+    positions = _shape(tensors, "audio_decoder.embed_positions")
+    inner = _shape(tensors, "audio_decoder.layers.0.fc1.weight")
     if not positions or not inner:
         return {}
     return {
         "d_model": positions[1],
         "max_target_positions": positions[0],
-        "decoder_layers": _layers(shapes, "audio_decoder.layers."),
+        "decoder_layers": _layers(tensors, "audio_decoder.layers."),
         "decoder_ffn_dim": inner[0],
         "decoder_attention_heads": max(1, positions[1] // _HEAD_WIDTH),
     }
 
 
-def _qformer(shapes: Mapping) -> dict:
-    inner = _shape(shapes, "qformer.encoder.layer.0.intermediate_query.dense.weight")
+def _qformer(tensors: Mapping) -> dict:
+    inner = _shape(tensors, "qformer.encoder.layer.0.intermediate_query.dense.weight")
     if not inner:
         return {}
     mark = "qformer.encoder.layer."
-    crossing = {n.split(mark, 1)[1].split(".")[0] for n in shapes if ".crossattention." in n}
-    layers = _layers(shapes, mark)
+    crossing = {n.split(mark, 1)[1].split(".")[0] for n in tensors if ".crossattention." in n}
+    layers = _layers(tensors, mark)
     return {
         "hidden_size": inner[1],
         "intermediate_size": inner[0],

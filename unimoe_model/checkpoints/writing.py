@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unimoe_kernels import replace_folder
-from unimoe_model.checkpoints.files import INDEX, num_bytes, write_tensors
+from unimoe_model.permissions import permit_as_usual
 
-SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 500_000_000
 
-Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Progress = Callable[[int, int], None]
 
 
 def refuse_existing(target: Path) -> None:
@@ -45,48 +46,42 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def write_shards(
     folder: Path,
-    layout: Layout,
+    layout: Mapping[str, Tensor],
     read: Callable[[str], Tensor],
-    on_bytes: Callable[[int], None] = lambda done: None,
+    on_bytes: Progress = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
+    stem: str = "model",
 ) -> None:
-    """Writes weights in the layout of transformers, one tensor in memory at a time.
+    """Writes weights in the layout of transformers, one file of them in memory at a time.
 
     Args:
         folder: must exist.
-        layout: shape and dtype of each tensor, in the order in which they are read.
-        read: gives a tensor by name.
-        on_bytes: is told the bytes written since the last call.
+        layout: the tensors on the meta device, in the order in which they are read.
+        read: gives a tensor by name: contiguous, in memory of its own.
+        on_bytes: is told the bytes read so far and their total.
         shard_bytes: a file holds no more, unless a single tensor does.
+        stem: what names of files begin with.
 
     Raises:
-        ValueError: If shard_bytes is below 1, or a tensor has not the shape that was announced.
+        ValueError: If shard_bytes is below 1.
     """
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes ({shard_bytes}) must be at least 1")
-    files: list[list[str]] = []
-    room = 0
-    for name, described in layout.items():
-        size = num_bytes(*described)
-        if not files or size > room:
-            files.append([])
-            room = shard_bytes
-        files[-1].append(name)
-        room -= size
-    weight_map = {}
-    for number, names in enumerate(files, start=1):
-        whole = len(files) == 1
-        file = "model.safetensors" if whole else f"model-{number:05}-of-{len(files):05}.safetensors"
-        weight_map |= dict.fromkeys(names, file)
-        write_tensors(
-            folder / file,
-            {name: layout[name] for name in names},
-            read,
-            lambda name: on_bytes(num_bytes(*layout[name])),
-        )
-    if len(files) > 1:
-        total = sum(num_bytes(*described) for described in layout.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    split = split_torch_state_dict_into_shards(
+        layout, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=shard_bytes
+    )
+    done, total = 0, split.metadata["total_size"]
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            tensors[name] = read(name)
+            done += tensors[name].nbytes
+            on_bytes(done, total)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        permit_as_usual(folder / file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def write_json(path: Path, content: Mapping) -> None:

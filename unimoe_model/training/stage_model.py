@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from unimoe_model.checkpoints.files import shards
+from unimoe_model.checkpoints.files import TensorFiles, shards
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.assemble import FFN_NAMES, assemble_moe, ffn_state
 from unimoe_model.training.recipe import START, Recipe, Stage
@@ -127,11 +126,8 @@ def _is_ffn(name: str) -> bool:
 
 
 def _tensors(folder: Path, wanted: Callable[[str], bool]):
-    for path in shards(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if wanted(name):
-                    yield name, file.get_tensor(name).float()
+    files = TensorFiles(shards(folder))
+    return ((name, files.read(name).float()) for name in files.meta if wanted(name))
 
 
 def _start_router(
