@@ -97,12 +97,13 @@ class AllocationLog(TorchDispatchMode):
         """Starts the log again, with what is live now."""
         self._events = [number + 1 for number in self._live.values()]
 
-    def timeline(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    def timeline(self, rows: int, prime: int) -> tuple[np.ndarray, np.ndarray]:
         """Live bytes after each event of the log.
 
         Args:
-            rows: of the batch, a prime number that divides no size of the model: what it divides
-                grows with the batch.
+            rows: of the batch.
+            prime: a factor of rows that divides no other size: what it divides grows with the
+                batch.
 
         Returns:
             Bytes that no batch changes and bytes of a row of the batch, `[events, kinds, 2]` each,
@@ -112,7 +113,7 @@ class AllocationLog(TorchDispatchMode):
         number = np.abs(events) - 1
         size = np.array(self._bytes)[number]
         kind, of_experts = np.array(self._kinds).T[:, number]
-        grows = (size % rows == 0) & (kind == KINDS.index("activations"))
+        grows = (size % prime == 0) & (kind == KINDS.index("activations"))
         change = np.zeros((2, len(events), len(KINDS), 2))
         change[grows.astype(int), np.arange(len(events)), kind, of_experts] = (
             np.sign(events) * size / np.where(grows, rows, 1)

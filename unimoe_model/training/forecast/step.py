@@ -1,7 +1,7 @@
 """One step of a stage on fake tensors, and the memory that it takes at any number of rows."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,17 +26,17 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A batch whose rows are all alike.
+    """A batch whose rows are equally long.
 
     Attributes:
         length: tokens of a row, soft ones included.
         answers: labelled tokens of a row.
-        media: pieces of each media kind in a row.
+        media: pieces of each media kind in a row; several such rows take turns.
     """
 
     length: int
     answers: int
-    media: dict[str, int] = field(default_factory=dict)
+    media: tuple[dict[str, int], ...] = ({},)
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,9 @@ def simulate_step(
         moe.experts.dispatcher = _dispatch
     for own in model.parameters():
         log.mark([own], "weights", id(own) in experts)
-    rows = _rows(model, shape)
-    batch = _batch(log, config, train, model, shape, rows)
+    prime = _prime(model, shape)
+    rows = prime * len(shape.media)
+    batch = _batch(log, train, model, shape, rows)
     # Compiled kernels would read the memory that there is none of.
     with use_backend("reference"), log:
         optimizers = build_optimizers(parameters, settings)
@@ -124,7 +125,7 @@ def simulate_step(
     inside = {id(p) for layer in layers for p in layer.parameters()}
     trained = [own.nbytes for own in parameters.values()]
     return Step(
-        *log.timeline(rows),
+        *log.timeline(rows, prime),
         layer=max((_weights(layer, experts) for layer in layers), key=np.sum),
         outside=sum(p.nbytes for p in model.parameters() if id(p) not in inside),
         largest=max(trained),
@@ -151,39 +152,42 @@ def _make_states(
 
 def _batch(
     log: AllocationLog,
-    config: UniMoEConfig,
     train: tuple[TrainedPart, ...],
     model: UniMoEForConditionalGeneration,
     shape: BatchShape,
     rows: int,
 ) -> dict[str, Tensor]:
     """Inputs and labels; one row is shorter than the others, as hardly any batch is without."""
-    text = next(i for i in range(config.text_config.vocab_size) if i not in config.media_token_ids.values())
-    ids = torch.full((rows, shape.length), text)
+    tokens = model.config.media_token_ids
+    ids = torch.full((rows, shape.length), min(set(range(len(tokens) + 1)) - {*tokens.values()}))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch["labels"] = torch.full_like(ids, IGNORED)
     batch["labels"][:, shape.length - shape.answers :] = 0
     batch["attention_mask"][0, -1] = 0
-    end = 1
-    for kind, pieces in shape.media.items():
-        start, end = end, end + pieces * config.num_soft_tokens(kind)
-        ids[:, start:end] = config.media_token_ids[kind]
-        name, size = _media(config, train, model, kind)
-        batch[f"{kind}_{name}"] = log.empty(rows * pieces, *size)
+    held: dict[str, int] = {}
+    for turn, media in enumerate(shape.media):
+        end = 1
+        for kind, pieces in media.items():
+            start, end = end, end + pieces * model.config.num_soft_tokens(kind)
+            ids[turn :: len(shape.media), start:end] = tokens[kind]
+            held[kind] = held.get(kind, 0) + pieces * rows // len(shape.media)
+    for kind, pieces in held.items():
+        name, size = _media(train, model, kind)
+        batch[f"{kind}_{name}"] = log.empty(pieces, *size)
     return batch
 
 
 def _media(
-    config: UniMoEConfig,
-    train: tuple[TrainedPart, ...],
-    model: UniMoEForConditionalGeneration,
-    kind: str,
+    train: tuple[TrainedPart, ...], model: UniMoEForConditionalGeneration, kind: str
 ) -> tuple[str, tuple[int, ...]]:
     """Name and shape of what the model is given of a piece; a frozen body has run before."""
     connector = model.model.connector(kind)
     if hasattr(connector, "hidden_states") and not trains_body(train, kind):
-        return "query_states", (config.num_soft_tokens(kind), connector.projector.in_features)
-    return "features", feature_shape(config, kind)
+        return "query_states", (
+            model.config.num_soft_tokens(kind),
+            connector.projector.in_features,
+        )
+    return "features", feature_shape(model.config, kind)
 
 
 def feature_shape(config: UniMoEConfig, kind: str) -> tuple[int, ...]:
@@ -197,11 +201,11 @@ def feature_shape(config: UniMoEConfig, kind: str) -> tuple[int, ...]:
     }[kind]
 
 
-def _rows(model: nn.Module, shape: BatchShape) -> int:
+def _prime(model: nn.Module, shape: BatchShape) -> int:
     """A prime number that divides no size; see `AllocationLog.timeline`."""
-    sizes = {size for own in model.parameters() for size in own.shape}
-    sizes |= {shape.length, shape.length - 1, shape.answers, AUDIO_ROWS, *shape.media.values()}
     config = model.config
+    sizes = {size for own in model.parameters() for size in own.shape}
+    sizes |= {shape.length, shape.length - 1, shape.answers, len(shape.media), AUDIO_ROWS}
     sizes |= {config.speech_max_frames, config.vision_num_tokens, config.video_num_frames}
     return next(p for p in _primes(11) if all(size % p for size in sizes if size > 1))
 

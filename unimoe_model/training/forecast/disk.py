@@ -1,0 +1,32 @@
+"""Bytes that a run leaves on the disk."""
+
+import math
+
+import torch
+
+from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.data.feature_store import needed_bytes
+from unimoe_model.training.forecast.allocations import KINDS
+from unimoe_model.training.forecast.step import Step, feature_shape
+from unimoe_model.training.recipe_data import RecipeData
+
+
+def feature_bytes(data: RecipeData, config: UniMoEConfig) -> dict[str, int]:
+    """Bytes of the features of a recipe's media by kind, at one piece a recording."""
+    files = {kind: set() for kind, _ in data.media()}
+    for kind, path in data.media():
+        files[kind].add(path)
+    return {
+        kind: len(paths) * needed_bytes([feature_shape(config, kind)], torch.float16)
+        for kind, paths in files.items()
+    }
+
+
+def model_bytes(step: Step) -> int:
+    """Bytes of the model folder of a stage; of one that trains LoRA, those before it is merged."""
+    return math.ceil(step.fixed[0, KINDS.index("weights")].sum())
+
+
+def checkpoint_bytes(step: Step) -> int:
+    """Bytes of a checkpoint: what is trained, and its optimiser states."""
+    return step.trained + math.ceil(step.fixed[0, KINDS.index("optimizer")].sum())
