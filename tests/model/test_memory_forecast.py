@@ -5,22 +5,30 @@ allocation and every release from the building of the model to the end of the se
 in their order. It knows nothing of operators, tensors or what they are for.
 """
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 import torch
+from recipe_case import write_case
 from torch.profiler import ProfilerActivity, profile
 
-from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.encoders.outside import permit_encoder
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.training.forecast.devices import Layout, most_rows, peak
+from unimoe_model.training.forecast.samples import batch_shape, measure, tokens_of
 from unimoe_model.training.forecast.step import BatchShape, simulate_step
 from unimoe_model.training.loop import train_stage
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.progress import SilentReporter
-from unimoe_model.training.recipe import TrainedPart
+from unimoe_model.training.recipe import TrainedPart, load_recipe
+from unimoe_model.training.recipe_data import RecipeData
+from unimoe_model.training.starting_model import describe_start
 from unimoe_model.training.trained import select_trained
-
-MIB = 2**20
 
 
 def measured_peak(config, train, settings, batch, precision, folder):
@@ -82,11 +90,13 @@ def batch_of(config, shape, rows, parts=1):
             "image": (config.vision_num_tokens, config.vision_feature_size),
             "speech": (config.speech_max_frames, config.speech_feature_size),
         }
-        end = 1
-        for kind, pieces in shape.media.items():
-            start, end = end, end + pieces * config.num_soft_tokens(kind)
-            ids[:, start:end] = config.media_token_ids[kind]
-            batch[f"{kind}_features"] = torch.randn(rows * pieces, *sizes[kind])
+        turns = len(shape.media)
+        for turn, media in enumerate(shape.media):
+            end = 1
+            for kind, pieces in media.items():
+                start, end = end, end + pieces * config.num_soft_tokens(kind)
+                ids[turn::turns, start:end] = config.media_token_ids[kind]
+                batch[f"{kind}_features"] = torch.randn(rows * pieces // turns, *sizes[kind])
         return [{k: v.clone() for k, v in batch.items()} for _ in range(parts)]
 
     return make
@@ -96,71 +106,181 @@ def whole(*parts):
     return tuple(TrainedPart(part) for part in parts)
 
 
+LORA = (TrainedPart("experts", 8, 16.0), TrainedPart("attention", 8, 16.0), *whole("router"))
 CASES = {
     "connectors of a dense model": (
-        {"num_hidden_layers": 4},
-        {"num_experts": 0},
-        whole("connectors"),
-        BatchShape(120, 20, {"image": 2, "speech": 1}),
-        12,
-        "fp32",
-        {},
+        {}, {"num_experts": 0}, whole("connectors"),
+        BatchShape(60, 20, ({"image": 2, "speech": 1},)), 6, "fp32", {},
     ),
-    "lora on experts and attention": (
-        {"hidden_size": 96, "intermediate_size": 320},
-        {"num_experts": 4},
-        (TrainedPart("experts", 8, 16.0), TrainedPart("attention", 8, 16.0), *whole("router")),
-        BatchShape(150, 40, {"image": 1}),
-        8,
-        "fp32",
-        {},
+    "LoRA on experts and attention": (
+        {"hidden_size": 96, "intermediate_size": 320}, {"num_experts": 4}, LORA,
+        BatchShape(100, 40, ({"image": 1}, {})), 4, "fp32", {"part": 2},
     ),
     "bf16, recomputed": (
-        {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 256},
-        {"num_experts": 0},
-        whole("language_model"),
-        BatchShape(256, 30),
-        6,
-        "bf16",
-        {"gradient_checkpointing": True},
+        {"num_hidden_layers": 6}, {"num_experts": 0}, whole("language_model"),
+        BatchShape(64, 10), 3, "bf16", {"gradient_checkpointing": True},
     ),
     "long rows, large vocabulary": (
-        {"vocab_size": 20000, "num_hidden_layers": 2},
-        {"num_experts": 0},
+        {"vocab_size": 9000, "num_hidden_layers": 2}, {"num_experts": 0},
         (TrainedPart("ffn", 4, 8.0), *whole("projectors.image")),
-        BatchShape(900, 500),
-        2,
-        "fp32",
-        {},
+        BatchShape(400, 250), 2, "fp32", {},
     ),
-    "experts whole, bf16": (
-        {"hidden_size": 64, "intermediate_size": 224},
-        {"num_experts": 4, "moe_layers": "even"},
-        whole("experts", "router"),
-        BatchShape(180, 20, {"image": 1}),
-        8,
-        "bf16",
-        {},
+    "Muon, experts whole": (
+        {"intermediate_size": 224}, {"num_experts": 2, "moe_layers": "even"},
+        whole("language_model"), BatchShape(70, 20), 2, "fp32", {"muon_learning_rate": 1e-3},
     ),
-    "experts whole, muon": (
-        {"hidden_size": 64, "intermediate_size": 224},
-        {"num_experts": 2},
-        whole("language_model"),
-        BatchShape(70, 20, {"image": 1}),
-        2,
-        "fp32",
-        {"muon_learning_rate": 1e-3},
-    ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_simulated_peak_is_the_measured_one(case, config, tmp_path):
     text, fields, train, shape, rows, precision, options = CASES[case]
+    options = dict(options)
+    parts = options.pop("part", 1)
     own = config(text, **fields)
     settings = Optimization(steps=1, batch_size=rows, learning_rate=1e-3, **options)
-    measured = measured_peak(own, train, settings, batch_of(own, shape, rows), precision, tmp_path)
+    batch = batch_of(own, shape, rows, parts)
+    measured = measured_peak(own, train, settings, batch, precision, tmp_path)
     step = simulate_step(own, train, settings, shape, precision, "eager")
-    simulated = step.live(rows).sum((1, 2)).max()
-    print(case, measured/2**20, simulated/2**20, step.live(rows)[step.live(rows).sum((1,2)).argmax()]/2**20)
-    assert simulated == pytest.approx(measured, rel=0.1)
+    forecast = peak(step, rows, Layout(), parts > 1)
+    # Batches are made before the step that uses them, and all parts of one at a time.
+    assert sum(forecast.values()) == pytest.approx(measured, rel=0.05)
+    weights = 4 * sum(p.numel() for p in _model(own, train).parameters())
+    assert forecast["weights"] == weights
+
+
+def _model(config, train):
+    with torch.device("meta"):
+        model = UniMoEForConditionalGeneration(config)
+        select_trained(model, train)
+    return model
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("train", [whole("language_model", "connectors"), LORA])
+def test_layers_that_are_alike_are_simulated_once(recomputes, train, config):
+    own = config({"num_hidden_layers": 9}, num_experts=4, moe_layers="even")
+    settings = Optimization(1, 4, 1e-3, gradient_checkpointing=recomputes)
+    shape = BatchShape(40, 10, ({"image": 1},))
+    few, all_layers = (
+        simulate_step(own, train, settings, shape, "bf16", "sdpa", every_layer=every)
+        for every in (False, True)
+    )
+    for rows in (1, 7):
+        live, expected = few.live(rows), all_layers.live(rows)
+        assert live.sum((1, 2)).max() == expected.sum((1, 2)).max()
+        assert live.max(0) == pytest.approx(expected.max(0), rel=1e-3)
+        assert live[-1] == pytest.approx(expected[-1])
+
+
+def test_checkpointing_and_fewer_rows_need_less(config):
+    own = config({"num_hidden_layers": 6}, num_experts=0)
+    shape = BatchShape(64, 10)
+    peaks = [
+        sum(peak(_step(own, whole("ffn"), shape, again), rows, Layout(), False).values())
+        for again, rows in ((False, 8), (False, 2), (True, 8))
+    ]
+    assert peaks[0] > 2 * peaks[2]
+    assert peaks[0] > 2 * peaks[1]
+
+
+def _step(config, train, shape, recomputes=False, dispatched=False):
+    settings = Optimization(1, 4, 1e-3, gradient_checkpointing=recomputes)
+    return simulate_step(config, train, settings, shape, "fp32", "sdpa", dispatched)
+
+
+def test_devices_divide_what_they_share(config):
+    own = config({"intermediate_size": 640}, num_experts=4)
+    step = _step(own, whole("language_model"), BatchShape(8, 4))
+    one, data, expert, sharded, both = (
+        peak(step, 1, layout, False)
+        for layout in (
+            Layout(), Layout(4), Layout(4, 4), Layout(4, 1, True), Layout(4, 4, True)
+        )
+    )  # fmt: skip
+    model = _model(own, whole("language_model"))
+    experts = 4 * sum(p.numel() for _, moe in model.moe_layers() for p in moe.experts.parameters())
+    total = 4 * sum(p.numel() for p in model.parameters())
+    assert one["weights"] == data["weights"] == total
+    assert data["gradients"] == pytest.approx(3 * step.trained)
+    assert expert["weights"] == pytest.approx(total - experts * 3 / 4)
+    assert expert["optimizer"] < one["optimizer"] / 2
+    layer, gathered = step.layer[0].sum(), step.outside
+    assert sharded["weights"] == pytest.approx(total / 4 + gathered + 2 * layer)
+    assert sharded["optimizer"] == pytest.approx(one["optimizer"] / 4)
+    assert both["weights"] < sharded["weights"]
+
+
+def test_rows_that_travel_to_experts_take_memory(config):
+    own = config({}, num_experts=4)
+    shape = BatchShape(64, 4)
+    here, away = (_step(own, LORA, shape, dispatched=away) for away in (False, True))
+    rows_bytes = 64 * 2 * 64 * 4
+    more = (away.live(1).sum((1, 2)).max() - here.live(1).sum((1, 2)).max()) / rows_bytes
+    assert 2 * 3 / 2 < more < 6 * 3
+
+
+def test_most_rows_is_the_largest_that_fits(config):
+    own = config({}, num_experts=0)
+    step = _step(own, whole("ffn"), BatchShape(64, 10))
+
+    def needed(rows):
+        return sum(peak(step, rows, Layout(), rows < 32).values())
+
+    found = most_rows(step, Layout(), needed(9), 32)
+    assert found == 9
+    assert most_rows(step, Layout(), needed(1) - 1, 32) == 0
+    assert most_rows(step, Layout(), 1e15, 32) == 32
+
+
+def test_check_says_what_a_recipe_needs(run, tmp_path):
+    case = write_case(tmp_path / "case")
+    output = tmp_path / "run"
+    folder = output / "stages" / "ears-01234567"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"tokens": 3600, "seconds": 2}))
+    arguments = ("train", case, "--check", "--output", output)
+    code, shown, _ = run(*arguments, "--devices", "1,2")
+    assert code == 0
+    stages = dict(re.findall(r"    stage (\w+): ([\d.]+) GiB: weights", shown))
+    assert list(stages) == ["align", "eyes", "ears", "tune"]
+    assert "data 1 x expert 2, sharded: " in shown
+    tokens = dict(re.findall(r"  stage (\w+): ([\d,]+) tokens", shown))
+    # 60 pictures of 4 soft tokens (28 pixels in patches of 14).
+    assert 60 * 10 < int(tokens["eyes"].replace(",", "")) < 60 * 80
+    assert len(re.findall(r"hours at 1,800 tokens/s", shown)) == 1
+    _, shown, _ = run(*arguments, "--tokens-per-second", "50")
+    assert len(re.findall(r"hours at 50 tokens/s", shown)) == 4
+    assert "devices of" not in shown
+    assert sorted(p.name for p in output.rglob("*")) == ["ears-01234567", "metrics.json", "stages"]
+
+
+def test_tokens_of_a_stage_are_those_that_training_counts(tmp_path, run):
+    case = write_case(tmp_path / "case")
+    recipe = load_recipe(case)
+    permit_encoder("ears:Ears", case.parent)
+    data = RecipeData(recipe)
+    start = describe_start(recipe, data.texts())
+    stage = recipe.stage("eyes")
+    found = {"pictures": measure(data.samples["pictures"], start.processor, start.config, 128)}
+    expected = 0
+    for sample in data.samples["pictures"]:
+        expected += len(start.processor.tokenize(sample.turns).ids) + 4 - 1
+    assert tokens_of(stage, found, data.counts()) == expected
+    shape = batch_shape(stage, found, data.counts(), start.config)
+    assert shape.media == ({"image": 1},)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--devices", "4"), "devices, device_memory and tokens_per_second are for check alone"),
+        (("--check", "--devices", "0"), r"devices (0) must be 1 or more each"),
+        (("--check", "--device-memory", "-1"), "device_memory (-1.0) must be above 0 GiB"),
+        (("--check", "--tokens-per-second", "0"), "tokens_per_second (0.0) must be above 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message, run, tmp_path):
+    code, _, error = run("train", tmp_path / "recipe.yaml", *options)
+    assert code == 1
+    assert message in error

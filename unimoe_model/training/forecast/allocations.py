@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from unimoe_model.training.forecast.layers import LayerBlocks
+
 KINDS = ("weights", "gradients", "optimizer", "activations")
 """What memory is for. Activations are all that is none of the others, temporaries included."""
 _LARGEST_REAL = 1 << 24
@@ -34,6 +36,9 @@ class AllocationLog(TorchDispatchMode):
 
     Tensors that depend on no fake one, such as token ids and labels, are computed, unless they are
     large: what the model reads of them is right. What it reads of a fake tensor is zero.
+
+    Attributes:
+        events: a storage's number, counted from 1, where it is made, and minus that where it ends.
     """
 
     def __init__(self):
@@ -42,7 +47,8 @@ class AllocationLog(TorchDispatchMode):
         self._live: dict[int, int] = {}
         self._bytes: list[int] = []
         self._kinds: list[tuple[int, bool]] = []
-        self._events: list[int] = []
+        self._copies: set[int] = set()
+        self.events: list[int] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs an operator and logs what it allocates."""
@@ -95,30 +101,38 @@ class AllocationLog(TorchDispatchMode):
 
     def forget(self) -> None:
         """Starts the log again, with what is live now."""
-        self._events = [number + 1 for number in self._live.values()]
+        self.events = [number + 1 for number in self._live.values()]
 
-    def timeline(self, rows: int, prime: int) -> tuple[np.ndarray, np.ndarray]:
+    def timeline(
+        self, rows: int, prime: int, blocks: LayerBlocks | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Live bytes after each event of the log.
 
         Args:
             rows: of the batch.
             prime: a factor of rows that divides no other size: what it divides grows with the
                 batch.
+            blocks: repeats what layers do that were not simulated.
 
         Returns:
             Bytes that no batch changes and bytes of a row of the batch, `[events, kinds, 2]` each,
             kinds in the order of `KINDS`; last without experts, and of experts.
         """
-        events = np.array(self._events)
+        events = np.array(self.events)
         number = np.abs(events) - 1
         size = np.array(self._bytes)[number]
         kind, of_experts = np.array(self._kinds).T[:, number]
         grows = (size % prime == 0) & (kind == KINDS.index("activations"))
-        change = np.zeros((2, len(events), len(KINDS), 2))
-        change[grows.astype(int), np.arange(len(events)), kind, of_experts] = (
+        change = np.zeros((len(events), 2, len(KINDS), 2))
+        change[np.arange(len(events)), grows.astype(int), kind, of_experts] = (
             np.sign(events) * size / np.where(grows, rows, 1)
         )
-        fixed, per_row = change.cumsum(1)
+        if blocks is not None:
+            made = np.zeros(len(self._bytes), int)
+            made[number[events > 0]] = np.flatnonzero(events > 0)
+            is_copy = np.isin(number, list(self._copies))
+            change = blocks.repeat(change, made[number], is_copy)
+        fixed, per_row = np.moveaxis(change.cumsum(0), 1, 0)
         return fixed, per_row
 
     def _run(self, func, types, args, kwargs, is_fake: bool):
@@ -140,17 +154,19 @@ class AllocationLog(TorchDispatchMode):
         self._live[key] = number
         self._bytes.append(storage.nbytes())
         self._kinds.append((KINDS.index("activations"), False))
-        self._events.append(number + 1)
+        self.events.append(number + 1)
         weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
-        self._events.append(-1 - self._live.pop(key))
+        self.events.append(-1 - self._live.pop(key))
 
     def _copied(self, source: Tensor, copy: Tensor) -> None:
-        """A copy of an expert's weights in another dtype lies where the expert does."""
+        """Notes a copy of weights in another dtype; that of experts lies where they do."""
         number = self._live.get(source.untyped_storage()._cdata)
-        if number is not None and self._kinds[number] == (KINDS.index("weights"), True):
-            self.mark([copy], "activations", of_experts=True)
+        if number is None or self._kinds[number][0] != KINDS.index("weights"):
+            return
+        self._copies.add(self._live[copy.untyped_storage()._cdata])
+        self.mark([copy], "activations", self._kinds[number][1])
 
 
 def _places(indices) -> list[Tensor | None]:

@@ -1,7 +1,7 @@
 """Lines of `unimoe train --check` about memory, devices, tokens, hours and disk."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,7 +46,9 @@ class Devices:
 
     def __post_init__(self):
         if any(number < 1 for number in self.numbers):
-            raise ValueError(f"devices ({list(self.numbers)}) must be at least 1 each")
+            raise ValueError(
+                f"devices ({', '.join(map(str, self.numbers))}) must be 1 or more each"
+            )
         if not 0 < self.memory < float("inf"):
             raise ValueError(f"device_memory ({self.memory}) must be above 0 GiB")
 
@@ -121,8 +123,8 @@ class Forecast:
             return
         limit = (1 - RESERVED) * self._devices.memory * GIB
         yield (
-            f"  devices of {self._devices.memory:g} GiB: memory of each in GiB, and the largest"
-            " part_tokens that fits"
+            f"  devices of {self._devices.memory:g} GiB: GiB of each, and the largest part_tokens"
+            " that fits, without and with gradient checkpointing"
         )
         for names, stage in self._alike():
             yield f"    stage {', '.join(names)}, rows of {self._shape(stage)[0].length} tokens:"
@@ -130,9 +132,9 @@ class Forecast:
                 for layout in layouts(number, self._configs[stage.name].num_experts):
                     cells = [
                         f"{name} {self._cell(stage, layout, recomputes, limit)}"
-                        for name, recomputes in (("plain", False), ("checkpointing", True))
+                        for name, recomputes in (("without checkpointing", False), ("with", True))
                     ]
-                    yield f"      {number} x {layout}: {'; '.join(cells)}"
+                    yield f"      {layout}: {'; '.join(cells)}"
 
     def _cell(self, stage: Stage, layout: Layout, recomputes: bool, limit: float) -> str:
         step, length = self._step(stage, recomputes, layout), self._shape(stage)[0].length

@@ -12,6 +12,7 @@ from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.tokenization import IGNORED
 from unimoe_model.training.forecast.allocations import AllocationLog
+from unimoe_model.training.forecast.layers import LayerBlocks
 from unimoe_model.training.loop import add_gradients, recomputed
 from unimoe_model.training.optimization import Optimization, build_optimizers
 from unimoe_model.training.ranks import Ranks
@@ -73,11 +74,12 @@ def simulate_step(
     precision: str,
     attention: str,
     dispatched: bool = False,
+    every_layer: bool = False,
 ) -> Step:
     """Runs one step of training without memory: forward, backward, clipping and optimiser.
 
     The loop's own functions run, on the CPU's operators. The step is one after the first, which
-    finds the optimiser's states made.
+    finds the optimiser's states made. Of decoder layers that are alike a few run.
 
     Args:
         config: of the model.
@@ -87,6 +89,8 @@ def simulate_step(
         precision: `"bf16"` or `"fp32"`.
         attention: `"eager"`, as on CPUs, or `"sdpa"`, as on GPUs, where the fused kernel counts.
         dispatched: whether experts lie on several processes: adds the rows that travel.
+        every_layer: whether all decoder layers run. They do, too, where Muon orthogonalises
+            matrices of all layers together.
     """
     log = AllocationLog()
     with torch.device("meta"):
@@ -103,6 +107,9 @@ def simulate_step(
         moe.experts.dispatcher = _dispatch
     for own in model.parameters():
         log.mark([own], "weights", id(own) in experts)
+    layers = model.model.language_model.layers
+    sizes = [_weights(layer, experts) for layer in layers]
+    whole = sum(own.nbytes for own in model.parameters())
     prime = _prime(model, shape)
     rows = prime * len(shape.media)
     batch = _batch(log, train, model, shape, rows)
@@ -115,19 +122,23 @@ def simulate_step(
                 lambda p: log.mark([p.grad], "gradients", id(p) in experts)
             )
         log.forget()
+        blocks = LayerBlocks(layers, every_layer or settings.muon_learning_rate is not None)
+        blocks.watch(layers, log.events)
         model.train()
         with recomputed(model, settings.gradient_checkpointing):
             add_gradients(model, batch, Ranks(), _CPU, precision, "the forecast")
         Ranks().clip(parameters.values(), settings.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
-    layers = list(model.model.language_model.layers)
-    inside = {id(p) for layer in layers for p in layer.parameters()}
+    if blocks.is_cut and not blocks.is_whole:
+        return simulate_step(
+            config, train, settings, shape, precision, attention, dispatched, every_layer=True
+        )
     trained = [own.nbytes for own in parameters.values()]
     return Step(
-        *log.timeline(rows, prime),
-        layer=max((_weights(layer, experts) for layer in layers), key=np.sum),
-        outside=sum(p.nbytes for p in model.parameters() if id(p) not in inside),
+        *log.timeline(rows, prime, blocks if blocks.is_cut else None),
+        layer=max(sizes, key=np.sum),
+        outside=whole - int(sum(size[0].sum() for size in sizes)),
         largest=max(trained),
         trained=sum(trained),
     )
@@ -227,9 +238,7 @@ def _weights(layer: nn.Module, experts: set[int]) -> np.ndarray:
     return found
 
 
-def _dispatch(
-    answer: Callable[..., Tensor], x: Tensor, ids: Tensor, scores: Tensor
-) -> Tensor:
+def _dispatch(answer: Callable[..., Tensor], x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
     """What `ExpertDispatcher` holds where each process receives as many rows as it sends.
 
     A product with 1 stands for a transfer: both ways it makes a tensor of the rows.
