@@ -71,7 +71,7 @@ def train_recipe(
         data = RecipeData(recipe, missing)
 
         def needs(start: Start, configs: dict[str, UniMoEConfig]) -> Iterator[str]:
-            forecast = Forecast(recipe, data, start, configs, own)
+            forecast = Forecast(recipe, data, start, configs, own, stages)
             return forecast.lines(tokens_per_second, output)
 
         for line in check_recipe(recipe, data, missing, needs):

@@ -1,7 +1,5 @@
 """Bytes that a run leaves on the disk."""
 
-import math
-
 import torch
 
 from unimoe_model.configuration import UniMoEConfig
@@ -24,9 +22,13 @@ def feature_bytes(data: RecipeData, config: UniMoEConfig) -> dict[str, int]:
 
 def model_bytes(step: Step) -> int:
     """Bytes of the model folder of a stage; of one that trains LoRA, those before it is merged."""
-    return math.ceil(step.fixed[0, KINDS.index("weights")].sum())
+    return _held(step, "weights")
 
 
 def checkpoint_bytes(step: Step) -> int:
     """Bytes of a checkpoint: what is trained, and its optimiser states."""
-    return step.trained + math.ceil(step.fixed[0, KINDS.index("optimizer")].sum())
+    return step.trained + _held(step, "optimizer")
+
+
+def _held(step: Step, kind: str) -> int:
+    return int(step.fixed[:, KINDS.index(kind)].sum(1).max())

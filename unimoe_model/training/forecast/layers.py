@@ -75,8 +75,8 @@ class LayerBlocks:
         last = self.kept - 1
         between = Counter(self._stands)
         change = change.copy()
-        for layer, number in between.items():
-            change[(block == last) & is_copy & (block[made] == layer)] *= number
+        for layer in range(self.kept):
+            change[(block == last) & is_copy & (block[made] == layer)] *= between[layer]
         order = [-1, *self._stands[:-1], last]
         # The backward goes from the last layer to the first.
         backward = {layer: 2 * self.kept - 1 - layer for layer in range(self.kept)}

@@ -1,7 +1,7 @@
 """Lines of `unimoe train --check` about memory, devices, tokens, hours and disk."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,6 +62,7 @@ class Forecast:
         start: what the first stages start from.
         configs: of the models of all stages, by name.
         devices: what it is to be trained on.
+        stages: names of the stages that count.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Forecast:
         start: Start,
         configs: dict[str, UniMoEConfig],
         devices: Devices,
+        stages: Sequence[str],
     ):
+        self._stages = [recipe.stage(name) for name in stages]
         self._recipe, self._data, self._configs, self._devices = recipe, data, configs, devices
         self._counts = data.counts()
         self._on_gpu = bool(devices.numbers) or torch.cuda.is_available()
@@ -87,7 +90,7 @@ class Forecast:
             output: folder of a run.
         """
         yield f"  memory of one {'GPU' if self._on_gpu else 'CPU'}, {self._precision}:"
-        for stage in self._recipe.stages:
+        for stage in self._stages:
             yield f"    stage {stage.name}: {self._memory(stage)}"
         yield from self._table()
         yield from self._duration(tokens_per_second, output)
@@ -149,32 +152,30 @@ class Forecast:
     def _alike(self) -> list[tuple[list[str], Stage]]:
         """Stages that need the same, each with the names of all of them."""
         found: dict[tuple, tuple[list[str], Stage]] = {}
-        for stage in self._recipe.stages:
+        for stage in self._stages:
             key = (*self._key(stage, False, False), self._part(stage, 1))
             found.setdefault(key, ([], stage))[0].append(stage.name)
         return list(found.values())
 
     def _duration(self, tokens_per_second: float | None, output: Path) -> Iterator[str]:
-        for stage in self._recipe.stages:
+        for stage in self._stages:
             if not all(self._counts[name] for name in stage.data) or self._start.processor is None:
                 continue
             lengths = self._lengths_of(stage)
             tokens = tokens_of(stage, lengths, self._counts)
             rate = tokens_per_second or _measured_rate(output, stage.name)
-            hours = f", {tokens / rate / 3600:.2f} hours at {rate:,.0f} tokens/s" if rate else ""
+            hours = f", {_time(tokens / rate)} at {rate:,.0f} tokens/s" if rate else ""
             yield f"  stage {stage.name}: {tokens:,} tokens{hours}"
 
     def _disk(self) -> Iterator[str]:
         steps = [
-            self._step(s, s.optimization.gradient_checkpointing, Layout())
-            for s in self._recipe.stages
+            self._step(s, s.optimization.gradient_checkpointing, Layout()) for s in self._stages
         ]
         features = feature_bytes(self._data, self._start.config)
         parts = [
-            f"models {sum(map(model_bytes, steps)) / 1e9:.2f} GB",
-            f"checkpoint {max(map(checkpoint_bytes, steps)) / 1e9:.2f} GB"
-            " (twice while it is replaced)",
-            *(f"{kind} features {size / 1e9:.2f} GB" for kind, size in features.items()),
+            f"models {_size(sum(map(model_bytes, steps)))}",
+            f"checkpoint {_size(max(map(checkpoint_bytes, steps)))} (twice while it is replaced)",
+            *(f"{kind} features {_size(size)}" for kind, size in features.items()),
         ]
         yield f"  disk: {', '.join(parts)}"
 
@@ -238,3 +239,11 @@ def _measured_rate(output: Path, stage: str) -> float | None:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}" if size < GIB else f"{size / GIB:.1f}"
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
