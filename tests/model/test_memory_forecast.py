@@ -121,6 +121,10 @@ CASES = {
         {"num_hidden_layers": 6}, {"num_experts": 0}, whole("language_model"),
         BatchShape(64, 10), 3, "bf16", {"gradient_checkpointing": True},
     ),
+    "bf16 copies of frozen weights": (
+        {"intermediate_size": 640}, {"num_experts": 4}, whole("embeddings"),
+        BatchShape(10, 4), 2, "bf16", {},
+    ),
     "long rows, large vocabulary": (
         {"vocab_size": 9000, "num_hidden_layers": 2}, {"num_experts": 0},
         (TrainedPart("ffn", 4, 8.0), *whole("projectors.image")),
