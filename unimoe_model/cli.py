@@ -55,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--stage", help="train this stage alone; those before it must be done")
     which.add_argument("--from-stage", help="train this stage and those after it")
     train.add_argument("--check", action="store_true", help="list what would be done, and stop")
+    train.add_argument(
+        "--devices", type=_numbers, default=(), metavar="N,...", help="--check says what fits"
+    )
+    train.add_argument("--device-memory", type=float, help="GiB of one of them; default 80")
+    train.add_argument("--tokens-per-second", type=float, help="for the hours that --check gives")
     train.add_argument("--seed", type=int, help="instead of the one in the recipe")
     train.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
     train.set_defaults(run=_train)
@@ -132,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
 def _add_encoders(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--encoders",
@@ -152,6 +161,9 @@ def _train(options: argparse.Namespace) -> None:
         stage=options.stage,
         from_stage=options.from_stage,
         check=options.check,
+        devices=options.devices,
+        device_memory=options.device_memory,
+        tokens_per_second=options.tokens_per_second,
         **overrides,
     )
 

@@ -34,7 +34,8 @@ def load_in_parallel(folder: str | Path, mesh: DeviceMesh) -> UniMoEForCondition
     # Buffers, which no checkpoint holds, are built as they are.
     with init_empty_weights(include_buffers=False):
         model = UniMoEForConditionalGeneration._from_config(config, dtype=config.dtype)
-        model.tie_weights()
+    # Only here: within, each of the tied names gets a parameter of its own.
+    model.tie_weights()
     model.eval().requires_grad_(False)
     parallelize_moe(model, mesh)
     load_weights(model, folder)

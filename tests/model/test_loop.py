@@ -18,7 +18,7 @@ from unimoe_model.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from unimoe_model.training.loop import _add_gradients, finish_stage, train_stage
+from unimoe_model.training.loop import add_gradients, finish_stage, train_stage
 from unimoe_model.training.loss import answer_loss, autocast
 from unimoe_model.training.optimization import Optimization, build_optimizers
 from unimoe_model.training.ranks import Ranks
@@ -252,7 +252,7 @@ def test_router_losses_of_parts_count_as_their_mean(tiny_model):
         moe.register_forward_pre_hook(lambda moe, _: scales.append(moe.aux_loss_scale))
     batch = batch_of(0)
     model.train()
-    _add_gradients(model, [batch] * 4, Ranks(), model.device, "fp32", "stage")
+    add_gradients(model, [batch] * 4, Ranks(), model.device, "fp32", "stage")
     assert scales == [0.25] * 8
     assert [moe.aux_loss_scale for _, moe in model.moe_layers()] == [1.0, 1.0]
 

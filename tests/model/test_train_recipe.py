@@ -184,7 +184,7 @@ def test_check_lists_stages_and_writes_nothing(case, run, tmp_path):
     assert not output.exists()
     assert "data pictures: 60 samples, 60 image" in shown
     assert "encoder audio: ears:Ears, 8 features" in shown
-    (line,) = re.findall(r"stage tune: .*", shown)
+    (line,) = re.findall(r"stage tune: from .*", shown)
     assert "experts eyes, ears; 6 steps of 6; trains" in line
 
 

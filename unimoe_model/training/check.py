@@ -1,6 +1,6 @@
 """`unimoe train --check`: what a recipe would do, without loading weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +15,10 @@ from unimoe_model.training.trained import count_trained
 
 
 def check_recipe(
-    recipe: Recipe, data: RecipeData, missing: list[str] | None = None
+    recipe: Recipe,
+    data: RecipeData,
+    missing: list[str] | None = None,
+    needs: Callable[[Start, dict[str, UniMoEConfig]], Iterable[str]] | None = None,
 ) -> Iterator[str]:
     """Lines that list stages, their data, and trained and total parameters.
 
@@ -25,6 +28,7 @@ def check_recipe(
         recipe: what would be trained.
         data: of the recipe.
         missing: files and folders that were found missing; more may be added.
+        needs: makes further lines of the start and of the configurations of all stages.
 
     Raises:
         ValueError: For the first thing that is wrong, as training would.
@@ -67,6 +71,8 @@ def check_recipe(
             f"  evaluate {evaluation.name}: {evaluation.metric} after"
             f" {', '.join(evaluation.stages)} ({Path(evaluation.data)})"
         )
+    if needs is not None:
+        yield from needs(start, configs)
     for line in missing or ():
         yield f"  missing: {line}"
 

@@ -89,14 +89,14 @@ def train_stage(
     saved = started
     steps = range(progress.step, settings.steps)
     batches = prefetched(batch_of, steps.start, steps.stop, workers)
-    with StopRequest() as stop, _recomputed(model, settings.gradient_checkpointing):
+    with StopRequest() as stop, recomputed(model, settings.gradient_checkpointing):
         for step, batch in zip(steps, batches, strict=True):
             set_learning_rates(optimizers, settings, step)
             # Dropout of a step is the same, however often the stage was interrupted before it.
             torch.manual_seed(zlib.crc32(f"{run}/{step}".encode()))
             place = f"{stage}, step {step}"
             model.zero_grad(set_to_none=True)
-            loss, tokens = _add_gradients(model, batch, ranks, device, precision, place)
+            loss, tokens = add_gradients(model, batch, ranks, device, precision, place)
             ranks.clip(parameters.values(), settings.max_grad_norm)
             # All processes save when the clock of the first one says so, and stop together.
             due = ranks.is_first and time.monotonic() - saved > checkpoint_seconds
@@ -128,7 +128,7 @@ def train_stage(
     return progress
 
 
-def _add_gradients(
+def add_gradients(
     model: nn.Module,
     batch: Batch | Sequence[Batch],
     ranks: Ranks,
@@ -174,7 +174,7 @@ def _aux_losses_of(model: nn.Module, parts: int) -> Iterator[None]:
 
 
 @contextmanager
-def _recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
+def recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Gradient checkpointing for the block."""
     if not wanted:
         yield

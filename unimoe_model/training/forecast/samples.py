@@ -1,0 +1,162 @@
+"""How long the samples of a stage are: what its batches look like, and how many tokens it sees."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import nlargest
+
+import numpy as np
+
+from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
+from unimoe_model.data.conversation_objects import Conversation
+from unimoe_model.processing import UniMoEProcessor
+from unimoe_model.tokenization import IGNORED, truncated
+from unimoe_model.training.forecast.step import BatchShape
+from unimoe_model.training.recipe import Stage
+
+_TOKENISED, _LONGEST = 2000, 200
+"""Samples of a file that are tokenised: evenly spaced ones, and those with the longest texts."""
+
+_TURNS = 8
+"""Rows of a batch that tell how much of it is of which file."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What is known of the samples of a file.
+
+    Attributes:
+        mean: tokens of a sample, soft ones included.
+        longest: tokens of the longest one.
+        answers: mean of the labelled tokens.
+        spread: their standard deviation.
+        most_answers: the most.
+        media: the most items of each kind in a sample.
+    """
+
+    mean: float
+    longest: int
+    answers: float
+    spread: float
+    most_answers: int
+    media: dict[str, int]
+
+
+def measure(
+    samples: Sequence[Conversation],
+    processor: UniMoEProcessor,
+    config: UniMoEConfig,
+    max_length: int,
+) -> Lengths:
+    """Tokenises some thousand samples of a file. A recording counts as one piece."""
+    step = math.ceil(len(samples) / _TOKENISED)
+    spaced = [samples[at] for at in range(0, len(samples), step)]
+    long = nlargest(_LONGEST, samples, key=lambda s: _guess(s, config))
+    ids = config.media_token_ids
+    found = []
+    for sample in (*spaced, *long):
+        text = processor.tokenize(sample.turns)
+        soft = [config.num_soft_tokens(kind) for kind, _ in sample.media]
+        text, fitting = truncated(text, ids, soft, max_length)
+        text = text.expanded(ids, soft[:fitting])
+        found.append((len(text.ids), sum(label != IGNORED for label in text.labels[1:])))
+    lengths, answers = np.array(found).T
+    few = len(spaced)
+    return Lengths(
+        lengths[:few].mean(),
+        int(lengths.max()),
+        answers[:few].mean(),
+        answers[:few].std(),
+        int(answers.max()),
+        _most_media(samples),
+    )
+
+
+def _most_media(samples: Sequence[Conversation]) -> dict[str, int]:
+    """The most items of each kind that a sample has, of the kinds that there are."""
+    most: Counter[str] = Counter()
+    for sample in samples:
+        most |= Counter(kind for kind, _ in sample.media)
+    return {kind: most[kind] for kind in MEDIA_KINDS if kind in most}
+
+
+def batch_shape(
+    stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int], config: UniMoEConfig
+) -> BatchShape:
+    """The largest batch that a stage is likely to have: all rows as long as the longest sample.
+
+    Answers are those of a batch of samples drawn from the data, four standard deviations of their
+    sum above the mean; media are shared out as the data are. Of streams that take turns the one
+    with the longest sample counts.
+    """
+    shapes = []
+    for stream in stage.streams:
+        shares = _shares(stage, stream, counts)
+        own = {name: lengths[name] for name in stream}
+        mean = sum(shares[name] * x.answers for name, x in own.items())
+        square = sum(shares[name] * (x.spread**2 + x.answers**2) for name, x in own.items())
+        spread = math.sqrt(max(0.0, square - mean**2) / stage.optimization.batch_size)
+        answers = min(mean + 4 * spread, max(x.most_answers for x in own.values()))
+        length = max(x.longest for x in own.values())
+        turns = {name: max(1, round(_TURNS * share)) for name, share in shares.items()}
+        least = math.gcd(*turns.values())
+        media = [own[name].media for name, n in turns.items() for _ in range(n // least)]
+        shapes.append(_fitting(length, max(1, math.ceil(answers)), media, config))
+    return max(shapes, key=lambda shape: shape.length)
+
+
+def assumed_shape(stage: Stage, max_length: int, config: UniMoEConfig) -> BatchShape:
+    """A batch where data are missing: rows of `max_length`, an item of each kind it trains on.
+
+    Half of the text is labelled.
+    """
+    trained = {part.part.partition(".")[2] for part in stage.train}
+    media = {kind: 1 for kind in MEDIA_KINDS if kind in trained}
+    shape = _fitting(max_length, 1, [media], config)
+    soft = sum(n * config.num_soft_tokens(kind) for kind, n in shape.media[0].items())
+    return BatchShape(max_length, max(1, (max_length - soft) // 2), shape.media)
+
+
+def tokens_of(stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int]) -> int:
+    """Tokens that a stage sees, padding not counted, as `metrics.json` counts them."""
+    means = [
+        sum(share * lengths[name].mean for name, share in _shares(stage, stream, counts).items())
+        for stream in stage.streams
+    ]
+    if stage.epochs is None:
+        samples = stage.optimization.steps * stage.optimization.batch_size
+    else:
+        samples = stage.epochs * sum(n * counts[name] for name, n in stage.streams[0].items())
+    return round(samples * sum(means) / len(means))
+
+
+def _shares(stage: Stage, stream: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
+    """Shares of the data in the samples of a stream."""
+    size = {
+        name: weight * (1 if stage.epochs is None else counts[name])
+        for name, weight in stream.items()
+    }
+    return {name: value / sum(size.values()) for name, value in size.items()}
+
+
+def _fitting(
+    length: int, answers: int, media: Sequence[dict[str, int]], config: UniMoEConfig
+) -> BatchShape:
+    """Without the media that a row of so many tokens has no room for."""
+    rows = []
+    for held in media:
+        room, kept = length - 1, {}
+        for kind, pieces in held.items():
+            soft = config.num_soft_tokens(kind)
+            if fitting := min(pieces, room // soft):
+                kept[kind] = fitting
+                room -= fitting * soft
+        rows.append(kept)
+    return BatchShape(length, max(1, min(answers, length - 1)), tuple(rows))
+
+
+def _guess(sample: Conversation, config: UniMoEConfig) -> float:
+    """About the tokens of a sample, without tokenising it."""
+    text = sum(len(user) + len(answer) for user, answer in sample.turns)
+    return text / 4 + sum(config.num_soft_tokens(kind) for kind, _ in sample.media)

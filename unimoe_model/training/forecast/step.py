@@ -1,0 +1,250 @@
+"""One step of a stage on fake tensors, and the memory that it takes at any number of rows."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unimoe_kernels import MoE, expert_sort, permute, unpermute, use_backend
+from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.tokenization import IGNORED
+from unimoe_model.training.forecast.allocations import AllocationLog
+from unimoe_model.training.forecast.layers import LayerBlocks
+from unimoe_model.training.loop import add_gradients, recomputed
+from unimoe_model.training.optimization import Optimization, build_optimizers
+from unimoe_model.training.ranks import Ranks
+from unimoe_model.training.recipe import TrainedPart
+from unimoe_model.training.recipe.parts import trains_body
+from unimoe_model.training.trained import select_trained
+
+AUDIO_ROWS = 500
+"""Feature rows that a piece of audio counts with: about 10 s of BEATs."""
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """A batch whose rows are equally long.
+
+    Attributes:
+        length: tokens of a row, soft ones included.
+        answers: labelled tokens of a row.
+        media: pieces of each media kind in a row; several such rows take turns.
+    """
+
+    length: int
+    answers: int
+    media: tuple[dict[str, int], ...] = ({},)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Memory of a training step.
+
+    Attributes:
+        fixed: live bytes that no batch changes, `[events, kinds, 2]` as `AllocationLog.timeline`.
+        per_row: live bytes of a row of the batch, likewise.
+        layer: weights and trained weights of the largest decoder layer, `[2, 2]`: last without
+            experts, and of experts.
+        outside: bytes of the weights outside decoder layers.
+        largest: bytes of the largest trained weight.
+        trained: bytes of all trained weights.
+    """
+
+    fixed: np.ndarray
+    per_row: np.ndarray
+    layer: np.ndarray
+    outside: int
+    largest: int
+    trained: int
+
+    def live(self, rows: float) -> np.ndarray:
+        """Live bytes after each event with so many rows, `[events, kinds, 2]`."""
+        return self.fixed + rows * self.per_row
+
+
+def simulate_step(
+    config: UniMoEConfig,
+    train: tuple[TrainedPart, ...],
+    settings: Optimization,
+    shape: BatchShape,
+    precision: str,
+    attention: str,
+    dispatched: bool = False,
+    every_layer: bool = False,
+) -> Step:
+    """Runs one step of training without memory: forward, backward, clipping and optimiser.
+
+    The loop's own functions run, on the CPU's operators. The step is one after the first, which
+    finds the optimiser's states made. Of decoder layers that are alike a few run.
+
+    Args:
+        config: of the model.
+        train: what is trained.
+        settings: optimiser and gradient checkpointing; the batch goes through in one part.
+        shape: of the batch.
+        precision: `"bf16"` or `"fp32"`.
+        attention: `"eager"`, as on CPUs, or `"sdpa"`, as on GPUs, where the fused kernel counts.
+        dispatched: whether experts lie on several processes: adds the rows that travel.
+        every_layer: whether all decoder layers run. They do, too, where Muon orthogonalises
+            matrices of all layers together.
+    """
+    log = AllocationLog()
+    with torch.device("meta"):
+        model = UniMoEForConditionalGeneration(config)
+    names = list(select_trained(model, train))
+    log.materialize(model)
+    model.set_attn_implementation(attention)
+    model.requires_grad_(False)
+    found = dict(model.named_parameters())
+    parameters = {name: found[name].requires_grad_(True) for name in names}
+    moes = [part for part in model.modules() if isinstance(part, MoE)]
+    experts = {id(p) for moe in moes for p in moe.experts.parameters()}
+    for moe in moes if dispatched else ():
+        moe.experts.dispatcher = _dispatch
+    for own in model.parameters():
+        log.mark([own], "weights", id(own) in experts)
+    layers = model.model.language_model.layers
+    sizes = [_weights(layer, experts) for layer in layers]
+    whole = sum(own.nbytes for own in model.parameters())
+    prime = _prime(model, shape)
+    rows = prime * len(shape.media)
+    batch = _batch(log, train, model, shape, rows)
+    # Compiled kernels would read the memory that there is none of.
+    with use_backend("reference"), log:
+        optimizers = build_optimizers(parameters, settings)
+        _make_states(log, optimizers, parameters, experts)
+        for own in parameters.values():
+            own.register_post_accumulate_grad_hook(
+                lambda p: log.mark([p.grad], "gradients", id(p) in experts)
+            )
+        log.forget()
+        blocks = LayerBlocks(layers, every_layer or settings.muon_learning_rate is not None)
+        blocks.watch(layers, log.events)
+        model.train()
+        with recomputed(model, settings.gradient_checkpointing):
+            add_gradients(model, batch, Ranks(), _CPU, precision, "the forecast")
+        Ranks().clip(parameters.values(), settings.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+    if blocks.is_cut and not blocks.is_whole:
+        return simulate_step(
+            config, train, settings, shape, precision, attention, dispatched, every_layer=True
+        )
+    trained = [own.nbytes for own in parameters.values()]
+    return Step(
+        *log.timeline(rows, prime, blocks if blocks.is_cut else None),
+        layer=max(sizes, key=np.sum),
+        outside=whole - int(sum(size[0].sum() for size in sizes)),
+        largest=max(trained),
+        trained=sum(trained),
+    )
+
+
+def _make_states(
+    log: AllocationLog,
+    optimizers: list[torch.optim.Optimizer],
+    parameters: dict[str, nn.Parameter],
+    experts: set[int],
+) -> None:
+    for own in parameters.values():
+        own.grad = torch.empty_like(own)
+    for optimizer in optimizers:
+        optimizer.step()
+        for own, state in optimizer.state.items():
+            held = [value for value in state.values() if isinstance(value, Tensor)]
+            log.mark(held, "optimizer", id(own) in experts)
+    for own in parameters.values():
+        own.grad = None
+
+
+def _batch(
+    log: AllocationLog,
+    train: tuple[TrainedPart, ...],
+    model: UniMoEForConditionalGeneration,
+    shape: BatchShape,
+    rows: int,
+) -> dict[str, Tensor]:
+    """Inputs and labels; one row is shorter than the others, as hardly any batch is without."""
+    tokens = model.config.media_token_ids
+    ids = torch.full((rows, shape.length), min(set(range(len(tokens) + 1)) - {*tokens.values()}))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["labels"] = torch.full_like(ids, IGNORED)
+    batch["labels"][:, shape.length - shape.answers :] = 0
+    batch["attention_mask"][0, -1] = 0
+    held: dict[str, int] = {}
+    for turn, media in enumerate(shape.media):
+        end = 1
+        for kind, pieces in media.items():
+            start, end = end, end + pieces * model.config.num_soft_tokens(kind)
+            ids[turn :: len(shape.media), start:end] = tokens[kind]
+            held[kind] = held.get(kind, 0) + pieces * rows // len(shape.media)
+    for kind, pieces in held.items():
+        name, size = _media(train, model, kind)
+        batch[f"{kind}_{name}"] = log.empty(pieces, *size)
+    return batch
+
+
+def _media(
+    train: tuple[TrainedPart, ...], model: UniMoEForConditionalGeneration, kind: str
+) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of what the model is given of a piece; a frozen body has run before."""
+    connector = model.model.connector(kind)
+    if hasattr(connector, "hidden_states") and not trains_body(train, kind):
+        return "query_states", (
+            model.config.num_soft_tokens(kind),
+            connector.projector.in_features,
+        )
+    return "features", feature_shape(model.config, kind)
+
+
+def feature_shape(config: UniMoEConfig, kind: str) -> tuple[int, ...]:
+    """Shape of the encoder's features of a piece: of speech the longest, of audio `AUDIO_ROWS`."""
+    picture = (config.vision_num_tokens, config.vision_feature_size)
+    return {
+        "image": picture,
+        "video": (config.video_num_frames, *picture),
+        "speech": (config.speech_max_frames, config.speech_feature_size),
+        "audio": (AUDIO_ROWS, config.audio_feature_size),
+    }[kind]
+
+
+def _prime(model: nn.Module, shape: BatchShape) -> int:
+    """A prime number that divides no size; see `AllocationLog.timeline`."""
+    config = model.config
+    sizes = {size for own in model.parameters() for size in own.shape}
+    sizes |= {shape.length, shape.length - 1, shape.answers, len(shape.media), AUDIO_ROWS}
+    sizes |= {config.speech_max_frames, config.vision_num_tokens, config.video_num_frames}
+    return next(p for p in _primes(11) if all(size % p for size in sizes if size > 1))
+
+
+def _primes(least: int) -> Iterator[int]:
+    number = least
+    while True:
+        if all(number % divisor for divisor in range(2, int(number**0.5) + 1)):
+            yield number
+        number += 1
+
+
+def _weights(layer: nn.Module, experts: set[int]) -> np.ndarray:
+    """Bytes of weights and of trained weights, without experts and of experts, `[2, 2]`."""
+    found = np.zeros((2, 2))
+    for own in layer.parameters():
+        found[0, int(id(own) in experts)] += own.nbytes
+        found[1, int(id(own) in experts)] += own.nbytes * own.requires_grad
+    return found
+
+
+def _dispatch(answer: Callable[..., Tensor], x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+    """What `ExpertDispatcher` holds where each process receives as many rows as it sends.
+
+    A product with 1 stands for a transfer: both ways it makes a tensor of the rows.
+    """
+    sort = expert_sort(ids, int(ids.shape[1]))
+    received = permute(x, sort, ids.shape[1]) * 1
+    own = torch.zeros_like(received[:, :1], dtype=torch.int32)
+    answers = answer(received, own, torch.ones_like(own, dtype=scores.dtype)) * 1
+    return unpermute(answers, sort, ids.shape[1], scores)
