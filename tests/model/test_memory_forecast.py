@@ -18,10 +18,17 @@ import yaml
 from recipe_case import write_case
 from torch.profiler import ProfilerActivity, profile
 
+from unimoe_model.data.encoded_media import EncodedMedia
 from unimoe_model.encoders.outside import permit_encoder
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.training.batches import Batches, sample_order
 from unimoe_model.training.forecast.devices import Layout, most_rows, peak
-from unimoe_model.training.forecast.samples import batch_shape, measure, tokens_of
+from unimoe_model.training.forecast.samples import (
+    batch_shape,
+    measure,
+    packed_rows,
+    tokens_of,
+)
 from unimoe_model.training.forecast.step import BatchShape, simulate_step
 from unimoe_model.training.loop import train_stage
 from unimoe_model.training.optimization import Optimization
@@ -286,6 +293,31 @@ def test_tokens_of_a_stage_are_those_that_training_counts(tmp_path, run):
     assert tokens_of(stage, found, data.counts()) == expected
     shape = batch_shape(stage, found, data.counts(), start.config)
     assert shape.media == ({"image": 1},)
+
+
+def test_packed_rows_are_those_of_training(tmp_path):
+    case = write_case(tmp_path / "case")
+    raw = yaml.safe_load(case.read_text())
+    raw["stages"][1] |= {"pack": True, "max_length": 96}
+    case.write_text(yaml.safe_dump(raw))
+    recipe = load_recipe(case)
+    permit_encoder("ears:Ears", case.parent)
+    data = RecipeData(recipe)
+    start = describe_start(recipe, data.texts())
+    stage = recipe.stage("eyes")
+    found = {"pictures": measure(data.samples["pictures"], start.processor, start.config, 96)}
+    shape = batch_shape(stage, found, data.counts(), start.config)
+    assert shape.length == 96
+    picture = EncodedMedia((torch.zeros(4, 16),))
+    batches = Batches(
+        start.processor, sample_order(stage, data.samples, 0), stage,
+        stage.optimization_for(data.counts()), lambda kind, path: picture,
+    )  # fmt: skip
+    (batch,) = batches(0)
+    rows = packed_rows(stage, found, data.counts())
+    assert rows < 12
+    assert abs(rows - len(batch["input_ids"])) <= 1
+    assert shape.media[0]["image"] * rows >= len(batch["image_features"])
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ def whole_run(path, run, output):
     return model, shown
 
 
+def routing(run, model, path):
+    data, output = path.parent / "held_out.jsonl", model.parent / "routing"
+    return run("routing", "--model", model, "--data", data, "--output", output)
+
+
 @pytest.mark.parametrize(
     ("family", "template", "options"),
     [
@@ -77,16 +82,7 @@ def test_stages_experts_and_evaluation(with_llm, run, tmp_path, family, template
     stops = config["text_config"]["eos_token_id"]
     assert (stops if isinstance(stops, list) else [stops]) == processor.stop_token_ids
     assert answer.strip() in ("red", "green", "blue")  # and stops there
-    code, shown, _ = run(
-        "routing",
-        "--model",
-        model,
-        "--data",
-        path.parent / "held_out.jsonl",
-        "--output",
-        tmp_path / "routing",
-    )
-    assert code == 0
+    assert routing(run, model, path)[0] == 0
 
 
 def test_an_llm_with_experts_keeps_them_and_trains_lora_on_them(with_llm, run, tmp_path):
@@ -97,6 +93,9 @@ def test_an_llm_with_experts_keeps_them_and_trains_lora_on_them(with_llm, run, t
         raw["stages"] = [align, tune]
 
     path = with_llm("qwen3_moe", CHATML, edit)
+    code, shown, _ = run("train", path, "--output", tmp_path / "none", "--check")
+    assert code == 0
+    assert "stage tune: " in shown
     model, _ = whole_run(path, run, tmp_path / "run")
     trained = UniMoEForConditionalGeneration.from_pretrained(model).model.language_model
     start = AutoModelForCausalLM.from_pretrained(path.parent / "qwen3_moe").model
@@ -108,15 +107,7 @@ def test_an_llm_with_experts_keeps_them_and_trains_lora_on_them(with_llm, run, t
         for layer in (0, 1)
         for part in ("experts.gate_up_proj", "experts.down_proj", "gate.weight")
     }
-    code, _, error = run(
-        "routing",
-        "--model",
-        model,
-        "--data",
-        path.parent / "held_out.jsonl",
-        "--output",
-        tmp_path / "routing",
-    )
+    code, _, error = routing(run, model, path)
     assert code == 1
     assert "qwen3_moe" in error
 

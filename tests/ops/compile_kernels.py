@@ -156,8 +156,14 @@ def print_variants(counts):
 
 def force_descriptors(wanted):
     """Lets every tile ask for descriptors, or none, whatever the choice for the GPU is."""
-    analytic = tiles.analytic
-    tiles.analytic = lambda *args: analytic(*args)._replace(descriptors=wanted)
+    for name in ("analytic", "_measured"):
+        chosen = getattr(tiles, name)
+        setattr(tiles, name, partial(_with_descriptors, chosen, wanted))
+
+
+def _with_descriptors(chosen, wanted, *args):
+    tile = chosen(*args)
+    return tile and tile._replace(descriptors=wanted)
 
 
 if __name__ == "__main__":

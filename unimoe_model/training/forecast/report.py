@@ -22,6 +22,7 @@ from unimoe_model.training.forecast.samples import (
     assumed_shape,
     batch_shape,
     measure,
+    packed_rows,
     tokens_of,
 )
 from unimoe_model.training.forecast.step import BatchShape, Step, simulate_step
@@ -107,11 +108,11 @@ class Forecast:
         parallel = self._recipe.parallel
         layout = Layout()
         if parallel is not None:
-            shard = bool(getattr(parallel, "shard", False))
-            layout = Layout(parallel.data * parallel.expert, parallel.expert, shard)
+            devices = parallel.data * parallel.expert
+            layout = Layout(devices, parallel.expert, parallel.shard)
         rows, has_parts = self._part(stage, layout.devices)
-        found = peak(self._step(stage, stage.optimization.gradient_checkpointing, layout), rows,
-                     layout, has_parts)  # fmt: skip
+        step = self._step(stage, stage.optimization.gradient_checkpointing, layout)
+        found = peak(step, rows, layout, has_parts)
         names = {"optimizer": "optimiser"}
         parts = ", ".join(f"{names.get(k, k)} {_gib(v)}" for k, v in found.items())
         return f"{_gib(sum(found.values()))} GiB: {parts}; {self._batch(stage, rows)}"
@@ -141,7 +142,7 @@ class Forecast:
 
     def _cell(self, stage: Stage, layout: Layout, recomputes: bool, limit: float) -> str:
         step, length = self._step(stage, recomputes, layout), self._shape(stage)[0].length
-        batch = -(-stage.optimization.batch_size // layout.devices)
+        batch = -(-self._batch_rows(stage) // layout.devices)
         rows, has_parts = self._part(stage, layout.devices)
         used = _gib(sum(peak(step, rows, layout, has_parts).values()))
         fitting = most_rows(step, layout, limit, batch)
@@ -182,18 +183,29 @@ class Forecast:
     def _part(self, stage: Stage, devices: int) -> tuple[int, bool]:
         """Rows that go through a device at once, and whether a batch has several such parts."""
         settings, length = stage.optimization, self._shape(stage)[0].length
-        own = -(-settings.batch_size // devices)
+        own = -(-self._batch_rows(stage) // devices)
         if stage.part_tokens is None:
             return max(1, -(-own // settings.accumulation)), settings.accumulation > 1
         rows = min(own, max(1, stage.part_tokens // length))
         return rows, rows < own
+
+    def _batch_rows(self, stage: Stage) -> int:
+        """Rows of a whole batch: its samples, or as many as these are packed into."""
+        if not stage.pack or self._shape(stage)[1]:
+            return stage.optimization.batch_size
+        return packed_rows(self._bounded(stage), self._lengths_of(stage), self._counts)
 
     def _shape(self, stage: Stage) -> tuple[BatchShape, bool]:
         """The largest batch, and whether it is assumed for want of data."""
         config = self._configs[stage.name]
         if self._start.processor is None or not all(self._counts[name] for name in stage.data):
             return assumed_shape(stage, self._max_length(stage), config), True
-        return batch_shape(stage, self._lengths_of(stage), self._counts, config), False
+        lengths = self._lengths_of(stage)
+        return batch_shape(self._bounded(stage), lengths, self._counts, config), False
+
+    def _bounded(self, stage: Stage) -> Stage:
+        """The stage with the longest rows that it has in this model."""
+        return replace(stage, max_length=self._max_length(stage))
 
     def _lengths_of(self, stage: Stage) -> dict[str, Lengths]:
         most = self._max_length(stage)

@@ -86,11 +86,15 @@ def batch_shape(
 ) -> BatchShape:
     """The largest batch that a stage is likely to have: all rows as long as the longest sample.
 
+    Packed rows are as long as `max_length` allows, and hold as many samples as fit in the mean.
+
     Answers are those of a batch of samples drawn from the data, four standard deviations of their
     sum above the mean; media are shared out as the data are. Of streams that take turns the one
     with the longest sample counts.
     """
     shapes = []
+    held = stage.max_length / _mean(stage, lengths, counts) if stage.pack else 1.0
+    held = max(1.0, held)
     for stream in stage.streams:
         shares = _shares(stage, stream, counts)
         own = {name: lengths[name] for name in stream}
@@ -98,11 +102,15 @@ def batch_shape(
         square = sum(shares[name] * (x.spread**2 + x.answers**2) for name, x in own.items())
         spread = math.sqrt(max(0.0, square - mean**2) / stage.optimization.batch_size)
         answers = min(mean + 4 * spread, max(x.most_answers for x in own.values()))
-        length = max(x.longest for x in own.values())
+        length = stage.max_length if stage.pack else max(x.longest for x in own.values())
         turns = {name: max(1, round(_TURNS * share)) for name, share in shares.items()}
         least = math.gcd(*turns.values())
-        media = [own[name].media for name, n in turns.items() for _ in range(n // least)]
-        shapes.append(_fitting(length, max(1, math.ceil(answers)), media, config))
+        media = [
+            {kind: math.ceil(items * held) for kind, items in own[name].media.items()}
+            for name, n in turns.items()
+            for _ in range(n // least)
+        ]
+        shapes.append(_fitting(length, math.ceil(max(1, answers) * held), media, config))
     return max(shapes, key=lambda shape: shape.length)
 
 
@@ -120,15 +128,26 @@ def assumed_shape(stage: Stage, max_length: int, config: UniMoEConfig) -> BatchS
 
 def tokens_of(stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int]) -> int:
     """Tokens that a stage sees, padding not counted, as `metrics.json` counts them."""
-    means = [
-        sum(share * lengths[name].mean for name, share in _shares(stage, stream, counts).items())
-        for stream in stage.streams
-    ]
     if stage.epochs is None:
         samples = stage.optimization.steps * stage.optimization.batch_size
     else:
         samples = stage.epochs * sum(n * counts[name] for name, n in stage.streams[0].items())
-    return round(samples * sum(means) / len(means))
+    return round(samples * _mean(stage, lengths, counts))
+
+
+def packed_rows(stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int]) -> int:
+    """Rows that the samples of a batch are packed into, in the mean."""
+    tokens = stage.optimization.batch_size * _mean(stage, lengths, counts)
+    return min(stage.optimization.batch_size, math.ceil(tokens / stage.max_length))
+
+
+def _mean(stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int]) -> float:
+    """Tokens of a sample of a stage in the mean, soft ones included."""
+    means = [
+        sum(share * lengths[name].mean for name, share in _shares(stage, stream, counts).items())
+        for stream in stage.streams
+    ]
+    return sum(means) / len(means)
 
 
 def _shares(stage: Stage, stream: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
