@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import patch
 
 import pytest
 
@@ -10,10 +11,13 @@ pytest.importorskip("soundfile", reason="soundfile is not installed: pip install
 import yaml
 from llms import CHATML, INST, THINKING, chat_tokenizer, llm
 from recipe_case import write_case
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.processing import UniMoEProcessor
+from unimoe_model.training import starting_model
+from unimoe_model.training.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +138,28 @@ def test_what_an_llm_with_experts_cannot_do_is_refused(with_llm, run, tmp_path, 
     assert code == 1
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_an_llm_without_some_of_its_weights_is_refused(with_llm, run, tmp_path):
+    path = with_llm("qwen3", CHATML)
+    weights = path.parent / "qwen3" / "model.safetensors"
+    held = load_file(weights)
+    del held["model.layers.1.mlp.up_proj.weight"]
+    save_file(held, weights, metadata={"format": "pt"})
+    code, _, error = run("train", path, "--output", tmp_path / "run")
+    assert code == 1
+    assert "has missing keys: model.layers.1.mlp.up_proj.weight" in error
+
+
+def test_another_familys_sentencepiece_model_is_left_to_its_own_tokenizer(with_llm, run, tmp_path):
+    path = with_llm("gemma3_text", CHATML)
+    folder = path.parent / "gemma3_text"
+    (folder / "tokenizer.model").write_bytes(b"of Gemma")
+    assert run("train", path, "--output", tmp_path / "run", "--check")[0] == 0
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "LlamaTokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = load_recipe(path)
+    llama = patch.object(starting_model, "load_llama_tokenizer", side_effect=ValueError("llama"))
+    with llama, pytest.raises(ValueError, match="llama"):
+        starting_model.describe_start(own, [])

@@ -1,6 +1,7 @@
 """The model that a recipe starts from: its configuration, its weights, and its processor."""
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ _LEFT_OUT = (
     "pad_token_id",
     "transformers_version",
 )
+_UNFIT = ("unexpected_keys", "missing_keys", "mismatched_keys")
 _DEFAULT_ENCODERS = {
     "vision": "clip-vit-large-patch14-336",
     "speech": "whisper-small",
@@ -122,7 +124,8 @@ def build_start(recipe: Recipe, start: Start) -> UniMoEForConditionalGeneration:
     load_connector_bodies(model, recipe)
     if recipe.model.llm is not None:
         with _named(recipe, "model"):
-            llm = AutoModelForCausalLM.from_pretrained(recipe.model.llm, dtype=torch.float32)
+            # Those of others may hold more, such as heads for further tokens.
+            llm = _complete(AutoModelForCausalLM, recipe.model.llm, _UNFIT[1:])
             model.model.language_model.load_state_dict(llm.model.state_dict())
             model.lm_head.load_state_dict(llm.lm_head.state_dict())
     return model
@@ -134,12 +137,15 @@ def load_whole(folder: Path) -> UniMoEForConditionalGeneration:
     Raises:
         ValueError: If weights are missing, unexpected or of another shape.
     """
-    model, found = UniMoEForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    return _complete(UniMoEForConditionalGeneration, folder, _UNFIT)
+
+
+def _complete(family: type, source: str | Path, unfit: Sequence[str]):
+    """A model in float32, unless transformers found keys that are `unfit`."""
+    model, found = family.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    for kind in unfit:
         if found[kind]:
-            raise ValueError(f"model ({folder}) has {kind.replace('_', ' ')}: {min(found[kind])}")
+            raise ValueError(f"model ({source}) has {kind.replace('_', ' ')}: {min(found[kind])}")
     return model
 
 
@@ -212,7 +218,7 @@ def _tokenizer(recipe: Recipe, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     if model.vocab_size is not None:
         return train_tokenizer(texts, model.vocab_size)
     source = model.tokenizer or model.llm
-    if (Path(source) / "tokenizer.model").is_file():
+    if _is_llama_tokenizer(Path(source)):
         tokenizer = load_llama_tokenizer(source)
     else:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -227,6 +233,17 @@ def _tokenizer(recipe: Recipe, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     if new:
         tokenizer.add_special_tokens({"extra_special_tokens": list(PLACEHOLDERS.values())})
     return tokenizer
+
+
+def _is_llama_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the sentencepiece model of a LLaMA, and not of another family."""
+    if not (folder / "tokenizer.model").is_file():
+        return False
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file():
+        return True
+    kind = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class")
+    return kind in (None, "LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def _encoder_fields(recipe: Recipe, defaults: dict[str, str]) -> dict[str, Any]:
