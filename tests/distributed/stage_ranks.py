@@ -16,9 +16,11 @@ from unittest.mock import patch
 
 import torch
 from launcher import write
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import modeling_utils
+
+sys.path.append(str(Path(__file__).parent.parent / "model"))
+from wide import Wide
 
 from unimoe_kernels.distributed import count_traffic, finish_parallel, start_parallel
 from unimoe_model.encoders.outside import permit_encoder
@@ -45,20 +47,6 @@ class Reporter(SilentReporter):
         self._done += steps
         if (self._stage, self._done) == self._end:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Wide(TorchFunctionMode):
-    """Takes float64 where this package and transformers ask torch for float32."""
-
-    def __torch_function__(self, function, types, arguments=(), options=None):
-        if function is torch.Tensor.float:
-            function = torch.Tensor.double
-        options = {key: _wide(value) for key, value in (options or {}).items()}
-        return function(*map(_wide, arguments), **options)
-
-
-def _wide(value):
-    return torch.float64 if value is torch.float32 else value
 
 
 def _load_whole(folder):
