@@ -19,7 +19,7 @@ from unimoe_kernels.testing import relative_error
 unimoe_kernels.register_with_transformers()
 # What transformers calls the cache of keys and values from 5.24 on, and before.
 CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
@@ -237,7 +237,7 @@ def test_all_families_were_found():
         assert len(FAMILIES) == 68
 
 
-@pytest.mark.skipif(not README.exists(), reason="tests without the checkout")
-def test_readme_lists_all_families():
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.skipif(not PAGE.exists(), reason="tests without the checkout")
+def test_page_lists_all_families():
+    text = PAGE.read_text(encoding="utf-8")
     assert {family.folder for family in FAMILIES} <= set(re.findall(r"`(\w+)`", text))
