@@ -120,8 +120,12 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="score a trained model on questions of your own")
     evaluate.add_argument("--model", type=Path, required=True, help="checkpoint folder")
-    evaluate.add_argument("--data", type=Path, required=True, help="JSON lines, see docs/command_line.md")
-    evaluate.add_argument("--metric", choices=METRIC_NAMES, required=True, help="see docs/command_line.md")
+    evaluate.add_argument(
+        "--data", type=Path, required=True, help="JSON lines (docs/command_line.md)"
+    )
+    evaluate.add_argument(
+        "--metric", choices=METRIC_NAMES, required=True, help="docs/command_line.md"
+    )
     evaluate.add_argument("--output", type=Path, help="default runs/eval/DATA-METRIC")
     evaluate.add_argument("--max-new-tokens", type=int, default=512, help="default 512")
     evaluate.add_argument("--limit", type=int, help="only the first so many questions")
@@ -130,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
 
     routing = commands.add_parser("routing", help="show which expert takes which modality")
     routing.add_argument("--model", type=Path, required=True, help="checkpoint folder")
-    routing.add_argument("--data", type=Path, required=True, help="JSON lines, see docs/command_line.md")
+    routing.add_argument(
+        "--data", type=Path, required=True, help="JSON lines (docs/command_line.md)"
+    )
     routing.add_argument("--output", type=Path, required=True, help="folder of what is written")
     _add_encoders(routing)
     routing.set_defaults(run=_routing)
