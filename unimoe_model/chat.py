@@ -100,13 +100,16 @@ class Chat:
             for name, kind in names.items()
         }
         conversation, has_words = self.conversation, False
-        with self._interrupts(conversation.stop):
-            for piece in conversation.reply(text, **media):
-                has_words = True
-                self._show(piece)
+        try:
+            with self._interrupts(conversation.stop):
+                for piece in conversation.reply(text, **media):
+                    has_words = True
+                    self._show(piece)
+        finally:
+            if has_words:
+                self._show("\n")
         if has_words:
             self._attached = []
-            self._show("\n")
         ending = conversation.ending
         if ending == "length":
             _note(f"[cut off after {conversation.max_new_tokens} tokens]")
