@@ -214,7 +214,7 @@ def test_a_failure_leaves_the_conversation_as_it_was(model, processor):
     seen.remove()
     assert checked.conversation.turns == before
     assert checked.conversation.ending is None
-    checked.reply("which word?")
+    checked.reply("what shape is it, a red circle?")
     assert checked.prefilled == checked.whole
 
 
@@ -279,6 +279,7 @@ def test_the_same_seed_gives_the_same_words(model, processor):
     assert talk(temperature=3.0, seed=1) == first
     assert talk(temperature=3.0, seed=2) != first
     assert talk(temperature=3.0) != talk(temperature=3.0)
+    assert first[0] != first[1]
     greedy = talk()
     assert talk(seed=3) == greedy != first
     assert talk(temperature=3.0, top_p=1e-6, seed=1) == greedy
