@@ -72,7 +72,7 @@ def test_make_targets_exist(text):
 def test_commands_are_understood():
     lines = re.findall(r"^unimoe .*$", README, re.MULTILINE)
     parsed = [cli._parser().parse_args(shlex.split(line)[1:]) for line in lines]
-    assert {options.command for options in parsed} == {"train", "generate"}
+    assert {options.command for options in parsed} == {"train", "generate", "chat"}
 
 
 @pytest.mark.parametrize("path", tree_paths())
