@@ -12,7 +12,7 @@ pytest.importorskip("scipy", reason="scipy is not installed: pip install .[media
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
 pytest.importorskip("pty", reason="there are no pseudo-terminals here")
-from conversations import keep_to_words
+from conversing import keep_to_words
 from PIL import Image
 from terminal import Terminal
 
@@ -244,3 +244,13 @@ def test_options_out_of_range_are_named_before_the_model_is_loaded(run, tmp_path
 def test_several_processes_are_refused(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE (2) must be 1" in run("chat", "--model", tmp_path)[2]
+
+
+def test_an_interrupted_pipe_ends(folder, piped, monkeypatch):
+    def interrupted(self, *arguments, **media):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "reply", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        piped("what?", "which?")
+    assert stopped.value.code == 130

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from conversations import Checked, Seen, anew, keep_to_words, processor_of, says, wait
+from conversing import Checked, Seen, anew, keep_to_words, processor_of, says, wait
 from transformers import TextIteratorStreamer, TextStreamer
 
 from unimoe_model.conversation import ContextFullError, Conversation

@@ -1,7 +1,7 @@
 """Conversations in chat templates of LLMs, with sliding windows, gates and experts of their own."""
 
 import pytest
-from conversations import Checked, anew, processor_of
+from conversing import Checked, anew, processor_of
 from llms import CHATML, INST, THINKING, chat_tokenizer, llm_fields
 
 from unimoe_model.conversation import Conversation
