@@ -1,6 +1,7 @@
-"""The command `unimoe`: train, generate, eval, routing, convert and assemble."""
+"""The command `unimoe`: train, generate, chat, eval, routing, convert and assemble."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,18 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=32, help="default 32")
     _add_encoders(generate)
     generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk with a trained model, turn by turn")
+    chat.add_argument("--model", type=Path, required=True, help="for example runs/mine/model")
+    chat.add_argument("--system", metavar="TEXT", help="instead of the model's system prompt")
+    chat.add_argument("--temperature", type=float, metavar="T", help="draw words; default greedy")
+    chat.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature")
+    chat.add_argument("--seed", type=int, help="the same draws every time")
+    chat.add_argument("--frame-seed", type=int, help="draw a video's frames at random")
+    chat.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    chat.add_argument("--max-new-tokens", type=int, default=512, help="of a reply; default 512")
+    _add_encoders(chat)
+    chat.set_defaults(run=_chat)
 
     convert = commands.add_parser("convert", help="published checkpoints to ours, and back")
     convert.add_argument(
@@ -202,6 +215,31 @@ def _generate(options: argparse.Namespace) -> None:
         else:
             answerer.take_part()
         finish_parallel()
+
+
+def _chat(options: argparse.Namespace) -> None:
+    if options.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens ({options.max_new_tokens}) must be at least 1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"WORLD_SIZE ({os.environ['WORLD_SIZE']}) must be 1: chat is one process")
+    from unimoe_model.chat.conversation import Conversation
+    from unimoe_model.chat.sampling import Sampling
+    from unimoe_model.chat.terminal import Chat
+    from unimoe_model.generation import Answerer
+
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    answerer = Answerer.from_pretrained(options.model, precision=options.precision)
+    conversation = Conversation(
+        answerer.model,
+        answerer.processor,
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+    )
+    try:
+        Chat(conversation, options.frame_seed).run()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _convert(options: argparse.Namespace) -> None:

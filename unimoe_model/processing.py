@@ -32,6 +32,7 @@ from unimoe_model.tokenization import (
     truncated,
 )
 
+_MEDIA_ARGUMENTS = {"images": "image", "videos": "video", "speech": "speech", "audio": "audio"}
 _FILES = (("processor_config.json",), ("tokenizer.json", "tokenizer.model"))
 
 
@@ -235,15 +236,20 @@ class UniMoEProcessor(ProcessorMixin):
 
     def question_row(self, question: str = "", *, frame_seed: int | None = None, **media) -> Row:
         """The row of a batch for one question, which `collate` pads; arguments as in `ask`."""
-        names = {"images": "image", "videos": "video", "speech": "speech", "audio": "audio"}
-        if unknown := media.keys() - names.keys():
-            raise TypeError(f"media ({sorted(unknown)}) must be among {', '.join(names)}")
-        kinds = [names[name] for name in names for _ in media.get(name, ())]
-        if any(placeholder in question for placeholder in PLACEHOLDERS.values()):
-            kinds = []
-        text = self.tokenize([(user_turn(question, kinds), None)])
-        items = {kind: media.get(name, ()) for name, kind in names.items()}
+        text = self.tokenize([(self.question_turn(question, **media), None)])
+        items = {kind: media.get(name, ()) for name, kind in _MEDIA_ARGUMENTS.items()}
         return self.rows([text], items, frame_seed=frame_seed)[0]
+
+    def question_turn(self, question: str = "", **media) -> str:
+        """The user's turn of one question, with placeholders; arguments as in `ask`."""
+        if unknown := media.keys() - _MEDIA_ARGUMENTS.keys():
+            raise TypeError(
+                f"media ({sorted(unknown)}) must be among {', '.join(_MEDIA_ARGUMENTS)}"
+            )
+        if any(placeholder in question for placeholder in PLACEHOLDERS.values()):
+            return user_turn(question)
+        kinds = [kind for name, kind in _MEDIA_ARGUMENTS.items() for _ in media.get(name, ())]
+        return user_turn(question, kinds)
 
     def sample_rate(self, kind: str) -> int:
         """Samples a second that clips of `kind`, `"speech"` or `"audio"`, are expected at."""
@@ -318,12 +324,19 @@ class UniMoEProcessor(ProcessorMixin):
             batch |= stack_media(kind, items)
         return BatchFeature(batch)
 
-    def tokenize(self, turns: Sequence[tuple[str, str | None]]) -> TokenizedText:
-        """Ids and labels of a conversation with placeholders that are not expanded yet."""
+    def tokenize(
+        self, turns: Sequence[tuple[str, str | None]], system: str | None = None
+    ) -> TokenizedText:
+        """Ids and labels of a conversation with placeholders that are not expanded yet.
+
+        Args:
+            turns: what the user says, and the answer, as in `tokenize_conversation`.
+            system: what stands before the first turn; None is `system_prompt`.
+        """
+        system = self.system_prompt if system is None else system
         if self.prompt_format == "chat":
-            return tokenize_chat(turns, self.tokenizer, self.system_prompt)
-        ids = self._media_token_ids()
-        return tokenize_conversation(turns, self.tokenizer, ids, self.system_prompt)
+            return tokenize_chat(turns, self.tokenizer, system)
+        return tokenize_conversation(turns, self.tokenizer, self._media_token_ids(), system)
 
     @property
     def stop_token_ids(self) -> list[int]:

@@ -6,7 +6,13 @@ from torch.nn.functional import pad
 from unimoe_model.encoders import FrozenEncoder
 
 
-class FakeVision(FrozenEncoder):
+class _Fake(FrozenEncoder):
+    @classmethod
+    def pretrained(cls):
+        return cls()
+
+
+class FakeVision(_Fake):
     """Three patches of 12 features: the mean of each colour, scaled; one more where padded."""
 
     def __init__(self):
@@ -18,7 +24,7 @@ class FakeVision(FrozenEncoder):
         return means.repeat(1, 4)[:, None] * scales + float(pad_to_square)
 
 
-class FakeSpeech(FrozenEncoder):
+class FakeSpeech(_Fake):
     """A row for every 10 samples that holds the sum of their piece."""
 
     sample_rate = 16000
@@ -32,7 +38,7 @@ class FakeSpeech(FrozenEncoder):
         return [pad(row, (0, 0, 0, max_rows - len(row))) for row in rows]
 
 
-class FakeAudio(FrozenEncoder):
+class FakeAudio(_Fake):
     """Likewise, in pieces of 50 samples."""
 
     sample_rate = 44100

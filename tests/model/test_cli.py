@@ -55,7 +55,7 @@ def test_generate_prints_the_answer(checkpoint, picture, capsys):
 def test_help_names_the_commands():
     command = [sys.executable, "-m", "unimoe_model.cli", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in ("train", "generate", "convert", "assemble", "eval", "routing"):
+    for name in ("train", "generate", "chat", "convert", "assemble", "eval", "routing"):
         assert name in shown
 
 

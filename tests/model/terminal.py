@@ -1,0 +1,58 @@
+"""A program that runs in a pseudo-terminal."""
+
+import os
+import pty
+import select
+import sys
+import time
+
+
+class Terminal:
+    """Types to a Python module that runs in a terminal of its own, and reads what it shows.
+
+    Args:
+        folder: where it runs.
+        arguments: of `python -m`.
+        environment: variables beside those of this process.
+    """
+
+    def __init__(self, folder, arguments, environment):
+        command = [sys.executable, "-m", *map(str, arguments)]
+        # A dumb terminal gets no escape sequences from readline.
+        settings = {"TERM": "dumb", "INPUTRC": os.devnull, "PYTHONUNBUFFERED": "1"}
+        variables = os.environ | settings | environment
+        self._process, self._master = pty.fork()
+        if self._process == 0:
+            os.chdir(folder)
+            os.execve(sys.executable, command, variables)
+        self._shown = ""
+
+    def type(self, text):
+        os.write(self._master, text.encode())
+
+    def expect(self, text, patience=60):
+        """Waits until the text is shown; gives what was shown before it and after the last one."""
+        deadline = time.monotonic() + patience
+        while text not in self._shown:
+            ready, _, _ = select.select([self._master], [], [], deadline - time.monotonic())
+            assert ready, f"{text!r} did not come; shown were {self._shown!r}"
+            self._shown += self._read() or self._fail(text)
+        before, _, self._shown = self._shown.partition(text)
+        return before
+
+    def end(self):
+        """Reads to the end; gives the rest that is shown, and the exit code."""
+        while more := self._read():
+            self._shown += more
+        os.close(self._master)
+        _, status = os.waitpid(self._process, 0)
+        return self._shown, os.waitstatus_to_exitcode(status)
+
+    def _read(self):
+        try:
+            return os.read(self._master, 4096).decode().replace("\r\n", "\n")
+        except OSError:  # Linux's way to say that the other side is closed
+            return ""
+
+    def _fail(self, text):
+        raise AssertionError(f"the program ended before {text!r}; shown were {self._shown!r}")

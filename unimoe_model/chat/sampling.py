@@ -1,0 +1,75 @@
+"""How the next token is chosen: the most probable one, or one drawn at random with a seed."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Choice of the next token; greedy without a temperature.
+
+    Args:
+        temperature: divides the logits; None takes the most probable token.
+        top_p: draws among the most probable tokens whose probabilities add up to this.
+        seed: makes draws reproducible; None draws anew each time.
+
+    Raises:
+        ValueError: If `temperature` is not positive, `top_p` is not in (0, 1], or `top_p` is given
+            without a temperature.
+    """
+
+    temperature: float | None = None
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self):
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(
+                f"temperature ({self.temperature}) must be positive; without one replies are greedy"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p ({self.top_p}) must be in (0, 1]")
+        if self.top_p < 1 and self.temperature is None:
+            raise ValueError(f"top_p ({self.top_p}) requires a temperature; there is none")
+
+    def processors(self, device: torch.device, offset: int = 0) -> LogitsProcessorList:
+        """What `generate(do_sample=False, logits_processor=...)` is given.
+
+        Args:
+            device: of the logits.
+            offset: added to the seed, so that replies of a conversation differ in their draws.
+        """
+        if self.temperature is None:
+            return LogitsProcessorList()
+        generator = torch.Generator(device)
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed + offset)
+        warpers = [TemperatureLogitsWarper(float(self.temperature))]
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return LogitsProcessorList([*warpers, _Draw(generator)])
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each row, drawn from the softmax of its scores.
+
+    transformers' own sampling takes torch's global generator, which conversations in one process
+    would share.
+    """
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores `[B, V]`: 0 for the token that was drawn, and otherwise minus infinity."""
+        drawn = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
