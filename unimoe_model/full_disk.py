@@ -14,7 +14,7 @@ def naming_full_disk(
     """Makes an OSError that says so of what a full disk raises in the block.
 
     Args:
-        folder: on the disk; need not be there yet.
+        folder: on the disk; may not exist yet.
         what: what is written.
         needed: its bytes.
         left: what the user still has.

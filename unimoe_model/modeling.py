@@ -212,7 +212,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
             input_ids: `[B, S]` int64, with placeholders expanded (`UniMoEProcessor` does it).
             attention_mask: `[B, S]`, 0 on padding.
             inputs_embeds: `[B, S, D]` instead of `input_ids`; then no media may be given.
-            labels: `[B, S]` int64, -100 where no loss is wanted; shifted inside. With
+            labels: `[B, S]` int64, -100 where no loss is computed; shifted inside. With
                 `logits_to_keep` those of the kept positions.
             image_features: `[images, n, C]` of the vision encoder.
             video_features: `[videos, frames, n, C]` of the vision encoder.
@@ -351,7 +351,7 @@ def causal_lm_loss(
 
     Args:
         logits: `[B, S, V]`.
-        labels: `[B, S]` int64, -100 where no loss is wanted; those of the position after count.
+        labels: `[B, S]` int64, -100 where no loss is computed; those of the position after count.
         num_items_in_batch: what the sum is divided by; None for the mean.
         shift_labels: `[B, S]` int64 instead of `labels`, shifted already.
 

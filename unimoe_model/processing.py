@@ -205,13 +205,13 @@ class UniMoEProcessor(ProcessorMixin):
         Args:
             conversations: turns of each: what the user says, with a placeholder for each item, and
                 the answer, which is learned with its end-of-turn token.
-            images: as in `__call__`; and so are the others.
-            videos: see there.
-            speech: see there.
-            audio: see there.
-            max_length: see there.
-            padding_side: see there.
-            frame_seed: see there.
+            images: a list with a file, a Pillow image or uint8 `[H, W, 3]` for each `<image>`.
+            videos: a list with a file, a folder of pictures, or frames for each `<video>`.
+            speech: a list with a file, samples, or samples and their rate for each `<speech>`.
+            audio: likewise for each `<audio>`.
+            max_length: most tokens of a row, soft tokens included; text beyond it is cut off.
+            padding_side: `"right"` or `"left"`.
+            frame_seed: None takes evenly spaced frames of videos, a number draws them at random.
 
         Returns:
             What `__call__` returns, and `labels` `[B, S]`, -100 where nothing is learned.

@@ -65,8 +65,8 @@ void for_each_task(int64_t tasks, Body&& body) {
   });
 }
 
-// The same where a task wants to know which one its thread takes after it, or `tasks` if that is
-// still open: the last ones are left to whoever is free first.
+// The same for a task that needs to know which task its thread runs next; `tasks` if that is not
+// decided yet: the last ones go to the first free thread.
 template <typename Body>
 void for_each_task_and_next(int64_t tasks, Body&& body) {
   constexpr int64_t kLast = 8;

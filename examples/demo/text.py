@@ -41,11 +41,10 @@ _OTHER_WORDS = {
     "shape": "square star cross heart ring arrow oval diamond cube cone crescent hexagon",
 }
 OTHER_COLORS, OTHER_SHAPES = (words.split() for words in _OTHER_WORDS.values())
-"""Words no picture shows. Who has only the pictures' few pairs to learn from learns them by heart;
-with these, reading has to be learnt."""
+"""Words that no picture shows. Without these, the model memorises the few colour-shape pairs."""
 
 WIDER_EXAMPLES, ASKED_EXAMPLES = 60_000, 20_000
-"""So many that none is learnt by heart."""
+"""Too many to memorise."""
 
 _SIMPLE_TEMPLATES = ("is it {color}", "is it a {shape}")
 

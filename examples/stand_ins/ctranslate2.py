@@ -68,7 +68,7 @@ class _Cursor:
         expected = math.prod(shape) * dtype.itemsize
         if size != expected:
             raise ValueError(f"{name} holds {size} bytes, expected {expected} for {shape} {dtype}")
-        # A copy: the raw data starts at any byte, and torch wants aligned, writable memory.
+        # A copy: the raw data starts at any byte, and torch requires aligned, writable memory.
         data = bytearray(self.take(size, name))
         flat = torch.frombuffer(data, dtype=dtype) if size else torch.empty(0, dtype=dtype)
         return name, flat.reshape(shape)

@@ -27,7 +27,7 @@ D, F, E, K = 6, 10, 4, 2
         ({"router_dtype": "int32"}, r"router_dtype \(int32\) must be a floating point dtype"),
         (
             {"mode": "sparsemixer", "correction_bias": True},
-            r"mode \('sparsemixer'\) must be another one with a correction_bias",
+            r"correction_bias is not supported with mode='sparsemixer'",
         ),
         ({"mode": "softmix"}, r"mode \('softmix'\) must be one of"),
         ({"top_k": 6, "num_null_experts": 1}, r"top_k \(6\) must be at most num_experts \(5\)"),

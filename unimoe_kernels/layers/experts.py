@@ -119,7 +119,7 @@ class GroupedExperts(nn.Module):
         return 0 if self.expert_lora is None else next(iter(self.expert_lora.values())).rank
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Sends every token through its experts and sums their outputs, weighted by score.
+        """Runs each token through its top-k experts and returns the score-weighted sum.
 
         Args:
             x: `[T, D]`, dtype and device of the weights (under torch.autocast any of float32,

@@ -76,13 +76,12 @@ class MoE(nn.Module):
     ================================  ===========================================================
 
     Auxiliary losses. `aux_loss="return"`: training code calls `moe(x, return_router=True)` and adds
-    `moe.aux_loss_of(router_output)` to its loss. `aux_loss="inject"`: for hosts that pass on
-    nothing but tensors; the gradient of the same sum is added in the backward of y (see
-    `inject_aux_loss`), and the losses in a returned `RouterOutput` are detached so that they cannot
-    count twice. The layer keeps nothing of a forward on itself, so activation checkpointing,
-    gradient accumulation and `no_grad` need no care. Only a factor the host puts on its own
-    loss (1/steps of accumulation, a GradScaler's scale) cannot be seen from here: set
-    `aux_loss_scale` to it.
+    `moe.aux_loss_of(router_output)` to its loss. `aux_loss="inject"`: for models whose
+    blocks return only hidden states; the gradient of the same sum is added in the backward of y
+    (see `inject_aux_loss`), and the losses in a returned `RouterOutput` are detached so that they
+    do not count twice. The layer stores nothing of a forward, so activation checkpointing, gradient
+    accumulation and `no_grad` need no special care. Set `aux_loss_scale` to any factor on the
+    model's own loss (1/steps of accumulation, a GradScaler's scale), which the layer cannot see.
 
     Attributes:
         router: `TopKRouter`, weight `router.weight` `[E, D]`.
@@ -243,7 +242,7 @@ class MoE(nn.Module):
                 bfloat16, float16); may hold no token at all.
             token_mask: the shape of x without its last dimension, bool. Tokens with False change
                 no loss; they are routed and computed like all others. None means all True.
-            return_router: whether to return what the router said, too.
+            return_router: whether to return the router's output as well.
             router_input: what the router reads in the place of x, in its shape; experts read x.
 
         Returns:

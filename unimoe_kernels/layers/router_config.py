@@ -88,7 +88,7 @@ class RouterConfig:
         if self.capacity_factor is not None and not self.capacity_factor > 0:
             raise ValueError(f"capacity_factor ({self.capacity_factor}) must be above 0")
         if self.is_sparsemixer and self.correction_bias:
-            raise ValueError(f"mode ({self.mode!r}) must be another one with a correction_bias")
+            raise ValueError(f"correction_bias is not supported with mode={self.mode!r}")
         object.__setattr__(self, "router_dtype", _floating_dtype(self.router_dtype))
 
     @property

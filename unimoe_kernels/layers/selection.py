@@ -1,4 +1,4 @@
-"""What becomes of a top-k selection: other scores, fewer experts, no more than have room."""
+"""Post-processing of top-k routing: SparseMixer scores, top-p truncation, expert capacity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kaldi's log-mel filter bank, the way BEATs wants it."""
+"""Kaldi's log-mel filter bank, as BEATs expects it."""
 
 import functools
 import warnings

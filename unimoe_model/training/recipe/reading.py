@@ -159,7 +159,7 @@ def _stages(raw: Any, data: tuple[str, ...]) -> tuple[Stage, ...]:
                 f" {START!r}"
             )
         if name in [stage.name for stage in stages]:
-            raise ValueError(f"{where}.name ({name}) must be another one for each stage")
+            raise ValueError(f"{where}.name ({name}) must be unique; another stage has this name")
         stages.append(_stage(value, name, number, stages, data))
     return tuple(stages)
 
