@@ -26,7 +26,7 @@
 #define __device__
 #define __host__
 #define __align__(bytes) alignas(bytes)
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using std::exp;
 using std::log;
