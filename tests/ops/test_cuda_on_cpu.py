@@ -31,7 +31,7 @@ def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     shutil.copy(EMULATION / "launch.cuh", folder)
     objects = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")):
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.*")):
         if source.name == "launch.cuh":
             continue
         text = source.read_text(encoding="utf-8")

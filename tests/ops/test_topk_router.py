@@ -252,6 +252,56 @@ def test_topk_router_many_tokens_and_experts(backend, num_experts):
         assert_close_to_float64(grad, expected_grad)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "groups"),
+    [
+        # Around what a warp, and what the registers of a warp, hold.
+        *((5, 1, 1, (1, 1)), (3, 2, 2, (1, 1)), (9, 31, 31, (1, 1)), (1, 32, 5, (1, 1))),
+        *((9, 33, 33, (1, 1)), (70, 128, 8, (1, 1)), (4, 257, 40, (1, 1)), (3, 512, 9, (1, 1))),
+        *((3, 513, 7, (1, 1)), (3, 1000, 3, (1, 1)), (0, 128, 8, (1, 1))),
+        *((9, 64, 6, (8, 3)), (9, 64, 20, (32, 12)), (9, 128, 50, (64, 40))),
+    ],
+)
+def test_topk_router_sizes(backend, num_tokens, num_experts, top_k, groups, mode):
+    check(backend, num_tokens, num_experts, top_k, groups, mode)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_topk_router_more_tokens_than_warps(backend, dtype):
+    check(backend, 4200, 4, 1, (1, 1), "softmax_topk", dtype)
+
+
+def check(backend, num_tokens, num_experts, top_k, groups, mode, dtype=torch.float32):
+    """Compares outputs and gradients with the reference in float64."""
+    # Apart from each other by more than rounding.
+    value_E = torch.arange(num_experts, dtype=dtype) * (8 / num_experts) - 4
+    logits = torch.stack([value_E[torch.randperm(num_experts)] for _ in range(num_tokens + 1)])
+    logits = logits[1:].to(backend.device).requires_grad_()
+    mask = torch.arange(num_tokens, device=backend.device) % 3 != 1
+    weight = torch.randn(num_tokens, top_k, device=backend.device)
+    bias = torch.randn(num_experts, device=backend.device) if groups[0] > 1 else None
+    bias = None if mode == "topk_softmax" else bias
+    options = {"mode": mode, "token_mask": mask, "scale": 2.5, "correction_bias": bias}
+    options |= {"num_groups": groups[0], "top_groups": groups[1]}
+
+    def run(logits):
+        out = topk_router(logits, top_k, **options)
+        loss = (out.scores * weight).sum() + out.load_balancing_loss + out.router_z_loss
+        return out, *torch.autograd.grad(loss, logits)
+
+    out, grad = run(logits)
+    with use_backend("reference"):
+        expected, expected_grad = run(logits.detach().double().requires_grad_())
+    assert torch.equal(out.ids, expected.ids)
+    assert torch.equal(out.tokens_per_expert, expected.tokens_per_expert)
+    if num_tokens:
+        for name in FLOAT_OUTPUTS:
+            assert_close_to_float64(getattr(out, name), getattr(expected, name), name=name)
+    if num_tokens and num_experts > 1:
+        assert_close_to_float64(grad, expected_grad, name="grad of logits")
+
+
 def test_topk_router_masked_tokens_change_no_loss(backend):
     logits = torch.randn(6, 4, device=backend.device)
     mask = torch.tensor([1, 1, 0, 1, 0, 0], device=backend.device).bool()

@@ -75,10 +75,7 @@ def _run(x: Tensor, ids: Tensor, scores: Tensor, weights: ExpertWeights, gate: G
     keep_hidden = _backends.is_recorded(x, scores, *weights)
     compiled = x.is_cpu and _backends.backend_of("moe_mlp", x) == "cpp"
     compiled = compiled and not _backends.is_captured()
-    if compiled:  # narrows ids by itself
-        _checks.check_ids(ids)
-    else:
-        ids = _checks.narrow_ids(ids, weights.first.shape[0])
+    _checks.check_ids(ids)
     wide = _checks.accumulation_dtype(x.dtype)
     scores = scores if scores.dtype == wide else scores.to(wide)
     x, ids, scores = x.contiguous(), ids.contiguous(), scores.contiguous()
@@ -109,7 +106,6 @@ def _arguments(
 
 def _forward(implementation: Callable, *flat):
     x, ids, scores, weights, *options = _arguments(*flat)
-    ids = _checks.narrow_ids(ids, weights.first.shape[0])
     y, hidden, rows = implementation(x, ids, scores, weights, *options)
     return y, hidden, *rows
 

@@ -27,6 +27,10 @@ from unimoe_kernels._triton.router import (
 )
 
 REDUCE_ELEMENTS = 2048
+# A processor gets one program for every so many steps that it has, up to a number: programs hide
+# one another's waits, and one program adds up what all of them counted. Not tuned on a GPU.
+STEPS_PER_PROGRAM = 4
+MAX_PROGRAMS_PER_PROCESSOR = 4
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -232,7 +236,10 @@ def _launches(
 ) -> tuple[Launch, Launch, int]:
     (num_tokens, num_experts), (num_groups, top_groups) = sizes, groups
     block_e, block_t, num_warps = program_shape(num_experts, dtype)
-    num_parts = max(1, min(triton.cdiv(num_tokens, block_t), place.gpu.processors))
+    num_steps, processors = triton.cdiv(num_tokens, block_t), place.gpu.processors
+    programs = num_steps // (processors * STEPS_PER_PROGRAM)
+    programs = max(1, min(programs, MAX_PROGRAMS_PER_PROCESSOR))
+    num_parts = max(1, min(num_steps, programs * processors))
     group_size = num_experts // num_groups
     common = {
         "CHOICES": top_k if balance == "all" else 1,
