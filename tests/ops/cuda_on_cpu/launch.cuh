@@ -106,7 +106,7 @@ class Device {
   void collect(T value, T (&all)[kLanes]) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
     const unsigned warp = current_->number / kLanes;
-    if (warps_[warp].live != kLanes) fail("a full warp is wanted, and lanes are missing");
+    if (warps_[warp].live != kLanes) fail("this requires a full warp, and lanes are missing");
     std::memcpy(&slots_[warp][lane()], &value, sizeof(T));
     wait_for_warp();
     for (unsigned i = 0; i < kLanes; ++i) std::memcpy(&all[i], &slots_[warp][i], sizeof(T));

@@ -136,7 +136,7 @@ def _check(logits, top_k, mode, correction_bias, num_groups, top_groups, token_m
         )
     if correction_bias is not None:
         if mode == "topk_softmax":
-            raise ValueError("mode ('topk_softmax') must be another one with a correction_bias")
+            raise ValueError("correction_bias is not supported with mode='topk_softmax'")
         _checks.check_tensor("correction_bias", correction_bias, "[E]")
         _checks.check_size("correction_bias", correction_bias, 0, num_experts, "E of logits")
         _checks.check_device("correction_bias", correction_bias, "logits", logits)
