@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "launch.cuh"
+#include "routed_rows.h"
 
 namespace unimoe {
 namespace {
@@ -139,9 +140,9 @@ __global__ void scatter_kernel(const int* __restrict__ ids, const int* __restric
   }
 }
 
-using Sorted = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
-Sorted expert_sort(Tensor ids, int64_t num_experts) {
+gpu::Sorted gpu::expert_sort(Tensor ids, int64_t num_experts) {
   check_int32_vector(ids, "ids");
   const int64_t buckets = num_experts + 1;
   const int64_t largest = kSharedBytes / static_cast<int64_t>(sizeof(int)) - 1;
@@ -178,9 +179,8 @@ Sorted expert_sort(Tensor ids, int64_t num_experts) {
   return {row_order, inverse_order, tokens_per_expert, expert_offsets};
 }
 
-}  // namespace
 }  // namespace unimoe
 
 STABLE_TORCH_LIBRARY_IMPL(unimoe, CUDA, m) {
-  m.impl("expert_sort", TORCH_BOX(&unimoe::expert_sort));
+  m.impl("expert_sort", TORCH_BOX(&unimoe::gpu::expert_sort));
 }
