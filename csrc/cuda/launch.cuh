@@ -5,8 +5,6 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <atomic>
-
 #include "check.h"
 
 namespace unimoe {
@@ -20,29 +18,11 @@ constexpr Integer ceil_div(Integer a, Integer b) {
 }
 
 // What every block may have of shared memory, and what the smallest GPU from sm_80 on grants to a
-// kernel that asks for it. Kernels for one architecture may ask for more.
+// kernel that asks for it. Kernels of one architecture may ask for more.
 constexpr int64_t kSharedBytes = 48 * 1024;
 constexpr int64_t kMostSharedBytes = 99 * 1024;
 // Of both, what is left for the variables of fixed size that a kernel declares.
 constexpr int64_t kFixedSharedBytes = 1024;
-
-// Multiprocessors of a tensor's device, for grids that are as large as the device.
-inline int multiprocessors(const Tensor& on) {
-  constexpr int kMostDevices = 64;
-  static std::atomic<int> known[kMostDevices];
-  const auto device = on.get_device_index();
-  UNIMOE_CHECK(device >= 0 && device < kMostDevices, "the device (", device, ") must be below ",
-               kMostDevices);
-  int count = known[device].load(std::memory_order_relaxed);
-  if (count == 0) {
-    const cudaError_t status =
-        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    UNIMOE_CHECK(status == cudaSuccess && count > 0,
-                 "no number of multiprocessors: ", cudaGetErrorString(status));
-    known[device].store(count, std::memory_order_relaxed);
-  }
-  return count;
-}
 
 struct LaunchShape {
   dim3 grid;

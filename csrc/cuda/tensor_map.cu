@@ -8,13 +8,9 @@
 #include <unordered_map>
 
 #include "sm90/tensor_map.h"
-#include "sm90/tile_schedule.h"
 
 namespace unimoe::sm90 {
 namespace {
-
-static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) &&
-              alignof(TensorMap) >= alignof(CUtensorMap));
 
 // A model has some hundred weights, each with a map or two, and activations of a few sizes.
 constexpr size_t kMostMaps = 4096;
@@ -35,37 +31,6 @@ struct Hash {
   }
 };
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode find_encode() {
-  constexpr unsigned kFirstCuda = 12000;
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t status = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &function, kFirstCuda, cudaEnableDefault, &found);
-  UNIMOE_CHECK(status == cudaSuccess && found == cudaDriverEntryPointSuccess && function,
-               "the CUDA driver has no cuTensorMapEncodeTiled: ", cudaGetErrorString(status));
-  return reinterpret_cast<Encode>(function);
-}
-
-TensorMap encode(const TensorLayout& layout) {
-  static const Encode call = find_encode();
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult status =
-      call(&map, layout.half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-           static_cast<cuuint32_t>(layout.rank), const_cast<void*>(layout.data),
-           layout.sizes.data(), layout.strides.data(), layout.box.data(), steps,
-           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-           CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  UNIMOE_CHECK(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a tensor of ",
-               layout.sizes[0], " columns and ", layout.sizes[1], " rows: error ",
-               static_cast<int>(status));
-  TensorMap copy;
-  std::memcpy(&copy, &map, sizeof(copy));
-  return copy;
-}
-
 }  // namespace
 
 TensorMap tensor_map(const TensorLayout& layout) {
@@ -74,7 +39,7 @@ TensorMap tensor_map(const TensorLayout& layout) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = maps.find(layout);
   if (found != maps.end()) return found->second;
-  const TensorMap map = encode(layout);
+  const TensorMap map = encode_tensor_map(layout);
   if (maps.size() >= kMostMaps) maps.clear();
   maps.emplace(layout, map);
   return map;

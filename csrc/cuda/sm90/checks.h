@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "../../check.h"
+#include "check.h"
 #include "layout.h"
 
 namespace unimoe::sm90 {

@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
-#include "../../stable.h"
 #include "barriers.cuh"
+#include "stable.h"
 #if UNIMOE_SM90A
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

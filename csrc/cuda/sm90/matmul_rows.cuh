@@ -2,7 +2,10 @@
 // come from the offsets on the device.
 #pragma once
 
+#include <algorithm>
+
 #include "../launch.cuh"
+#include "../resident.cuh"
 #include "products.cuh"
 
 namespace unimoe::sm90 {
@@ -131,13 +134,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// The blocks of a persistent grid: one on every multiprocessor, and none without a tile. Rows of
-// no expert are shared out over the same blocks.
+// The blocks of a persistent grid: as many as fit on the device, and none without a tile.
 inline LaunchShape persistent_shape(int64_t most_tiles, const Tensor& on) {
   UNIMOE_CHECK(most_tiles < (int64_t{1} << 31), "there must be fewer than 2^31 tiles, not ",
                most_tiles);
+  const Resident resident = resident_blocks(on, kUsedSharedBytes);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(std::min<int64_t>(most_tiles, multiprocessors(on))));
+  shape.grid = dim3(static_cast<unsigned>(std::min<int64_t>(most_tiles, resident.multiprocessors)));
   shape.block = dim3(kThreads);
   shape.shared_bytes = kUsedSharedBytes;
   return shape;

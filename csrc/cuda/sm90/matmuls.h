@@ -6,7 +6,7 @@
 // bit for bit.
 #pragma once
 
-#include "../../stable.h"
+#include "stable.h"
 
 namespace unimoe::sm90 {
 

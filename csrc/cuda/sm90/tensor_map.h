@@ -3,7 +3,7 @@
 
 #include <array>
 
-#include "../../check.h"
+#include "check.h"
 #include "tile_schedule.h"
 
 namespace unimoe::sm90 {
@@ -73,8 +73,10 @@ inline TensorLayout weight_layout(const Tensor& weight, bool transposed, uint32_
   return layout;
 }
 
-// The map of a layout. Maps are kept: encoding one costs the host about a microsecond. What is kept
+// The map of a layout. Maps are kept: encoding one costs the host about a microsecond. A map
 // depends on no content, so memory that was freed and is used again does no harm.
 TensorMap tensor_map(const TensorLayout& layout);
+
+TensorMap encode_tensor_map(const TensorLayout& layout);
 
 }  // namespace unimoe::sm90

@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
-#include "../../stable.h"
 #include "layout.h"
+#include "stable.h"
 
 namespace unimoe::sm90 {
 
