@@ -1,9 +1,4 @@
-// Encodes tensor maps with the driver's function, which is looked up at run time: the extension
-// does not link against the driver.
-#include <cuda.h>
-#include <cuda_runtime.h>
-
-#include <cstring>
+// Keeps the tensor maps of layouts that were met before.
 #include <mutex>
 #include <unordered_map>
 

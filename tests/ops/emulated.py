@@ -18,9 +18,11 @@ COMPILER = os.environ.get("CXX", "").split() or [shutil.which("g++") or shutil.w
 
 def copy_sources(folder):
     """Writes the CUDA sources to a folder as C++, with the headers that emulate a device."""
-    for header in EMULATION.glob("*.cuh"):
-        shutil.copy(header, folder)
-    for source in CUDA.iterdir():
+    for stand_in in EMULATION.glob("*.cu*"):
+        name = stand_in.with_suffix(".cpp").name if stand_in.suffix == ".cu" else stand_in.name
+        shutil.copy(stand_in, folder / name)
+    (folder / "sm90").mkdir(exist_ok=True)
+    for source in (*CUDA.glob("*.*"), *CUDA.glob("sm90/*")):
         if (EMULATION / source.name).exists():
             continue
         text = source.read_text(encoding="utf-8")
@@ -33,7 +35,7 @@ def copy_sources(folder):
         text = text.replace("__shared__ ", "static ")
         text = text.replace("(unimoe, CUDA, m)", "(unimoe, CPU, m)")
         name = source.with_suffix(".cpp").name if source.suffix == ".cu" else source.name
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / source.relative_to(CUDA).with_name(name)).write_text(text, encoding="utf-8")
 
 
 def compile_sources(folder, sources, output, *flags):

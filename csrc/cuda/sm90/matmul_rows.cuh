@@ -138,9 +138,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 inline LaunchShape persistent_shape(int64_t most_tiles, const Tensor& on) {
   UNIMOE_CHECK(most_tiles < (int64_t{1} << 31), "there must be fewer than 2^31 tiles, not ",
                most_tiles);
-  const Resident resident = resident_blocks(on, kUsedSharedBytes);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(std::min<int64_t>(most_tiles, resident.multiprocessors)));
+  shape.grid =
+      dim3(static_cast<unsigned>(std::min<int64_t>(most_tiles, count_multiprocessors(on))));
   shape.block = dim3(kThreads);
   shape.shared_bytes = kUsedSharedBytes;
   return shape;
