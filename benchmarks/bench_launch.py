@@ -84,9 +84,9 @@ def layer(case, device) -> Callable[[], None]:
         _, grad_hidden, weighted = kernel_backward.gated_backward(
             grad, down, None, scores, hidden, offsets, order, GATE, True, True, True
         )
-        rows = permute.permute(grad, order, offsets, K)
+        rows = permute.permute(grad, inverse, offsets, K)
         grouped_mm.grouped_mm_wgrad(rows, weighted, offsets, False)
-        rows = permute.permute(x, order, offsets, K)
+        rows = permute.permute(x, inverse, offsets, K)
         grouped_mm.grouped_mm_wgrad(grad_hidden, rows, offsets, False)
         grad_rows = grouped_mm.grouped_mm(
             grad_hidden, first.transpose(1, 2), offsets, None, tail=False

@@ -268,7 +268,7 @@ Gradients moe_mlp_backward(Tensor grad, Tensor x, Tensor gate_up_proj, Tensor do
   const auto nothing = [&] { return empty({0}, x.scalar_type(), x); };
   Tensor grad_x = nothing(), grad_gate_up = nothing(), grad_down = nothing();
   Tensor grad_gate_up_bias = nothing(), grad_down_bias = nothing();
-  const Tensor grad_rows = permute(grad, row_order, expert_offsets, top_k);
+  const Tensor grad_rows = permute(grad, inverse_order, expert_offsets, top_k);
   const Tensor grad_activated = grouped_mm(grad_rows, torch::stable::transpose(down_proj, 1, 2),
                                            expert_offsets, std::nullopt);
   auto [grad_hidden, scored, grad_scores] =
@@ -282,7 +282,7 @@ Gradients moe_mlp_backward(Tensor grad, Tensor x, Tensor gate_up_proj, Tensor do
     grad_down = std::get<0>(grouped_mm_wgrad(grad_rows, scored, expert_offsets, false));
   }
   if (needs_gate_up || needs_gate_up_bias) {
-    const Tensor x_rows = permute(x, row_order, expert_offsets, top_k);
+    const Tensor x_rows = permute(x, inverse_order, expert_offsets, top_k);
     const auto [grad_weight, grad_bias] =
         grouped_mm_wgrad(grad_hidden, x_rows, expert_offsets, needs_gate_up_bias);
     grad_gate_up = grad_weight;

@@ -16,7 +16,7 @@ Sorted expert_sort(Tensor ids, int64_t num_experts);
 void sort_rows(const Tensor& ids, int64_t num_experts, int32_t* order, int32_t* inverse,
                int32_t* offsets);
 
-Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k);
+Tensor permute(Tensor x, Tensor inverse_order, Tensor expert_offsets, int64_t top_k);
 
 Tensor unpermute(Tensor rows, Tensor inverse_order, Tensor expert_offsets,
                  std::optional<Tensor> scores, int64_t top_k);

@@ -27,28 +27,30 @@ int32_t routed_rows(const Tensor& expert_offsets) {
 
 }  // namespace
 
-Tensor permute(Tensor x, Tensor row_order, Tensor expert_offsets, int64_t top_k) {
+Tensor permute(Tensor x, Tensor inverse_order, Tensor expert_offsets, int64_t top_k) {
   check_matrix(x, "x");
   check_floating(x, "x");
   check_offsets(expert_offsets);
-  check_int32_vector(row_order, "row_order");
-  const int64_t rows = row_order.size(0);
-  check_top_k(top_k, "row_order", rows);
-  check_rows(row_order, "row_order", x.size(0) * top_k);
+  check_int32_vector(inverse_order, "inverse_order");
+  check_top_k(top_k, "inverse_order", inverse_order.size(0));
+  const int64_t tokens = x.size(0);
+  check_rows(inverse_order, "inverse_order", tokens * top_k);
 
-  Tensor out = empty({rows, x.size(1)}, x.scalar_type(), x);
+  Tensor out = empty({tokens * top_k, x.size(1)}, x.scalar_type(), x);
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
   if (row_bytes == 0) return out;
   const char* from = const_data<char>(x);
   char* to = mutable_data<char>(out);
-  const int32_t* order = const_data<int32_t>(row_order);
+  const int32_t* position = const_data<int32_t>(inverse_order);
   const int64_t routed = routed_rows(expert_offsets);
-  torch::stable::parallel_for(0, rows, rows_per_task(row_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (i < routed) {
-        std::memcpy(to + i * row_bytes, from + order[i] / top_k * row_bytes, row_bytes);
+  const int64_t grain = rows_per_task(top_k * row_bytes);
+  torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * top_k; n < end * top_k; ++n) {
+      char* row = to + position[n] * row_bytes;
+      if (position[n] < routed) {
+        std::memcpy(row, from + n / top_k * row_bytes, row_bytes);
       } else {
-        std::memset(to + i * row_bytes, 0, row_bytes);
+        std::memset(row, 0, row_bytes);
       }
     }
   });

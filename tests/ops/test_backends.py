@@ -144,7 +144,7 @@ def test_default_overload_runs_without_a_kernel_of_its_own():
     x, sort, _ = inputs()
     expected = permute(x, sort, 2)
     assert torch.equal(
-        torch.ops.unimoe.permute(x, sort.row_order, sort.expert_offsets, 2), expected
+        torch.ops.unimoe.permute(x, sort.inverse_order, sort.expert_offsets, 2), expected
     )
     gate_up = torch.randn(2, 6)
     (actual, names) = called(lambda: torch.ops.unimoe.swiglu(gate_up, "silu", 7.0, 1.702))

@@ -64,7 +64,7 @@ def test_permute_gradient_matches_float64(backend, dtype):
         (baseline,) = torch.autograd.grad(permute(x, sort, 3), x, grad)
     x64 = x.detach().double().requires_grad_()
     expected = torch.autograd.grad(
-        reference.permute(x64, sort.row_order, sort.expert_offsets, 3), x64, grad.double()
+        reference.permute(x64, sort.inverse_order, sort.expert_offsets, 3), x64, grad.double()
     )
     assert_close_to_float64(actual, expected[0], baseline, "grad of x")
 
@@ -82,14 +82,14 @@ def test_permute_opcheck(overload, requires_grad):
     for num_tokens in (0, 5):
         sort, _ = routed(num_tokens=num_tokens, held=3)
         x = torch.randn(num_tokens, 6, requires_grad=requires_grad)
-        torch.library.opcheck(op, (x, sort.row_order, sort.expert_offsets, 2))
+        torch.library.opcheck(op, (x, sort.inverse_order, sort.expert_offsets, 2))
 
 
 def test_permute_opcheck_layouts(layout):
     sort, _ = routed()
     x = layout(torch.randn(7, 6)).requires_grad_()
     op = torch.ops.unimoe.permute.reference
-    torch.library.opcheck(op, (x, sort.row_order, sort.expert_offsets, 2))
+    torch.library.opcheck(op, (x, sort.inverse_order, sort.expert_offsets, 2))
 
 
 @settings(max_examples=15)
@@ -133,7 +133,7 @@ def test_permute_rejects_bad_arguments():
     with pytest.raises(ValueError, match=r"top_k \(0\) must be at least 1"):
         permute(x, sort, 0)
     with pytest.raises(
-        ValueError, match=r"sort.row_order \(shape \(14,\)\) must have size 21 in dimension 0"
+        ValueError, match=r"sort.inverse_order \(shape \(14,\)\) must have size 21 in dimension 0"
     ):
         permute(x, sort, 3)
     with pytest.raises(ValueError, match=r"sort \(on cpu\) must be on the device of x \(meta\)"):

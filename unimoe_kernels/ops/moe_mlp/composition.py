@@ -54,7 +54,7 @@ def backward(backend: str, grad_TD: Tensor, saved: Saved, gate: Gate, needs: Nee
     )
     # Whatever the scores of another rank's rows are: none of the matmuls reads these rows.
     scores_N1 = scores.view(-1, 1).index_select(0, rows.order)
-    grad_ND = run("permute", grad_TD, rows.order, offsets, top_k)
+    grad_ND = run("permute", grad_TD, rows.inverse, offsets, top_k)
     needs_hidden = needs.x or needs.first or needs.first_bias
     if needs.scores or needs_hidden:
         grad_a_NF = run("grouped_mm", grad_ND, weights.down.transpose(1, 2), offsets, None)
@@ -74,7 +74,7 @@ def backward(backend: str, grad_TD: Tensor, saved: Saved, gate: Gate, needs: Nee
     if needs_hidden:
         grad_h_NG = run("swiglu_backward", weigh(grad_a_NF, scores_N1), h_NG, *gate)
     if needs.first or needs.first_bias:
-        x_ND = run("permute", x, rows.order, offsets, top_k)
+        x_ND = run("permute", x, rows.inverse, offsets, top_k)
         grad_first, grad_first_bias = run(
             "grouped_mm_wgrad", grad_h_NG, x_ND, offsets, needs.first_bias
         )

@@ -62,13 +62,13 @@ def backward(grad_TD: Tensor, saved: Saved, gate: Gate, needs: Needs) -> Grads:
         needs.down or needs.down_bias,
     )
     if needs.down or needs.down_bias:
-        grad_ND = _backends.call("permute", grad_TD, rows.order, offsets, top_k)
+        grad_ND = _backends.call("permute", grad_TD, rows.inverse, offsets, top_k)
         grad_down, grad_down_bias = grouped_mm.grouped_mm_wgrad(
             grad_ND, weighted_NF, offsets, needs.down_bias, scores, rows.order
         )
         del grad_ND, weighted_NF
     if needs.first or needs.first_bias:
-        x_ND = _backends.call("permute", x, rows.order, offsets, top_k)
+        x_ND = _backends.call("permute", x, rows.inverse, offsets, top_k)
         grad_first, grad_first_bias = grouped_mm.grouped_mm_wgrad(
             grad_h_NG, x_ND, offsets, needs.first_bias
         )

@@ -24,7 +24,7 @@ def pre_activations(
     run: Run, x: Tensor, weights: ExpertWeights, rows: Rows, top_k: int
 ) -> tuple[Tensor, Tensor]:
     """Returns the rows `[N, D]` in expert order, and their product `[N, G]` with `first`."""
-    x_ND = run("permute", x, rows.order, rows.offsets, top_k)
+    x_ND = run("permute", x, rows.inverse, rows.offsets, top_k)
     return x_ND, run("grouped_mm", x_ND, weights.first, rows.offsets, weights.first_bias)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
@@ -38,34 +37,30 @@ def permute(x: Tensor, sort: ExpertSort, top_k: int) -> Tensor:
     _checks.check_tensor("x", x, "[T, D]")
     _checks.check_positive("top_k", top_k)
     _checks.check_size(
-        "sort.row_order", sort.row_order, 0, x.shape[0] * top_k, "T of x times top_k"
+        "sort.inverse_order", sort.inverse_order, 0, x.shape[0] * top_k, "T of x times top_k"
     )
-    _checks.check_device("sort", sort.row_order, "x", x)
-    return _backends.call("permute", x.contiguous(), sort.row_order, sort.expert_offsets, top_k)
+    _checks.check_device("sort", sort.inverse_order, "x", x)
+    return _backends.call("permute", x.contiguous(), sort.inverse_order, sort.expert_offsets, top_k)
 
 
-def _fake(x, row_order, expert_offsets, top_k):
-    return x.new_empty((row_order.shape[0], x.shape[1]))
+def _fake(x, inverse_order, expert_offsets, top_k):
+    return x.new_empty((inverse_order.shape[0], x.shape[1]))
 
 
-def _triton(x, row_order, expert_offsets, top_k):
+def _triton(x, inverse_order, expert_offsets, top_k):
     from unimoe_kernels.ops.permute import kernel
 
-    return kernel.permute(x, row_order, expert_offsets, top_k)
+    return kernel.permute(x, inverse_order, expert_offsets, top_k)
 
 
 def _setup_context(ctx, inputs, output):
-    _, row_order, expert_offsets, top_k = inputs
-    ctx.save_for_backward(row_order, expert_offsets)
+    _, inverse_order, expert_offsets, top_k = inputs
+    ctx.save_for_backward(inverse_order, expert_offsets)
     ctx.top_k = top_k
 
 
 def _backward(backend, ctx, grad):
-    row_order, expert_offsets = ctx.saved_tensors
-    inverse_order = torch.empty_like(row_order)
-    inverse_order[row_order.long()] = torch.arange(
-        row_order.shape[0], dtype=torch.int32, device=row_order.device
-    )
+    inverse_order, expert_offsets = ctx.saved_tensors
     grad_x = _backends.run(
         backend, "unpermute", grad.contiguous(), inverse_order, expert_offsets, None, ctx.top_k
     )
@@ -74,7 +69,7 @@ def _backward(backend, ctx, grad):
 
 _backends.declare(
     "permute",
-    "(Tensor x, Tensor row_order, Tensor expert_offsets, int top_k) -> Tensor",
+    "(Tensor x, Tensor inverse_order, Tensor expert_offsets, int top_k) -> Tensor",
     reference=reference.permute,
     triton=_triton,
     fake=_fake,

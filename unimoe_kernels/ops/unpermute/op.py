@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
@@ -91,11 +90,7 @@ def _backward(backend, ctx, grad):
             ctx.top_k,
         )
         return grad_rows, None, None, grad_scores, None
-    row_order = torch.empty_like(inverse_order)
-    row_order[inverse_order.long()] = torch.arange(
-        inverse_order.shape[0], dtype=torch.int32, device=inverse_order.device
-    )
-    grad_rows = _backends.run(backend, "permute", grad, row_order, expert_offsets, ctx.top_k)
+    grad_rows = _backends.run(backend, "permute", grad, inverse_order, expert_offsets, ctx.top_k)
     return grad_rows, None, None, None, None
 
 
