@@ -51,6 +51,13 @@ inline void check_int32_vector(const Tensor& tensor, const char* name) {
   UNIMOE_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
+inline void check_ids_vector(const Tensor& tensor, const char* name) {
+  UNIMOE_CHECK(tensor.dim() == 1, name, " (shape ", shape_of(tensor), ") must be 1-D");
+  UNIMOE_CHECK(tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long,
+               name, " must be int32 or int64");
+  UNIMOE_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
 inline void check_rows(const Tensor& order, const char* name, int64_t expected) {
   check_int32_vector(order, name);
   UNIMOE_CHECK(order.size(0) == expected, name, " (", order.size(0), " rows) must have ", expected);

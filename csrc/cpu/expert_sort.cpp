@@ -80,7 +80,7 @@ void sort_rows(const Tensor& ids, int64_t num_experts, int32_t* order, int32_t* 
 }
 
 Sorted expert_sort(Tensor ids, int64_t num_experts) {
-  check_int32_vector(ids, "ids");
+  check_ids_vector(ids, "ids");
   UNIMOE_CHECK(num_experts >= 1, "num_experts (", num_experts, ") must be at least 1");
   const int64_t rows = ids.size(0);
   Tensor row_order = empty({rows}, ScalarType::Int, ids);

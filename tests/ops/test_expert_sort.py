@@ -50,13 +50,27 @@ def test_expert_sort_matches_definition(backend, kind, num_tokens, top_k, num_ex
     check(ids, max(1, num_experts // 2))
 
 
-def test_expert_sort_of_many_rows(backend):
-    ids = torch.randint(0, 7, (20_011, 1), dtype=torch.int32).to(backend.device)
-    sort = expert_sort(ids, 5)
-    buckets, order = ids.flatten().clamp(max=5).sort(stable=True)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "num_experts"),
+    [
+        *((20_011, 5), (1, 33), (31, 1), (32, 32), (33, 31), (1025, 257), (4097, 1000)),
+        # Around what kernels sort in one part; a part is smaller where experts are many.
+        *((128, 128), (8192, 128), (8193, 128), (16_384, 2), (33_000, 12_000)),
+    ],
+)
+def test_expert_sort_of_many_rows(backend, num_rows, num_experts, dtype):
+    if backend.interpreted and num_rows * num_experts > 2**21:
+        pytest.skip("takes Triton's interpreter a minute")
+    ids = torch.randint(-1, num_experts + 2, (num_rows, 1), dtype=dtype).to(backend.device)
+    sort = expert_sort(ids, num_experts)
+    flat = ids.flatten().long()
+    buckets, order = flat.where(flat >= 0, num_experts).clamp(max=num_experts).sort(stable=True)
     assert torch.equal(sort.row_order, order.int())
-    assert torch.equal(sort.inverse_order[order], torch.arange(20_011).to(sort.inverse_order))
-    assert torch.equal(sort.tokens_per_expert, buckets.bincount()[:5].int())
+    assert torch.equal(sort.inverse_order[order], torch.arange(num_rows).to(sort.inverse_order))
+    counts = buckets.bincount(minlength=num_experts + 1)[:num_experts]
+    assert torch.equal(sort.tokens_per_expert, counts.int())
+    assert sort.expert_offsets[0] == 0
     assert torch.equal(sort.expert_offsets[1:], sort.tokens_per_expert.cumsum(0).int())
 
 
@@ -112,6 +126,7 @@ def test_expert_sort_opcheck(overload):
     op = getattr(torch.ops.unimoe.expert_sort, overload)
     for ids in (torch.tensor([0, 2, 2, 1, 0, 1, 3]), torch.tensor([])):
         torch.library.opcheck(op, (ids.int(), 3))
+        torch.library.opcheck(op, (ids.long(), 3))
 
 
 def test_expert_sort_rejects_bad_arguments(monkeypatch):

@@ -9,6 +9,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -233,14 +234,45 @@ inline unsigned __match_any_sync(unsigned, int value) {
   return peers;
 }
 
-inline unsigned __ballot_sync(unsigned, bool value) {
+template <typename T>
+T __reduce_max_sync(unsigned, T value) {
+  T all[emulation::kLanes];
+  emulation::device.collect(value, all);
+  return *std::max_element(all, all + emulation::kLanes);
+}
+
+template <typename T>
+T __reduce_min_sync(unsigned, T value) {
+  T all[emulation::kLanes];
+  emulation::device.collect(value, all);
+  return *std::min_element(all, all + emulation::kLanes);
+}
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
   int all[emulation::kLanes];
-  emulation::device.collect(static_cast<int>(value), all);
+  emulation::device.collect(predicate, all);
   unsigned lanes = 0;
   for (unsigned i = 0; i < emulation::kLanes; ++i) lanes |= unsigned(all[i] != 0) << i;
   return lanes;
 }
 
+// Loads and stores that say how long the caches should keep what they touch.
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+
+template <typename T>
+T __ldcs(const T* address) {
+  return *address;
+}
+
+template <typename T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+
+inline int __ffs(int bits) { return bits == 0 ? 0 : std::countr_zero(unsigned(bits)) + 1; }
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
@@ -38,7 +39,7 @@ def expert_sort(ids: Tensor, num_experts: int) -> ExpertSort:
     `tokens_per_expert = [2, 2, 2]` and `expert_offsets = [0, 2, 4, 6]`.
 
     Args:
-        ids: `[T, K]` or `[N]`, int32 (int64 is converted), any strides. A value of `num_experts` or
+        ids: `[T, K]` or `[N]`, int32 or int64, any strides. A value of `num_experts` or
             more drops the row, as belonging to another rank or to none: it is sorted to the end,
             where `permute` and `grouped_mm` give zeros and `unpermute` adds nothing.
         num_experts: E, the number of experts held here.
@@ -60,14 +61,16 @@ def expert_sort(ids: Tensor, num_experts: int) -> ExpertSort:
     _checks.check_positive("num_experts", num_experts)
     if ids.numel() >= 2**31:
         raise ValueError(f"ids ({ids.numel()} elements) must have fewer than 2**31 elements")
-    ids_N = _checks.narrow_ids(ids.reshape(-1), num_experts).contiguous()
-    return ExpertSort(*_backends.call("expert_sort", ids_N, num_experts))
+    _checks.check_ids(ids)
+    return ExpertSort(*_backends.call("expert_sort", ids.reshape(-1).contiguous(), num_experts))
 
 
 def _fake(ids, num_experts):
-    order = ids.new_empty(ids.shape)
-    inverse = ids.new_empty(ids.shape)
-    return order, inverse, ids.new_empty((num_experts,)), ids.new_empty((num_experts + 1,))
+    num_rows = ids.shape[0]
+    return tuple(
+        ids.new_empty((size,), dtype=torch.int32)
+        for size in (num_rows, num_rows, num_experts, num_experts + 1)
+    )
 
 
 def _triton(ids, num_experts):

@@ -12,6 +12,6 @@ def expert_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
     sorted_ids, order = ids.masked_fill(sentinel, num_experts).sort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(ids.numel(), device=ids.device)
-    bounds = torch.arange(num_experts + 1, dtype=torch.int32, device=ids.device)
+    bounds = torch.arange(num_experts + 1, dtype=ids.dtype, device=ids.device)
     offsets = torch.searchsorted(sorted_ids, bounds, out_int32=True)
     return order.int(), inverse.int(), offsets.diff(), offsets
