@@ -84,8 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_cuda_backward(
   if (needs_down) weighted = empty({rows, width}, dtype, x);
   if (grad_hidden || weighted || needs_scores) {
     sm90::gated_backward(grad, down, scores, hidden, offsets, order, inverse,
-                         {grad_hidden ? &*grad_hidden : nullptr, weighted ? &*weighted : nullptr,
-                          needs_scores ? &grad_scores : nullptr});
+                         grad_hidden ? &*grad_hidden : nullptr, weighted ? &*weighted : nullptr,
+                         needs_scores ? &grad_scores : nullptr);
   }
   // A copy of rows in expert order lives no longer than the matmul that reads it.
   if (needs_down) {

@@ -77,7 +77,8 @@ void gated(const Tensor& x, const Tensor& gate_up, const Tensor& offsets, const 
 
 void gated_backward(const Tensor& grad, const Tensor& down, const Tensor& scores,
                     const Tensor& hidden, const Tensor& offsets, const Tensor& order,
-                    const Tensor& inverse, const GatedGradients& grads) {
+                    const Tensor& inverse, Tensor* grad_hidden, Tensor* weighted,
+                    Tensor* grad_scores) {
   check_rows_matrix(grad, "grad", grad);
   check_weight(down, "down_proj", false, grad);
   check_rows_matrix(hidden, "hidden", grad);
@@ -90,9 +91,9 @@ void gated_backward(const Tensor& grad, const Tensor& down, const Tensor& scores
   check_same_device(scores, "scores", grad);
   check_shape(hidden, "hidden", {order.size(0), 2 * width});
   check_shape(down, "down_proj", {down.size(0), grad.size(1), width});
-  if (grads.hidden != nullptr) check_shape(*grads.hidden, "grad_hidden", {rows, 2 * width});
-  if (grads.weighted != nullptr) check_shape(*grads.weighted, "weighted", {rows, width});
-  if (grads.scores != nullptr) check_shape(*grads.scores, "grad_scores", {grad.size(0), top_k});
+  if (grad_hidden != nullptr) check_shape(*grad_hidden, "grad_hidden", {rows, 2 * width});
+  if (weighted != nullptr) check_shape(*weighted, "weighted", {rows, width});
+  if (grad_scores != nullptr) check_shape(*grad_scores, "grad_scores", {grad.size(0), top_k});
   if (rows == 0) return;
 
   const int column_tiles = tiles_of(static_cast<int>(width), kTileColumns);
@@ -103,9 +104,8 @@ void gated_backward(const Tensor& grad, const Tensor& down, const Tensor& scores
   arguments.offsets = const_data<int>(offsets);
   arguments.scores = const_data<float>(scores);
   arguments.hidden = const_data<uint16_t>(hidden);
-  arguments.grad_hidden = grads.hidden != nullptr ? mutable_data<uint16_t>(*grads.hidden) : nullptr;
-  arguments.weighted =
-      grads.weighted != nullptr ? mutable_data<uint16_t>(*grads.weighted) : nullptr;
+  arguments.grad_hidden = grad_hidden != nullptr ? mutable_data<uint16_t>(*grad_hidden) : nullptr;
+  arguments.weighted = weighted != nullptr ? mutable_data<uint16_t>(*weighted) : nullptr;
   arguments.score_sums = mutable_data<float>(score_sums);
   arguments.rows = static_cast<int>(rows);
   arguments.experts = static_cast<int>(down.size(0));
@@ -118,13 +118,13 @@ void gated_backward(const Tensor& grad, const Tensor& down, const Tensor& scores
   dispatch_16_bit(grad.scalar_type(), [&](auto element) {
     launch(gated_backward_kernel<decltype(element)>, shape, grad, map, arguments);
   });
-  if (grads.scores == nullptr) return;
+  if (grad_scores == nullptr) return;
   LaunchShape by_row;
   by_row.grid = dim3(static_cast<unsigned>(ceil_div<int64_t>(rows, kScoreThreads)));
   by_row.block = dim3(kScoreThreads);
   launch(score_gradient_kernel, by_row, grad, const_data<float>(score_sums),
          const_data<int>(inverse), const_data<int>(offsets) + arguments.experts,
-         mutable_data<float>(*grads.scores), rows, column_tiles);
+         mutable_data<float>(*grad_scores), rows, column_tiles);
 }
 
 }  // namespace unimoe::sm90

@@ -24,16 +24,12 @@ void weight_gradient(const Tensor& grad, const Tensor& x, const Tensor& offsets,
 void gated(const Tensor& x, const Tensor& gate_up, const Tensor& offsets, const Tensor& order,
            int64_t top_k, Tensor& act, Tensor* hidden);
 
-struct GatedGradients {
-  Tensor* hidden;    // [N, 2F] or null
-  Tensor* weighted;  // [N, F], the activations times the scores, or null
-  Tensor* scores;    // [T, K] or null
-};
-
-// The gradients of `gated`'s pre-activations and of the scores, from grad [T, D] of the layer's
-// output, down [E, D, F] and hidden [N, 2F].
+// The gradients of `gated`'s pre-activations [N, 2F] and of the scores [T, K], and the activations
+// times the scores [N, F], each written where there is a tensor for it. From grad [T, D] of the
+// layer's output, down [E, D, F] and hidden [N, 2F].
 void gated_backward(const Tensor& grad, const Tensor& down, const Tensor& scores,
                     const Tensor& hidden, const Tensor& offsets, const Tensor& order,
-                    const Tensor& inverse, const GatedGradients& grads);
+                    const Tensor& inverse, Tensor* grad_hidden, Tensor* weighted,
+                    Tensor* grad_scores);
 
 }  // namespace unimoe::sm90

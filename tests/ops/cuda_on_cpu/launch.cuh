@@ -28,6 +28,7 @@
 #define __host__
 #define __align__(bytes) alignas(bytes)
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 using std::exp;
 using std::log;
