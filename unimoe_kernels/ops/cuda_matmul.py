@@ -33,6 +33,7 @@ FEW_ROWS = 32
 MOST_EXPERTS = 512
 VECTOR = 8  # elements of the 16 bytes that TMA and copies move
 MOST_SIZE = 2**30
+MOST_ROWS = 2**31 - 2  # their end is a coordinate of a map with 2^31 - 1 of them
 MOST_STRIDE = 2**39  # elements; TMA counts 2^40 bytes
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -242,7 +243,7 @@ def _shared_reason(gpu: Gpu | None, dtype: torch.dtype, num_experts: int) -> str
 
 
 def _rows_reason(name: str, rows: Layout, copies: int = 1) -> str:
-    if not 0 < rows.shape[0] * copies < 2**31:
+    if not 0 < rows.shape[0] * copies <= MOST_ROWS:
         return f"{rows.shape[0] * copies} rows"
     return _contiguous_reason(name, rows)
 
@@ -251,7 +252,7 @@ def _contiguous_reason(name: str, rows: Layout) -> str:
     width = rows.shape[1]
     if not _is_vectors(width):
         return f"width {width} of {name}"
-    if rows.shape[0] >= 2**31:
+    if rows.shape[0] > MOST_ROWS:
         return f"{rows.shape[0]} rows of {name}"
     if rows.strides[1] != 1 or (rows.shape[0] > 1 and rows.strides[0] != width):
         return f"strides {rows.strides} of {name}"

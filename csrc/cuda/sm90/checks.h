@@ -30,8 +30,9 @@ inline void check_rows_matrix(const Tensor& rows, const char* name, const Tensor
   check_matrix(rows, name);
   check_16_bit(rows, name, like);
   check_vectors(rows.size(1), name, "the width");
-  UNIMOE_CHECK(rows.size(0) <= std::numeric_limits<int32_t>::max(), name, " (", rows.size(0),
-               " rows) must have fewer than 2^31");
+  // The end of an expert's rows is a coordinate of a map with 2^31 - 1 of them.
+  UNIMOE_CHECK(rows.size(0) < std::numeric_limits<int32_t>::max(), name, " (", rows.size(0),
+               " rows) must have fewer than 2^31 - 1");
 }
 
 inline void check_shape(const Tensor& tensor, const char* name,

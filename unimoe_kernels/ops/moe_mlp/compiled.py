@@ -63,7 +63,8 @@ _layer = torch.ops.unimoe.moe_mlp_cuda.default
 def takes(x: Tensor, ids: Tensor, weights: ExpertWeights, gate: Gate, keep_hidden: bool) -> bool:
     """Returns whether the layer in CUDA C++ takes a call; x and ids are contiguous."""
     gpu = cuda_matmul.gpu_of(x)
-    if gpu is None:
+    # Fake tensors and other subclasses have no address: the operator takes them.
+    if gpu is None or type(x) is not Tensor:
         return False
     first, down, *biases = weights
     layout_of = cuda_matmul.layout_of
