@@ -62,6 +62,10 @@ Layer moe_mlp_cuda(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor sco
   return {gpu::unpermute(out, inverse, offsets, scores, top_k), hidden, order, inverse, offsets};
 }
 
+Tensor moe_mlp_cuda_inference(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor scores) {
+  return std::get<0>(moe_mlp_cuda(x, gate_up, down, ids, scores, /*keep_hidden=*/false));
+}
+
 // Returns the gradients of x, gate_up_proj, down_proj and scores; those that are not asked for are
 // empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_cuda_backward(
@@ -113,5 +117,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_cuda_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(unimoe, CUDA, m) {
   m.impl("moe_mlp_cuda", TORCH_BOX(&unimoe::moe_mlp_cuda));
+  m.impl("moe_mlp_cuda_inference", TORCH_BOX(&unimoe::moe_mlp_cuda_inference));
   m.impl("moe_mlp_cuda_backward", TORCH_BOX(&unimoe::moe_mlp_cuda_backward));
 }

@@ -24,7 +24,7 @@ PROVEN = False
 #: Compiled operators that have to be there.
 GROUPED_MM = ("grouped_mm_sm90", "grouped_mm_few_rows")
 WEIGHT_GRADIENT = ("grouped_mm_wgrad_sm90",)
-LAYER = ("moe_mlp_cuda",)
+LAYER = ("moe_mlp_cuda", "moe_mlp_cuda_inference")
 LAYER_BACKWARD = ("moe_mlp_cuda_backward",)
 
 # Rows an expert, on average, up to which weights are streamed past the rows; csrc/cuda/moe_mlp.cu

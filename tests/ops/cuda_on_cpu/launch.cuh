@@ -308,6 +308,9 @@ struct LaunchShape {
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), LaunchShape shape, const Tensor&,
             Arguments... arguments) {
+#ifdef UNIMOE_LAUNCHES_NOTHING  // to time what comes before a launch
+  return;
+#endif
   UNIMOE_CHECK(shape.shared_bytes <= static_cast<size_t>(kMostSharedBytes),
                "too much shared memory");
   if (shape.grid.x == 0 || shape.grid.y == 0) return;

@@ -57,7 +57,16 @@ _backends.declare_compiled(
         (row_order.shape[0], gate_up_proj.shape[1] // 2)
     ),
 )
+_backends.declare_compiled(
+    "moe_mlp_cuda_inference",
+    "(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor ids, Tensor scores) -> Tensor",
+    fake=lambda x, *_: x.new_empty(x.shape),
+)
 _layer = torch.ops.unimoe.moe_mlp_cuda.default
+_inference = torch.ops.unimoe.moe_mlp_cuda_inference.default
+
+MOST_SIGNATURES = 1024
+_taken: dict[tuple, bool] = {}
 
 
 def takes(x: Tensor, ids: Tensor, weights: ExpertWeights, gate: Gate, keep_hidden: bool) -> bool:
@@ -66,27 +75,38 @@ def takes(x: Tensor, ids: Tensor, weights: ExpertWeights, gate: Gate, keep_hidde
     # Fake tensors and other subclasses have no address: the operator takes them.
     if gpu is None or type(x) is not Tensor:
         return False
-    first, down, *biases = weights
-    layout_of = cuda_matmul.layout_of
-    return (
-        cuda_matmul.choose_layer(
-            gpu,
-            layout_of(x),
-            layout_of(first),
-            layout_of(down),
-            ids.shape[1],
-            gate.activation,
-            any(bias is not None for bias in biases),
-            keep_hidden,
-        ).kernel
-        is not None
+    first, down, first_bias, down_bias = weights
+    # What the choice depends on, cheaper to make and to look up than the layouts.
+    signature = (
+        gpu,
+        x.shape,
+        x.dtype,
+        first.shape,
+        first.stride(),
+        down.shape,
+        down.stride(),
+        (x.data_ptr() | first.data_ptr() | down.data_ptr()) % 16,
+        ids.shape[1],
+        gate.activation,
+        first_bias is None and down_bias is None,
+        keep_hidden,
     )
+    taken = _taken.get(signature)
+    if taken is None:
+        layouts = map(cuda_matmul.layout_of, (x, first, down))
+        has_bias = first_bias is not None or down_bias is not None
+        options = ids.shape[1], gate.activation, has_bias, keep_hidden
+        if len(_taken) >= MOST_SIGNATURES:
+            _taken.clear()
+        taken = cuda_matmul.choose_layer(gpu, *layouts, *options).kernel is not None
+        _taken[signature] = taken
+    return taken
 
 
 def infer(x: Tensor, ids: Tensor, scores: Tensor, weights: ExpertWeights) -> Tensor:
     """Runs a layer of which nothing is kept, and that `takes` accepted."""
     with torch._C._AutoDispatchBelowAutograd():
-        return _layer(x, weights.first, weights.down, ids, scores, False)[0]
+        return _inference(x, weights.first, weights.down, ids, scores)
 
 
 def forward(
