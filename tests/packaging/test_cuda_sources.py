@@ -49,7 +49,8 @@ def test_cuda_source_compiles(build_script, source, arch, kind, tmp_path):
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill stores", output)]
     shared = [int(count) for count in re.findall(r"(\d+) bytes smem", output)]
     print(
-        f"{source.name} sm_{arch}: {len(registers)} kernels, at most {max(registers, default=0)} registers, "
+        f"{source.name} sm_{arch}: {len(registers)} kernels, "
+        f"at most {max(registers, default=0)} registers, "
         f"{max(shared, default=0)} bytes of static shared memory, {sum(spills)} bytes spilled"
     )
     assert not sum(spills)

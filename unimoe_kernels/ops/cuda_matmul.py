@@ -5,9 +5,9 @@ them; it runs from compute capability 8.0 on. `sm90` multiplies tiles with wgmma
 compiled for 9.0a has. A call that neither takes is run by Triton, for a reason that is returned by
 name.
 
-On an H100 (2026-11-27) the prototype of `sm90` took 0.96 to 1.08 of the time of Triton with its best
-tiles in forward matmuls and the gradient of x, 0.80 to 1.03 in weight gradients and 0.87 to 1.20 in
-the gated backward. What it saves is the host's time: a layer is one call.
+On an H100 (2026-11-27) the prototype of `sm90` took 0.96 to 1.08 of the time of Triton with its
+best tiles in forward matmuls and the gradient of x, 0.80 to 1.03 in weight gradients and 0.87 to
+1.20 in the gated backward. What it saves is the host's time: a layer is one call.
 """
 
 from __future__ import annotations
