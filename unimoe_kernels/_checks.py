@@ -131,19 +131,6 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-def narrow_ids(ids: Tensor, num_experts: int) -> Tensor:
-    """Returns ids of experts in int32, where those outside 0 to `num_experts - 1` stay outside.
-
-    Raises:
-        ValueError: If values are checked and an id is negative.
-    """
-    check_ids(ids)
-    if ids.dtype == torch.int64:
-        # 2**32 would become expert 0.
-        ids = ids.clamp(-1, num_experts).to(torch.int32)
-    return ids
-
-
 def check_ids(ids: Tensor) -> None:
     """Raises ValueError if values are checked and an id is negative."""
     if reads_values(ids) and ids.numel() and ids.min() < 0:

@@ -20,9 +20,9 @@ def _layer_fake(x, gate_up_proj, down_proj, ids, scores, keep_hidden):
     return (
         x.new_empty(x.shape),
         x.new_empty((rows if keep_hidden else 0, gate_up_proj.shape[1])),
-        ids.new_empty((rows,)),
-        ids.new_empty((rows,)),
-        ids.new_empty((num_experts + 1,)),
+        ids.new_empty((rows,), dtype=torch.int32),
+        ids.new_empty((rows,), dtype=torch.int32),
+        ids.new_empty((num_experts + 1,), dtype=torch.int32),
     )
 
 

@@ -75,22 +75,15 @@ def _run(x: Tensor, ids: Tensor, scores: Tensor, weights: ExpertWeights, gate: G
     """`moe_mlp` on arguments that were checked."""
     keep_hidden = _backends.is_recorded(x, scores, *weights)
     backend = None if _backends.is_captured() else _backends.backend_of("moe_mlp", x)
+    _checks.check_ids(ids)
     wide = _checks.accumulation_dtype(x.dtype)
     scores = scores if scores.dtype == wide else scores.to(wide)
     x, ids, scores = x.contiguous(), ids.contiguous(), scores.contiguous()
-    on_cpu = x.is_cpu and backend == "cpp"
-    infers_on_gpu = (
-        backend == "cuda" and not keep_hidden and compiled.takes(x, ids, weights, gate, False)
-    )
-    if on_cpu or infers_on_gpu:  # which narrow ids by themselves
-        _checks.check_ids(ids)
-    else:
-        ids = _checks.narrow_ids(ids, weights.first.shape[0])
     first, down, *biases = weights
-    if on_cpu and not keep_hidden:
+    if x.is_cpu and backend == "cpp" and not keep_hidden:
         panels = packed.panels_of(first, down) or (None, None)
         return packed.infer(x, first, down, *panels, ids, scores, *biases, *gate)
-    if infers_on_gpu:
+    if backend == "cuda" and not keep_hidden and compiled.takes(x, ids, weights, gate, False):
         return compiled.infer(x, ids, scores, weights)
     return _backends.call("moe_mlp", x, first, down, ids, scores, *biases, *gate, keep_hidden)[0]
 
@@ -115,7 +108,6 @@ def _arguments(
 
 def _forward(implementation: Callable, *flat):
     x, ids, scores, weights, *options = _arguments(*flat)
-    ids = _checks.narrow_ids(ids, weights.first.shape[0])
     y, hidden, rows = implementation(x, ids, scores, weights, *options)
     return y, hidden, *rows
 

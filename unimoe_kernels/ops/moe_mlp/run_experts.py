@@ -65,6 +65,7 @@ def run_experts(
     x, *cast = _checks.autocast(x, *weights)
     weights = ExpertWeights(*cast)
     check_experts(x, ids, scores, weights, _NAMES, gated=isinstance(activation, str))
+    _checks.check_ids(ids)
 
     def activate(hidden_NG: Tensor) -> Tensor:
         if isinstance(activation, str):
@@ -76,7 +77,7 @@ def run_experts(
     y_TD, _, _ = run_pipeline(
         _backends.call,
         x.contiguous(),
-        _checks.narrow_ids(ids, weights.first.shape[0]).contiguous(),
+        ids.contiguous(),
         scores.to(_checks.accumulation_dtype(x.dtype)).contiguous(),
         weights,
         activate,
