@@ -18,8 +18,8 @@ constexpr int64_t kFewRows = 32;
 Tensor flattened(const Tensor& ids) {
   const int64_t sizes[] = {ids.numel()}, strides[] = {1};
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(ids.get(), 1, sizes, strides, ids.storage_offset(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(ids.get(), 1, sizes, strides,
+                                                        /*offset_increment=*/0, &handle));
   return Tensor(handle);
 }
 

@@ -77,6 +77,14 @@ def test_sentinels_add_nothing(names, dtype):
     assert not y[5].any()
 
 
+def test_ids_may_be_part_of_a_larger_tensor(names):
+    arguments = sample()
+    expected = moe_mlp(**arguments)
+    larger = torch.full((33, TOP_K), EXPERTS, dtype=torch.int32)
+    larger[7:27] = arguments["ids"]
+    assert torch.equal(moe_mlp(**arguments | {"ids": larger[7:27]}), expected)
+
+
 def test_one_token_and_no_token():
     for tokens in (1, 0):
         arguments = sample(tokens, kind="uniform")
