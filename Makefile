@@ -11,7 +11,7 @@ STAMPS := $(VENV)/stamps
 export PATH := $(abspath $(BIN)):$(PATH)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-SOURCES := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 FORMATTED := $(filter csrc/%,$(SOURCES)) benchmarks/limits.c
 
 .DEFAULT_GOAL := help

@@ -3,7 +3,7 @@
 Environment:
     UNIMOE_SKIP_EXT=1     pure-Python install; torch is not imported.
     UNIMOE_CUDA=1 | 0     demand or refuse the CUDA sources (default: where torch and nvcc allow).
-    TORCH_CUDA_ARCH_LIST  architectures to compile for, such as "8.0;9.0+PTX".
+    TORCH_CUDA_ARCH_LIST  architectures to compile for, such as "8.0+PTX;9.0a".
     UNIMOE_SANITIZE=1     with AddressSanitizer and UndefinedBehaviorSanitizer; see `make sanitize`.
     CXX, MAX_JOBS         the C++ compiler; how many files to compile at a time.
 """
@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parent
 # The oldest torch whose stable ABI the binary may use; both compilers must see it.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 MINIMUM_TORCH = (2, 11)
-DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+DEFAULT_CUDA_ARCHS = ("8.0", "9.0a", "10.0", "12.0")
+# Capabilities that have instructions of their own (wgmma), under the name that compiles them. Such
+# code runs on every device of that capability, and its PTX on no other.
+OWN_ARCHS = {"9.0": "9.0a"}
 # No contraction: a multiply and an add round as they do in the plain torch reference.
 CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-ffp-contract=off"]
 # Whatever is undefined ends the process.
@@ -150,11 +153,15 @@ def choose_archs(visible, supported):
         supported: what `nvcc --list-gpu-arch` names, such as ["8.0", "9.0"].
     """
     if visible:
-        return ";".join(sorted(set(visible), key=float))
-    archs = [arch for arch in DEFAULT_CUDA_ARCHS if arch in supported]
+        capabilities = sorted(set(visible), key=float)
+        return ";".join(OWN_ARCHS.get(capability, capability) for capability in capabilities)
+    archs = [arch for arch in DEFAULT_CUDA_ARCHS if arch.removesuffix("a") in supported]
     if not archs:
         sys.exit(f"unimoe: nvcc must support one of {', '.join(DEFAULT_CUDA_ARCHS)}")
-    return ";".join(archs) + "+PTX"
+    portable = [arch for arch in archs if not arch.endswith("a")]
+    if portable:
+        archs[archs.index(portable[-1])] += "+PTX"
+    return ";".join(archs)
 
 
 def cuda_archs(torch, cuda_home):

@@ -2,19 +2,34 @@
 
 The anchor is Mixtral's block of transformers on torch's grouped matmul. `gate` is the router of
 that block alone, which `ours-transformers`, the same block on `"unimoe"`, runs as well.
+
+`bench_layer_call` is `moe_mlp` alone, in CUDA C++ beside Triton.
 """
 
 import functools
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
+import pytest
 import torch
 from torch import nn
 
-from unimoe_kernels import SwiGLUFFN, register_with_transformers
+from unimoe_kernels import (
+    SwiGLUFFN,
+    available_backends,
+    moe_mlp,
+    register_with_transformers,
+    use_backend,
+)
 
-from .candidates import Candidate, UnavailableError, own_gradients
+from .candidates import Candidate, UnavailableError, Work, own_gradients
 from .problem import Problem
 from .providers import mixtral_block
+from .shapes import LAYERS
+
+CALLS = 50
+"""Calls of a layer that are timed together: letting a GPU be stood in for takes longer than one."""
 
 
 def bench_host(record, host_case, device, dtype):
@@ -67,3 +82,49 @@ def _gate(problem: Problem) -> Candidate:
         scores_TK.backward(grad_TK.to(scores_TK.dtype))
 
     return Candidate(run=training if problem.case.mode == "training" else forward)
+
+
+def bench_layer_call(record, launch_case, device):
+    """The host's time of `moe_mlp` without gradients; without a GPU, launches do nothing.
+
+    The anchor is Triton with sort and sum in CUDA C++, `triton-alone` all of it in Triton.
+    """
+    if launch_case.mode == "training":
+        pytest.skip("of inference alone")
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    providers = {
+        name: functools.partial(_layer_call, launch_case, device, way)
+        for name, way in (("triton", "triton"), ("triton-alone", "triton-alone"), ("ours", "cuda"))
+    }
+    record(launch_case, providers, Work(0, 0))
+
+
+def _layer_call(case, device, way: str) -> Candidate:
+    D, F, E, K = LAYERS[case.layer]
+    like = {"device": device, "dtype": torch.bfloat16}
+    x = torch.randn(case.tokens, D, **like)
+    weights = torch.randn(E, 2 * F, D, **like), torch.randn(E, D, F, **like)
+    ids = torch.randint(0, E, (case.tokens, K), device=device, dtype=torch.int32)
+    scores = torch.rand(case.tokens, K, device=device)
+    on_device = _on_device(device, way)
+
+    def run() -> float:
+        with on_device(), torch.no_grad():
+            moe_mlp(x, *weights, ids, scores)
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                moe_mlp(x, *weights, ids, scores)
+            return (time.perf_counter() - start) / CALLS
+
+    return Candidate(run=run)
+
+
+def _on_device(device: torch.device, way: str) -> Callable[[], AbstractContextManager]:
+    if device.type == "cpu":
+        from .stand_in_layer import load_host_code, stand_in_layer
+
+        load_host_code()
+        return functools.partial(stand_in_layer, way)
+    if way not in available_backends("moe_mlp", device):
+        raise UnavailableError(f"{way} is no backend of moe_mlp here")
+    return functools.partial(use_backend, way)

@@ -84,4 +84,12 @@ void dispatch_floating(ScalarType dtype, const char* name, Body&& body) {
   }
 }
 
+// Likewise for the two types that tensor cores multiply with 16 bits.
+template <typename Body>
+void dispatch_16_bit(ScalarType dtype, Body&& body) {
+  if (dtype == ScalarType::BFloat16) return body(BFloat16{});
+  if (dtype == ScalarType::Half) return body(Half{});
+  throw std::runtime_error("the dtype must be bfloat16 or float16");
+}
+
 }  // namespace unimoe

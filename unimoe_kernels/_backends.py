@@ -53,6 +53,8 @@ class Operator:
         parts: operators that this one is composed of.
         fused: whether `"triton"` is more than its parts one after the other.
         public: whether it has a function of its own, and is listed.
+        kernels: compiled operators by which its default overload runs on a GPU.
+        proven: whether these come before Triton where nothing asks for a backend.
         available: by device type, the backends that run there, the automatic choice first; filled
             by `find_kernels`.
     """
@@ -64,6 +66,8 @@ class Operator:
     parts: tuple[str, ...]
     fused: bool
     public: bool
+    kernels: tuple[str, ...] = ()
+    proven: bool = False
     available: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def existing(self, overload: str) -> str:
@@ -81,9 +85,15 @@ class Operator:
 
     def is_compiled_for(self, device_type: str) -> bool:
         """Returns whether the extension has a kernel for it."""
-        return torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"unimoe::{self.name}", device_type.upper()
-        )
+        return _is_compiled(self.name, device_type)
+
+    def runs_kernels_on(self, device_type: str) -> bool:
+        """Returns whether the extension has all of `kernels`, of which there are some."""
+        return bool(self.kernels) and all(_is_compiled(one, device_type) for one in self.kernels)
+
+
+def _is_compiled(op: str, device_type: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"unimoe::{op}", device_type.upper())
 
 
 _operators: dict[str, Operator] = {}
@@ -104,6 +114,8 @@ def declare(
     backward: Callable | None = None,
     num_outputs: int = 0,
     public: bool = True,
+    kernels: tuple[str, ...] = (),
+    proven: bool = False,
 ) -> None:
     """Registers an operator and the overloads of its backends.
 
@@ -126,6 +138,8 @@ def declare(
         num_outputs: How many results `call` returns where autograd records it: the others are for
             the formula alone. 0 for all.
         public: Whether the operator has a public function.
+        kernels: Compiled operators by which `native` runs on a GPU, where the extension has them.
+        proven: Whether these come before Triton where nothing asks for a backend.
     """
     implementations = {"default": native or reference, "reference": reference}
     if triton is not None:
@@ -146,7 +160,9 @@ def declare(
         if backward is not None:
             formula = partial(backward, overload)
             recorded[overload] = _recorded(chosen, setup_context, formula, num_outputs)
-    _operators[op] = Operator(op, overloads, recorded, plain or reference, parts, fused, public)
+    _operators[op] = Operator(
+        op, overloads, recorded, plain or reference, parts, fused, public, kernels, proven
+    )
 
 
 def _recorded(
@@ -198,15 +214,15 @@ def find_kernels() -> None:
 def _order(operator: Operator, device: str) -> tuple[str, ...]:
     parts = [operator, *(_operators[part] for part in operator.parts)]
     native = "cuda" if device == "cuda" else "cpp"
-    native = native if any(part.is_compiled_for(device) for part in parts) else None
+    runs_kernels = operator.runs_kernels_on(device)
+    compiled = runs_kernels or any(part.is_compiled_for(device) for part in parts)
+    native = native if compiled else None
     triton = "triton" if _triton_runs_on(device) and "triton" in operator.overloads else None
     if device != "cuda":
         order = (native, "reference", triton)
-    elif operator.is_compiled_for(device):
+    elif operator.is_compiled_for(device) or (runs_kernels and operator.proven):
         order = (native, triton, "reference")
     else:
-        # Matmuls have Triton kernels and no CUDA ones: with CUDA parts alone they would run in
-        # plain torch.
         order = (triton, native, "reference")
     return tuple(backend for backend in order if backend is not None)
 
@@ -216,6 +232,11 @@ def _triton_runs_on(device: str) -> bool:
         return False
     # On a CPU Triton kernels run only in its interpreter, which is a tool for tests.
     return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_triton(op: str, tensor: Tensor) -> bool:
+    """Returns whether the Triton kernels of `op` run on the device of `tensor`."""
+    return "triton" in _operators[op].backends_on(tensor.device.type)
 
 
 def operators(public: bool | None = None) -> list[Operator]:

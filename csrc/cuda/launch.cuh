@@ -18,7 +18,7 @@ constexpr Integer ceil_div(Integer a, Integer b) {
 }
 
 // What every block may have of shared memory, and what the smallest GPU from sm_80 on grants to a
-// kernel that asks for it.
+// kernel that asks for it. Kernels of one architecture may ask for more.
 constexpr int64_t kSharedBytes = 48 * 1024;
 constexpr int64_t kMostSharedBytes = 99 * 1024;
 // Of both, what is left for the variables of fixed size that a kernel declares.

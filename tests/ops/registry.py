@@ -29,3 +29,13 @@ def set_available(monkeypatch, op, by_device):
 def refuse(op):
     """Calls the gradient formula of operators that have none."""
     _backends._refuse(op, None, None)
+
+
+def operator(op):
+    """An operator as it was declared."""
+    return _backends._operators[op]
+
+
+def replaced(declared, **changes):
+    """The same operator, declared otherwise."""
+    return dataclasses.replace(declared, **changes)

@@ -76,13 +76,26 @@ def test_switches_are_zero_or_one(build_script, name):
 @pytest.mark.parametrize(
     ("visible", "supported", "expected"),
     [
-        ([], ["7.5", "8.0", "9.0", "10.0", "12.0"], "8.0;9.0;10.0;12.0+PTX"),
-        ([], ["8.0", "8.6", "9.0"], "8.0;9.0+PTX"),
-        (["9.0", "8.0", "9.0"], ["8.0", "9.0"], "8.0;9.0"),
+        ([], ["7.5", "8.0", "9.0", "10.0", "12.0"], "8.0;9.0a;10.0;12.0+PTX"),
+        ([], ["8.0", "8.6", "9.0"], "8.0+PTX;9.0a"),
+        ([], ["9.0"], "9.0a"),
+        (["9.0", "8.0", "9.0"], ["8.0", "9.0"], "8.0;9.0a"),
+        (["12.0", "9.0"], ["9.0", "12.0"], "9.0a;12.0"),
     ],
 )
 def test_architectures(build_script, visible, supported, expected):
     assert build_script.choose_archs(visible, supported) == expected
+
+
+def test_torch_compiles_for_the_architectures(build_script, monkeypatch):
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    archs = build_script.choose_archs([], ["8.0", "9.0", "10.0", "12.0"])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    flags = _get_cuda_arch_flags()
+    assert "-gencode=arch=compute_90a,code=sm_90a" in flags
+    assert "-gencode=arch=compute_120,code=compute_120" in flags
+    assert not [flag for flag in flags if flag.endswith("code=compute_90a")]
 
 
 def test_nvcc_flags_leave_the_architectures_to_torch(build_script):

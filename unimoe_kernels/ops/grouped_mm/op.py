@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
-from unimoe_kernels.ops.grouped_mm import plain, reference
+from unimoe_kernels.ops import cuda_matmul
+from unimoe_kernels.ops.grouped_mm import compiled, plain, reference
 
 
 def grouped_mm(
@@ -140,20 +141,26 @@ _backends.declare(
     "(Tensor grad, Tensor x, Tensor expert_offsets, bool has_bias) "
     "-> (Tensor grad_weight, Tensor grad_bias)",
     reference=reference.grouped_mm_wgrad,
+    native=compiled.grouped_mm_wgrad,
     triton=_wgrad_triton,
     plain=plain.grouped_mm_wgrad,
     fake=_wgrad_fake,
     setup_context=_wgrad_setup_context,
     backward=_wgrad_backward,
     public=False,
+    kernels=cuda_matmul.WEIGHT_GRADIENT,
+    proven=cuda_matmul.PROVEN,
 )
 _backends.declare(
     "grouped_mm",
     "(Tensor x, Tensor weight, Tensor expert_offsets, Tensor? bias) -> Tensor",
     reference=reference.grouped_mm,
+    native=compiled.grouped_mm,
     plain=plain.grouped_mm,
     triton=_triton,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    kernels=cuda_matmul.GROUPED_MM,
+    proven=cuda_matmul.PROVEN,
 )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
-from unimoe_kernels.ops.moe_mlp import composition, packed
+from unimoe_kernels.ops import cuda_matmul
+from unimoe_kernels.ops.moe_mlp import compiled, composition, packed
 from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights, Gate, Grads, Needs, Rows, Saved
 from unimoe_kernels.ops.moe_mlp.checks import check_experts
 from unimoe_kernels.ops.moe_mlp.pipeline import pre_activations
@@ -73,16 +74,17 @@ def moe_mlp(
 def _run(x: Tensor, ids: Tensor, scores: Tensor, weights: ExpertWeights, gate: Gate) -> Tensor:
     """`moe_mlp` on arguments that were checked."""
     keep_hidden = _backends.is_recorded(x, scores, *weights)
-    compiled = x.is_cpu and _backends.backend_of("moe_mlp", x) == "cpp"
-    compiled = compiled and not _backends.is_captured()
+    backend = None if _backends.is_captured() else _backends.backend_of("moe_mlp", x)
     _checks.check_ids(ids)
     wide = _checks.accumulation_dtype(x.dtype)
     scores = scores if scores.dtype == wide else scores.to(wide)
     x, ids, scores = x.contiguous(), ids.contiguous(), scores.contiguous()
     first, down, *biases = weights
-    if compiled and not keep_hidden:
+    if x.is_cpu and backend == "cpp" and not keep_hidden:
         panels = packed.panels_of(first, down) or (None, None)
         return packed.infer(x, first, down, *panels, ids, scores, *biases, *gate)
+    if backend == "cuda" and not keep_hidden and compiled.takes(x, ids, weights, gate, False):
+        return compiled.infer(x, ids, scores, weights)
     return _backends.call("moe_mlp", x, first, down, ids, scores, *biases, *gate, keep_hidden)[0]
 
 
@@ -217,12 +219,14 @@ _backends.declare(
     "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_scores, "
     "Tensor grad_gate_up_bias, Tensor grad_down_bias)",
     reference=partial(_backward_of, partial(composition.backward, "reference")),
-    native=partial(_backward_of, partial(composition.backward, "default")),
+    native=partial(_backward_of, compiled.backward),
     triton=partial(_backward_of, _backward_triton),
     parts=composition.PARTS,
     fused=True,
     fake=_backward_fake,
     public=False,
+    kernels=cuda_matmul.LAYER_BACKWARD,
+    proven=cuda_matmul.PROVEN,
 )
 _backends.declare(
     "moe_mlp",
@@ -231,7 +235,7 @@ _backends.declare(
     "bool keep_hidden) -> (Tensor y, Tensor gate_up_rows, Tensor row_order, "
     "Tensor inverse_order, Tensor expert_offsets)",
     reference=partial(_forward, partial(composition.forward, "reference")),
-    native=partial(_forward, partial(composition.forward, "default")),
+    native=partial(_forward, compiled.forward),
     triton=partial(_forward, _triton),
     parts=composition.PARTS,
     fused=True,
@@ -239,4 +243,6 @@ _backends.declare(
     setup_context=_setup_context,
     num_outputs=1,
     backward=_backward,
+    kernels=cuda_matmul.LAYER,
+    proven=cuda_matmul.PROVEN,
 )
