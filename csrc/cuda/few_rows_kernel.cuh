@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kFewRowsThreads) few_rows_kernel(const FewRows
   const RowTiles tiles = count_row_tiles(schedule, problem.offsets);
   const int items = tiles.total * schedule.items_of_row_tile();
   StepLoader<T, kPairs, kGated> loader(problem, tiles, items);
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kDepth - 1; ++i) loader.load(stages + i * kStageBytes<kPairs>);
   int stage = 0;
   for (int item = blockIdx.x; item < items; item += gridDim.x) {

@@ -228,6 +228,14 @@ inline unsigned __match_any_sync(unsigned, int value) {
   return peers;
 }
 
+inline unsigned __ballot_sync(unsigned, bool value) {
+  int all[emulation::kLanes];
+  emulation::device.collect(static_cast<int>(value), all);
+  unsigned lanes = 0;
+  for (unsigned i = 0; i < emulation::kLanes; ++i) lanes |= unsigned(all[i] != 0) << i;
+  return lanes;
+}
+
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }

@@ -244,3 +244,12 @@ _backends.declare(
     num_outputs=1,
     backward=_backward,
 )
+# The first matmul and its SiLU gate for few rows an expert on a GPU: rows are gathered from x, and
+# the activations are in expert order.
+_backends.declare_compiled(
+    "gated_few_rows",
+    "(Tensor x, Tensor gate_up_proj, Tensor expert_offsets, Tensor row_order, int top_k) -> Tensor",
+    fake=lambda x, gate_up_proj, expert_offsets, row_order, top_k: x.new_empty(
+        (row_order.shape[0], gate_up_proj.shape[1] // 2)
+    ),
+)
