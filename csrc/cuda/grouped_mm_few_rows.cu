@@ -21,8 +21,9 @@ void check_x(const Tensor& x) {
   check_matrix(x, "x");
   UNIMOE_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
                "x must be bfloat16 or float16");
-  UNIMOE_CHECK(x.size(1) % kChunkElements == 0 && x.size(1) < kMostSize, "x (", x.size(1),
-               " columns) must have a multiple of ", kChunkElements, ", less than ", kMostSize);
+  UNIMOE_CHECK(x.size(1) > 0 && x.size(1) % kChunkElements == 0 && x.size(1) < kMostSize, "x (",
+               x.size(1), " columns) must have a positive multiple of ", kChunkElements,
+               ", less than ", kMostSize);
   check_aligned(x, "x");
 }
 
@@ -33,14 +34,15 @@ void check_weight(const Tensor& weight, const char* name, const Tensor& x) {
                x.size(1), " columns, as x");
   UNIMOE_CHECK(weight.size(1) < kMostSize, name, " (", weight.size(1),
                " rows an expert) must have less than ", kMostSize);
-  UNIMOE_CHECK(weight.size(2) <= 1 || weight.stride(2) == 1, name, " (inner stride ",
-               weight.stride(2), ") must have inner stride 1");
+  check_same_device(weight, name, x);
+  if (weight.numel() == 0) return;
+  UNIMOE_CHECK(weight.stride(2) == 1, name, " (inner stride ", weight.stride(2),
+               ") must have inner stride 1");
   for (const int64_t dim : {0, 1}) {
     UNIMOE_CHECK(weight.size(dim) <= 1 || weight.stride(dim) % kChunkElements == 0, name,
                  " (stride ", weight.stride(dim), ") must have rows at multiples of ",
                  kChunkElements, " elements");
   }
-  check_same_device(weight, name, x);
   check_aligned(weight, name);
 }
 

@@ -1,11 +1,11 @@
 // Every row tile, column tile and part of the sum of every expert with rows is some block's work
 // exactly once, for random offsets and sizes. Prints what is wrong and returns 1, or the number of
 // cases.
+#include "few_rows_schedule.cuh"
+
 #include <cstdio>
 #include <map>
 #include <tuple>
-
-#include "few_rows_schedule.cuh"
 
 namespace {
 
@@ -103,9 +103,8 @@ bool case_is_right(bool many_experts) {
   const auto offsets = draw_offsets(experts);
   const int64_t rows = offsets.back() + draw(0, 20);  // some of no expert
   if (rows == 0) return true;
-  const auto schedule =
-      few_rows_schedule(rows, experts, kWidths[draw(0, many_experts ? 2 : 5)], kInner[draw(0, 8)],
-                        draw(0, 1), draw(1, 200));
+  const auto schedule = few_rows_schedule(rows, experts, kWidths[draw(0, many_experts ? 2 : 5)],
+                                          kInner[draw(0, 8)], draw(0, 1), draw(1, 200));
   const int64_t most =
       most_row_tiles(rows, experts, schedule.tile_rows) * schedule.items_of_row_tile();
   return steps_are_complete(schedule) &&
