@@ -17,15 +17,16 @@ constexpr int kStepBytes = kStepElements * 2;
 constexpr int kStepChunks = kStepBytes / kChunkBytes;
 constexpr int kCopyRows = kWarp / kStepChunks;  // rows that a warp copies with one instruction
 constexpr int kWeightBytes = kWeightRows * kStepBytes;
+// Of a warp. Three let three blocks of 72 KiB share a multiprocessor of 227 KiB, with 96 KiB of
+// weights on the way; four would be two blocks with as much on the way and fewer warps.
+constexpr int kStages = 3;
 // Of a row of sums in shared memory: no two lanes of a fragment write to the same bank.
 constexpr int kSumStride = kWeightRows + 4;
 
 template <int kPairs>
-constexpr int kStages = kPairs == 1 ? 4 : 3;
-template <int kPairs>
 constexpr int kStageBytes = kWeightBytes + kPairs * kPairRows * kStepBytes;
 template <int kPairs>
-constexpr int kFewRowsSharedBytes = kSumWarps * kStages<kPairs> * kStageBytes<kPairs>;
+constexpr int kFewRowsSharedBytes = kSumWarps * kStages * kStageBytes<kPairs>;
 
 template <typename T>
 struct FewRows {
@@ -49,19 +50,24 @@ __device__ inline int chunk_offset(int row, int chunk) {
 
 __device__ inline float gated_silu(float gate, float up) { return gate / (1 + exp(-gate)) * up; }
 
-// Copies the steps of a warp, item after item. Lane l copies chunk l % 8 of every fourth row.
+// Copies the steps of a warp, item after item: lane l chunk l % 8 of every fourth row, from row
+// l / 8 on. A warp makes a step in about 2000 cycles, so addresses are prepared for each item.
 template <typename T, int kPairs, bool kGated>
 struct StepLoader {
   static constexpr int kTokens = kPairs * kPairRows / kCopyRows;
   static constexpr int kCopiesPerGroup = kGroupRows / kCopyRows;
+  static_assert(kCopyRows == 4 && kStepChunks == 8);
 
   const FewRows<T>& problem;
   const RowTiles& tiles;
   int item;
   int items;
   int round = 0;
-  Work work{};
-  int tokens[kTokens] = {};  // row of x, or -1
+  int rows = 0;
+  int columns_left = 0;       // from the lane's first column on
+  int k = 0;                  // of the lane's chunk
+  const T* weight = nullptr;  // the lane's first row
+  int tokens[kTokens] = {};   // rows of x, or -1
 
   __device__ StepLoader(const FewRows<T>& problem, const RowTiles& tiles, int items)
       : problem(problem), tiles(tiles), item(blockIdx.x), items(items) {
@@ -70,8 +76,16 @@ struct StepLoader {
 
   __device__ void find() {
     if (item >= items) return;
-    work = find_work(problem.schedule, tiles, problem.offsets, item);
-    const int row = threadIdx.x % kWarp / kStepChunks;
+    const FewRowsSchedule& schedule = problem.schedule;
+    const Work work = find_work(schedule, tiles, problem.offsets, item);
+    const int lane = threadIdx.x % kWarp;
+    const int row = lane / kStepChunks;
+    rows = work.rows;
+    columns_left = schedule.width - work.column - row;
+    k = schedule.step_start(work.part, 0, threadIdx.x / kWarp) +
+        lane % kStepChunks * kChunkElements;
+    weight = problem.weight + work.expert * problem.weight_stride_e +
+             (work.column + row) * problem.weight_stride_n;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const int at = row + i * kCopyRows;
@@ -85,40 +99,45 @@ struct StepLoader {
   // Starts the copies of the next step, of which there are none after the last item.
   __device__ void load(unsigned char* stage) {
     if (item < items) {
-      const FewRowsSchedule& schedule = problem.schedule;
-      const int lane = threadIdx.x % kWarp;
-      const int row = lane / kStepChunks, chunk = lane % kStepChunks;
-      const int k =
-          schedule.step_start(work.part, round, threadIdx.x / kWarp) + chunk * kChunkElements;
-      const bool inside = k < schedule.inner;
-      const T* expert = problem.weight + work.expert * problem.weight_stride_e;
-#pragma unroll
-      for (int i = 0; i < kWeightRows / kCopyRows; ++i) {
-        const int group = i / kCopiesPerGroup;
-        const int in_tile = row + (kGated ? i % kCopiesPerGroup : i) * kCopyRows;
-        const int column = work.column + in_tile;
-        const bool live = inside && column < schedule.width;
-        const int64_t n = column + (kGated ? group * schedule.width : 0);
-        const T* from = live ? expert + n * problem.weight_stride_n + k : problem.weight;
-        copy_async_16(stage + chunk_offset(row + i * kCopyRows, chunk), from,
-                      live ? kChunkBytes : 0);
-      }
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        const int at = row + i * kCopyRows;
-        if (at / kPairRows * kPairRows >= work.rows) break;
-        const bool live = inside && tokens[i] >= 0;
-        const T* from =
-            live ? problem.x + static_cast<int64_t>(tokens[i]) * schedule.inner + k : problem.x;
-        copy_async_16(stage + kWeightBytes + chunk_offset(at, chunk), from, live ? kChunkBytes : 0);
-      }
-      if (++round == schedule.rounds) {
+      copy_step(stage);
+      k += kSumWarps * kStepElements;
+      if (++round == problem.schedule.rounds) {
         round = 0;
         item += gridDim.x;
         find();
       }
     }
     commit_copies();
+  }
+
+  __device__ void copy_step(unsigned char* stage) {
+    const int lane = threadIdx.x % kWarp;
+    const int row = lane / kStepChunks, chunk = lane % kStepChunks;
+    const FewRowsSchedule& schedule = problem.schedule;
+    const bool inside = k < schedule.inner;
+    // Every other row of the lane is one whose chunks are permuted by four more.
+    unsigned char* const to[2] = {
+        stage + chunk_offset(row, chunk),
+        stage + chunk_offset(row + kCopyRows, chunk) - kCopyRows * kStepBytes};
+    const T* const weight_chunk = weight + k;
+    const int64_t stride = problem.weight_stride_n;
+#pragma unroll
+    for (int i = 0; i < kWeightRows / kCopyRows; ++i) {
+      const int column = (kGated ? i % kCopiesPerGroup : i) * kCopyRows;
+      const int n = column + (kGated ? i / kCopiesPerGroup * schedule.width : 0);
+      const bool live = inside && column < columns_left;
+      copy_async_16(to[i % 2] + i * kCopyRows * kStepBytes, weight_chunk + n * stride,
+                    live ? kChunkBytes : 0);
+    }
+    const T* const x_chunk = problem.x + k;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (i * kCopyRows / kPairRows * kPairRows >= rows) break;
+      const bool live = inside && tokens[i] >= 0;
+      const int64_t from = static_cast<int64_t>(tokens[i]) * schedule.inner;
+      copy_async_16(to[i % 2] + kWeightBytes + i * kCopyRows * kStepBytes, x_chunk + from,
+                    live ? kChunkBytes : 0);
+    }
   }
 };
 
@@ -175,7 +194,7 @@ template <typename T, int kPairs, bool kGated>
 __device__ void write_item(const FewRows<T>& problem, const Work& work,
                            const unsigned char* staged) {
   constexpr int kTileWidth = kGated ? kGroupRows : kWeightRows;
-  constexpr int kWarpBytes = kStages<kPairs> * kStageBytes<kPairs>;
+  constexpr int kWarpBytes = kStages * kStageBytes<kPairs>;
   const int width = problem.schedule.width;
   const auto total = [&](int at) {
     float sum = 0;
@@ -204,31 +223,30 @@ __device__ void write_item(const FewRows<T>& problem, const Work& work,
 }
 
 template <typename T, int kPairs, bool kGated>
-__global__ void __launch_bounds__(kFewRowsThreads) few_rows_kernel(const FewRows<T> problem) {
+__global__ void __launch_bounds__(kFewRowsThreads, 3) few_rows_kernel(const FewRows<T> problem) {
   extern __shared__ __align__(128) unsigned char shared[];
-  constexpr int kDepth = kStages<kPairs>;
   static_assert(kPairs * kPairRows * kSumStride * 4 <= kStageBytes<kPairs>);
-  unsigned char* stages = shared + threadIdx.x / kWarp * kDepth * kStageBytes<kPairs>;
+  unsigned char* stages = shared + threadIdx.x / kWarp * kStages * kStageBytes<kPairs>;
   const FewRowsSchedule& schedule = problem.schedule;
   const RowTiles tiles = count_row_tiles(schedule, problem.offsets);
   const int items = tiles.total * schedule.items_of_row_tile();
   StepLoader<T, kPairs, kGated> loader(problem, tiles, items);
 #pragma unroll 1
-  for (int i = 0; i < kDepth - 1; ++i) loader.load(stages + i * kStageBytes<kPairs>);
+  for (int i = 0; i < kStages - 1; ++i) loader.load(stages + i * kStageBytes<kPairs>);
   int stage = 0;
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const Work work = find_work(schedule, tiles, problem.offsets, item);
     float sums[2][2 * kPairs][4] = {};
     int current = 0;
     for (int round = 0; round < schedule.rounds; ++round) {
-      wait_for_copies<kDepth - 2>();
+      wait_for_copies<kStages - 2>();
       // Every lane has waited for its part of this stage, and has read the one before.
       __syncwarp();
       current = stage;
-      const int before = stage == 0 ? kDepth - 1 : stage - 1;
+      const int before = stage == 0 ? kStages - 1 : stage - 1;
       loader.load(stages + before * kStageBytes<kPairs>);
       multiply_step<T, kPairs>(stages + current * kStageBytes<kPairs>, work.rows, sums);
-      stage = stage + 1 == kDepth ? 0 : stage + 1;
+      stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     // The stage that has been read is not loaded again before the next round.
     __syncwarp();

@@ -86,18 +86,17 @@ void multiply(const Tensor& x, const Tensor& weight, const Tensor& offsets, cons
   if (rows == 0 || width == 0 || experts == 0) return;
   UNIMOE_CHECK(rows < kMostSize && experts < kMostSize, "rows (", rows, ") and experts (", experts,
                ") must be less than ", kMostSize);
-  int64_t shared_bytes = kFewRowsSharedBytes<1>;
-  static_assert(kFewRowsSharedBytes<1> == kFewRowsSharedBytes<2>);
-  const Resident resident = resident_blocks(x, shared_bytes);
+  const int multiprocessors = count_multiprocessors(x);
   const FewRowsSchedule schedule =
-      few_rows_schedule(rows, experts, width, x.size(1), kGated, resident.multiprocessors);
+      few_rows_schedule(rows, experts, width, x.size(1), kGated, multiprocessors);
   const int64_t items =
       most_row_tiles(rows, experts, schedule.tile_rows) * schedule.items_of_row_tile();
   UNIMOE_CHECK(items < kMostSize, "x (", rows, " rows of ", experts, " experts) has too many");
-  const int64_t blocks =
-      std::min<int64_t>(items, int64_t{resident.multiprocessors} * resident.blocks);
-  const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kFewRowsThreads),
-                          static_cast<size_t>(shared_bytes)};
+  const bool one_pair = schedule.tile_rows == kPairRows;
+  const int shared_bytes = one_pair ? kFewRowsSharedBytes<1> : kFewRowsSharedBytes<2>;
+  const int64_t resident = int64_t{multiprocessors} * blocks_by_shared_memory(x, shared_bytes);
+  const LaunchShape shape{dim3(static_cast<unsigned>(std::min(items, resident))),
+                          dim3(kFewRowsThreads), static_cast<size_t>(shared_bytes)};
 
   const bool split = schedule.parts > 1;
   std::optional<Tensor> partial;
@@ -117,7 +116,7 @@ void multiply(const Tensor& x, const Tensor& weight, const Tensor& offsets, cons
                              static_cast<int>(rows),
                              mutable_data<T>(y),
                              split ? mutable_data<float>(*partial) : nullptr};
-    if (schedule.tile_rows == kPairRows) {
+    if (one_pair) {
       launch(few_rows_kernel<T, 1, kGated>, shape, x, problem);
     } else {
       launch(few_rows_kernel<T, 2, kGated>, shape, x, problem);

@@ -7,24 +7,23 @@
 
 namespace unimoe {
 
-struct Resident {
-  int multiprocessors;
-  int blocks;  // on each, of the shared memory in question
-};
+inline int device_attribute(const Tensor& on, cudaDeviceAttr attribute) {
+  int value = 0;
+  const cudaError_t status = cudaDeviceGetAttribute(&value, attribute, on.get_device_index());
+  UNIMOE_CHECK(status == cudaSuccess, "no attribute of the GPU: ", cudaGetErrorString(status));
+  return value;
+}
 
-// For blocks whose number on a multiprocessor is bound by shared memory alone.
-inline Resident resident_blocks(const Tensor& on, int64_t shared_bytes) {
-  const int device = on.get_device_index();
-  int multiprocessors = 0, shared = 0, reserved = 0;
-  for (const auto& [value, attribute] :
-       {std::pair{&multiprocessors, cudaDevAttrMultiProcessorCount},
-        std::pair{&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
-        std::pair{&reserved, cudaDevAttrReservedSharedMemoryPerBlock}}) {
-    const cudaError_t status = cudaDeviceGetAttribute(value, attribute, device);
-    UNIMOE_CHECK(status == cudaSuccess, "no attribute of the GPU: ", cudaGetErrorString(status));
-  }
-  const int64_t blocks = shared / (shared_bytes + reserved);
-  return {multiprocessors, blocks > 1 ? static_cast<int>(blocks) : 1};
+inline int count_multiprocessors(const Tensor& on) {
+  return device_attribute(on, cudaDevAttrMultiProcessorCount);
+}
+
+// Blocks on each multiprocessor, where shared memory alone bounds their number.
+inline int blocks_by_shared_memory(const Tensor& on, int64_t shared_bytes) {
+  const int64_t all = device_attribute(on, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const int64_t reserved = device_attribute(on, cudaDevAttrReservedSharedMemoryPerBlock);
+  const int64_t blocks = all / (shared_bytes + reserved);
+  return blocks > 1 ? static_cast<int>(blocks) : 1;
 }
 
 }  // namespace unimoe

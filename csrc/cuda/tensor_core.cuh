@@ -15,8 +15,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Copies `bytes` (0 to 16) from global memory and fills up to 16 with zeros. Both addresses are
-// multiples of 16; what lies at `to` is undefined until the thread has waited for its group.
+// Copies `bytes` (0 to 16) from global memory and fills up to 16 with zeros; of 0 bytes `from` is
+// not read. Both addresses are multiples of 16; what lies at `to` is undefined until the thread has
+// waited for its group.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                "l"(from), "r"(bytes)

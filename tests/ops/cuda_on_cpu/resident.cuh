@@ -1,5 +1,5 @@
 // Stands in for csrc/cuda/resident.cuh on a CPU: a device of as many multiprocessors as
-// UNIMOE_MULTIPROCESSORS says, each with room for two blocks.
+// UNIMOE_MULTIPROCESSORS gives, each with room for two blocks.
 #pragma once
 
 #include <cstdlib>
@@ -8,14 +8,11 @@
 
 namespace unimoe {
 
-struct Resident {
-  int multiprocessors;
-  int blocks;
-};
-
-inline Resident resident_blocks(const Tensor&, int64_t) {
+inline int count_multiprocessors(const Tensor&) {
   const char* number = std::getenv("UNIMOE_MULTIPROCESSORS");
-  return {number ? std::atoi(number) : 2, 2};
+  return number ? std::atoi(number) : 2;
 }
+
+inline int blocks_by_shared_memory(const Tensor&, int64_t) { return 2; }
 
 }  // namespace unimoe
