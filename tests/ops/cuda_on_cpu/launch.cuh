@@ -2,9 +2,9 @@
 // kernels compute on machines without a GPU. Slow, and says nothing about speed.
 //
 // A thread of a block is a fiber, and all of them share one thread of the machine. A fiber runs
-// until it waits for its warp or its block; who goes next is drawn at random, and some warps are held
-// back until the others wait for them, so that a result that hangs on a missing barrier differs from
-// run to run. Shared memory starts as garbage.
+// until it waits for its warp or its block; who goes next is drawn at random, and some warps are
+// held back until the others wait for them, so that a result that hangs on a missing barrier
+// differs from run to run. Shared memory starts as garbage.
 #pragma once
 
 #include <ucontext.h>
