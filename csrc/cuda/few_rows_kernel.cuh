@@ -51,7 +51,8 @@ __device__ inline int chunk_offset(int row, int chunk) {
 __device__ inline float gated_silu(float gate, float up) { return gate / (1 + exp(-gate)) * up; }
 
 // Copies the steps of a warp, item after item: lane l chunk l % 8 of every fourth row, from row
-// l / 8 on. A warp makes a step in about 2000 cycles, so addresses are prepared for each item.
+// l / 8 on. What does not change within an item is worked out once for it. Addresses of copies of
+// 0 bytes may lie outside of the tensor.
 template <typename T, int kPairs, bool kGated>
 struct StepLoader {
   static constexpr int kTokens = kPairs * kPairRows / kCopyRows;
@@ -63,6 +64,7 @@ struct StepLoader {
   int item;
   int items;
   int round = 0;
+  int first_row = 0;
   int rows = 0;
   int columns_left = 0;       // from the lane's first column on
   int k = 0;                  // of the lane's chunk
@@ -80,18 +82,23 @@ struct StepLoader {
     const Work work = find_work(schedule, tiles, problem.offsets, item);
     const int lane = threadIdx.x % kWarp;
     const int row = lane / kStepChunks;
+    first_row = work.first_row;
     rows = work.rows;
     columns_left = schedule.width - work.column - row;
     k = schedule.step_start(work.part, 0, threadIdx.x / kWarp) +
         lane % kStepChunks * kChunkElements;
     weight = problem.weight + work.expert * problem.weight_stride_e +
              (work.column + row) * problem.weight_stride_n;
+  }
+
+  __device__ void find_tokens() {
+    const int row = threadIdx.x % kWarp / kStepChunks;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const int at = row + i * kCopyRows;
-      const int position = work.first_row + at;
+      const int position = first_row + at;
       tokens[i] = -1;
-      if (at >= work.rows) continue;
+      if (at >= rows) continue;
       tokens[i] = problem.order ? problem.order[position] / problem.top_k : position;
     }
   }
@@ -129,6 +136,8 @@ struct StepLoader {
       copy_async_16(to[i % 2] + i * kCopyRows * kStepBytes, weight_chunk + n * stride,
                     live ? kChunkBytes : 0);
     }
+    // Weights are on their way while the order is read.
+    if (round == 0) find_tokens();
     const T* const x_chunk = problem.x + k;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
@@ -146,21 +155,22 @@ template <typename T, int kPairs>
 __device__ void multiply_step(const unsigned char* stage, int rows,
                               float (&sums)[2][2 * kPairs][4]) {
   const int lane = threadIdx.x % kWarp;
-  const int row = lane % 8, second = lane / 8 % 2, fourth = lane / 16;
+  // The lane addresses row `row` of matrix 2 * high + low of four.
+  const int row = lane % 8, low = lane / 8 % 2, high = lane / 16;
 #pragma unroll
   for (int chunk = 0; chunk < kStepChunks; chunk += 2) {
     uint32_t weights[2][4];
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
-      const int weight_row = group * kGroupRows + second * 8 + row;
-      load_matrices(weights[group], stage + chunk_offset(weight_row, chunk + fourth));
+      const int weight_row = group * kGroupRows + low * 8 + row;
+      load_matrices(weights[group], stage + chunk_offset(weight_row, chunk + high));
     }
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       if (pair * kPairRows >= rows) break;
       uint32_t x[4];
-      const int x_row = pair * kPairRows + fourth * 8 + row;
-      load_matrices(x, stage + kWeightBytes + chunk_offset(x_row, chunk + second));
+      const int x_row = pair * kPairRows + high * 8 + row;
+      load_matrices(x, stage + kWeightBytes + chunk_offset(x_row, chunk + low));
 #pragma unroll
       for (int group = 0; group < 2; ++group) {
         multiply_add<T>(sums[group][2 * pair], weights[group], x[0], x[1]);
