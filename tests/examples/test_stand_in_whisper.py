@@ -253,7 +253,9 @@ def test_encoder_and_decoder_transcribe_a_sentence(speech):
     from examples.demo.spoken import synthesize
 
     waveform = torch.from_numpy(synthesize("What color is the triangle?", "en-us"))
-    window = torch.nn.functional.pad(waveform, (0, 10 * packaged_whisper.SAMPLE_RATE - len(waveform)))
+    window = torch.nn.functional.pad(
+        waveform, (0, 10 * packaged_whisper.SAMPLE_RATE - len(waveform))
+    )
     features = speech(window[None])
     decoder = WhisperTinyEncoder.pretrained_decoder().eval()
     ids = [50_257, 50_362]  # start of transcript, no time stamps
