@@ -29,10 +29,17 @@ _SENTENCES = re.compile(r"^.*[.!?](?=\s|$)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and its name: the file that it is in and its number there."""
+    """A prompt.
+
+    Attributes:
+        name: the file that it is in, and its number there.
+        text: what the user says.
+        reply: what the corpus has as an answer; empty where it has none.
+    """
 
     name: str
     text: str
+    reply: str
 
 
 def prompts() -> list[Prompt]:
@@ -47,9 +54,11 @@ def prompts() -> list[Prompt]:
             continue
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         for number, turns in enumerate(document["conversations"]):
-            text = " ".join(str(turns[0] if isinstance(turns, list) else turns).split())
-            if 0 < len(text.split()) <= _MOST_WORDS:
-                found.setdefault(text.lower(), Prompt(f"{path.stem}/{number}", text))
+            said = [" ".join(str(turn).split()) for turn in turns]
+            if 0 < len(said[0].split()) <= _MOST_WORDS:
+                reply = said[1] if len(said) > 1 else ""
+                prompt = Prompt(f"{path.stem}/{number}", said[0], reply)
+                found.setdefault(said[0].lower(), prompt)
     return list(found.values())
 
 
