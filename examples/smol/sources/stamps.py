@@ -41,8 +41,15 @@ CATEGORIES = {
     "seasonal/christmas": "christmas decoration",
 }
 """What kind of thing a picture shows, by the folder that it is in."""
-_LEFT_OUT = ("symbols/", "seasonal/hanukkah", "military/", "town/roadsigns", "people/body_parts")
-"""Folders of signs, and of what no short name says."""
+_LEFT_OUT = (
+    "symbols/",
+    "seasonal/hanukkah",
+    "military/",
+    "naturalforces/",
+    "town/roadsigns",
+    "people/body_parts",
+)
+"""Folders of signs, of what no short name says, and of what is white on white."""
 _CARTOON = "/cartoon/"
 
 SOUND_KINDS = {
