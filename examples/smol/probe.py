@@ -13,7 +13,8 @@ from examples.demo.example import Example
 
 SEGMENTS = {"speech": 4}
 """Equal parts of a recording whose mean features are put side by side; 1 unless given."""
-_STEPS, _LEARNING_RATE, _WEIGHT_DECAY = 200, 0.02, 1e-3
+_ITERATIONS = 50
+_PENALTY = 1e-3  # of the squared weights, beside the mean loss
 
 
 def pooled(kind: str, pieces: Sequence[Tensor]) -> Tensor:
@@ -52,17 +53,20 @@ def probe(
     target = torch.tensor([names[label] for label in labels])
     weight = torch.zeros(train.shape[1], len(names), requires_grad=True)
     bias = torch.zeros(len(names), requires_grad=True)
-    optimizer = torch.optim.AdamW([weight, bias], _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
-    scale = train.shape[1] ** -0.5
-    for _ in range(_STEPS):
-        loss = torch.nn.functional.cross_entropy(train @ weight * scale + bias, target)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=_ITERATIONS, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        fit = torch.nn.functional.cross_entropy(train @ weight + bias, target)
+        value = fit + _PENALTY * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
     with torch.no_grad():
-        ranked = (test @ weight * scale + bias).argsort(1, descending=True)[:, :top]
+        ranked = (test @ weight + bias).argsort(1, descending=True)[:, :top]
     wanted = torch.tensor([names.get(label, -1) for label in expected])[:, None]
     hits = ranked == wanted
     return hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()
