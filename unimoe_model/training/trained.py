@@ -8,7 +8,7 @@ from torch import nn
 
 from unimoe_kernels import add_expert_lora
 from unimoe_model.modeling import UniMoEForConditionalGeneration
-from unimoe_model.training.recipe.parts import LORA_LINEARS, TrainedPart
+from unimoe_model.training.recipe.parts import TrainedPart
 
 
 def select_trained(
@@ -24,6 +24,12 @@ def select_trained(
         ValueError: If a part has nothing to train in this model.
     """
     for part in parts:
+        depth = model.config.text_config.num_hidden_layers
+        if part.layers and max(part.layers) >= depth:
+            raise ValueError(
+                f"train ({part.part}): layers ({max(part.layers)}) must be below {depth}, the"
+                " number of decoder layers"
+            )
         if not any(part.matches(name) for name, _ in model.named_parameters()):
             raise ValueError(f"train ({part.part}) has no parameter in this model")
     whole = {
@@ -61,7 +67,7 @@ def _attach(model: UniMoEForConditionalGeneration, part: TrainedPart) -> None:
         lora_alpha=part.alpha,
         lora_dropout=part.dropout,
         bias="none",
-        target_modules=f"({LORA_LINEARS[part.part]})",
+        target_modules=f"({part.linears})",
     )
     with torch.device("meta" if model.device.type == "meta" else "cpu"):
         inject_adapter_in_model(config, model, adapter_name=part.part)

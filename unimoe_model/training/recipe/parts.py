@@ -39,12 +39,14 @@ class TrainedPart:
         rank: of LoRA; 0 trains the part whole.
         alpha: LoRA's product is scaled by `alpha / rank`.
         dropout: of what LoRA reads.
+        layers: decoder layers that LoRA goes on; None is all of them.
     """
 
     part: str
     rank: int = 0
     alpha: float = 0.0
     dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if self.part not in PARTS:
@@ -57,10 +59,27 @@ class TrainedPart:
             raise ValueError(f"alpha ({self.alpha}) must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout ({self.dropout}) must be at least 0 and below 1")
+        if self.layers is None:
+            return
+        if self.part not in LORA_LINEARS:
+            raise ValueError(f"layers is for {' and '.join(LORA_LINEARS)}, not {self.part}")
+        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+            raise ValueError(f"layers ({list(self.layers)}) must be different numbers from 0")
 
     def matches(self, name: str) -> bool:
         """Whether a parameter of this full name belongs to the part."""
-        return re.fullmatch(PARTS[self.part], name) is not None
+        return re.fullmatch(self._of_layers(PARTS[self.part]), name) is not None
+
+    @property
+    def linears(self) -> str:
+        """Linear maps that LoRA goes on, as a regular expression of their full names."""
+        return self._of_layers(LORA_LINEARS[self.part])
+
+    def _of_layers(self, pattern: str) -> str:
+        if self.layers is None:
+            return pattern
+        numbers = "|".join(map(str, self.layers))
+        return pattern.replace(_LAYER, rf"model\.language_model\.layers\.({numbers})\.")
 
 
 def trains_body(parts: tuple[TrainedPart, ...], kind: str) -> bool:

