@@ -60,7 +60,7 @@ build: $(STAMPS)/extension ## virtual environment, packages and the compiled ext
 demo: build $(STAMPS)/assets ## train a small Uni-MoE and show what it learned; ARGS=--quick is short
 	$(BIN)/python -m examples.demo.run --output runs/demo $(ARGS)
 
-smol: build $(STAMPS)/smol-assets ## train a real small Uni-MoE, an hour; ARGS="--arm dense --seed 1" or --quick
+smol: build $(STAMPS)/smol-assets ## train a Uni-MoE on SmolLM2, an hour (its recipe is not tuned yet); ARGS=--quick is short
 	$(BIN)/python -m examples.smol.run --output runs/smol $(ARGS)
 
 # Threads that wait for work must not spin where other programs want the cores: with both cores
