@@ -123,6 +123,6 @@ def test_wheel_has_the_command_and_the_extras(wheel):
         metadata = archive.read(info).decode()
         commands = archive.read(info.replace("METADATA", "entry_points.txt")).decode()
     assert "unimoe = unimoe_model.cli:main" in commands
-    for extra in ("media", "eval", "trainer", "test", "dev", "peers"):
+    for extra in ("media", "eval", "trainer", "test", "dev", "docs", "peers"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "Requires-Dist: torch>=2.11" in metadata
