@@ -1,8 +1,8 @@
 """Puts files from outside docs/ into the site, so that one link serves the site and a checkout.
 
-Pages link to files by their place in the repository. Of those outside docs/, Markdown files that the
-navigation lists become pages, images are copied, and all others become pages under `source/` that show
-their text, or the files of a folder.
+Pages link to files by their place in the repository. Of those outside docs/, Markdown files that
+the navigation lists become pages, images are copied, and all others become pages under `source/`
+that show their text, or the files of a folder.
 """
 
 import os

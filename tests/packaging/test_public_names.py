@@ -21,7 +21,7 @@ def type_checked_imports(root):
 
 
 def test_modules_are_those_that_type_checkers_see(root):
-    assert unimoe_model._MODULES == type_checked_imports(root)
+    assert type_checked_imports(root) == unimoe_model._MODULES
     assert sorted(unimoe_model.__all__) == sorted(unimoe_model._MODULES)
 
 
