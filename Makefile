@@ -89,9 +89,10 @@ sanitize: build ## CPU tests of operators and layers under Address- and Undefine
 bench: build $(STAMPS)/peers ## benchmarks against dense and peers; fails on a regression, saves
 	$(BIN)/python -m pytest benchmarks/ --compare --save $(ARGS)
 
-lint: $(STAMPS)/install ## ruff and clang-format, without changing anything
+lint: $(STAMPS)/install ## ruff, clang-format and mypy, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 # NO_MKDOCS_2_WARNING leaves out a notice of the theme about its successor.
@@ -138,5 +139,5 @@ gpu-tune: ## time tiles of the Triton kernels into TILES=<file>, ARGS="--minutes
 
 clean: ## remove the environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info unimoe_kernels/_C*.so
-	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
