@@ -95,6 +95,7 @@ def test_wheel_holds_the_two_packages_only(wheel, tracked):
         if path.startswith(("unimoe_kernels/", "unimoe_model/")) and path.endswith((".py", ".json"))
     }
     assert not modules - files
+    assert {"unimoe_kernels/py.typed", "unimoe_model/py.typed"} <= files
 
 
 def test_wheel_holds_nothing_of_the_demo(wheel):
