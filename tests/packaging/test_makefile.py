@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import tomllib
 
 import pytest
 
@@ -75,3 +76,20 @@ def test_torch_is_pinned_once(root):
         line for line in (root / "constraints.txt").read_text().splitlines() if "torch==" in line
     ]
     assert pins == ["torch==2.13.0"]
+
+
+def test_docs_need_neither_torch_nor_the_packages(commands):
+    text = commands("docs")
+    steps = ["-m venv", "mkdocs-material 'mkdocstrings[python]'", "-m mkdocs build -q --strict"]
+    places = [text.find(step) for step in steps]
+    assert -1 not in places, text
+    assert places == sorted(places)
+    assert "torch==" not in text
+    assert "-e" not in text.split()
+
+
+def test_docs_install_the_extra(commands, root):
+    """The target names the packages of the extra, which pip cannot install by itself."""
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    for package in extras["optional-dependencies"]["docs"]:
+        assert package in commands("docs")

@@ -16,7 +16,11 @@ from unimoe_model import cli
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+    for path in [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+        ROOT / "benchmarks/README.md",
+        *sorted(ROOT.glob("docs/**/*.md")),
+    ]
 }
 # A block of Python, and the output that follows it.
 SNIPPET = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)
@@ -48,7 +52,7 @@ def tree_paths():
 
 
 def test_there_is_something_to_check():
-    assert len(SNIPPETS) >= 12
+    assert len(SNIPPETS) >= 18
     assert len(tree_paths()) >= 20
 
 

@@ -1,5 +1,7 @@
 """What every layer checks and does with its input before it calls an operator."""
 
+from typing import Any
+
 import torch
 
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
@@ -73,7 +75,7 @@ def autocasts(*tensors: torch.Tensor) -> bool:
     )
 
 
-def weight_of(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+def weight_of(module: torch.nn.Module, name: str) -> Any:
     """The parameter of a module by name, in a tenth of the time of an attribute.
 
     Where something has put another thing in its place, such as a parametrisation, that counts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from unimoe_kernels.layers._inputs import (
 )
 from unimoe_kernels.layers.expert_lora import (
     HALVES,
+    ExpertLoRADict,
     attach,
     check_attachable,
     merge_and_unload,
@@ -61,6 +63,8 @@ class GroupedExperts(nn.Module):
     Raises:
         ValueError: If a size is below 1, lora_rank is negative or the activation is unknown.
     """
+
+    expert_lora: ExpertLoRADict | None
 
     def __init__(
         self,
@@ -107,16 +111,18 @@ class GroupedExperts(nn.Module):
         """Draws the weights anew: normal, biases zero, and LoRA back to a zero product."""
         nn.init.normal_(self.gate_up_proj, std=self.initializer_range)
         nn.init.normal_(self.down_proj, std=self.initializer_range)
-        if self.gate_up_bias is not None:
-            nn.init.zeros_(self.gate_up_bias)
-            nn.init.zeros_(self.down_bias)
-        for lora in (self.expert_lora or {}).values():
+        for bias in (self.gate_up_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        loras: Any = self.expert_lora or {}
+        for lora in loras.values():
             lora.reset_parameters()
 
     @property
     def lora_rank(self) -> int:
         """The rank of the LoRA, 0 without."""
-        return 0 if self.expert_lora is None else next(iter(self.expert_lora.values())).rank
+        loras: Any = self.expert_lora or {}
+        return next((lora.rank for lora in loras.values()), 0)
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Runs each token through its top-k experts and returns the score-weighted sum.
@@ -151,7 +157,8 @@ class GroupedExperts(nn.Module):
 
     def _answer(self, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`forward` by the experts held here, whose ids start at 0."""
-        weights = ExpertWeights(*[local_part(weight_of(self, name)) for name in _WEIGHTS])
+        held: list[Any] = [local_part(weight_of(self, name)) for name in _WEIGHTS]
+        weights = ExpertWeights(*held)
         lora = unmerged_lora(self)
         return run_experts(
             x,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class SwiGLUFFN(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
-        options = {"bias": False, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, **options)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, **options)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import nn
@@ -162,7 +162,11 @@ class MoE(nn.Module):
         self.router_z_coef = router_z_coef
         self.aux_loss = aux_loss
         self.aux_loss_scale = 1.0
-        common = {"initializer_range": initializer_range, "device": device, "dtype": dtype}
+        common: dict[str, Any] = {
+            "initializer_range": initializer_range,
+            "device": device,
+            "dtype": dtype,
+        }
         self.router = TopKRouter(
             hidden_size,
             num_experts,
@@ -174,7 +178,8 @@ class MoE(nn.Module):
         common |= {"activation": activation, "bias": bias}
         self.experts = GroupedExperts(num_experts, hidden_size, intermediate_size, **common)
         self.shared_scores = shared_scores
-        self.shared_experts = self.shared_gate = None
+        self.shared_experts: GroupedExperts | None = None
+        self.shared_gate: nn.Linear | None = None
         if num_shared_experts > 0:
             if shared_intermediate_size is None:
                 shared_intermediate_size = intermediate_size
@@ -263,7 +268,7 @@ class MoE(nn.Module):
         x_TD = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y_TD = self.experts(x_TD, routed.ids, routed.scores)
         if self.shared_experts is not None:
-            y_TD = y_TD + self._shared(x_TD, routed)
+            y_TD = y_TD + self._shared(self.shared_experts, x_TD, routed)
         y = unflatten(y_TD, x.shape)
         if self.aux_loss == "inject":
             if self.load_balancing_coef > 0 or self.router_z_coef > 0:
@@ -274,16 +279,19 @@ class MoE(nn.Module):
             )
         return (y, routed) if return_router else y
 
-    def _shared(self, x_TD: torch.Tensor, routed: RouterOutput) -> torch.Tensor:
-        num_shared = self.shared_experts.num_experts
+    def _shared(
+        self, experts: GroupedExperts, x_TD: torch.Tensor, routed: RouterOutput
+    ) -> torch.Tensor:
+        num_shared = experts.num_experts
         ids_S = torch.arange(num_shared, dtype=torch.int32, device=x_TD.device)
         if self.shared_scores == "softmax":
             weights_TS = routed.shared_scores
         elif self.shared_scores == "sigmoid":
+            assert self.shared_gate is not None
             weights_TS = self.shared_gate(x_TD).sigmoid().to(routed.scores.dtype)
         else:
             weights_TS = routed.scores.new_ones(x_TD.shape[0], num_shared)
-        return self.shared_experts(x_TD, ids_S.expand(x_TD.shape[0], -1), weights_TS)
+        return experts(x_TD, ids_S.expand(x_TD.shape[0], -1), weights_TS)
 
     def aux_loss_of(self, routed: RouterOutput) -> torch.Tensor:
         """The auxiliary loss of one forward, `()`: both router losses times their coefficients."""
@@ -300,7 +308,7 @@ class MoE(nn.Module):
             looped: the layer to copy; it stays as it is.
             **options: `load_balancing_coef`, `router_z_coef`, `aux_loss` and `balance` of `MoE`.
         """
-        moe = cls.from_ffns(looped.experts, looped.top_k, **options)
+        moe = cls.from_ffns(list(looped.experts), looped.top_k, **options)
         with torch.no_grad():
             moe.router.weight.copy_(looped.gate.weight)
         return moe.train(looped.training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,8 @@ class TopKRouter(nn.Module):
         Weighed shared experts: Uni-MoE-2.0, arXiv 2511.12609.
     """
 
+    correction_bias: torch.Tensor | None
+
     def __init__(
         self,
         hidden_size: int,
@@ -107,7 +109,7 @@ class TopKRouter(nn.Module):
             )
         )
         # In 16 bits steps of an update are lost from 0.5 on.
-        wide = {"device": device, "dtype": torch.float32}
+        wide: dict[str, Any] = {"device": device, "dtype": torch.float32}
         bias = torch.zeros(self.num_choices, **wide) if config.correction_bias else None
         self.register_buffer("correction_bias", bias)
         self.sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -127,7 +129,7 @@ class TopKRouter(nn.Module):
         if self.correction_bias is not None:
             self.correction_bias.zero_()
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # What load_state_dict(assign=True) and loaders of checkpoints do.
         if name == "correction_bias" and isinstance(value, torch.Tensor):
             value = value.to(torch.float32)
@@ -137,8 +139,9 @@ class TopKRouter(nn.Module):
         """Casts and moves the router, as `.to` does; the correction bias is moved only."""
         bias_E = self.correction_bias
         super()._apply(fn, recurse)
-        if bias_E is not None and self.correction_bias.dtype != torch.float32:
-            self.correction_bias = bias_E.to(self.correction_bias.device)
+        cast_E = self.correction_bias
+        if bias_E is not None and cast_E is not None and cast_E.dtype != torch.float32:
+            self.correction_bias = bias_E.to(cast_E.device)
         return self
 
     def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> RouterOutput:

@@ -160,7 +160,7 @@ def config_with(owner: str, config: RouterConfig | None, options: RouterOptions)
 
 def shows_router_options(layer: _Class) -> _Class:
     """Lets `help`, completion and `inspect.signature` of a layer list `**router_options`."""
-    signature = inspect.signature(layer.__init__)
+    signature = inspect.signature(layer.__init__)  # type: ignore[misc]
     parameters = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
     parameters += [
         inspect.Parameter(
@@ -168,7 +168,8 @@ def shows_router_options(layer: _Class) -> _Class:
         )
         for field in _FIELDS
     ]
-    layer.__init__.__signature__ = signature.replace(parameters=parameters)
+    signature = signature.replace(parameters=parameters)
+    layer.__init__.__signature__ = signature  # type: ignore[misc]
     return layer
 
 

@@ -82,7 +82,7 @@ def within_capacity(
     if token_mask is not None:
         ids = ids.masked_fill(~token_mask.unsqueeze(1), num_experts)
     ids_KT = ids.t()
-    sort = expert_sort(ids_KT, num_experts)
+    sort = expert_sort(ids_KT, num_experts)  # type: ignore[operator]  # no module, as mypy thinks
     starts_KT = sort.expert_offsets[ids_KT.clamp(max=num_experts)]
     position_KT = sort.inverse_order.view(top_k, num_tokens) - starts_KT
     keep_TK = ((position_KT < capacity) | (ids_KT >= num_experts)).t()

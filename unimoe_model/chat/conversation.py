@@ -37,6 +37,7 @@ class Conversation:
             is refused by the chat template.
 
     Example:
+        >>> from unimoe_model import Answerer
         >>> answerer = Answerer.from_pretrained("runs/mine/model")
         >>> conversation = Conversation(answerer.model, answerer.processor)
         >>> for piece in conversation.reply("what shape is it?", images=["circle.png"]):

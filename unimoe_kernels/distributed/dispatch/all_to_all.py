@@ -24,8 +24,16 @@ def all_to_all(
 ) -> Tensor:
     """Sends each rank of a group its part of the rows, and returns what came from each.
 
-    Example: two ranks with `rows = [[1], [2], [3]]` and `[[4]]`, input splits `[1, 2]` and
-    `[0, 1]`, output splits `[1, 0]` and `[2, 1]`, return `[[1]]` and `[[2], [3], [4]]`.
+    Example:
+        In one of two processes that run the same code:
+
+        >>> if group.rank() == 0:
+        ...     received = all_to_all(torch.tensor([[1], [2], [3]]), [1, 2], [1, 0], group)
+        ... else:
+        ...     received = all_to_all(torch.tensor([[4]]), [0, 1], [2, 1], group)
+        >>> expected = [[[1]], [[2], [3], [4]]]
+        >>> received.tolist() == expected[group.rank()]
+        True
 
     Args:
         rows: `[R, ...]`, any dtype, rows for rank 0 of the group first.

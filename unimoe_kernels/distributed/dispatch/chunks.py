@@ -14,7 +14,9 @@ def cut_evenly(counts_RE: Tensor, num_chunks: int) -> Tensor:
     The rows that a rank receives are cut where they lie by expert: an expert is in one chunk, or in
     two where a cut goes through it. Of such an expert each sender cuts off the same share.
 
-    Example: two ranks with an expert each, `[[4, 2], [2, 0]]`, give `[[2, 1], [1, 0]]` twice.
+    Example:
+        >>> cut_evenly(torch.tensor([[4, 2], [2, 0]]), 2).tolist()  # two ranks, an expert each
+        [[[2, 1], [1, 0]], [[2, 1], [1, 0]]]
 
     Args:
         counts_RE: `[ranks, E]`, int64 on the CPU, rows of each rank for each expert; rank r holds

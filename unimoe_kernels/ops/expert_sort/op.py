@@ -34,9 +34,13 @@ class ExpertSort(NamedTuple):
 def expert_sort(ids: Tensor, num_experts: int) -> ExpertSort:
     """Groups routed rows by expert, keeping their order within an expert.
 
-    Example: three tokens, two choices each, three experts: `ids = [[0, 2], [2, 1], [0, 1]]` gives
-    `row_order = [0, 4, 3, 5, 1, 2]`, `inverse_order = [0, 4, 5, 2, 1, 3]`,
-    `tokens_per_expert = [2, 2, 2]` and `expert_offsets = [0, 2, 4, 6]`.
+    Example:
+        >>> # three tokens, two choices each, three experts
+        >>> sort = expert_sort(torch.tensor([[0, 2], [2, 1], [0, 1]]), 3)
+        >>> sort.row_order.tolist(), sort.inverse_order.tolist()
+        ([0, 4, 3, 5, 1, 2], [0, 4, 5, 2, 1, 3])
+        >>> sort.tokens_per_expert.tolist(), sort.expert_offsets.tolist()
+        ([2, 2, 2], [0, 2, 4, 6])
 
     Args:
         ids: `[T, K]` or `[N]`, int32 or int64, any strides. A value of `num_experts` or

@@ -16,8 +16,13 @@ def grouped_lora(
 ) -> Tensor:
     """Applies each expert's low-rank update to its rows: `y[i] = scale * B[e] @ (A[e] @ x[i])`.
 
-    Example: with `scale = alpha / r` added to `grouped_mm(x, weight, expert_offsets)` this equals
-    `grouped_mm(x, weight + scale * lora_B @ lora_A, expert_offsets)`.
+    Example:
+        >>> x, weight = torch.ones(3, 4), torch.ones(2, 5, 4)
+        >>> lora_A, lora_B, scale = torch.ones(2, 1, 4), torch.ones(2, 5, 1), 0.5
+        >>> offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
+        >>> y = grouped_mm(x, weight, offsets) + grouped_lora(x, lora_A, lora_B, offsets, scale)
+        >>> torch.allclose(y, grouped_mm(x, weight + scale * lora_B @ lora_A, offsets))
+        True
 
     Args:
         x: `[N, D]` in expert order, float16, bfloat16, float32 or float64, any strides.

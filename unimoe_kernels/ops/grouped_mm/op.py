@@ -18,8 +18,10 @@ def grouped_mm(
     Expert `e` owns rows `expert_offsets[e]` to `expert_offsets[e + 1] - 1`. Groups may be of any
     size, empty too; rows from `expert_offsets[E]` on give zeros.
 
-    Example: `x = [[1], [2], [3]]`, `weight = [[[10]], [[100]]]` and `expert_offsets = [0, 1, 2]`
-    give `[[10], [200], [0]]`.
+    Example:
+        >>> x, weight = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[[10.0]], [[100.0]]])
+        >>> grouped_mm(x, weight, torch.tensor([0, 1, 2], dtype=torch.int32)).flatten().tolist()
+        [10.0, 200.0, 0.0]
 
     Args:
         x: `[N, D]` in expert order, float16, bfloat16, float32 or float64, any strides.

@@ -36,8 +36,13 @@ def moe_mlp(
     `expert(e, v) = down_proj[e] @ act(gate_up_proj[e] @ v + gate_up_bias[e]) + down_bias[e]`, where
     `act` is `swiglu` with the given activation.
 
-    Example: with one expert, `ids` all zero and `scores` all one this is the FFN
-    `swiglu(x @ gate_up_proj[0].T) @ down_proj[0].T`.
+    Example:
+        >>> # one expert and scores of one: the feed-forward block itself
+        >>> x, gate_up_proj, down_proj = torch.ones(3, 2), torch.ones(1, 8, 2), torch.ones(1, 2, 4)
+        >>> ids, scores = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
+        >>> y = moe_mlp(x, gate_up_proj, down_proj, ids, scores)
+        >>> torch.allclose(y, swiglu(x @ gate_up_proj[0].T) @ down_proj[0].T)
+        True
 
     Args:
         x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.

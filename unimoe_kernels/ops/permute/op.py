@@ -14,8 +14,11 @@ def permute(x: Tensor, sort: ExpertSort, top_k: int) -> Tensor:
 
     `out[i] = x[sort.row_order[i] // top_k]` for rows that an expert held here takes, zeros after.
 
-    Example: with `sort = expert_sort([[0, 2], [2, 1], [0, 1]], 3)` and `top_k = 2` the result is
-    the rows `x[0], x[2], x[1], x[2], x[0], x[1]`.
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> sort = expert_sort(torch.tensor([[0, 2], [2, 1], [0, 1]]), 3)
+        >>> permute(x, sort, top_k=2).flatten().tolist()
+        [0.0, 2.0, 1.0, 2.0, 0.0, 1.0]
 
     Args:
         x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.

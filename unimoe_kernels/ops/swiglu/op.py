@@ -19,7 +19,9 @@ def swiglu(
     `gate` is clamped to at most `limit`, `up` to `[-limit, limit]`, and
     `out = gate * sigmoid(alpha * gate) * (up + 1)`.
 
-    Example: `swiglu([[1, -1, 3, 5]], "relu")` is `[[3, 0]]`.
+    Example:
+        >>> swiglu(torch.tensor([[1.0, -1.0, 3.0, 5.0]]), "relu")
+        tensor([[3., 0.]])
 
     Args:
         gate_up: `[N, 2F]`, gate first, float16, bfloat16, float32 or float64, any strides.

@@ -61,8 +61,13 @@ def topk_router(
     expert `e` and `P_e` its mean probability (softmax, or sigmoid divided by its sum over E).
     `router_z_loss = mean(logsumexp(logits) ** 2)`. Both are means over the tokens of `token_mask`.
 
-    Example: `logits = [[2, 1, 2], [0, 5, 5 - ln 3]]` and `top_k = 2` give `ids = [[0, 2], [1, 2]]`
-    and `scores = [[0.5, 0.5], [0.75, 0.25]]`.
+    Example:
+        >>> routed = topk_router(torch.tensor([[2.0, 1.0, 2.0], [0.0, 5.0, 5.0 - math.log(3)]]), 2)
+        >>> routed.ids.tolist()
+        [[0, 2], [1, 2]]
+        >>> routed.scores
+        tensor([[0.5000, 0.5000],
+                [0.7500, 0.2500]])
 
     Args:
         logits: `[T, E]`, float16, bfloat16, float32 or float64, any strides.

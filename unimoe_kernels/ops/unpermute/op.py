@@ -16,8 +16,11 @@ def unpermute(rows: Tensor, sort: ExpertSort, top_k: int, scores: Tensor | None 
 
     `y[t] = sum_k scores[t, k] * rows[sort.inverse_order[t * K + k]]`.
 
-    Example: with `sort = expert_sort([[0, 2], [2, 1], [0, 1]], 3)`, `top_k = 2` and no scores the
-    result is `rows[0] + rows[4], rows[5] + rows[2], rows[1] + rows[3]`.
+    Example:
+        >>> rows = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0], [32.0]])
+        >>> sort = expert_sort(torch.tensor([[0, 2], [2, 1], [0, 1]]), 3)
+        >>> unpermute(rows, sort, top_k=2).flatten().tolist()  # rows 0 + 4, 5 + 2, 1 + 3
+        [17.0, 36.0, 10.0]
 
     Args:
         rows: `[N, D]` in expert order, float16, bfloat16, float32 or float64, any strides.
