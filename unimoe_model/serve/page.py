@@ -142,7 +142,7 @@ class Page:
                         sources=["upload", "webcam", "clipboard"],
                         type="filepath",
                         buttons=[],
-                        height=170,
+                        height=140,
                         show_label=False,
                         label="Picture",
                         elem_id="um-image",
@@ -164,7 +164,7 @@ class Page:
                     video = gr.Video(
                         sources=["upload", "webcam"],
                         buttons=[],
-                        height=170,
+                        height=140,
                         show_label=False,
                         label="Video",
                         elem_id="um-video",
@@ -173,7 +173,7 @@ class Page:
             for component in self._media.values():
                 _only_paths(component, self._uploads)
             with gr.Row(elem_id="um-buttons"):
-                self._new = gr.Button("New conversation", size="sm", elem_id="um-new")
+                self._new = gr.Button("Start over", size="sm", elem_id="um-new")
                 self._stop = gr.Button("Stop", size="sm", interactive=False, elem_id="um-stop")
                 self._send = gr.Button("Send", variant="primary", size="sm", elem_id="um-send")
         with gr.Row(elem_id="um-examples"):

@@ -21,7 +21,7 @@ _BARS = 48
 _ENDINGS = {
     "stopped": "stopped",
     "length": "cut off: the longest reply is reached",
-    "context": "cut off: the context is full; start a new conversation",
+    "context": "cut off: the context is full; start over",
     "time": "cut off: the time for one reply is over",
 }
 EMPTY = """<div class="um-empty"><p>Ask something, with a picture, speech, a sound or a video if you like.</p>
