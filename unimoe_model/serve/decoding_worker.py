@@ -51,11 +51,8 @@ def work(connection: Connection, limits: Limits) -> None:
             return
         try:
             array = _decode(source, limits=limits, **request)
-        except MemoryError:
-            error = f"{request['kind']} takes more memory than {limits.decoding_bytes >> 20} MiB"
-            connection.send_bytes(json.dumps({"error": error}).encode())
         except Exception as error:
-            text = str(error) or repr(error)
+            text = _message(error, request["kind"], limits)
             connection.send_bytes(json.dumps({"error": text}).encode())
         else:
             shape = {"shape": array.shape, "dtype": array.dtype.str}
@@ -63,6 +60,16 @@ def work(connection: Connection, limits: Limits) -> None:
             connection.send_bytes(memoryview(array).cast("B"))
             del array
         del source
+
+
+def _message(error: Exception, kind: str, limits: Limits) -> str:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return f"{kind} takes more memory than {limits.decoding_bytes >> 20} MiB to decode"
+        cause = cause.__cause__
+    # Readers call what they read from by its type.
+    return str(error).replace("file <BytesIO>", "file") or repr(error)
 
 
 def _bound_memory(most: int) -> None:
