@@ -214,7 +214,9 @@ def test_requests_wait_for_their_turn_and_are_refused_beyond_the_queue(live):
         )
     thread.join(PATIENCE)
     held.seen.remove()
-    assert first[0].json()["choices"][0]["message"]["content"] == expected(server, ("what?", None))[0]
+    assert (
+        first[0].json()["choices"][0]["message"]["content"] == expected(server, ("what?", None))[0]
+    )
     assert text == expected(server, ("which?", None))[0]
     assert server.ask("what?").status_code == 200
 

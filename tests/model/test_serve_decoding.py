@@ -31,7 +31,9 @@ def huge_png(width=100_000, height=100_000):
     """A picture of one colour, whose pixels compress to a few kilobytes."""
 
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     rows = zlib.compress(bytes(8_000_000), 9)
@@ -70,7 +72,11 @@ def module_config():
         """What a processor reads of a model."""
 
         class config:  # noqa: N801
-            vision_encoder, speech_encoder, audio_encoder = "fake-vision", "fake-speech", "fake-audio"
+            vision_encoder, speech_encoder, audio_encoder = (
+                "fake-vision",
+                "fake-speech",
+                "fake-audio",
+            )
             video_num_frames, speech_max_frames = 2, 6
 
             @staticmethod

@@ -55,7 +55,10 @@ def test_own_names_and_addresses_are_let_through(host):
 def test_other_hosts_are_refused_by_name(hosts):
     status, _, body = call(Gate(plain), *(("host", host) for host in hosts))
     assert status == 421
-    assert f"Host ({', '.join(hosts)}) must be a name of this server" in json.loads(body)["error"]["message"]
+    assert (
+        f"Host ({', '.join(hosts)}) must be a name of this server"
+        in json.loads(body)["error"]["message"]
+    )
 
 
 def test_pages_of_other_sites_are_refused():
@@ -85,8 +88,12 @@ def test_a_token_is_asked_for_and_kept_in_a_cookie():
 
 
 def test_loopback_addresses():
-    assert [is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost")] == [True] * 4
-    assert [is_loopback(host) for host in ("0.0.0.0", "10.0.0.1", "::", "example.org")] == [False] * 4
+    assert [is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost")] == [
+        True
+    ] * 4
+    assert [is_loopback(host) for host in ("0.0.0.0", "10.0.0.1", "::", "example.org")] == [
+        False
+    ] * 4
 
 
 def body_of(sizes):
@@ -98,7 +105,9 @@ def body_of(sizes):
 @pytest.mark.parametrize("length", [[], [("content-length", "101")]])
 def test_a_body_beyond_the_limit_is_read_to_its_end_and_refused(length):
     messages = body_of([60, 41, 1000])
-    status, headers, body = call(BodyLimit(plain, Limits(body_bytes=100)), *length, messages=messages)
+    status, headers, body = call(
+        BodyLimit(plain, Limits(body_bytes=100)), *length, messages=messages
+    )
     assert (status, headers["connection"]) == (413, "close")
     assert json.loads(body)["error"]["message"] == "body must have at most 100 bytes"
     assert next(messages, None) is None

@@ -38,4 +38,4 @@ def build_app(
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.routes.extend(ChatApi(replies, name).routes())
     uploads = mount_page(app, replies, name)
-    return Gate(BodyLimit(app, replies.limits), hosts, token)
+    return Gate(BodyLimit(uploads.limited(app, replies.limits), replies.limits), hosts, token)

@@ -109,7 +109,9 @@ def _picture(content: io.BytesIO) -> Image.Image:
     try:
         return Image.open(_rewound(content), formats=PICTURES)
     except Exception as error:  # Pillow's readers raise errors of many kinds
-        raise ValueError("image must be a picture such as PNG or JPEG; this file is none") from error
+        raise ValueError(
+            "image must be a picture such as PNG or JPEG; this file is none"
+        ) from error
 
 
 def require_size(kind: str, size: tuple[int, int], limits: Limits, padded: bool) -> None:
@@ -140,7 +142,9 @@ def _probe_video(content: io.BytesIO, limits: Limits, padded: bool) -> None:
     except Exception:
         pass  # no picture: FFmpeg reads it
     if not any(head[at:].startswith(magics) for at, magics in _VIDEO_MAGIC.items()):
-        raise ValueError("video must be an MP4, WebM, MKV, AVI, OGG, MPEG or GIF; this file is none")
+        raise ValueError(
+            "video must be an MP4, WebM, MKV, AVI, OGG, MPEG or GIF; this file is none"
+        )
     with needed_by("reading videos", "serve"):
         import av
     try:

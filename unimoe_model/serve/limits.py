@@ -13,6 +13,7 @@ class Limits:
         body_bytes: of a request; more is read and dropped.
         body_seconds: until a request's body must be here.
         items: media of a request.
+        characters: of all messages of a request.
         pixels: of a picture or frame; of a picture that is padded, those of its square.
         side: pixels of the longer side.
         seconds: duration of a recording or video.
@@ -28,6 +29,7 @@ class Limits:
     body_bytes: int = 32 * MIB
     body_seconds: float = 60.0
     items: int = 16
+    characters: int = 1_000_000
     pixels: int = 64_000_000
     side: int = 16_384
     seconds: float = 300.0

@@ -113,10 +113,14 @@ def parse_request(body: bytes, most_items: int, default: Sampling) -> ChatReques
     system, turns = _messages(request.get("messages"))
     count = sum(len(message.files) for message, _ in turns)
     if count > most_items:
-        raise RequestError(f"messages hold {count} media; at most {most_items} are taken", "messages")
+        raise RequestError(
+            f"messages hold {count} media; at most {most_items} are taken", "messages"
+        )
     options = request.get("stream_options", {})
     if not isinstance(options, dict):
-        raise RequestError(f"stream_options ({_shown(options)}) must be an object", "stream_options")
+        raise RequestError(
+            f"stream_options ({_shown(options)}) must be an object", "stream_options"
+        )
     *earlier, (message, _) = turns
     return ChatRequest(
         model=_field(request, "model", str, ""),

@@ -8,9 +8,10 @@ from pathlib import Path
 from unimoe_model.extras import needed_by
 from unimoe_model.serve import page_html
 from unimoe_model.serve.examples import EXAMPLES, make_example
+from unimoe_model.serve.file_inputs import only_paths
 from unimoe_model.serve.replies import MediaFile, Message, Replies
 from unimoe_model.serve.sessions import Sessions, View
-from unimoe_model.serve.uploads import Uploads
+from unimoe_model.serve.uploads import UNSENT_SECONDS, Uploads
 
 # Both are read when Gradio is imported or components are made.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -19,7 +20,6 @@ with needed_by("serving", "serve"):
     import gradio as gr
     from fastapi import FastAPI
 
-_UNSENT_SECONDS = 600
 _TABS = {"image": "Picture", "speech": "Speech", "audio": "Sound", "video": "Video"}
 
 
@@ -66,28 +66,6 @@ def _theme() -> gr.themes.Base:
         font=fonts,
         font_mono=["ui-monospace", "monospace"],
     )
-
-
-def _only_paths(component: gr.components.Component, uploads: Uploads) -> gr.components.Component:
-    """Lets a component pass on where its file lies, and do nothing with it.
-
-    By itself Gradio opens pictures, converts sound and video, and downloads what a client gives as
-    an address, all in the process of the server.
-    """
-
-    def preprocess(payload):
-        return None if payload is None else payload.path
-
-    def postprocess(path):
-        return None if path is None else component.data_model(path=str(path))
-
-    async def keep(path):
-        return None if path is None else str(uploads.own(str(path)))
-
-    component.preprocess = preprocess
-    component.postprocess = postprocess
-    component.async_move_resource_to_block_cache = keep
-    return component
 
 
 class Page:
@@ -138,7 +116,7 @@ class Page:
             )
             with gr.Tabs(elem_id="um-media"):
                 with gr.Tab(_TABS["image"]):
-                    image = gr.Image(
+                    image = only_paths(gr.Image, self._uploads)(
                         sources=["upload", "webcam", "clipboard"],
                         type="filepath",
                         buttons=[],
@@ -151,7 +129,7 @@ class Page:
                 for kind, first in (("speech", "microphone"), ("audio", "upload")):
                     other = "upload" if first == "microphone" else "microphone"
                     with gr.Tab(_TABS[kind]):
-                        sounds[kind] = gr.Audio(
+                        sounds[kind] = only_paths(gr.Audio, self._uploads)(
                             sources=[first, other],
                             type="filepath",
                             editable=False,
@@ -161,7 +139,7 @@ class Page:
                             elem_id=f"um-{kind}",
                         )
                 with gr.Tab(_TABS["video"]):
-                    video = gr.Video(
+                    video = only_paths(gr.Video, self._uploads)(
                         sources=["upload", "webcam"],
                         buttons=[],
                         height=140,
@@ -170,8 +148,6 @@ class Page:
                         elem_id="um-video",
                     )
             self._media = {"image": image, **sounds, "video": video}
-            for component in self._media.values():
-                _only_paths(component, self._uploads)
             with gr.Row(elem_id="um-buttons"):
                 self._new = gr.Button("Start over", size="sm", elem_id="um-new")
                 self._stop = gr.Button("Stop", size="sm", interactive=False, elem_id="um-stop")
@@ -222,7 +198,7 @@ class Page:
             yield self._busy(False)
         finally:
             self._uploads.delete([path for _, path in given])
-            self._uploads.expire(_UNSENT_SECONDS)
+            self._uploads.expire(UNSENT_SECONDS)
 
     def _busy(self, is_busy: bool) -> dict:
         return {

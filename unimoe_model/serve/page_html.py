@@ -24,8 +24,8 @@ _ENDINGS = {
     "context": "cut off: the context is full; start over",
     "time": "cut off: the time for one reply is over",
 }
-EMPTY = """<div class="um-empty"><p>Ask something, with a picture, speech, a sound or a video if you like.</p>
-<p>Files are decoded, encoded to soft tokens, and deleted before the reply begins.</p></div>"""
+EMPTY = """<div class="um-empty"><p>Ask anything, with a picture, speech, a sound or a video.</p>
+<p>Uploaded files are deleted when the reply ends.</p></div>"""
 NO_MAP = """<div class="um-map-empty">With the first reply, this shows for each layer which experts
 took whose tokens.</div>"""
 
@@ -125,12 +125,11 @@ def routing(found: RoutingMap | None) -> str:
     """One small table a layer: who the tokens belong to, and which share each expert takes."""
     if found is None:
         return (
-            '<div class="um-map-empty">This model has no MoE layers of a Uni-MoE, so there is no map'
-            " of its experts.</div>"
+            '<div class="um-map-empty">This model has no MoE layers of a Uni-MoE, so there is no'
+            " map of its experts.</div>"
         )
     counts = "".join(
-        f'<li class="um-of um-{escape(name)}"><span></span>{escape(name)}'
-        f" <b>{count:,}</b></li>"
+        f'<li class="um-of um-{escape(name)}"><span></span>{escape(name)} <b>{count:,}</b></li>'
         for name, count in found.tokens.items()
     )
     tables = "".join(_layer(found, index) for index in range(len(found.layers)))
@@ -152,9 +151,7 @@ def _layer(found: RoutingMap, index: int) -> str:
         for share in found.share(name, index):
             strength = share / most if most else 0
             shade = "um-dark" if strength > 0.55 else ""
-            cells += (
-                f'<td class="{shade}" style="--s:{strength:.3f}">{100 * share:.0f}</td>'
-            )
+            cells += f'<td class="{shade}" style="--s:{strength:.3f}">{100 * share:.0f}</td>'
         label = f'<th scope="row"><span></span>{escape(name)}</th>'
         rows += f'<tr class="um-{escape(name)}">{label}{cells}</tr>'
     return (

@@ -148,6 +148,7 @@ class Replies:
         conversation: Conversation,
         message: Message,
         earlier: Sequence[tuple[Message, str]] = (),
+        stopped: threading.Event | None = None,
     ) -> AsyncIterator[Event]:
         """Waits for its turn and replies; closing the iterator stops that.
 
@@ -156,17 +157,22 @@ class Replies:
             conversation: what replies.
             message: what the user says.
             earlier: turns that the conversation does not know, of which it is made anew.
+            stopped: ends the reply where it is set before it begins; `Conversation.stop` ends it
+                while it is generated.
 
         Raises:
             ContextFullError: If the conversation does not fit in the context.
-            ValueError: If a file cannot be decoded or a message is empty.
+            ValueError: If a file cannot be decoded, or messages are empty or too long.
         """
         admitted = time.monotonic()
         job = None
         try:
+            texts = [text for said, replied in earlier for text in (said.text, replied)]
+            self._require_length([*texts, message.text])
             async for place in ticket.turn():
                 yield place
-            job = _Job(self, conversation, message, earlier, asyncio.get_running_loop())
+            stopped = stopped or threading.Event()
+            job = _Job(self, conversation, message, earlier, asyncio.get_running_loop(), stopped)
             running = asyncio.get_running_loop().run_in_executor(self._executor, job.run)
             first = None
             while (event := await job.events.get()) is not None:
@@ -196,6 +202,13 @@ class Replies:
                     await asyncio.shield(running)
             ticket.leave()
 
+    def _require_length(self, texts: Sequence[str]) -> None:
+        length = sum(map(len, texts))
+        if length > self.limits.characters:
+            raise ValueError(
+                f"messages ({length:,} characters) must have at most {self.limits.characters:,}"
+            )
+
 
 class _Job:
     """One reply in the thread that generates."""
@@ -207,6 +220,7 @@ class _Job:
         message: Message,
         earlier: Sequence[tuple[Message, str]],
         loop: asyncio.AbstractEventLoop,
+        stopped: threading.Event,
     ):
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._replies = replies
@@ -214,7 +228,7 @@ class _Job:
         self._message = message
         self._earlier = earlier
         self._loop = loop
-        self._stopped = threading.Event()
+        self._stopped = stopped
         self._is_late = False
 
     def stop(self) -> None:

@@ -16,9 +16,7 @@ class QueueFullError(RuntimeError):
     """
 
     def __init__(self, most: int, retry_after: int):
-        super().__init__(
-            f"the queue ({most} requests) is full; try again in about {retry_after} s"
-        )
+        super().__init__(f"the queue ({most} requests) is full; try again in about {retry_after} s")
         self.retry_after = retry_after
 
 

@@ -56,7 +56,7 @@ class RoutingRecord:
         tokens = torch.bincount(of, minlength=len(names)).tolist()
         taken = {name: [] for name, count in zip(names, tokens, strict=True) if count}
         for layer in layers:
-            routed = torch.cat([ids for ids in self.chosen[layer]]).long().cpu()
+            routed = torch.cat(self.chosen[layer]).long().cpu()
             for name in taken:
                 ids = routed[of[: len(routed)] == names.index(name)].flatten()
                 # Ids past the experts stand for null experts and choices given up.

@@ -70,8 +70,11 @@ class Gate:
                 await self._enter(scope, send)
                 return
             if not self._is_known(headers):
-                refused = (401, "token is missing or wrong: open the address that the server printed,"
-                           " or send Authorization: Bearer TOKEN")
+                refused = (
+                    401,
+                    "token is missing or wrong: open the address that the server printed,"
+                    " or send Authorization: Bearer TOKEN",
+                )
         if refused is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":

@@ -4,6 +4,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from unimoe_model.chat.sampling import Sampling
@@ -24,6 +25,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: If the port is taken, or the host is no address of this machine.
     """
+    listening = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
@@ -31,9 +33,11 @@ def listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(256)
-    except OverflowError as error:
-        raise ValueError(f"port ({port}) must be from 0 to 65535") from error
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        if listening is not None:
+            listening.close()
+        if isinstance(error, OverflowError):
+            raise ValueError(f"port ({port}) must be from 0 to 65535") from error
         raise ValueError(f"host and port ({host}:{port}) must be free: {error.strerror}") from error
     return listening
 
@@ -59,7 +63,7 @@ def serve(
         model: checkpoint folder.
         host: address that is listened on.
         port: there; 0 takes a free one.
-        token: that requests must give; on other addresses than loopback one is made up unless given.
+        token: that requests must give; beyond loopback one is made up unless given.
         hosts: names beside `localhost` that requests may come for.
         limits: of requests.
         precision: as in `Answerer.from_pretrained`.
@@ -77,33 +81,34 @@ def serve(
     from unimoe_model.training.start import share_experts
 
     is_first = int(os.environ.get("RANK", "0")) == 0
-    listening = listen(host, port) if is_first else None
     if token is None and not is_loopback(host):
         token = secrets.token_urlsafe(24)
-    mesh = share_experts()
-    with attributed("serving"):
-        answerer = Answerer.from_pretrained(model, mesh, precision)
-        ranks = Ranks(answerer.model) if mesh is not None else None
-        if ranks is not None and mesh.get_rank() != 0:
-            ranks.take_part()
-            return
-        try:
-            replies = Replies(
-                answerer,
-                limits or Limits(),
-                system=system,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                frame_seed=frame_seed,
-                generate=None if ranks is None else ranks.generate,
-            )
-            name = model.resolve().name
-            app = build_app(replies, name, [host, socket.gethostname(), *hosts], token)
-            _run(app, listening, host, token, name, on_ready)
-        finally:
-            if ranks is not None:
-                ranks.end()
+    with closing(listen(host, port)) if is_first else nullcontext() as listening:
+        mesh = share_experts()
+        with attributed("serving"):
+            answerer = Answerer.from_pretrained(model, mesh, precision)
+            ranks = Ranks(answerer.model) if mesh is not None else None
+            if not is_first:
+                ranks.take_part()
                 finish_parallel()
+                return
+            try:
+                replies = Replies(
+                    answerer,
+                    limits or Limits(),
+                    system=system,
+                    max_new_tokens=max_new_tokens,
+                    sampling=sampling,
+                    frame_seed=frame_seed,
+                    generate=None if ranks is None else ranks.generate,
+                )
+                name = model.resolve().name
+                app = build_app(replies, name, [host, socket.gethostname(), *hosts], token)
+                _run(app, listening, host, token, name, on_ready)
+            finally:
+                if ranks is not None:
+                    ranks.end()
+            finish_parallel()
 
 
 def _run(app, listening: socket.socket, host: str, token, name: str, on_ready) -> None:

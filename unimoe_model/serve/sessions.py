@@ -1,5 +1,6 @@
 """Conversations of the page, one an open page, and the messages that go to them."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from unimoe_model.chat.conversation import Conversation
 from unimoe_model.serve import page_html
 from unimoe_model.serve.replies import Attached, Ended, Event, Message, Piece, Replies
-from unimoe_model.serve.reply_queue import Ticket
+from unimoe_model.serve.reply_queue import Place
 from unimoe_model.user_errors import USER_ERRORS
 
 
@@ -19,12 +20,11 @@ class Session:
     conversation: Conversation
     shown: list[str] = field(default_factory=list)
     events: AsyncIterator[Event] | None = None
-    ticket: Ticket | None = None
-    is_stopped: bool = False
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop(self) -> None:
         """Ends the reply, or takes the message out of the queue."""
-        self.is_stopped = True
+        self.stopped.set()
         self.conversation.stop()
 
 
@@ -98,8 +98,8 @@ class Sessions:
             self._replies.metrics.ended("full")
             yield View(live=page_html.failed(str(error)), refused=message.text)
             return
-        session.is_stopped = False
-        events = self._replies.reply(ticket, session.conversation, message)
+        session.stopped = threading.Event()
+        events = self._replies.reply(ticket, session.conversation, message, stopped=session.stopped)
         session.events = events
         try:
             async with aclosing(events):
@@ -119,10 +119,10 @@ class Sessions:
     ) -> AsyncIterator[View]:
         items, text = [], ""
         said = page_html.said(message.text)
-        yield View(live=said + page_html.waiting(page_html.Place(0, 0)))
+        yield View(live=said + page_html.waiting(Place(0, 0)))
         async for event in events:
-            if isinstance(event, page_html.Place):
-                if session.is_stopped:
+            if isinstance(event, Place):
+                if session.stopped.is_set():
                     yield View(live="", refused=message.text)
                     return
                 yield View(live=said + page_html.waiting(event))
@@ -130,16 +130,15 @@ class Sessions:
                 self._free_others(session)
                 items.append(event)
                 said = page_html.said(message.text, items)
-                yield View(live=said + page_html.waiting(page_html.Place(0, 0)))
-                if session.is_stopped:
-                    session.conversation.stop()
+                yield View(live=said + page_html.waiting(Place(0, 0)))
             elif isinstance(event, Piece):
                 self._free_others(session)
                 text += event.text
                 yield View(live=said + page_html.replying(text))
             elif isinstance(event, Ended):
                 session.shown.append(said + page_html.replied(text, event.how))
-                yield View("".join(session.shown), "", page_html.routing(event.routing))
+                routing = page_html.routing(event.routing) if event.reply_tokens else None
+                yield View("".join(session.shown), "", routing)
 
     def _free_others(self, session: Session) -> None:
         if self._latest is not None and self._latest is not session:

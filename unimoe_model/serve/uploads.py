@@ -7,6 +7,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from unimoe_model.serve.limits import Limits
+from unimoe_model.serve.security import error_body, send_error
+
+UNSENT_SECONDS = 600
+"""How long a file is kept that was uploaded and not sent."""
+
 
 class Uploads:
     """A folder of its own for what Gradio writes; it is gone when the server ends."""
@@ -54,6 +60,29 @@ class Uploads:
 
     def _files(self) -> list[Path]:
         return [path for path in self.folder.rglob("*") if path.is_file()]
+
+    def limited(self, app, limits: Limits):
+        """An ASGI application whose uploads are refused while too many files wait to be sent."""
+        underway = 0
+
+        async def guarded(scope, receive, send):
+            nonlocal underway
+            if scope["type"] != "http" or not scope["path"].endswith("/upload"):
+                await app(scope, receive, send)
+                return
+            self.expire(UNSENT_SECONDS)
+            if self.held() + (underway + 1) * limits.body_bytes > limits.uploads_bytes:
+                message = "too many files wait to be sent; try again in a minute"
+                refusal = error_body(message, "server_error")
+                await send_error(send, 503, refusal, [(b"retry-after", b"60")])
+                return
+            underway += 1
+            try:
+                await app(scope, receive, send)
+            finally:
+                underway -= 1
+
+        return guarded
 
     def close(self) -> None:
         """Deletes everything."""
