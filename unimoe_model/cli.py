@@ -1,4 +1,4 @@
-"""The command `unimoe`: train, generate, chat, eval, routing, convert and assemble."""
+"""The command `unimoe`: train, generate, chat, serve, eval, routing, convert and assemble."""
 
 import argparse
 import os
@@ -94,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_encoders(chat)
     chat.set_defaults(run=_chat)
 
+    _add_serve(commands.add_parser("serve", help="a page to talk to a model, and an HTTP API"))
+
     convert = commands.add_parser("convert", help="published checkpoints to ours, and back")
     convert.add_argument(
         "--from", dest="source", type=Path, required=True, metavar="DIR", help="what is read"
@@ -154,6 +156,31 @@ def _parser() -> argparse.ArgumentParser:
     _add_encoders(routing)
     routing.set_defaults(run=_routing)
     return parser
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("--model", type=Path, required=True, help="for example runs/mine/model")
+    serve.add_argument("--host", default="127.0.0.1", help="address; default 127.0.0.1")
+    serve.add_argument("--port", type=int, default=7860, help="default 7860; 0 takes a free one")
+    serve.add_argument("--token", help="that clients must give; default UNIMOE_TOKEN")
+    serve.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name that browsers reach the server by, as often as needed",
+    )
+    serve.add_argument("--queue", type=int, default=16, help="requests at a time; default 16")
+    serve.add_argument("--reply-seconds", type=float, default=120, help="of a reply; default 120")
+    serve.add_argument("--system", metavar="TEXT", help="instead of the model's system prompt")
+    serve.add_argument("--temperature", type=float, metavar="T", help="draw words; default greedy")
+    serve.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature")
+    serve.add_argument("--seed", type=int, help="the same draws every time")
+    serve.add_argument("--frame-seed", type=int, help="draw a video's frames at random")
+    serve.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    serve.add_argument("--max-new-tokens", type=int, default=512, help="of a reply; default 512")
+    _add_encoders(serve)
+    serve.set_defaults(run=_serve)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -240,6 +267,32 @@ def _chat(options: argparse.Namespace) -> None:
         Chat(conversation, options.frame_seed).run()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    for name, least in (("max_new_tokens", 1), ("queue", 1), ("port", 0)):
+        value = getattr(options, name)
+        if value < least:
+            raise ValueError(f"{name} ({value}) must be at least {least}")
+    if not options.reply_seconds > 0:
+        raise ValueError(f"reply_seconds ({options.reply_seconds}) must be positive")
+    from unimoe_model.chat.sampling import Sampling
+    from unimoe_model.serve.limits import Limits
+    from unimoe_model.serve.server import serve
+
+    serve(
+        options.model,
+        host=options.host,
+        port=options.port,
+        token=options.token or os.environ.get("UNIMOE_TOKEN"),
+        hosts=options.allow_host,
+        limits=Limits(queue=options.queue, reply_seconds=options.reply_seconds),
+        precision=options.precision,
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(options.temperature, options.top_p, options.seed),
+        frame_seed=options.frame_seed,
+    )
 
 
 def _convert(options: argparse.Namespace) -> None:

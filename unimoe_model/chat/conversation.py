@@ -1,6 +1,6 @@
 """A conversation with a model: replies as pieces of text while they are generated."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Thread
 
 import torch
@@ -31,6 +31,7 @@ class Conversation:
         system: what stands before the first turn; None is the processor's `system_prompt`.
         max_new_tokens: longest reply, in tokens; the model's context bounds it as well.
         sampling: how tokens are chosen; greedy unless given.
+        generate: what generates, with the arguments of `model.generate`, which is the default.
 
     Raises:
         ValueError: If `max_new_tokens` is less than 1, or `system` does not fit in the context or
@@ -52,6 +53,7 @@ class Conversation:
         system: str | None = None,
         max_new_tokens: int = 512,
         sampling: Sampling | None = None,
+        generate: Callable[..., torch.Tensor] | None = None,
     ):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
@@ -60,6 +62,7 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self._system = system
         self._sampling = sampling or Sampling()
+        self._generate_tokens = generate or model.generate
         self._prefix = PrefixCache(model.config)
         self._stopped = Event()
         self._thread: Thread | None = None
@@ -113,6 +116,7 @@ class Conversation:
         items = self.processor.question_row(text, frame_seed=frame_seed, **media).media
         prompt = self._prompt([*self._turns, (user, None)], [*self._items, *items])
         self._ending, self._error = None, None
+        self._num_tokens = (len(prompt.text.ids), 0)
         pieces = _Pieces(self.processor.tokenizer)
         self._thread = Thread(target=self._generate, args=(prompt, user, items, pieces))
         self._thread.start()
@@ -126,6 +130,11 @@ class Conversation:
         where the context is full, and None while it is generated, or if it failed.
         """
         return self._ending
+
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Tokens of the last prompt, soft ones included, and of the reply to it."""
+        return self._num_tokens
 
     @property
     def context(self) -> int:
@@ -143,6 +152,34 @@ class Conversation:
         self._turns: list[tuple[str, str]] = []
         self._items: list[tuple[str, EncodedMedia]] = []
         self._ending, self._error = None, None
+        self._num_tokens = (0, 0)
+        self._prefix.clear()
+
+    def resume(
+        self, turns: Sequence[tuple[str, str]], items: Sequence[tuple[str, EncodedMedia]] = ()
+    ) -> None:
+        """Takes over a conversation that was held before, instead of this one.
+
+        Args:
+            turns: as `turns` gives them.
+            items: kind and features of each item of media, in the order of the placeholders.
+
+        Raises:
+            ValueError: If items do not match the placeholders, or a turn cannot be part of a
+                prompt; nothing has changed then.
+        """
+        if turns:
+            self._prompt(turns, items)
+        self.reset()
+        self._turns, self._items = list(turns), list(items)
+
+    def free_cache(self) -> None:
+        """Frees keys and values; the next reply computes the whole conversation anew.
+
+        Raises:
+            RuntimeError: If a reply is being generated.
+        """
+        self._wait_for_stopped_reply()
         self._prefix.clear()
 
     def _wait_for_stopped_reply(self) -> None:
@@ -181,6 +218,7 @@ class Conversation:
     ) -> None:
         try:
             generated = self._continue(prompt, pieces)
+            self._num_tokens = (len(prompt.text.ids), len(generated))
             ending = self._reason(generated, self.context - len(prompt.text.ids))
             if pieces.text:
                 self._remember(user, pieces.text, items)
@@ -198,7 +236,7 @@ class Conversation:
         length = inputs["input_ids"].shape[1]
         device = self.model.device
         cache = self._prefix.begin(prompt)
-        produced = self.model.generate(
+        produced = self._generate_tokens(
             **inputs.to(device),
             cache=cache,
             do_sample=False,

@@ -10,8 +10,12 @@ from unimoe_model.modality import MODALITIES, modality_ids_of
 
 
 @contextmanager
-def recorded_routing(model):
+def recorded_routing(model, on_device: bool = False):
     """Collects the chosen experts of every MoE layer while the context is open.
+
+    Args:
+        model: MoE model.
+        on_device: whether ids stay on the model's device, which waits for no copy.
 
     Yields:
         A dict from layer number to a list of id tensors `[T, K]`, one a forward pass.
@@ -19,7 +23,9 @@ def recorded_routing(model):
     chosen: dict[int, list[torch.Tensor]] = {index: [] for index, _ in model.moe_layers()}
     hooks = [
         moe.router.register_forward_hook(
-            lambda _module, _inputs, routed, kept=chosen[index]: kept.append(routed.ids.cpu())
+            lambda _module, _inputs, routed, kept=chosen[index]: kept.append(
+                routed.ids.detach() if on_device else routed.ids.cpu()
+            )
         )
         for index, moe in model.moe_layers()
     ]

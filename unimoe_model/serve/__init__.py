@@ -1,0 +1,1 @@
+"""A model over HTTP: the page and the OpenAI chat format that `unimoe serve` runs."""
