@@ -41,12 +41,16 @@ from unimoe_kernels.ops import (
     expert_sort,
     grouped_lora,
     grouped_mm,
+    grouped_mm_quantized,
     moe_mlp,
+    moe_mlp_quantized,
     permute,
     swiglu,
     topk_router,
     unpermute,
 )
+from unimoe_kernels.quantization.rounding import dequantize_weight, quantize_weight
+from unimoe_kernels.quantization.weight import QuantizedWeight
 
 __version__ = "0.1.0"
 
@@ -55,6 +59,7 @@ __all__ = [
     "GroupedExperts",
     "LoopedMoE",
     "MoE",
+    "QuantizedWeight",
     "RouterConfig",
     "RouterOutput",
     "SwiGLUFFN",
@@ -64,9 +69,11 @@ __all__ = [
     "add_expert_lora",
     "atomic_write",
     "available_backends",
+    "dequantize_weight",
     "expert_sort",
     "grouped_lora",
     "grouped_mm",
+    "grouped_mm_quantized",
     "inject_aux_loss",
     "load_expert_lora",
     "load_upcycled",
@@ -74,8 +81,10 @@ __all__ = [
     "merge_expert_lora",
     "merge_lora_weight",
     "moe_mlp",
+    "moe_mlp_quantized",
     "pack_weights",
     "permute",
+    "quantize_weight",
     "recover_folder",
     "register_with_transformers",
     "replace_folder",

@@ -59,8 +59,7 @@ def check_quantized(name: str, weight: QuantizedWeight) -> None:
     """Checks that the parts of a quantised weight fit each other.
 
     Raises:
-        ValueError: If the format is unknown, shapes or devices do not fit, or a part requires a
-            gradient.
+        ValueError: If the format is unknown, or shapes or devices do not fit.
         TypeError: If weight is no `QuantizedWeight`, or a part has another dtype than its format.
     """
     if not isinstance(weight, QuantizedWeight):
@@ -88,5 +87,15 @@ def check_quantized(name: str, weight: QuantizedWeight) -> None:
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name}.{part} (shape {tuple(tensor.shape)}) must be {expected}")
         _checks.check_device(f"{name}.{part}", tensor, f"{name}.values", weight.values)
+
+
+def check_frozen(name: str, weight: QuantizedWeight) -> None:
+    """Raises ValueError if the scales require a gradient, which no operator computes."""
     if weight.scales.requires_grad:
         raise ValueError(f"{name}.scales must not require gradients: quantised weights are frozen")
+
+
+def assemble(values: Tensor, scales: Tensor, zeros: Tensor | None, format: str) -> QuantizedWeight:
+    """Returns a quantised weight from its parts, which tell the size of its groups."""
+    width = values.shape[2] * FORMATS[format].numbers
+    return QuantizedWeight(values, scales, zeros, format, width // scales.shape[2])
