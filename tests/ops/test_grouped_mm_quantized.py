@@ -94,8 +94,8 @@ def test_grouped_mm_quantized_example(backend):
 @pytest.mark.parametrize("case", CASES)
 def test_grouped_mm_quantized_matches_float64(backend, case, format, dtype, transposed):
     counts, extra, d, f = CASES[case]
-    if backend.interpreted and (f > 60 or sum(counts) > 30):
-        d, f, counts = 128, 33, tuple(min(count, 18) for count in counts)
+    if backend.interpreted and (dtype != torch.float32 or "64" in format or case[:3] == "few"):
+        pytest.skip("takes long in the interpreter")
     x, weight, offsets, bias = sample(
         counts, extra, d, f, format, dtype, backend.device, transposed
     )
@@ -200,7 +200,8 @@ def test_grouped_mm_quantized_any_shape(counts, extra, groups, f, format, transp
     d = groups * 64 if format == "int4-64" else groups * 32
     x, weight, offsets, bias = sample(counts, extra, d, f, format, transposed=transposed)
     expected = by_hand(x, weight, counts, bias, transposed)
-    for name in available_backends(OP, "cpu"):
+    # Whose matmuls have such a test of their own.
+    for name in set(available_backends(OP, "cpu")) - {"triton"}:
         with use_backend(name):
             actual = grouped_mm_quantized(x, weight, offsets, bias, transposed=transposed)
         if sum(counts):

@@ -85,7 +85,7 @@ def test_moe_mlp_quantized_example(backend):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("tokens", [1, T, 50])
 def test_moe_mlp_quantized_matches_float64(backend, format, dtype, tokens):
-    if backend.interpreted and tokens > T:
+    if backend.interpreted and (tokens > 1 or dtype != torch.float32):
         pytest.skip("takes long in the interpreter")
     x, first, down, ids, scores, biases = sample(format, dtype, backend.device, tokens=tokens)
     inputs = [value.requires_grad_() for value in (x, scores, *biases)]
@@ -118,6 +118,8 @@ def test_moe_mlp_quantized_matches_float64(backend, format, dtype, tokens):
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "swiglu_clamped"])
 def test_every_routing_and_activation(backend, routing, activation):
+    if backend.interpreted and (routing, activation) != ("zipf", "silu"):
+        pytest.skip("takes long in the interpreter")
     x, first, down, ids, scores, _ = sample(device=backend.device, routing=routing)
     y = moe_mlp_quantized(x, first, down, ids.long(), scores.half(), activation=activation)
     expected = in_float64(x, first, down, ids, scores.half(), activation=activation)

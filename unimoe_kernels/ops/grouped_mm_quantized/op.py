@@ -134,6 +134,7 @@ _backends.declare(
     "str format, bool transposed) -> Tensor",
     reference=partial(composition.forward, "reference"),
     native=partial(composition.forward, "default"),
+    triton=partial(composition.forward, "triton"),
     parts=composition.PARTS,
     fake=_fake,
     setup_context=_setup_context,
