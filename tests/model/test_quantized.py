@@ -1,6 +1,7 @@
 """A Uni-MoE with quantised experts: saved, loaded, asked, and trained with LoRA."""
 
 import copy
+import re
 import shutil
 
 import pytest
@@ -83,3 +84,32 @@ def test_lora_trains_and_the_rest_of_the_experts_does_not(quantized, media_promp
     after = quantized.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items() if k.endswith("values"))
     assert any(after[name].any() for name in after if name.endswith("lora_B"))
+
+
+def test_the_command_writes_a_folder_that_answers(checkpoint, run, tmp_path, encoders):
+    source = checkpoint(text_config={"intermediate_size": 64})
+    target = tmp_path / "int8"
+    code, out, _ = run("quantize", "--model", source, "--to", target, "--format", "int8")
+    assert code == 0
+    assert "MB of weights became" in out
+    names = {path.name for path in source.iterdir()}
+    assert {path.name for path in target.iterdir()} == names
+    answerer = Answerer.from_pretrained(target)
+    assert any(isinstance(part, QuantizedExperts) for part in answerer.model.modules())
+    assert (target / "model.safetensors").stat().st_size < (
+        source / "model.safetensors"
+    ).stat().st_size
+    assert isinstance(answerer.answer("what shape is it?"), str)
+    for arguments, message in [
+        (("--model", source, "--to", target), r"int8\) already exists"),
+        (("--model", target, "--to", tmp_path / "b"), "is quantised already"),
+        (("--model", tmp_path / "c", "--to", tmp_path / "b"), "must be a folder with a config"),
+        (
+            ("--model", source, "--to", tmp_path / "b", "--group-size", "128"),
+            r"rows of \d+ numbers, which must be a multiple of group_size \(128\)",
+        ),
+    ]:
+        code, _, line = run("quantize", *arguments)
+        assert code == 1
+        assert re.search(message, line), line
+        assert not (tmp_path / "b").exists()
