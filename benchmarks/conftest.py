@@ -22,6 +22,7 @@ SETS_OF = {
     "movement_case": "movement",
     "sort_case": "movement",
     "lora_case": "lora",
+    "quantized_case": "quantized",
     "ranks_case": "ranks",
     "host_case": "host",
     "launch_case": "launch",

@@ -54,6 +54,7 @@ class ShapeSet(NamedTuple):
         operator: cases of operators that compute.
         movement: cases of operators that choose, sort and copy. More tokens, as they are quick.
         lora: cases of LoRA on the experts of a layer.
+        quantized: cases of a layer with quantised experts.
         ranks: cases of a layer whose experts lie in several processes.
         host: cases of layers so small that only the host takes time.
         launch: cases of the launches of a layer's Triton kernels.
@@ -65,6 +66,7 @@ class ShapeSet(NamedTuple):
     operator: tuple[Case, ...] = ()
     movement: tuple[Case, ...] = ()
     lora: tuple[Case, ...] = ()
+    quantized: tuple[Case, ...] = ()
     ranks: tuple[Case, ...] = ()
     host: tuple[Case, ...] = ()
     launch: tuple[Case, ...] = ()
@@ -193,6 +195,7 @@ SETS = {
         operator=(Case("tiny-fine", 16), Case("tiny-fine", 16, "training")),
         movement=(Case("tiny-fine", 16), Case("tiny-fine", 16, "training")),
         lora=(Case("tiny-fine", 16, "training"),),
+        quantized=(Case("tiny-fine", 16),),
         ranks=(Case("tiny-fine", 18, "training"),),
         host=HOST,
         model="smoke",
@@ -200,6 +203,14 @@ SETS = {
     "small": _small(),
     "cpu-goals": _cpu_goals(),
     "host": ShapeSet(layer=(), host=HOST, launch=LAUNCH, threads=1),
+    "quantized": ShapeSet(
+        layer=(),
+        quantized=tuple(
+            Case(layer, T, dtype="bfloat16")
+            for layer, few in (("large-qwen3", 4), ("medium-mixtral", 1))
+            for T in (few, 1024)
+        ),
+    ),
     "goals": _goals(),
     "full": _full(),
     # Of processes that share the experts of a layer: one machine's, so gloo moves the rows.
@@ -260,6 +271,7 @@ def every_case(name: str) -> tuple[Case, ...]:
         *chosen.operator,
         *chosen.movement,
         *chosen.lora,
+        *chosen.quantized,
         *chosen.ranks,
         *chosen.host,
         *chosen.launch,

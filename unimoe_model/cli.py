@@ -1,4 +1,4 @@
-"""The command `unimoe`: train, generate, chat, serve, eval, routing, convert and assemble."""
+"""The command `unimoe`: train, generate, chat, serve, eval, routing, convert, assemble, quantize."""
 
 import argparse
 import os
@@ -117,6 +117,18 @@ def _parser() -> argparse.ArgumentParser:
         "--layout", choices=("unimoe", "published"), default="unimoe", help="of what is written"
     )
     convert.set_defaults(run=_convert)
+
+    quantize = commands.add_parser("quantize", help="round the weights of experts to few bits")
+    quantize.add_argument("--model", type=Path, required=True, help="Uni-MoE or of transformers")
+    quantize.add_argument(
+        "--to", dest="target", type=Path, required=True, metavar="DIR", help="what is written"
+    )
+    quantize.add_argument("--format", choices=("int8", "int4"), default="int4")
+    quantize.add_argument(
+        "--group-size", type=int, help="32, 64 or 128; default one a row (int8), 64 (int4)"
+    )
+    quantize.add_argument("--zero-points", action="store_true", help="of int4, for skewed weights")
+    quantize.set_defaults(run=_quantize)
 
     assemble = commands.add_parser("assemble", help="an MoE out of dense models, for stage 3")
     assemble.add_argument("--base", type=Path, required=True, help="dense; all but the experts")
@@ -329,6 +341,15 @@ def _assemble(options: argparse.Namespace) -> None:
     with _bytes_bar("assemble") as show:
         assemble(options.base, experts, options.target, options.top_k, layers, options.seed, show)
     print(f"{len(experts)} experts: {', '.join(experts)}")
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from unimoe_model.quantizing import quantize_folder
+
+    before, after = quantize_folder(
+        options.model, options.target, options.format, options.group_size, options.zero_points
+    )
+    print(f"{before / 1e6:.1f} MB of weights became {after / 1e6:.1f} MB in {options.target}")
 
 
 @contextmanager

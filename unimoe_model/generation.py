@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
+from unimoe_kernels import load_quantized
 from unimoe_model.auto import register_auto_classes
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.data.encoded_media import Row
@@ -56,7 +57,7 @@ class Answerer:
 
         Raises:
             ValueError: If `precision` is another value, the folder is no checkpoint of a Uni-MoE,
-                or its files are cut short or do not fit.
+                its files are cut short or do not fit, or ranks are to share quantised experts.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision ({precision!r}) must be one of {', '.join(PRECISIONS)}")
@@ -65,23 +66,15 @@ class Answerer:
         register_auto_classes()  # transformers warns of model types that it does not know
         with _reading(folder):
             processor = UniMoEProcessor.from_pretrained(folder)
+        quantized = _is_quantized(folder)
         if mesh is not None:
+            if quantized:
+                raise ValueError(f"model ({folder}) has quantised experts: ranks cannot share them")
             model = load_in_parallel(folder, mesh)
             dtype = resolve_dtype(precision, model.dtype, model.device)
             return cls(model.to(dtype), processor, is_parallel=True)
         with _reading(folder):
-            model, found = UniMoEForConditionalGeneration.from_pretrained(
-                folder, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        unfit = [
-            f"{len(found[kind])} {what}, such as {min(found[kind])}"
-            for kind, what in _UNFIT.items()
-            if found[kind]
-        ]
-        if unfit:
-            raise ValueError(
-                f"model ({folder}) must hold the weights of its config: {'; '.join(unfit)}"
-            )
+            model = load_quantized(folder) if quantized else _load_whole(folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = resolve_dtype(precision, model.dtype, device)
         return cls(model.eval().to(device, dtype), processor)
@@ -182,6 +175,27 @@ def _reading(folder: Path) -> Iterator[None]:
     # What else a config.json with wrong values gives, such as KeyError, says little by itself.
     except Exception as error:
         raise ValueError(f"model ({folder}) cannot be read: {error!r}") from error
+
+
+def _load_whole(folder: Path) -> UniMoEForConditionalGeneration:
+    model, found = UniMoEForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    unfit = [
+        f"{len(found[kind])} {what}, such as {min(found[kind])}"
+        for kind, what in _UNFIT.items()
+        if found[kind]
+    ]
+    if unfit:
+        raise ValueError(
+            f"model ({folder}) must hold the weights of its config: {'; '.join(unfit)}"
+        )
+    return model
+
+
+def _is_quantized(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return "quantization_config" in config
 
 
 def _check_model_type(folder: Path) -> None:

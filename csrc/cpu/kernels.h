@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "quantized_rows.h"
+
 namespace unimoe {
 
 constexpr int64_t kLineBytes = 64;
@@ -60,6 +62,19 @@ struct Kernels {
                                 uint16_t* out);
   // out = e^(x - shift) for x up to shift, 0 where float32 has no normal result; returns the sum.
   float (*exponentials)(int64_t count, const float* x, float shift, float* out);
+  // A line of the left operand as `dot_quantized` reads it, and the sums of its groups, which zero
+  // points are multiplied by.
+  void (*prepare_line)(const QuantizedRows& rows, const float* from, float* to, float* sums);
+  // sums[lines][columns] = dot products of the left operand's lines, one after the other, with
+  // quantised rows.
+  void (*dot_quantized)(const QuantizedRows& rows, int64_t columns, int64_t lines,
+                        const float* left, const float* left_sums, float* sums);
+  // The same of four bits with lines of bfloat16 as they are; null where no instruction multiplies
+  // pairs of them.
+  void (*dot_int4_pairs)(const QuantizedRows& rows, int64_t columns, int64_t lines,
+                         const uint16_t* left, const float* left_sums, float* sums);
+  // Numbers of one row as floats, from an even one on.
+  void (*dequantize)(const QuantizedRows& row, int64_t first, int64_t count, float* to);
 };
 
 const Kernels* portable_kernels();

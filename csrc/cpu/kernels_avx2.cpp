@@ -1,5 +1,6 @@
 // Kernels for AVX2 with FMA: 256-bit vectors, 16 registers.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -27,6 +28,22 @@ struct Simd {
   static Vec load(const uint16_t* from) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static Vec load(const int8_t* from) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  }
+  static void load_nibbles(const uint8_t* from, Vec& even, Vec& odd) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    const __m256i wide = _mm256_cvtepu8_epi32(bytes), offset = _mm256_set1_epi32(8);
+    const __m256i low = _mm256_and_si256(wide, _mm256_set1_epi32(15));
+    even = _mm256_cvtepi32_ps(_mm256_sub_epi32(low, offset));
+    odd = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(wide, 4), offset));
+  }
+  static void store_pairs(float* to, Vec even, Vec odd) {
+    const Vec low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    _mm256_storeu_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
   }
   static void store(float* to, Vec value) { _mm256_storeu_ps(to, value); }
   static Vec broadcast(const float* from) { return _mm256_broadcast_ss(from); }

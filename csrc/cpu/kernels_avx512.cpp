@@ -1,5 +1,6 @@
 // Kernels for AVX-512: 512-bit vectors, 32 registers; with AVX512-BF16 also products of bfloat16.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -34,6 +35,24 @@ struct Simd {
   static Vec load(const uint16_t* from) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static Vec load(const int8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  }
+  static void load_nibbles(const uint8_t* from, Vec& even, Vec& odd) {
+    // A table looks at the low four bits alone.
+    const Vec table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m512i wide = _mm512_cvtepu8_epi32(bytes);
+    even = _mm512_permutexvar_ps(wide, table);
+    odd = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
+  }
+  static void store_pairs(float* to, Vec even, Vec odd) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, first, odd));
+    _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(even, second, odd));
   }
   static void store(float* to, Vec value) { _mm512_storeu_ps(to, value); }
   static Vec broadcast(const float* from) { return _mm512_set1_ps(*from); }
@@ -119,6 +138,38 @@ void dot_pairs(int64_t depth, int64_t rows, const uint16_t* left, const uint16_t
       reinterpret_cast<const PairedBfloat16*>(right), stride, columns, sums);
 }
 
+// Four bits with bfloat16: integers from -8 to 7 are bfloat16 without rounding.
+struct PairedInt4 {
+  using Left = uint16_t;
+  static constexpr int64_t kStep = 32;
+
+  static void fetch(const uint8_t* values, int64_t k) { Int4Numbers::fetch(values, k); }
+
+  // The integers less 8, in the order of the row.
+  static __m512bh load(const uint8_t* from) {
+    // bfloat16 of -8 to 7, twice: the table looks at five bits, of which the highest is none of
+    // this number's.
+    const __m256i once =
+        _mm256_setr_epi16(-0x3f00, -0x3f20, -0x3f40, -0x3f60, -0x3f80, -0x3fc0, -0x4000, -0x4080, 0,
+                          0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0);
+    const __m512i table = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m512i wide = _mm512_cvtepu8_epi32(bytes);
+    const __m512i indices = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 12));
+    return (__m512bh)_mm512_permutexvar_epi16(indices, table);
+  }
+
+  template <int kLines>
+  static void add(const uint8_t* values, const uint16_t* left, int64_t depth, int64_t k,
+                  __m512* part) {
+    const __m512bh weight = load(values + k / 2);
+    UNIMOE_UNROLL for (int line = 0; line < kLines; ++line) {
+      const __m512bh x = (__m512bh)_mm512_loadu_si512(left + line * depth + k);
+      part[line] = _mm512_dpbf16_ps(part[line], weight, x);
+    }
+  }
+};
+
 template <int kRows, int kVectors>
 void multiply_pairs(int64_t steps, const uint32_t* left, const uint32_t* right, bool add,
                     float* sums, const char* ahead, int64_t every) {
@@ -149,6 +200,7 @@ constexpr Kernels bfloat16_table() {
   Kernels table = table_of<8, 3>("avx512_bf16");
   table.multiply_pairs = multiply_pairs<8, 3>;
   table.dot_bfloat16 = dot_pairs;
+  table.dot_int4_pairs = dot_numbers<PairedInt4>;
   return table;
 }
 

@@ -1,5 +1,6 @@
 // Kernels for any processor; the compiler makes what it can of them.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -20,6 +21,22 @@ struct Simd {
   }
   static Vec load(const uint16_t* from) {
     return Vec{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
+  }
+  static Vec load(const int8_t* from) {
+    return Vec{static_cast<float>(from[0]), static_cast<float>(from[1]),
+               static_cast<float>(from[2]), static_cast<float>(from[3])};
+  }
+  static void load_nibbles(const uint8_t* from, Vec& even, Vec& odd) {
+    for (int i = 0; i < kLanes; ++i) {
+      even[i] = static_cast<float>((from[i] & 15) - 8);
+      odd[i] = static_cast<float>((from[i] >> 4) - 8);
+    }
+  }
+  static void store_pairs(float* to, Vec even, Vec odd) {
+    for (int i = 0; i < kLanes; ++i) {
+      to[2 * i] = even[i];
+      to[2 * i + 1] = odd[i];
+    }
   }
   static void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(value)); }
   static Vec broadcast(const float* from) { return Vec{*from, *from, *from, *from}; }

@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "multiply_packed.h"
+#include "multiply_quantized.h"
 #include "multiply_streamed.h"
 #include "multiply_unpacked.h"
 
@@ -55,8 +56,12 @@ void with_units(const Kernels& chosen, Body&& body) {
 template <typename T>
 void multiply_all(const std::vector<Product<T>>& products) {
   const Kernels& chosen = kernels();
-  std::vector<Product<T>> streamed, unpacked, packed;
+  std::vector<Product<T>> streamed, unpacked, packed, quantized;
   for (const Product<T>& product : products) {
+    if (product.quantized != nullptr) {
+      (streams_quantized(product) ? quantized : packed).push_back(product);
+      continue;
+    }
     const bool is_half = std::is_same_v<T, Half>;
     const bool as_it_is = !is_half && needs_no_packing(product);
     const bool in_sums = !is_half && !as_it_is && sums_few_rows(product);
@@ -66,6 +71,7 @@ void multiply_all(const std::vector<Product<T>>& products) {
     if (!streamed.empty()) multiply_streamed(streamed, chosen);
     if (!unpacked.empty()) multiply_unpacked(std::move(unpacked), chosen);
   }
+  if (!quantized.empty()) multiply_quantized(quantized, chosen);
   if (packed.empty()) return;
   with_units<T>(chosen, [&](auto unit) { PackedMatmul<T, decltype(unit)>(packed, chosen).run(); });
 }

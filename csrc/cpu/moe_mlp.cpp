@@ -12,6 +12,7 @@
 #include "matmul.h"
 #include "ops.h"
 #include "packed_weight.h"
+#include "run_experts.h"
 
 namespace unimoe {
 namespace {
@@ -25,110 +26,23 @@ void check_projection(const Tensor& weight, const char* name, const Tensor& x, i
   UNIMOE_CHECK(weight.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
 }
 
-void check_bias(const std::optional<Tensor>& bias, const char* name, const Tensor& x,
-                int64_t experts, int64_t width) {
-  if (!bias) return;
-  check_matrix(*bias, name);
-  UNIMOE_CHECK(bias->size(0) == experts && bias->size(1) == width, name, " (shape ",
-               shape_of(*bias), ") must be [", experts, ", ", width, "]");
-  UNIMOE_CHECK(bias->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-}
-
 // With weights as `pack_weight` leaves them, or without.
 struct Packed {
   std::optional<Tensor> gate_up;
   std::optional<Tensor> down;
 };
 
-// Where a call writes what it returns. `hidden` has no rows if they are not kept.
-struct Results {
-  Tensor y;
-  Tensor hidden;
-  int32_t* row_order;
-  int32_t* inverse_order;
-  int32_t* offsets;
-};
-
-int64_t check_rows_of(const Tensor& x, const Tensor& ids) {
-  check_matrix(x, "x");
-  check_floating(x, "x");
-  check_matrix(ids, "ids");
-  UNIMOE_CHECK(ids.size(0) == x.size(0), "ids (shape ", shape_of(ids), ") must be of ", x.size(0),
-               " rows");
-  const int64_t rows = x.size(0) * ids.size(1);
-  check_top_k(ids.size(1), "ids", rows);
-  return rows;
-}
-
-void run_experts(const Results& results, const Packed& packed, const Tensor& x,
-                 const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& ids,
-                 const Tensor& scores, const std::optional<Tensor>& gate_up_bias,
-                 const std::optional<Tensor>& down_bias, const Activation& activation) {
-  const int64_t tokens = x.size(0), width = x.size(1), top_k = ids.size(1);
-  const int64_t rows = tokens * top_k;
+void run_float_experts(const Results& results, const Packed& packed, const Tensor& x,
+                       const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& ids,
+                       const Tensor& scores, const std::optional<Tensor>& gate_up_bias,
+                       const std::optional<Tensor>& down_bias, const Activation& activation) {
   UNIMOE_CHECK(gate_up_proj.dim() == 3 && gate_up_proj.size(1) % 2 == 0, "gate_up_proj (shape ",
                shape_of(gate_up_proj), ") must be [E, 2F, D]");
-  const int64_t experts = gate_up_proj.size(0), hidden_width = gate_up_proj.size(1) / 2;
-  check_projection(gate_up_proj, "gate_up_proj", x, experts, 2 * hidden_width, width);
-  check_projection(down_proj, "down_proj", x, experts, width, hidden_width);
-  check_bias(gate_up_bias, "gate_up_bias", x, experts, 2 * hidden_width);
-  check_bias(down_bias, "down_bias", x, experts, width);
-  check_scores(scores, x, tokens, top_k);
-  const PackedWeight packed_up(packed.gate_up, "packed_gate_up", gate_up_proj, 2);
-  const PackedWeight packed_down(packed.down, "packed_down", down_proj, 1);
-
-  sort_rows(ids, experts, results.row_order, results.inverse_order, results.offsets);
-  const int32_t* bound = results.offsets;
-  const bool keep_hidden = results.hidden.size(0) != 0;
-  dispatch_floating(x.scalar_type(), "x", [&](auto element) {
-    using T = decltype(element);
-    // Activations, then what comes of them.
-    const int64_t numbers = rows * (hidden_width + width);
-    const auto memory = allocate((numbers * static_cast<int64_t>(sizeof(T)) + 3) / 4);
-    T* activated = reinterpret_cast<T*>(memory.get());
-    T* out = activated + rows * hidden_width;
-    T* hidden = mutable_data<T>(results.hidden);
-    std::vector<Product<T>> up, down;
-    up.reserve(experts);
-    down.reserve(experts);
-    for (int64_t e = 0; e < experts; ++e) {
-      const int64_t first = bound[e], held = bound[e + 1] - bound[e];
-      if (held == 0) continue;
-      if (hidden_width != 0) {
-        up.push_back({{const_data<T>(x), width, 1, results.row_order + first, top_k},
-                      {const_data<T>(gate_up_proj) + e * gate_up_proj.stride(0),
-                       gate_up_proj.stride(1), gate_up_proj.stride(2)},
-                      held,
-                      hidden_width,
-                      width,
-                      gate_up_bias ? const_data<T>(*gate_up_bias) + e * 2 * hidden_width : nullptr,
-                      activated + first * hidden_width,
-                      &activation,
-                      keep_hidden ? hidden + first * 2 * hidden_width : nullptr,
-                      packed_up.of_expert(e)});
-      }
-      if (width != 0) {
-        down.push_back({{activated + first * hidden_width, hidden_width, 1},
-                        {const_data<T>(down_proj) + e * down_proj.stride(0), down_proj.stride(1),
-                         down_proj.stride(2)},
-                        held,
-                        width,
-                        hidden_width,
-                        down_bias ? const_data<T>(*down_bias) + e * width : nullptr,
-                        out + first * width,
-                        nullptr,
-                        nullptr,
-                        packed_down.of_expert(e)});
-      }
-    }
-    multiply_all(up);
-    multiply_all(down);
-    if (keep_hidden) {
-      std::fill(hidden + bound[experts] * 2 * hidden_width, hidden + rows * 2 * hidden_width, T(0));
-    }
-    sum_token_rows(out, results.inverse_order, bound[experts], const_data<Accumulator<T>>(scores),
-                   tokens, top_k, width, mutable_data<T>(results.y));
-  });
+  UNIMOE_CHECK(down_proj.dim() == 3, "down_proj (shape ", shape_of(down_proj),
+               ") must be [E, D, F]");
+  FloatWeight first(gate_up_proj, "gate_up_proj", x, packed.gate_up, "packed_gate_up", 2);
+  FloatWeight down(down_proj, "down_proj", x, packed.down, "packed_down", 1);
+  run_experts(results, x, first, down, ids, scores, gate_up_bias, down_bias, activation);
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -144,8 +58,8 @@ Outputs moe_mlp(Tensor x, Tensor gate_up_proj, Tensor down_proj, Tensor ids, Ten
                         empty({keep_hidden ? rows : 0, gate_up_proj.size(1)}, x.scalar_type(), x),
                         mutable_data<int32_t>(row_order), mutable_data<int32_t>(inverse_order),
                         mutable_data<int32_t>(offsets)};
-  run_experts(results, {}, x, gate_up_proj, down_proj, ids, scores, gate_up_bias, down_bias,
-              activation_of(activation, limit, alpha));
+  run_float_experts(results, {}, x, gate_up_proj, down_proj, ids, scores, gate_up_bias, down_bias,
+                    activation_of(activation, limit, alpha));
   return {results.y, results.hidden, row_order, inverse_order, offsets};
 }
 
@@ -159,8 +73,8 @@ Tensor moe_mlp_inference(Tensor x, Tensor gate_up_proj, Tensor down_proj,
   const Results results{empty({x.size(0), x.size(1)}, x.scalar_type(), x),
                         empty({0, gate_up_proj.size(1)}, x.scalar_type(), x), places.data(),
                         places.data() + rows, places.data() + 2 * rows};
-  run_experts(results, {packed_gate_up, packed_down}, x, gate_up_proj, down_proj, ids, scores,
-              gate_up_bias, down_bias, activation_of(activation, limit, alpha));
+  run_float_experts(results, {packed_gate_up, packed_down}, x, gate_up_proj, down_proj, ids, scores,
+                    gate_up_bias, down_bias, activation_of(activation, limit, alpha));
   return results.y;
 }
 

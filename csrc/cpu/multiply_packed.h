@@ -16,6 +16,7 @@
 #include "ahead.h"
 #include "kernels.h"
 #include "pack.h"
+#include "pack_quantized.h"
 #include "product.h"
 #include "tasks.h"
 
@@ -60,7 +61,12 @@ void pack_right(const Kernels& kernels, const Product<T>& product, int64_t first
     const int64_t column = p * kernels.columns;
     const int64_t held = std::min(kernels.columns, product.columns - column);
     for (int64_t side = 0; side < product.sides(); ++side) {
-      pack(kernels, product.side(side), column, held, kernels.columns, product.depth, to);
+      if (product.quantized != nullptr) {
+        pack_quantized(kernels, *product.quantized, product.transposed,
+                       side * product.columns + column, held, product.depth, to);
+      } else {
+        pack(kernels, product.side(side), column, held, kernels.columns, product.depth, to);
+      }
       to += kernels.columns * steps_of<U>(product.depth);
     }
   }
@@ -207,11 +213,21 @@ class PackedMatmul {
       const U* panels = static_cast<const U*>(product.panels) + next->first * panel;
       return {panels, panels, next->count * panel * static_cast<int64_t>(sizeof(U)), steps};
     }
+    if (product.quantized != nullptr) return ahead_of_quantized(product, *next, steps);
     if (right.depth_stride != 1 || right.line_stride != product.depth) return {};
     const int64_t first = next->first * kernels_.columns;
     const int64_t lines = std::min(next->count * kernels_.columns, product.columns - first);
     return {right.line(first), product.side(product.sides() - 1).line(first),
             lines * product.depth * static_cast<int64_t>(sizeof(T)), steps};
+  }
+
+  Ahead ahead_of_quantized(const Product<T>& product, const Task& next, int64_t steps) const {
+    if (product.transposed) return {};
+    const int64_t first = next.first * kernels_.columns;
+    const int64_t lines = std::min(next.count * kernels_.columns, product.columns - first);
+    const QuantizedRows own = product.quantized->from(first);
+    const QuantizedRows other = own.from((product.sides() - 1) * product.columns);
+    return {own.values, other.values, lines * own.row_bytes(), steps};
   }
 
   void multiply(const Task& task, const Task* next) {

@@ -6,6 +6,7 @@
 #include "activation.h"
 #include "kernels.h"
 #include "pack.h"
+#include "quantized_rows.h"
 
 namespace unimoe {
 
@@ -27,6 +28,10 @@ struct Product {
   T* hidden = nullptr;
   // The right operand as `pack_right` leaves all of its panels, or null.
   const void* panels = nullptr;
+  // The right operand in a quantised format, in which case `right` is nothing: its lines are rows,
+  // or the columns if it is `transposed`.
+  const QuantizedRows* quantized = nullptr;
+  bool transposed = false;
 
   int64_t sides() const { return activation == nullptr ? 1 : 2; }
 

@@ -58,12 +58,17 @@ def poison(monkeypatch):
     # while they are replaced, it would forget the real ones for every later test.
     _device._device_constructors()
 
+    def poison_of(dtype):
+        if dtype.is_floating_point:
+            return float("nan")
+        return -(2**20) if dtype.itemsize >= 4 else torch.iinfo(dtype).max
+
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if caller.startswith("unimoe_kernels"):
-                tensor.fill_(float("nan") if tensor.is_floating_point() else -(2**20))
+                tensor.fill_(poison_of(tensor.dtype))
             return tensor
 
         return wrapper

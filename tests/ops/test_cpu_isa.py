@@ -14,11 +14,15 @@ import torch
 
 from unimoe_kernels import (
     _C,
+    dequantize_weight,
     expert_sort,
     grouped_lora,
     grouped_mm,
+    grouped_mm_quantized,
     moe_mlp,
+    moe_mlp_quantized,
     pack_weights,
+    quantize_weight,
     swiglu,
     topk_router,
     unpermute,
@@ -35,7 +39,7 @@ offsets = torch.tensor([0, *GROUPS]).cumsum(0).int()
 def of_norm(got, want):
     return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
 
-def check(name, op, inputs, limit, dtype):
+def check(name, op, inputs, limit, dtype, rounding=0.25):
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
     wide = [x.detach().double().requires_grad_() for x in leaves]
     expected = op(*wide)
@@ -51,7 +55,7 @@ def check(name, op, inputs, limit, dtype):
         of_torch = answers(leaves)
     for got, plain, exact in zip(ours, of_torch, want, strict=True):
         assert relative_error(got, exact) < limit, (name, dtype, relative_error(got, exact))
-        most = 2 * of_norm(plain, exact) + torch.finfo(dtype).eps / 4
+        most = 2 * of_norm(plain, exact) + torch.finfo(dtype).eps * rounding
         # Of a few numbers alone the errors are a matter of luck.
         if exact.numel() >= 100:
             assert of_norm(got, exact) <= most, (name, dtype, of_norm(got, exact), most)
@@ -83,6 +87,38 @@ for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2), (torch.float
             pack_weights(experts)
             with torch.no_grad():
                 assert torch.equal(mlp(*inputs), kept)
+    for format, group, options in (
+        ("int8", None, {}),
+        ("int8", 32, {}),
+        ("int8", 128, {}),
+        ("int4", 32, {}),
+        ("int4", 128, {}),
+        ("int4", 64, {"zero_points": True}),
+    ):
+        for D, F in ((128, 50), (1152, 30), *(((1, 1), (33, 50)) if group is None else ())):
+            weight = quantize_weight(torch.randn(E, F, D) / D**0.5, format, group, **options)
+            floats = dequantize_weight(weight, torch.float64)
+            # Beside matmuls of the same numbers, which plain torch rounds to the dtype first.
+            for w, turned, width in ((weight, False, D), (weight, True, F)):
+                def quantized(x, b):
+                    if x.dtype == torch.float64:
+                        own = floats.transpose(1, 2) if turned else floats
+                        return grouped_mm(x, own, offsets, b)
+                    return grouped_mm_quantized(x, w, offsets, b, transposed=turned)
+                x, b = torch.randn(N, width), torch.randn(E, D + F - width)
+                # Each group's sum is rounded once more, with its scale.
+                check(format, quantized, (x, b), limit, dtype, rounding=1)
+    first = quantize_weight(torch.randn(4, 256, 64) / 8, "int4", 32)
+    down = quantize_weight(torch.randn(4, 64, 128) / 11, "int8")
+    for T in (1, 7, 100):
+        ids = torch.randint(0, 5, (T, 2), generator=torch.Generator().manual_seed(1))
+        def experts(x, scores):
+            if x.dtype == torch.float64:
+                weights = (dequantize_weight(w, x.dtype) for w in (first, down))
+                return moe_mlp(x, *weights, ids, scores)
+            return moe_mlp_quantized(x, first, down, ids, scores)
+        inputs = (torch.randn(T, 64), torch.rand(T, 2))
+        check("experts", experts, inputs, 4 * limit, dtype, rounding=1)
     for T, D, K in ((9, 1, 1), (9, 17, 2), (50, 70, 3), (20, 200, 8)):
         sort = expert_sort(torch.randint(0, 5, (T, K), dtype=torch.int32), 4)
         sums = lambda rows, scores: unpermute(rows, sort, K, scores)

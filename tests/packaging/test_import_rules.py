@@ -171,6 +171,12 @@ def test_ops_import_their_own_parts_and_public_functions():
             )
         if item.module in (f"{own}.arguments", f"{own}.checks", f"{own}.pipeline"):
             return True
+        # What an operator over quantised weights has in common with the one over floats.
+        floats = own.removesuffix("_quantized")
+        if item.module in (f"{floats}.arguments", f"{floats}.checks"):
+            return True
+        if item.module.startswith("unimoe_kernels.quantization."):
+            return True
         if item.module == "unimoe_kernels":
             return set(item.targets()) <= shared
         if item.module == "unimoe_kernels.ops" and item.names == ("cuda_matmul",):
@@ -179,6 +185,15 @@ def test_ops_import_their_own_parts_and_public_functions():
         return is_other_op and not any(name.startswith("_") for name in item.names)
 
     assert not violations("unimoe_kernels/ops/*/op.py", allowed)
+
+
+def test_formats_import_torch_and_checks():
+    def allowed(path, item):
+        own = item.module.startswith("unimoe_kernels.quantization.")
+        checks = item.module == "unimoe_kernels" and item.names == ("_checks",)
+        return is_stdlib(item) or item.top == "torch" or own or checks
+
+    assert not violations("unimoe_kernels/quantization/*.py", allowed)
 
 
 def test_layers_import_public_ops():
@@ -193,7 +208,8 @@ def test_layers_import_public_ops():
             return set(item.names) <= exported
         checks = item.module == "unimoe_kernels" and item.names == ("_checks",)
         renamed = item.module == "unimoe_kernels._renamed"
-        return checks or renamed or item.module.startswith("unimoe_kernels.layers")
+        formats = item.module.startswith("unimoe_kernels.quantization.")
+        return checks or renamed or formats or item.module.startswith("unimoe_kernels.layers")
 
     assert not violations("unimoe_kernels/layers/*.py", allowed)
 

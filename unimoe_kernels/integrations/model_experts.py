@@ -11,6 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from unimoe_kernels.integrations.transformers import plain_gate
 from unimoe_kernels.layers import GroupedExperts
 from unimoe_kernels.layers.expert_lora import check_attachable
+from unimoe_kernels.layers.quantized_projection import QuantizedProjection
 
 # What wrappers put into the names of parameters.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -103,5 +104,5 @@ def gate_is_in_halves(experts: nn.Module) -> bool:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    stacked = isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    stacked = isinstance(getattr(module, "down_proj", None), nn.Parameter | QuantizedProjection)
     return isinstance(module, GroupedExperts) or (stacked and hasattr(module, "has_gate"))

@@ -25,7 +25,13 @@ from unimoe_kernels.integrations.peft_linears import (
     rank_and_scale,
     whole,
 )
-from unimoe_kernels.layers.expert_lora import HALVES, ExpertLoRA, new_lora, weight_of
+from unimoe_kernels.layers.expert_lora import (
+    HALVES,
+    ExpertLoRA,
+    new_lora,
+    shape_of,
+    stacked_names,
+)
 
 
 class LoadedAdapter(NamedTuple):
@@ -147,7 +153,7 @@ def _expert_adapter(model: nn.Module, state: Mapping[str, Tensor] | None) -> _Ad
     tensors, names, ranks, scales = {}, [], set(), set()
     for name, experts in with_lora(model):
         adapters = _as_peft(name, experts.expert_lora, state)
-        keys = [key for key, _ in experts.named_parameters(recurse=False) if key in adapters]
+        keys = [key for key in stacked_names(experts) if key in adapters]
         for index, key in enumerate(keys):
             lora_A, lora_B, scale = adapters[key]
             # peft wraps one parameter after the other, the last one outermost.
@@ -206,7 +212,7 @@ def _targeted(config: dict[str, Any], name: str, experts: nn.Module) -> list[str
     targets = config.get("target_parameters") or []
     return [
         key
-        for key, _ in experts.named_parameters(recurse=False)
+        for key in stacked_names(experts)
         if any(f"{name}.{key}" == one or f"{name}.{key}".endswith(f".{one}") for one in targets)
     ]
 
@@ -254,7 +260,7 @@ def _from_peft(
     dropout: float,
 ) -> ExpertLoRA:
     key = name.rpartition(".")[2]
-    num_experts, rows, columns = weight_of(experts, key).shape
+    num_experts, rows, columns = shape_of(experts, key)
     expected = (num_experts * rank, columns), (rows, num_experts * rank)
     if (A.shape, B.shape) != expected:
         raise ValueError(

@@ -8,7 +8,9 @@ import torch
 from unimoe_kernels.integrations.activations import activation_name
 from unimoe_kernels.layers._inputs import weight_of
 from unimoe_kernels.layers.expert_lora import unmerged_lora
+from unimoe_kernels.layers.quantized_projection import QuantizedProjection
 from unimoe_kernels.ops import ExpertWeights, run_experts
+from unimoe_kernels.quantization.weight import QuantizedWeight
 
 _NAME = "unimoe"
 _REGISTRY = "transformers.integrations.moe"
@@ -61,6 +63,19 @@ def register_with_transformers() -> None:
         if name not in ("experts_class", "experts_interface", *_KNOWN_LAYOUT):
             _unknown_layout[name] = option.default
     ALL_EXPERTS_FUNCTIONS.register(_NAME, unimoe_experts_forward)
+    _refuse_quantized_folders()
+
+
+def _refuse_quantized_folders() -> None:
+    """Makes `from_pretrained` raise for a folder of quantised experts, which it would draw anew."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Refusal(QuantizationConfigMixin):
+        def __init__(self, **_):
+            raise ValueError("experts are quantised: load_quantized of unimoe_kernels loads them")
+
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(_NAME, Refusal)
 
 
 def unimoe_experts_forward(
@@ -93,7 +108,9 @@ def unimoe_experts_forward(
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     first_proj, first_bias = _weight_and_bias(experts, first)
     down_proj, down_bias = _weight_and_bias(experts, "down_proj")
-    dtype = down_proj.dtype
+    # Quantised weights have no dtype to compute in.
+    quantized = isinstance(down_proj, QuantizedWeight)
+    dtype = hidden_states.dtype if quantized else down_proj.dtype
     if torch.is_autocast_enabled(hidden_states.device.type) and dtype != torch.float64:
         # A linear layer would have run in this dtype, and so do the operators that multiply.
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
@@ -128,16 +145,22 @@ def unimoe_experts_forward(
     return _in_dtype(y_TD, hidden_states.dtype)
 
 
-def _in_dtype(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+def _in_dtype(
+    tensor: torch.Tensor | QuantizedWeight | None, dtype: torch.dtype
+) -> torch.Tensor | QuantizedWeight | None:
+    if tensor is None or isinstance(tensor, QuantizedWeight):
+        return tensor
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _weight_and_bias(
     experts: torch.nn.Module, name: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor | QuantizedWeight, torch.Tensor | None]:
     """A stacked weight as `[E, out, in]`, a view where it is stored transposed, and its bias."""
     weight = weight_of(experts, name)
     bias = weight_of(experts, f"{name}_bias") if experts.has_bias else None
+    if isinstance(weight, QuantizedProjection):  # never stored transposed
+        return weight.weight, bias
     return (weight.transpose(1, 2) if experts.is_transposed else weight), bias
 
 

@@ -17,7 +17,7 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _MODES = ("topk_softmax", "softmax_topk_renorm", "sigmoid_renorm", "sparsemixer_renorm")
 # Options that leave outputs out or add some.
 _ANSWERS = ("num_null_experts", "num_shared_experts", "capacity_factor")
-_RECORD = "unimoe_upcycled"
+RECORD = "unimoe_upcycled"
 
 
 def upcycle(
@@ -90,7 +90,7 @@ def upcycle(
         ffns[index] = (name, None)
     if getattr(model, "config", None) is not None:
         record = {"num_experts": num_experts, "top_k": top_k, "layers": indices, **options}
-        setattr(model.config, _RECORD, record)
+        setattr(model.config, RECORD, record)
     return model
 
 
@@ -119,11 +119,11 @@ def load_upcycled(folder: str | Path, **kwargs) -> nn.Module:
     if not any(Path(folder).glob("[!.]*.safetensors")):
         raise FileNotFoundError(f"folder ({folder}) holds no safetensors file")
     config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(folder)
-    record = getattr(config, _RECORD, None)
+    record = getattr(config, RECORD, None)
     if record is None:
-        raise ValueError(f"folder ({folder}) holds no upcycled model: its config lacks {_RECORD}")
+        raise ValueError(f"folder ({folder}) holds no upcycled model: its config lacks {RECORD}")
     dense = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, report = _upcycled_class(dense, record).from_pretrained(
+    model, report = upcycled_class(dense, record).from_pretrained(
         folder, config=config, output_loading_info=True, **kwargs
     )
     model.__class__ = dense
@@ -135,7 +135,7 @@ def load_upcycled(folder: str | Path, **kwargs) -> nn.Module:
     return model
 
 
-def _upcycled_class(dense: type[nn.Module], record: dict) -> type[nn.Module]:
+def upcycled_class(dense: type[nn.Module], record: dict) -> type[nn.Module]:
     """A class that `from_pretrained` can make and fill: the dense one, upcycled as it is built."""
 
     class Upcycled(dense):

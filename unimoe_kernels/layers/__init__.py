@@ -7,6 +7,7 @@ from unimoe_kernels.layers.layouts import stack_experts, unstack_experts
 from unimoe_kernels.layers.looped_moe import LoopedMoE, SwiGLUFFN
 from unimoe_kernels.layers.moe import MoE
 from unimoe_kernels.layers.packing import pack_weights, unpack_weights
+from unimoe_kernels.layers.quantized_experts import QuantizedExperts
 from unimoe_kernels.layers.router import TopKRouter
 from unimoe_kernels.layers.router_config import RouterConfig
 from unimoe_kernels.layers.router_output import RouterOutput
@@ -15,6 +16,7 @@ __all__ = [
     "GroupedExperts",
     "LoopedMoE",
     "MoE",
+    "QuantizedExperts",
     "RouterConfig",
     "RouterOutput",
     "SwiGLUFFN",

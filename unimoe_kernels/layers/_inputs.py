@@ -30,16 +30,19 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 
 def check_hidden(x: torch.Tensor, weight: torch.Tensor, hidden_size: int) -> None:
     """Raises unless x is [..., hidden_size] on the device and in the dtype of weight."""
+    check_width(x, weight.device, hidden_size)
+    if x.dtype != weight.dtype and not autocasts(x, weight):
+        raise TypeError(f"x ({x.dtype}) must have the dtype of the weights ({weight.dtype})")
+
+
+def check_width(x: torch.Tensor, device: torch.device, hidden_size: int) -> None:
+    """Raises ValueError unless x is [..., hidden_size] on a device."""
     if x.dim() < 1 or x.shape[-1] != hidden_size:
         raise ValueError(
             f"x (shape {tuple(x.shape)}) must have hidden_size ({hidden_size}) as last dimension"
         )
-    if x.device != weight.device:
-        raise ValueError(
-            f"x (on {x.device}) must be on the device of the weights ({weight.device})"
-        )
-    if x.dtype != weight.dtype and not autocasts(x, weight):
-        raise TypeError(f"x ({x.dtype}) must have the dtype of the weights ({weight.dtype})")
+    if x.device != device:
+        raise ValueError(f"x (on {x.device}) must be on the device of the weights ({device})")
 
 
 def flatten_mask(token_mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unimoe_kernels.layers._inputs import check_positive, local_part
+from unimoe_kernels.layers.quantized_projection import QuantizedProjection, quantized_parts
 from unimoe_kernels.ops import grouped_lora
 
 HALVES = ("gate_proj", "up_proj")
@@ -207,9 +208,9 @@ def new_lora(
     Raises:
         ValueError: If the experts have no such weight, rank is below 1 or dropout is out of range.
     """
-    weight_EOI = weight_of(experts, target)
-    num_experts, rows, columns = weight_EOI.shape
-    like = {"device": weight_EOI.device, "dtype": weight_EOI.dtype}
+    num_experts, rows, columns = shape_of(experts, target)
+    weight = _stacked(experts, target)
+    like = {"device": weight.device, "dtype": weight.dtype}
     return ExpertLoRA(num_experts, columns, rows, rank, alpha, dropout, **like)
 
 
@@ -277,14 +278,44 @@ def weight_of(experts: nn.Module, target: str) -> Tensor:
 
     Raises:
         ValueError: If the experts have no such weight.
+        RuntimeError: If it is quantised, so that nothing can be added to it.
     """
-    weight = getattr(experts, "gate_up_proj" if target in HALVES else target, None)
-    if weight is None:
-        raise ValueError(f"target ({target}) is no weight of {type(experts).__name__}")
+    weight = _stacked(experts, target)
+    if isinstance(weight, QuantizedProjection):
+        raise RuntimeError(
+            f"{target} of {type(experts).__name__} is quantised ({weight.format}): LoRA cannot be"
+            " merged into it"
+        )
     weight_EOI = weight.detach()
     if getattr(experts, "is_transposed", False):
         weight_EOI = weight_EOI.transpose(1, 2)
     return weight_EOI.chunk(2, dim=1)[HALVES.index(target)] if target in HALVES else weight_EOI
+
+
+def shape_of(experts: nn.Module, target: str) -> tuple[int, int, int]:
+    """E, rows and columns of what a target's LoRA is added to, quantised or not.
+
+    Raises:
+        ValueError: If the experts have no such weight.
+    """
+    weight = _stacked(experts, target)
+    if not isinstance(weight, QuantizedProjection):
+        return tuple(weight_of(experts, target).shape)
+    num_experts, rows, columns = weight.shape
+    return num_experts, rows // 2 if target in HALVES else rows, columns
+
+
+def stacked_names(experts: nn.Module) -> list[str]:
+    """Names of the stacked weights and biases of experts, quantised ones last."""
+    return [*(key for key, _ in experts.named_parameters(recurse=False)), *quantized_parts(experts)]
+
+
+def _stacked(experts: nn.Module, target: str) -> Tensor | QuantizedProjection:
+    """The stacked weight that a target is, or is half of."""
+    weight = getattr(experts, "gate_up_proj" if target in HALVES else target, None)
+    if weight is None:
+        raise ValueError(f"target ({target}) is no weight of {type(experts).__name__}")
+    return weight
 
 
 def _add_products(experts: nn.Module, sign: float) -> None:

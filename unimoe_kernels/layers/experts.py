@@ -141,7 +141,7 @@ class GroupedExperts(nn.Module):
                 another shape than `[T, K]`.
             TypeError: If x has another dtype than the weights.
         """
-        check_hidden(x, weight_of(self, "gate_up_proj"), self.hidden_size)
+        self._check_hidden(x)
         if x.dim() != 2:
             raise ValueError(f"x (shape {tuple(x.shape)}) must be [T, D]")
         if ids.dim() != 2 or ids.shape[0] != x.shape[0]:
@@ -157,18 +157,25 @@ class GroupedExperts(nn.Module):
 
     def _answer(self, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`forward` by the experts held here, whose ids start at 0."""
-        held: list[Any] = [local_part(weight_of(self, name)) for name in _WEIGHTS]
-        weights = ExpertWeights(*held)
         lora = unmerged_lora(self)
         return run_experts(
             x,
             ids,
             scores,
-            weights,
+            self._weights(),
             self.activation,
             correct_first=None if lora is None else lora.correct_first,
             correct_down=None if lora is None else lora.correct_down,
         )
+
+    def _weights(self) -> ExpertWeights:
+        """The weights held here."""
+        held: list[Any] = [local_part(weight_of(self, name)) for name in _WEIGHTS]
+        return ExpertWeights(*held)
+
+    def _check_hidden(self, x: torch.Tensor) -> None:
+        """Checks width, device and dtype of x."""
+        check_hidden(x, weight_of(self, "gate_up_proj"), self.hidden_size)
 
     def add_lora(
         self,

@@ -334,6 +334,7 @@ class MoE(nn.Module):
             "experts.activation": (experts.activation, "silu"),
             "experts.bias": (experts.gate_up_bias is not None, False),
             "experts.lora_rank": (experts.lora_rank, 0),
+            "experts.format": (getattr(experts, "format", None), None),
         }
         for name, (value, needed) in expected.items():
             if value != needed:

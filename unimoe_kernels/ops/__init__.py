@@ -4,7 +4,8 @@
 specification in plain torch; `plain.py`, where that is another one, what transforms of torch go
 through; `kernel.py` and `kernel_backward.py` the Triton kernels. An operator that is composed of
 others has `composition.py` instead of a reference; `moe_mlp/fused.py` is what Triton runs in its
-place, `moe_mlp/packed.py` keeps weights packed. `moe_mlp/run_experts.py` serves experts that
+place, `moe_mlp/packed.py` keeps weights packed. Operators over quantised weights read them back to
+floats in their references (`quantization/`). `moe_mlp/run_experts.py` serves experts that
 `moe_mlp` does not cover too, and `topk_router/losses.py` has both losses of a router.
 """
 
@@ -12,6 +13,7 @@ from unimoe_kernels import _backends
 from unimoe_kernels.ops.expert_sort.op import ExpertSort, expert_sort
 from unimoe_kernels.ops.grouped_lora.op import grouped_lora
 from unimoe_kernels.ops.grouped_mm.op import grouped_mm
+from unimoe_kernels.ops.grouped_mm_quantized.op import grouped_mm_quantized
 from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights
 from unimoe_kernels.ops.moe_mlp.op import moe_mlp
 from unimoe_kernels.ops.moe_mlp.packed import (
@@ -20,6 +22,7 @@ from unimoe_kernels.ops.moe_mlp.packed import (
     pack_expert_weight,
 )
 from unimoe_kernels.ops.moe_mlp.run_experts import run_experts
+from unimoe_kernels.ops.moe_mlp_quantized.op import moe_mlp_quantized
 from unimoe_kernels.ops.permute.op import permute
 from unimoe_kernels.ops.swiglu.op import swiglu
 from unimoe_kernels.ops.topk_router.losses import router_losses
@@ -37,7 +40,9 @@ __all__ = [
     "forget_expert_weight",
     "grouped_lora",
     "grouped_mm",
+    "grouped_mm_quantized",
     "moe_mlp",
+    "moe_mlp_quantized",
     "pack_expert_weight",
     "permute",
     "router_losses",

@@ -17,7 +17,7 @@ from unimoe_kernels.distributed.dispatch.dispatcher import ExpertDispatcher
 from unimoe_kernels.distributed.dispatch.replicate import GradientSum
 from unimoe_kernels.distributed.running.failure import CollectiveError, collective
 from unimoe_kernels.distributed.running.start import MESH_DIMS
-from unimoe_kernels.layers import GroupedExperts, MoE
+from unimoe_kernels.layers import GroupedExperts, MoE, QuantizedExperts
 
 DATA_MODES = ("replicate", "shard")
 
@@ -70,8 +70,8 @@ def parallelize_moe(
 
     Raises:
         ValueError: If the mesh has other dimensions, data is unknown, E is not a multiple of `ep`,
-            experts are parallel already, a buffer that no checkpoint holds is on the meta device,
-            or FSDP2 cannot split an expert evenly. Nothing is changed then.
+            experts are parallel already or quantised, a buffer that no checkpoint holds is on the
+            meta device, or FSDP2 cannot split an expert evenly. Nothing is changed then.
         CollectiveError: If a rank has another model, by names, shapes, dtypes and which parameters
             require gradients. Nothing is changed then.
     """
@@ -188,6 +188,8 @@ def _dispatcher(
     name = f"{name}.experts" if name else "experts"
     if moe.experts.dispatcher is not None:
         raise ValueError(f"{name} must not be parallel already")
+    if isinstance(moe.experts, QuantizedExperts):
+        raise ValueError(f"{name} must not be quantised ({moe.experts.format}) to be split")
     group, num_experts = mesh.get_group("ep"), moe.experts.num_experts
     return ExpertDispatcher(group, num_experts, name, num_chunks, max_rows)
 

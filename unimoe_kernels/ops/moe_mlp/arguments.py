@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from unimoe_kernels.quantization.weight import QuantizedWeight
+
 
 class ExpertWeights(NamedTuple):
-    """Stacked weights of E experts.
+    """Stacked weights of E experts, both projections quantised or neither.
 
     Attributes:
         first: `[E, G, D]`, the projection before the activation; G is 2F where it has a gate, gate
@@ -18,8 +20,8 @@ class ExpertWeights(NamedTuple):
         down_bias: `[E, D]` or None.
     """
 
-    first: Tensor
-    down: Tensor
+    first: Tensor | QuantizedWeight
+    down: Tensor | QuantizedWeight
     first_bias: Tensor | None
     down_bias: Tensor | None
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from unimoe_kernels import _checks
 from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights
+from unimoe_kernels.quantization.weight import QuantizedWeight, check_frozen, check_quantized
 
 # What the four weights are called in errors of `moe_mlp`.
 NAMES = ExpertWeights("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
@@ -36,34 +39,64 @@ def check_experts(
     _check(x, ids, scores, *weights, names, gated)
 
 
-@_checks.once_per_signature
-def _check(
+def check_quantized_experts(
     x: Tensor,
     ids: Tensor,
     scores: Tensor,
-    first: Tensor,
-    down: Tensor,
-    first_bias: Tensor | None,
-    down_bias: Tensor | None,
+    weights: ExpertWeights,
+    names: ExpertWeights = NAMES,
+    gated: bool = True,
+) -> None:
+    """`check_experts` where both weights are quantised.
+
+    Raises:
+        ValueError: As `check_experts`, or if parts of a weight do not fit, or require a gradient.
+        TypeError: Likewise, or if a weight is not quantised.
+    """
+    for name, weight in zip(names[:2], weights[:2], strict=True):
+        if not isinstance(weight, QuantizedWeight):
+            check_quantized(name, weight)
+        check_frozen(name, weight)
+    first, down, *biases = weights
+    _check_quantized(x, ids, scores, *first, *down, *biases, names, gated)
+
+
+@_checks.once_per_signature
+def _check(x: Tensor, ids: Tensor, scores: Tensor, *arguments: object) -> None:
+    *weights, names, gated = arguments
+    _check_all(x, ids, scores, ExpertWeights(*weights), names, gated, _check_float)
+
+
+@_checks.once_per_signature
+def _check_quantized(x: Tensor, ids: Tensor, scores: Tensor, *arguments: object) -> None:
+    """`_check` with the parts of both weights one after the other."""
+    first, down = QuantizedWeight(*arguments[:5]), QuantizedWeight(*arguments[5:10])
+    *biases, names, gated = arguments[10:]
+    _check_all(x, ids, scores, ExpertWeights(first, down, *biases), names, gated, _check_parts)
+
+
+def _check_all(
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    weights: ExpertWeights,
     names: ExpertWeights,
     gated: bool,
+    check_weight: Callable[[str, Tensor | QuantizedWeight, str, Tensor], None],
 ) -> None:
-    weights = ExpertWeights(first, down, first_bias, down_bias)
     _checks.check_tensor("x", x, "[T, D]")
-    _checks.check_tensor(names.first, weights.first, "[E, 2F, D]" if gated else "[E, G, D]")
+    check_weight(names.first, weights.first, "[E, 2F, D]" if gated else "[E, G, D]", x)
     num_experts, width, _ = weights.first.shape
     _checks.check_positive(f"E of {names.first}", num_experts)
     if gated and width % 2:
         shape = tuple(weights.first.shape)
         raise ValueError(f"{names.first} (shape {shape}) must have an even size in dimension 1")
     _checks.check_size(names.first, weights.first, 2, x.shape[1], "D of x")
-    _checks.check_same(names.first, weights.first, "x", x)
-    _checks.check_tensor(names.down, weights.down, "[E, D, F]")
+    check_weight(names.down, weights.down, "[E, D, F]", x)
     _checks.check_size(names.down, weights.down, 0, num_experts, f"E of {names.first}")
     _checks.check_size(names.down, weights.down, 1, x.shape[1], "D of x")
     if gated:
         _checks.check_size(names.down, weights.down, 2, width // 2, f"F of {names.first}")
-    _checks.check_same(names.down, weights.down, "x", x)
     _checks.check_tensor("ids", ids, "[T, K]", _checks.INTEGERS)
     _checks.check_size("ids", ids, 0, x.shape[0], "T of x")
     _checks.check_positive("K of ids", ids.shape[1])
@@ -81,3 +114,13 @@ def _check(
             _checks.check_size(name, bias, 0, num_experts, f"E of {names.first}")
             _checks.check_size(name, bias, 1, of, "width of its projection")
             _checks.check_same(name, bias, "x", x)
+
+
+def _check_float(name: str, weight: Tensor, shape: str, x: Tensor) -> None:
+    _checks.check_tensor(name, weight, shape)
+    _checks.check_same(name, weight, "x", x)
+
+
+def _check_parts(name: str, weight: QuantizedWeight, shape: str, x: Tensor) -> None:
+    check_quantized(name, weight)
+    _checks.check_device(name, weight.values, "x", x)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from unimoe_kernels import _backends
 from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights, Gate, Grads, Needs, Rows, Saved
-from unimoe_kernels.ops.moe_mlp.pipeline import run_pipeline
+from unimoe_kernels.ops.moe_mlp.pipeline import multiply, run_pipeline
+from unimoe_kernels.quantization.weight import QuantizedWeight
 
 PARTS = ("expert_sort", "permute", "unpermute", "grouped_mm", "swiglu")
 
@@ -42,12 +43,15 @@ def forward(
 
 
 def backward(backend: str, grad_TD: Tensor, saved: Saved, gate: Gate, needs: Needs) -> Grads:
-    """Returns the gradients; those not asked for are empty, or come along for nothing."""
+    """Returns the gradients; those not asked for are empty, or come along for nothing.
+
+    Quantised weights get none: those of their biases are summed beside weights without columns.
+    """
     x, scores, weights, h_NG, rows = saved
+    quantized = isinstance(weights.down, QuantizedWeight)
     run, offsets, top_k = partial(_backends.run, backend), rows.offsets, scores.shape[1]
-    recorded = _backends.is_recorded(
-        grad_TD, x, weights.first, weights.down, scores, h_NG, weights.down_bias
-    )
+    floats = () if quantized else (weights.first, weights.down)
+    recorded = _backends.is_recorded(grad_TD, x, *floats, scores, h_NG, weights.down_bias)
     weigh = Tensor.mul if recorded else Tensor.mul_
     grad_x, grad_first, grad_down, grad_scores, grad_first_bias, grad_down_bias = (
         x.new_empty(0) for _ in needs
@@ -57,7 +61,7 @@ def backward(backend: str, grad_TD: Tensor, saved: Saved, gate: Gate, needs: Nee
     grad_ND = run("permute", grad_TD, rows.inverse, offsets, top_k)
     needs_hidden = needs.x or needs.first or needs.first_bias
     if needs.scores or needs_hidden:
-        grad_a_NF = run("grouped_mm", grad_ND, weights.down.transpose(1, 2), offsets, None)
+        grad_a_NF = multiply(run, grad_ND, weights.down, offsets, transposed=True)
     if needs.scores or needs.down or needs.down_bias:
         a_NF = run("swiglu", h_NG, *gate)
     if needs.scores:
@@ -69,17 +73,24 @@ def backward(backend: str, grad_TD: Tensor, saved: Saved, gate: Gate, needs: Nee
     # The gradient of the scores requires both without the scores; all that follows, with them.
     if needs.down or needs.down_bias:
         grad_down, grad_down_bias = run(
-            "grouped_mm_wgrad", weigh(grad_ND, scores_N1), a_NF, offsets, needs.down_bias
+            "grouped_mm_wgrad",
+            weigh(grad_ND, scores_N1),
+            a_NF.new_empty(a_NF.shape[0], 0) if quantized else a_NF,
+            offsets,
+            needs.down_bias,
         )
     if needs_hidden:
         grad_h_NG = run("swiglu_backward", weigh(grad_a_NF, scores_N1), h_NG, *gate)
     if needs.first or needs.first_bias:
-        x_ND = run("permute", x, rows.inverse, offsets, top_k)
+        if quantized:
+            x_ND = x.new_empty(h_NG.shape[0], 0)
+        else:
+            x_ND = run("permute", x, rows.inverse, offsets, top_k)
         grad_first, grad_first_bias = run(
             "grouped_mm_wgrad", grad_h_NG, x_ND, offsets, needs.first_bias
         )
     if needs.x:
-        grad_x_ND = run("grouped_mm", grad_h_NG, weights.first.transpose(1, 2), offsets, None)
+        grad_x_ND = multiply(run, grad_h_NG, weights.first, offsets, transposed=True)
         grad_x = run("unpermute", grad_x_ND, rows.inverse, offsets, None, top_k)
     return Grads(grad_x, grad_first, grad_down, grad_scores, grad_first_bias, grad_down_bias)
 

@@ -7,11 +7,29 @@ from collections.abc import Callable
 from torch import Tensor
 
 from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights, Rows
+from unimoe_kernels.quantization.weight import QuantizedWeight
 
 # Calls an operator by name, such as `functools.partial(_backends.run, "default")`.
 Run = Callable[..., object]
 # Given the product `[N, out]` of a projection, its input `[N, in]` and the expert offsets.
 Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def multiply(
+    run: Run,
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Multiplies rows `[N, in]` by `[E, out, in]`; `transposed`, rows `[N, out]` to `[N, in]`."""
+    if isinstance(weight, QuantizedWeight):
+        values, scales, zeros, format, _ = weight
+        parts = (values, scales, zeros)
+        return run("grouped_mm_quantized", x, *parts, offsets, bias, format, transposed)
+    return run("grouped_mm", x, weight.transpose(1, 2) if transposed else weight, offsets, bias)
 
 
 def sort_rows(run: Run, ids: Tensor, num_experts: int) -> Rows:
@@ -25,7 +43,7 @@ def pre_activations(
 ) -> tuple[Tensor, Tensor]:
     """Returns the rows `[N, D]` in expert order, and their product `[N, G]` with `first`."""
     x_ND = run("permute", x, rows.inverse, rows.offsets, top_k)
-    return x_ND, run("grouped_mm", x_ND, weights.first, rows.offsets, weights.first_bias)
+    return x_ND, multiply(run, x_ND, weights.first, rows.offsets, weights.first_bias)
 
 
 def run_pipeline(
@@ -59,7 +77,7 @@ def run_pipeline(
     if correct_first is not None:
         hidden_NG = correct_first(hidden_NG, x_ND, rows.offsets)
     act_NF = activate(hidden_NG)
-    out_ND = run("grouped_mm", act_NF, weights.down, rows.offsets, weights.down_bias)
+    out_ND = multiply(run, act_NF, weights.down, rows.offsets, weights.down_bias)
     if correct_down is not None:
         out_ND = correct_down(out_ND, act_NF, rows.offsets).contiguous()
     y_TD = run("unpermute", out_ND, rows.inverse, rows.offsets, scores, top_k)

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from unimoe_kernels import _backends, _checks
 from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights
-from unimoe_kernels.ops.moe_mlp.checks import check_experts
+from unimoe_kernels.ops.moe_mlp.checks import check_experts, check_quantized_experts
 from unimoe_kernels.ops.moe_mlp.op import moe_mlp
 from unimoe_kernels.ops.moe_mlp.pipeline import Correction, run_pipeline
+from unimoe_kernels.ops.moe_mlp_quantized.op import moe_mlp_quantized
 from unimoe_kernels.ops.swiglu.op import swiglu
+from unimoe_kernels.quantization.weight import QuantizedWeight
 
 _NAMES = ExpertWeights(*(f"weights.{name}" for name in ExpertWeights._fields))
 
@@ -35,7 +37,7 @@ def run_experts(
         x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.
         ids: `[T, K]`, int32 or int64. A value of E or more drops this choice: it adds 0.
         scores: `[T, K]`, any floating dtype, used in float32 (float64 for float64 `x`).
-        weights: of the experts, dtype and device of `x`.
+        weights: of the experts, dtype and device of `x`; both projections may be quantised.
         activation: a name that `swiglu` knows, or a function of the pre-activations `[N, G]`, in
             expert order, to `[N, F]`.
         correct_first: None, or a function of the product `[N, G]` of the first projection, its
@@ -51,8 +53,10 @@ def run_experts(
         TypeError: If dtypes differ, or are none of those above.
     """
     corrected = correct_first is not None or correct_down is not None
+    quantized = any(isinstance(weight, QuantizedWeight) for weight in weights[:2])
     if isinstance(activation, str) and not corrected:
-        return moe_mlp(
+        experts = moe_mlp_quantized if quantized else moe_mlp
+        return experts(
             x,
             weights.first,
             weights.down,
@@ -64,7 +68,8 @@ def run_experts(
         )
     x, *cast = _checks.autocast(x, *weights)
     weights = ExpertWeights(*cast)
-    check_experts(x, ids, scores, weights, _NAMES, gated=isinstance(activation, str))
+    check = check_quantized_experts if quantized else check_experts
+    check(x, ids, scores, weights, _NAMES, gated=isinstance(activation, str))
     _checks.check_ids(ids)
 
     def activate(hidden_NG: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""Examples of `moe_mlp_quantized`, in both formats; weights are no inputs."""
+
+import torch
+
+from cases import Case, scores_of
+from unimoe_kernels import moe_mlp_quantized, quantize_weight
+
+WIDTH, EXPERT_WIDTH, MOST_EXPERTS = 32, 64, 4
+
+
+def weights_of(*formats, **options):
+    """Both projections, the second of another format or of the same."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2 * EXPERT_WIDTH, WIDTH), (WIDTH, EXPERT_WIDTH))
+    return [
+        quantize_weight(
+            torch.randn(MOST_EXPERTS, *shape, generator=generator) / shape[1] ** 0.5,
+            format,
+            32 if format == "int4" else None,
+            **options,
+        )
+        for shape, format in zip(shapes, formats, strict=True)
+    ]
+
+
+def experts(weights, activation):
+    def function(ids, num_experts, x, gate_up_bias, down_bias, scores):
+        first, down = (weight.of_experts(0, num_experts) for weight in weights)
+        return moe_mlp_quantized(
+            x,
+            first,
+            down,
+            ids,
+            scores_of(scores),
+            activation=activation,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+        )
+
+    return function
+
+
+def shapes(sizes):
+    s = sizes
+    return (s.T, WIDTH), (s.E, 2 * EXPERT_WIDTH), (s.E, WIDTH), (s.T, s.K)
+
+
+FOLLOWS_AUTOCAST = True
+
+CASES = [
+    Case("int8", experts(weights_of("int8", "int8"), "silu"), shapes),
+    Case("int4", experts(weights_of("int4", "int4"), "gelu"), shapes),
+    Case("mixed", experts(weights_of("int4", "int8"), "swiglu_clamped"), shapes),
+]

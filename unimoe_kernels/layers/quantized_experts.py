@@ -1,0 +1,132 @@
+"""All experts of a layer with weights of few bits, with or without LoRA."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from unimoe_kernels.layers._inputs import check_width
+from unimoe_kernels.layers.experts import GroupedExperts
+from unimoe_kernels.layers.quantized_projection import QuantizedProjection, quantized_parts
+from unimoe_kernels.ops import ExpertWeights
+from unimoe_kernels.quantization.rounding import quantize_weight
+
+
+class QuantizedExperts(GroupedExperts):
+    """`GroupedExperts` whose two stacked weights are quantised, and frozen.
+
+    They are buffers, in a state dict `gate_up_proj.values`, `gate_up_proj.scales`, with zero points
+    `gate_up_proj.zeros`, and likewise for `down_proj`. Biases and LoRA stay parameters. x may have
+    any floating dtype; LoRA is made in that of the scales.
+
+    Built by itself it holds zeros, to be filled by `load_state_dict`; `quantize_experts` makes one
+    of a trained layer.
+
+    Attributes:
+        gate_up_proj: `QuantizedProjection` `[E, 2F, D]`, gate rows first.
+        down_proj: `QuantizedProjection` `[E, D, F]`.
+
+    Args:
+        num_experts: E, at least 1.
+        hidden_size: D.
+        intermediate_size: F.
+        format: `"int8"` or `"int4"`.
+        group_size: numbers that share a scale along the sum; None for the default of the format.
+        zero_points: whether groups have zero points.
+        **options: of `GroupedExperts`; dtype is that of biases and scales.
+
+    Raises:
+        ValueError: As `GroupedExperts`, or if the format is unknown or D or F is no multiple of the
+            group.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        format: str = "int4",
+        group_size: int | None = None,
+        zero_points: bool = False,
+        device: torch.device | str | None = None,
+        lora_rank: int = 0,
+        lora_alpha: float = 16,
+        **options,
+    ) -> None:
+        sizes = (num_experts, hidden_size, intermediate_size)
+        super().__init__(*sizes, device="meta", **options)
+        quantize_in_place(self, ("gate_up_proj", "down_proj"), format, group_size, zero_points)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            for tensor in (*self.parameters(), *self.buffers()):
+                nn.init.zeros_(tensor)
+        if lora_rank > 0:
+            self.add_lora(lora_rank, lora_alpha)
+
+    @property
+    def format(self) -> str:
+        """The format of both weights."""
+        return self.gate_up_proj.format
+
+    def reset_parameters(self) -> None:
+        """Refuses, once weights are quantised: there is nothing to draw them by.
+
+        Raises:
+            RuntimeError: If they are.
+        """
+        if quantized_parts(self):
+            raise RuntimeError(f"experts are quantised ({self.format}), they cannot be drawn anew")
+        super().reset_parameters()
+
+    def add_lora(
+        self,
+        rank: int,
+        alpha: float = 16,
+        *,
+        freeze_base: bool = True,
+        split_gate_up: bool = False,
+    ) -> None:
+        """As `GroupedExperts.add_lora`; it cannot be merged.
+
+        Raises:
+            ValueError: Also if freeze_base is False.
+        """
+        if not freeze_base:
+            raise ValueError("freeze_base (False) must be True: quantised weights are frozen")
+        super().add_lora(rank, alpha, split_gate_up=split_gate_up)
+
+    def _weights(self) -> ExpertWeights:
+        first, down = self.gate_up_proj.weight, self.down_proj.weight
+        return ExpertWeights(first, down, self.gate_up_bias, self.down_bias)
+
+    def _check_hidden(self, x: torch.Tensor) -> None:
+        check_width(x, self.gate_up_proj.device, self.hidden_size)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows between the parentheses."""
+        return f"{super().extra_repr()}, format={self.format!r}"
+
+
+def quantize_in_place(
+    experts: nn.Module,
+    names: tuple[str, ...],
+    format: str,
+    group_size: int | None,
+    zero_points: bool,
+) -> None:
+    """Replaces stacked parameters of experts by `QuantizedProjection`, one after the other.
+
+    Where they are stored transposed, as `is_transposed` of transformers tells, the quantised ones
+    are `[E, out, in]` all the same.
+    """
+    for name in names:
+        weight_EOI = experts.get_parameter(name).detach()
+        if getattr(experts, "is_transposed", False):
+            weight_EOI = weight_EOI.transpose(1, 2)
+        quantized = quantize_weight(
+            weight_EOI, format, group_size, zero_points=zero_points, name=name
+        )
+        delattr(experts, name)
+        experts.add_module(name, QuantizedProjection(quantized))

@@ -1,0 +1,1 @@
+"""The operator `grouped_mm_quantized`."""

@@ -1,0 +1,1 @@
+"""The operator `moe_mlp_quantized`."""

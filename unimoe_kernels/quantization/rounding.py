@@ -1,0 +1,152 @@
+"""Rounds weights to a format and reads them back: the specification that kernels are tested by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unimoe_kernels import _checks
+from unimoe_kernels.quantization.formats import FORMATS, INT4_OFFSET, check_options, group_of
+from unimoe_kernels.quantization.weight import QuantizedWeight
+
+
+def quantize_weight(
+    weight: Tensor,
+    format: str,
+    group_size: int | None = None,
+    *,
+    zero_points: bool = False,
+    name: str = "weight",
+) -> QuantizedWeight:
+    """Rounds a stacked weight to the nearest numbers of a format.
+
+    The scale of a group is that of its largest magnitude: `max|w| / 127` for `"int8"`. For `"int4"`
+    it is `-w / 8` of the number w of largest magnitude, which so becomes -8: of the 16 integers one
+    more is used than by `max|w| / 7`, and the error is 12 % less. With zero points it is
+    `(max(w) - min(w)) / 15` with zero inside of the range. Numbers are rounded to multiples of the
+    scale as it is stored.
+
+    Example: `dequantize_weight(quantize_weight(w, "int4", 64))` is `w`, rounded.
+
+    Args:
+        weight: `[E, out, in]`, float16, bfloat16, float32 or float64.
+        format: `"int8"` or `"int4"`.
+        group_size: numbers of a row that share a scale, 32, 64 or 128. None is one scale an output
+            row for `"int8"` and 64 for `"int4"`.
+        zero_points: whether groups have zero points, for `"int4"`.
+        name: of the weight, for errors.
+
+    Returns:
+        The parts, in new memory; scales in float32 for float32 and float64 weights, else bfloat16.
+
+    Raises:
+        ValueError: If the format is unknown, `in` is no multiple of the group, or weight holds NaN
+            or infinity.
+        TypeError: If weight is quantised already or no floating-point tensor.
+    """
+    check_options(format, group_size, zero_points)
+    if isinstance(weight, QuantizedWeight):
+        raise TypeError(f"{name} is quantised already ({weight.format}), it must be a float tensor")
+    _checks.check_tensor(name, weight, "[E, out, in]")
+    _checks.refuse_sharded(name, weight)
+    _checks.check_positive(f"in of {name}", weight.shape[2])
+    group = group_of(format, group_size, weight.shape[2], name)
+    check_finite(name, weight)
+    found, weight = FORMATS[format], weight.detach()
+    num_experts, rows, width = weight.shape
+    groups = width // group
+    wide = weight.dtype in (torch.float32, torch.float64)
+    like = {"device": weight.device}
+    scales = torch.empty(
+        num_experts, rows, groups, dtype=torch.float32 if wide else torch.bfloat16, **like
+    )
+    zeros = torch.empty(scales.shape, dtype=torch.uint8, **like) if zero_points else None
+    values = torch.empty(num_experts, rows, width // found.numbers, dtype=found.dtype, **like)
+    # One expert at a time: what is held besides the result is a few copies of one expert.
+    for e, weight_OI in enumerate(weight):
+        exact = weight_OI.to(_checks.accumulation_dtype(weight.dtype))
+        grouped_OGI = exact.reshape(rows, groups, group)
+        scale_OG, zero_OG = _scales(grouped_OGI, format, zero_points, scales.dtype)
+        scales[e] = scale_OG
+        integers_OGI = _round(grouped_OGI, scale_OG, zero_OG, format)
+        if zeros is not None:
+            zeros[e] = zero_OG
+        integers_OI = integers_OGI.reshape(rows, width).to(found.dtype)
+        values[e] = pack_int4(integers_OI) if format == "int4" else integers_OI
+    return QuantizedWeight(values, scales, zeros, format, group)
+
+
+def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns the numbers that a quantised weight stands for.
+
+    They are computed in float32 (float64 for float64) and rounded once to dtype.
+
+    Args:
+        weight: `[E, out, in]`.
+        dtype: of the result; None for that of the scales.
+
+    Returns:
+        `[E, out, in]`.
+    """
+    dtype = dtype or weight.scales.dtype
+    wide = _checks.accumulation_dtype(dtype)
+    zeros = INT4_OFFSET if weight.format == "int4" else 0
+    integers = unpack_int4(weight.values) if weight.format == "int4" else weight.values
+    if weight.zeros is not None:
+        zeros = weight.zeros.unsqueeze(-1).to(wide)
+    groups = integers.to(wide).unflatten(-1, (weight.scales.shape[-1], weight.group_size)) - zeros
+    return (groups * weight.scales.unsqueeze(-1).to(wide)).flatten(-2).to(dtype)
+
+
+def pack_int4(integers: Tensor) -> Tensor:
+    """Packs integers from 0 to 15, uint8 `[..., n]`, to bytes `[..., n / 2]`, the first one low."""
+    return integers[..., ::2] | integers[..., 1::2] << 4
+
+
+def unpack_int4(values: Tensor) -> Tensor:
+    """Undoes `pack_int4`."""
+    return torch.stack((values & 15, values >> 4), -1).flatten(-2)
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises ValueError if a weight holds NaN or infinity, naming the first expert that does."""
+    if weight.is_meta:
+        return
+    for e, own in enumerate(weight):
+        # Scales are float32 at most.
+        own = own.float() if own.dtype == torch.float64 else own
+        if not own.isfinite().all():
+            found = "NaN" if own.isnan().any() else "infinity"
+            raise ValueError(f"{name} holds {found} in expert {e}, it must be finite")
+
+
+def _scales(
+    grouped: Tensor, format: str, zero_points: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | int]:
+    """Returns the scales `[out, groups]`, as they are stored, and the zero points."""
+    if format == "int8":
+        return (grouped.abs().amax(-1) / FORMATS["int8"].highest).to(dtype), 0
+    if not zero_points:
+        index = grouped.abs().argmax(-1, keepdim=True)
+        return (grouped.gather(-1, index).squeeze(-1) / FORMATS["int4"].lowest).to(
+            dtype
+        ), INT4_OFFSET
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    scale = (high / 15 - low / 15).to(dtype)
+    zero = (-low / _divisor(scale, grouped.dtype)).round().clamp(0, 15)
+    return scale, zero
+
+
+def _round(grouped: Tensor, scale: Tensor, zero: Tensor | int, format: str) -> Tensor:
+    """Returns the integers as they are stored, in the dtype of `grouped`."""
+    found = FORMATS[format]
+    integers = (grouped / _divisor(scale, grouped.dtype).unsqueeze(-1)).round()
+    if format == "int8":
+        return integers.clamp(found.lowest, found.highest)
+    zero = zero.unsqueeze(-1) if isinstance(zero, Tensor) else zero
+    return (integers + zero).clamp(0, found.highest - found.lowest)
+
+
+def _divisor(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale, or 1 in groups of zeros."""
+    return scale.to(dtype).masked_fill(scale == 0, 1)

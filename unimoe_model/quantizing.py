@@ -1,0 +1,68 @@
+"""Quantises the experts of a model folder: what `unimoe quantize` runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from unimoe_kernels import quantize_experts, register_with_transformers
+from unimoe_model.auto import register_auto_classes
+from unimoe_model.checkpoints.writing import refuse_existing, whole_folder
+
+# What save_pretrained writes; all else of a folder, such as the tokenizer, is copied.
+_WRITTEN = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+def quantize_folder(
+    source: Path,
+    target: Path,
+    format: str,
+    group_size: int | None = None,
+    zero_points: bool = False,
+) -> tuple[int, int]:
+    """Writes a model with its experts quantised; all else of the folder is copied.
+
+    Args:
+        source: a Uni-MoE, or a model of transformers with experts whose implementation can be
+            chosen, in safetensors.
+        target: a new folder, written whole or not at all; `load_quantized` reads it.
+        format: see `quantize_experts`.
+        group_size: likewise.
+        zero_points: likewise.
+
+    Returns:
+        Bytes of the weights before and after.
+
+    Raises:
+        ValueError: If target exists, source is no such model, or it cannot be quantised so.
+    """
+    from transformers import AutoModelForCausalLM
+
+    refuse_existing(target)
+    if not (source / "config.json").is_file():
+        raise ValueError(f"model ({source}) must be a folder with a config.json")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in config:
+        raise ValueError(f"model ({source}) is quantised already: {config['quantization_config']}")
+    register_auto_classes()
+    register_with_transformers()
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", output_loading_info=True
+    )
+    if found["missing_keys"]:
+        missing = min(found["missing_keys"])
+        raise ValueError(f"model ({source}) must hold the weights of its config, such as {missing}")
+    before = _bytes(model)
+    quantize_experts(model, format, group_size, zero_points=zero_points)
+    with whole_folder(target) as partial:
+        for path in source.iterdir():
+            if path.is_file() and not any(path.match(name) for name in _WRITTEN):
+                shutil.copyfile(path, partial / path.name)
+        model.save_pretrained(partial)
+    return before, _bytes(model)
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
