@@ -1,4 +1,4 @@
-"""The command `unimoe`: train, generate, chat, serve, eval, routing, convert, assemble, quantize."""
+"""The command `unimoe`: trains, runs, scores and converts models."""
 
 import argparse
 import os

@@ -13,11 +13,12 @@ pytest.importorskip("scipy", reason="scipy is not installed: pip install .[media
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
 pytest.importorskip("av", reason="av is not installed: pip install .[media]")
-playwright = pytest.importorskip(
+pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install playwright"
 )
 from conversing import PATIENCE, anew
 from PIL import Image
+from playwright import sync_api as playwright
 from serving import Live, save_talker
 
 CHROMIUM = shutil.which("chromium")

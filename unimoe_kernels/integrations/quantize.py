@@ -39,7 +39,10 @@ def quantize_experts(
     experts implementation can be chosen (`"unimoe"` is chosen here and has to stay). A model of
     transformers is saved by its `save_pretrained` and comes back with `load_quantized`.
 
-    Example: `quantize_experts(model, "int4", group_size=64)`.
+    Example:
+        >>> moe = quantize_experts(MoE(64, 128, num_experts=4, top_k=2), "int4", group_size=64)
+        >>> moe.experts.gate_up_proj
+        QuantizedProjection((4, 256, 64), format='int4', group_size=64, zero_points=False)
 
     Args:
         model: changed in place; before it is compiled, sharded or split between ranks.

@@ -26,7 +26,10 @@ def quantize_weight(
     `(max(w) - min(w)) / 15` with zero inside of the range. Numbers are rounded to multiples of the
     scale as it is stored.
 
-    Example: `dequantize_weight(quantize_weight(w, "int4", 64))` is `w`, rounded.
+    Example:
+        >>> weight = torch.tensor([[[-8.0, 7.0, 0.4, 3.0] * 16]])
+        >>> dequantize_weight(quantize_weight(weight, "int4", 64)).flatten()[:4].tolist()
+        [-8.0, 7.0, 0.0, 3.0]
 
     Args:
         weight: `[E, out, in]`, float16, bfloat16, float32 or float64.

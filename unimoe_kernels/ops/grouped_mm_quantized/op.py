@@ -29,8 +29,11 @@ def grouped_mm_quantized(
     `grouped_mm` of the numbers that the weight stands for, which are not kept as floats. Those of
     `"int8"` and `"int4"` are `scale * (integer - zero)`; see `QuantizedWeight`.
 
-    Example: with `weight = quantize_weight(w, "int8")` this equals
-    `grouped_mm(x, dequantize_weight(weight, x.dtype), expert_offsets)` up to rounding.
+    Example:
+        >>> weight = quantize_weight(torch.tensor([[[127.0, -1.0]], [[0.0, 254.0]]]), "int8")
+        >>> x, offsets = torch.eye(2), torch.tensor([0, 1, 2], dtype=torch.int32)
+        >>> grouped_mm_quantized(x, weight, offsets).flatten().tolist()
+        [127.0, 254.0]
 
     Args:
         x: `[N, D]` in expert order, float16, bfloat16, float32 or float64, any strides.

@@ -33,9 +33,15 @@ def moe_mlp_quantized(
 
     `moe_mlp` of the numbers that the weights stand for, which are not kept as floats.
 
-    Example: with `first = quantize_weight(gate_up_proj, "int4")` and
-    `down = quantize_weight(down_proj, "int4")`, `moe_mlp_quantized(x, first, down, ids, scores)`
-    equals `moe_mlp` with `dequantize_weight` of both, up to rounding.
+    Example:
+        >>> x, scores = torch.randn(3, 64), torch.ones(3, 1)
+        >>> ids = torch.zeros(3, 1, dtype=torch.int32)
+        >>> first = quantize_weight(torch.randn(1, 256, 64) / 8, "int4")
+        >>> down = quantize_weight(torch.randn(1, 64, 128) / 8, "int4")
+        >>> y = moe_mlp_quantized(x, first, down, ids, scores)
+        >>> same = moe_mlp(x, dequantize_weight(first), dequantize_weight(down), ids, scores)
+        >>> torch.allclose(y, same, atol=1e-4)
+        True
 
     Args:
         x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.
