@@ -63,7 +63,10 @@ def _quantized(name: str, problem: Problem) -> Candidate:
 
     def check() -> None:
         with torch.no_grad():
-            error = relative_error(layer(problem.x), _exact(problem.moe, layer)(problem.x.float()))
+            # Two right routers may differ on the other tokens.
+            output = layer(problem.x)[0, problem.clear]
+            expected = _exact(problem.moe, layer)(problem.x.float())[0, problem.clear]
+        error = relative_error(output, expected)
         limit = TOLERANCE[problem.x.dtype]
         assert error < limit, f"{name}: output has relative error {error:.2g}, limit {limit}"
 
