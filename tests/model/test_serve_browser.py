@@ -165,7 +165,9 @@ def test_stop(live, open_page):
     page.fill("#um-text textarea", "what?")
     page.press("#um-text textarea", "Enter")
     page.wait_for_selector("#um-live .um-caret")
-    page.wait_for_function("document.querySelector('#um-live .um-text').innerText.length > 20")
+    page.wait_for_function(
+        "document.querySelector('#um-live .um-model .um-text')?.innerText.length > 20"
+    )
     page.click("#um-stop")
     page.wait_for_selector(".um-note")
     assert page.locator(".um-note").inner_text() == "stopped"
