@@ -3,6 +3,9 @@
 import json
 
 import pytest
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 import yaml
 
 from examples.demo.example import Example

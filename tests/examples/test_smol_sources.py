@@ -1,6 +1,9 @@
 """What the sources of examples/smol list, from fake packages."""
 
 import pytest
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 from demo_assets import needs
 from smol_packages import (
     asterisk_package,

@@ -3,6 +3,9 @@
 import json
 
 import pytest
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 from demo_assets import needs
 from smol_packages import sonic_pi_package, stamps_package
 

@@ -5,6 +5,8 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
 from PIL import Image
 
 

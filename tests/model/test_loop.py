@@ -232,7 +232,11 @@ def test_finished_stage_is_complete_for_its_run_only(tmp_path):
         completed_run(tmp_path, "r")
 
 
-def test_parts_of_a_batch_add_up_to_the_whole(train):
+def test_parts_of_a_batch_add_up_to_the_whole(train, monkeypatch):
+    # Muon in bfloat16 would enlarge the rounding of the sums.
+    name = "unimoe_model.training.optimization.multiplies_bf16"
+    monkeypatch.setattr(name, lambda device: False)
+
     def in_parts(step):
         batch = batch_of(step)
         return [{key: value[row : row + 1] for key, value in batch.items()} for row in range(2)]

@@ -6,14 +6,15 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 
+pytest.importorskip("httpx", reason="httpx is not installed: pip install .[serve]")
 pytest.importorskip("gradio", reason="gradio is not installed: pip install .[serve]")
 pytest.importorskip("scipy", reason="scipy is not installed: pip install .[media]")
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
 pytest.importorskip("av", reason="av is not installed: pip install .[media]")
+import httpx
 from conversing import PATIENCE
 from serving import Process, picture, request, save_talker, spoken
 from test_serve_decoding import huge_png, png, wav

@@ -41,7 +41,9 @@ class Multiplications(TorchDispatchMode):
 def test_auto_multiplies_in_bfloat16_only_with_instructions(
     tmp_path, monkeypatch, has_instructions
 ):
-    monkeypatch.setattr("unimoe_model.precision.multiplies_bf16", lambda device: has_instructions)
+    for module in ("precision", "training.optimization"):
+        name = f"unimoe_model.{module}.multiplies_bf16"
+        monkeypatch.setattr(name, lambda device: has_instructions)
     case = write_case(tmp_path / "case")
     recipe = yaml.safe_load(case.read_text()) | {"precision": "auto"}
     del recipe["evaluate"]

@@ -361,7 +361,9 @@ def test_topk_router_rejects_bad_arguments(monkeypatch):
         r"num_groups \(0\) must be at least 1": {"num_groups": 0},
         r"top_groups \(3\) must be at most num_groups \(2\)": {"num_groups": 2, "top_groups": 3},
         r"top_k \(2\) must be at most the experts of top_groups \(1\)": {"num_groups": 4},
-        r"mode \('topk_softmax'\) must be another": {"correction_bias": torch.zeros(4)},
+        "correction_bias is not supported with mode='topk_softmax'": {
+            "correction_bias": torch.zeros(4)
+        },
         r"correction_bias \(shape \(3,\)\) must have size 4": {
             "mode": "sigmoid",
             "correction_bias": torch.zeros(3),
