@@ -68,7 +68,7 @@ class QuantizedExperts(GroupedExperts):
     @property
     def format(self) -> str:
         """The format of both weights."""
-        return self.gate_up_proj.format
+        return quantized_parts(self)["gate_up_proj"].format
 
     def reset_parameters(self) -> None:
         """Refuses, once weights are quantised: there is nothing to draw them by.
@@ -98,7 +98,8 @@ class QuantizedExperts(GroupedExperts):
         super().add_lora(rank, alpha, split_gate_up=split_gate_up)
 
     def _weights(self) -> ExpertWeights:
-        first, down = self.gate_up_proj.weight, self.down_proj.weight
+        parts = quantized_parts(self)
+        first, down = parts["gate_up_proj"].weight, parts["down_proj"].weight
         return ExpertWeights(first, down, self.gate_up_bias, self.down_bias)
 
     def _check_hidden(self, x: torch.Tensor) -> None:

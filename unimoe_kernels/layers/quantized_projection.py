@@ -29,6 +29,10 @@ class QuantizedProjection(nn.Module):
         weight: what to hold, without a copy.
     """
 
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
         self.register_buffer("values", weight.values)
@@ -54,15 +58,17 @@ class QuantizedProjection(nn.Module):
             ValueError: As `quantize_weight`; name is what its errors call the weight.
         """
         dtype = dtype or torch.get_default_dtype()
-        weight = torch.empty(shape, device="meta", dtype=dtype)
-        weight = quantize_weight(weight, format, group_size, zero_points=zero_points, name=name)
+        floats = torch.empty(shape, device="meta", dtype=dtype)
+        weight = quantize_weight(floats, format, group_size, zero_points=zero_points, name=name)
         device = device or torch.get_default_device()
-        parts = {
-            part: torch.zeros_like(getattr(weight, part), device=device)
-            for part in ("values", "scales", "zeros")
-            if getattr(weight, part) is not None
-        }
-        return cls(weight._replace(**parts))
+        zeros = weight.zeros
+        return cls(
+            weight._replace(
+                values=torch.zeros_like(weight.values, device=device),
+                scales=torch.zeros_like(weight.scales, device=device),
+                zeros=None if zeros is None else torch.zeros_like(zeros, device=device),
+            )
+        )
 
     @property
     def weight(self) -> QuantizedWeight:
