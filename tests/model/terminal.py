@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import sys
 import time
 
@@ -24,6 +25,8 @@ class Terminal:
         self._process, self._master = pty.fork()
         if self._process == 0:
             os.chdir(folder)
+            # Tests that a shell runs in the background inherit that it is ignored.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execve(sys.executable, command, variables)
         self._shown = ""
 
