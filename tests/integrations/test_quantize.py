@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -170,7 +172,7 @@ def test_a_broken_folder_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
     quantize_experts(mixtral(), "int4", 32).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="load_quantized of unimoe_kernels"):
+    with pytest.raises(ValueError, match="quantization config"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     state = load_file(path)
@@ -264,11 +266,21 @@ def test_lora_of_experts_trains_on_top_and_is_saved(make, tmp_path):
         merge_expert_lora(model)
 
 
+def test_transformers_alone_refuses_the_folder(tmp_path):
+    """In a process without this package: it would draw the experts anew otherwise."""
+    quantize_experts(mixtral(), "int8").save_pretrained(tmp_path)
+    script = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "ValueError" in result.stderr and "quantization config" in result.stderr
+
+
 def test_the_record_is_json(tmp_path):
     quantize_experts(mixtral(), "int4", 32, zero_points=True).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["quantization_config"] == {
-        "quant_method": "unimoe",
+        "quantized_by": "unimoe",
         "format": "int4",
         "group_size": 32,
         "zero_points": True,

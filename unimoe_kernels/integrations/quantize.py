@@ -14,8 +14,8 @@ from unimoe_kernels.layers.quantized_projection import quantized_parts
 from unimoe_kernels.quantization.formats import check_options, group_of
 from unimoe_kernels.quantization.rounding import check_finite
 
-# Under which name transformers keeps how a model is quantised, and what it then asks for: without
-# this package it refuses to load such a folder instead of drawing the experts anew.
+# The key of a configuration that transformers reads before it loads a folder. A record without
+# `quant_method` makes it raise; with an unknown one it would only warn, and draw the experts anew.
 RECORD = "quantization_config"
 METHOD = "unimoe"
 
@@ -117,7 +117,7 @@ def mark(model: nn.Module, format: str, group_size: int | None, zero_points: boo
     if getattr(inner, "config", None) is None:
         return
     record = {
-        "quant_method": METHOD,
+        "quantized_by": METHOD,
         "format": format,
         "group_size": group_size,
         "zero_points": zero_points,

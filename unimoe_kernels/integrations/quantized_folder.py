@@ -44,10 +44,10 @@ def load_quantized(folder: str | Path, **kwargs: Any) -> nn.Module:
         raise FileNotFoundError(f"folder ({folder}) holds no safetensors file")
     config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(folder)
     record = getattr(config, RECORD, None)
-    if not isinstance(record, dict) or record.get("quant_method") != METHOD:
+    if not isinstance(record, dict) or record.get("quantized_by") != METHOD:
         raise ValueError(
             f"folder ({folder}) holds no model with quantised experts: {RECORD} ({record}) of its"
-            f" config must have quant_method {METHOD!r}"
+            f" config must have quantized_by {METHOD!r}"
         )
     options = (record["format"], record["group_size"], record["zero_points"])
     # With it transformers would look for a quantiser of its own.

@@ -63,19 +63,6 @@ def register_with_transformers() -> None:
         if name not in ("experts_class", "experts_interface", *_KNOWN_LAYOUT):
             _unknown_layout[name] = option.default
     ALL_EXPERTS_FUNCTIONS.register(_NAME, unimoe_experts_forward)
-    _refuse_quantized_folders()
-
-
-def _refuse_quantized_folders() -> None:
-    """Makes `from_pretrained` raise for a folder of quantised experts, which it would draw anew."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    class Refusal(QuantizationConfigMixin):
-        def __init__(self, **_):
-            raise ValueError("experts are quantised: load_quantized of unimoe_kernels loads them")
-
-    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(_NAME, Refusal)
 
 
 def unimoe_experts_forward(
