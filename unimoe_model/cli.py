@@ -5,25 +5,22 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
+from unimoe_model.cli_options import command_parser
 from unimoe_model.user_errors import USER_ERRORS
-
-# The names of evaluation.metrics.METRICS, which would load transformers for a --help.
-METRIC_NAMES = ("vqa", "exact", "choice", "wer", "cider")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; errors of the user are one line on stderr."""
-    options = _parser().parse_args(arguments)
+    options = command_parser().parse_args(arguments)
     try:
         _check_folders(options)
         if getattr(options, "encoders", None) is not None:
             from unimoe_model.encoders.outside import choose_encoders
 
             choose_encoders(options.encoders)
-        options.run(options)
+        _COMMANDS[options.command](options)
     except USER_ERRORS as error:
         line = " ".join(str(error).split())
         print(f"unimoe {options.command}: {line}", file=sys.stderr)
@@ -42,170 +39,6 @@ def _check_folders(options: argparse.Namespace) -> None:
         for part in (folder, *folder.parents) if folder else ():
             if part.exists() and not part.is_dir():
                 raise ValueError(f"{name} ({folder}) must be a folder; {part} is a file")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="unimoe", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"unimoe {version('unimoe')}")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    train = commands.add_parser("train", help="train a model as a recipe says, stage by stage")
-    train.add_argument("recipe", type=Path, help="YAML, see docs/training.md")
-    train.add_argument("--output", type=Path, help="folder of the run; default runs/RECIPE")
-    which = train.add_mutually_exclusive_group()
-    which.add_argument("--stage", help="train this stage alone; those before it must be done")
-    which.add_argument("--from-stage", help="train this stage and those after it")
-    train.add_argument("--check", action="store_true", help="list what would be done, and stop")
-    train.add_argument(
-        "--devices", type=_numbers, default=(), metavar="N,...", help="--check says what fits"
-    )
-    train.add_argument("--device-memory", type=float, help="GiB of one of them; default 80")
-    train.add_argument("--tokens-per-second", type=float, help="for the hours that --check gives")
-    train.add_argument("--seed", type=int, help="instead of the one in the recipe")
-    train.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
-    train.set_defaults(run=_train)
-
-    generate = commands.add_parser("generate", help="ask a trained model a question")
-    generate.add_argument("question", nargs="?", default="", help="none when speech asks")
-    generate.add_argument("--model", type=Path, required=True, help="for example runs/mine/model")
-    generate.add_argument(
-        "--image", type=Path, action="append", default=[], help="PNG, JPEG; each as often as needed"
-    )
-    generate.add_argument(
-        "--video", type=Path, action="append", default=[], help="MP4 and the like, GIF or folder"
-    )
-    generate.add_argument("--speech", type=Path, action="append", default=[], help="wav, flac, mp3")
-    generate.add_argument("--audio", type=Path, action="append", default=[], help="wav, flac, mp3")
-    generate.add_argument("--frame-seed", type=int, help="draw a video's frames at random")
-    generate.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    generate.add_argument("--max-new-tokens", type=int, default=32, help="default 32")
-    _add_encoders(generate)
-    generate.set_defaults(run=_generate)
-
-    chat = commands.add_parser("chat", help="talk with a trained model, turn by turn")
-    chat.add_argument("--model", type=Path, required=True, help="for example runs/mine/model")
-    chat.add_argument("--system", metavar="TEXT", help="instead of the model's system prompt")
-    chat.add_argument("--temperature", type=float, metavar="T", help="draw words; default greedy")
-    chat.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature")
-    chat.add_argument("--seed", type=int, help="the same draws every time")
-    chat.add_argument("--frame-seed", type=int, help="draw a video's frames at random")
-    chat.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    chat.add_argument("--max-new-tokens", type=int, default=512, help="of a reply; default 512")
-    _add_encoders(chat)
-    chat.set_defaults(run=_chat)
-
-    _add_serve(commands.add_parser("serve", help="a page to talk to a model, and an HTTP API"))
-
-    convert = commands.add_parser("convert", help="published checkpoints to ours, and back")
-    convert.add_argument(
-        "--from", dest="source", type=Path, required=True, metavar="DIR", help="what is read"
-    )
-    convert.add_argument(
-        "--to", dest="target", type=Path, required=True, metavar="DIR", help="what is written"
-    )
-    convert.add_argument("--base", type=Path, help="the model that an adapter belongs to")
-    convert.add_argument("--tokenizer", type=Path, help="folder with it, unless DIR or base has it")
-    convert.add_argument("--connector", type=Path, help="published half that hears the other kind")
-    convert.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="a field of the configuration that the source leaves open",
-    )
-    convert.add_argument(
-        "--layout", choices=("unimoe", "published"), default="unimoe", help="of what is written"
-    )
-    convert.set_defaults(run=_convert)
-
-    quantize = commands.add_parser("quantize", help="round the weights of experts to few bits")
-    quantize.add_argument("--model", type=Path, required=True, help="Uni-MoE or of transformers")
-    quantize.add_argument(
-        "--to", dest="target", type=Path, required=True, metavar="DIR", help="what is written"
-    )
-    quantize.add_argument("--format", choices=("int8", "int4"), default="int4")
-    quantize.add_argument(
-        "--group-size", type=int, help="32, 64 or 128; default one a row (int8), 64 (int4)"
-    )
-    quantize.add_argument("--zero-points", action="store_true", help="of int4, for skewed weights")
-    quantize.set_defaults(run=_quantize)
-
-    assemble = commands.add_parser("assemble", help="an MoE out of dense models, for stage 3")
-    assemble.add_argument("--base", type=Path, required=True, help="dense; all but the experts")
-    assemble.add_argument(
-        "--expert", action="append", required=True, metavar="NAME=DIR", help="dense, in order"
-    )
-    assemble.add_argument(
-        "--to", dest="target", type=Path, required=True, metavar="DIR", help="what is written"
-    )
-    assemble.add_argument("--top-k", type=int, default=2, help="experts a token; default 2")
-    assemble.add_argument(
-        "--moe-layers", default="all", help="all, even, first_half, second_half or [0, 2, ...]"
-    )
-    assemble.add_argument("--seed", type=int, default=0, help="of the routers; default 0")
-    assemble.set_defaults(run=_assemble)
-
-    evaluate = commands.add_parser("eval", help="score a trained model on questions of your own")
-    evaluate.add_argument("--model", type=Path, required=True, help="checkpoint folder")
-    evaluate.add_argument(
-        "--data", type=Path, required=True, help="JSON lines (docs/command_line.md)"
-    )
-    evaluate.add_argument(
-        "--metric", choices=METRIC_NAMES, required=True, help="docs/command_line.md"
-    )
-    evaluate.add_argument("--output", type=Path, help="default runs/eval/DATA-METRIC")
-    evaluate.add_argument("--max-new-tokens", type=int, default=512, help="default 512")
-    evaluate.add_argument("--limit", type=int, help="only the first so many questions")
-    _add_encoders(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-    routing = commands.add_parser("routing", help="show which expert takes which modality")
-    routing.add_argument("--model", type=Path, required=True, help="checkpoint folder")
-    routing.add_argument(
-        "--data", type=Path, required=True, help="JSON lines (docs/command_line.md)"
-    )
-    routing.add_argument("--output", type=Path, required=True, help="folder of what is written")
-    _add_encoders(routing)
-    routing.set_defaults(run=_routing)
-    return parser
-
-
-def _add_serve(serve: argparse.ArgumentParser) -> None:
-    serve.add_argument("--model", type=Path, required=True, help="for example runs/mine/model")
-    serve.add_argument("--host", default="127.0.0.1", help="address; default 127.0.0.1")
-    serve.add_argument("--port", type=int, default=7860, help="default 7860; 0 takes a free one")
-    serve.add_argument("--token", help="that clients must give; default UNIMOE_TOKEN")
-    serve.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="name that browsers reach the server by, as often as needed",
-    )
-    serve.add_argument("--queue", type=int, default=16, help="requests at a time; default 16")
-    serve.add_argument("--reply-seconds", type=float, default=120, help="of a reply; default 120")
-    serve.add_argument("--system", metavar="TEXT", help="instead of the model's system prompt")
-    serve.add_argument("--temperature", type=float, metavar="T", help="draw words; default greedy")
-    serve.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature")
-    serve.add_argument("--seed", type=int, help="the same draws every time")
-    serve.add_argument("--frame-seed", type=int, help="draw a video's frames at random")
-    serve.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    serve.add_argument("--max-new-tokens", type=int, default=512, help="of a reply; default 512")
-    _add_encoders(serve)
-    serve.set_defaults(run=_serve)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
-
-
-def _add_encoders(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--encoders",
-        type=Path,
-        metavar="FILE",
-        help="YAML that names encoders, such as vision: module:Class, and permits their code",
-    )
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -275,10 +108,8 @@ def _chat(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
     )
-    try:
+    with _ends_by_interrupt():
         Chat(conversation, options.frame_seed).run()
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -292,19 +123,29 @@ def _serve(options: argparse.Namespace) -> None:
     from unimoe_model.serve.limits import Limits
     from unimoe_model.serve.server import serve
 
-    serve(
-        options.model,
-        host=options.host,
-        port=options.port,
-        token=options.token or os.environ.get("UNIMOE_TOKEN"),
-        hosts=options.allow_host,
-        limits=Limits(queue=options.queue, reply_seconds=options.reply_seconds),
-        precision=options.precision,
-        system=options.system,
-        max_new_tokens=options.max_new_tokens,
-        sampling=Sampling(options.temperature, options.top_p, options.seed),
-        frame_seed=options.frame_seed,
-    )
+    with _ends_by_interrupt():
+        serve(
+            options.model,
+            host=options.host,
+            port=options.port,
+            token=options.token or os.environ.get("UNIMOE_TOKEN"),
+            hosts=options.allow_host,
+            limits=Limits(queue=options.queue, reply_seconds=options.reply_seconds),
+            precision=options.precision,
+            system=options.system,
+            max_new_tokens=options.max_new_tokens,
+            sampling=Sampling(options.temperature, options.top_p, options.seed),
+            frame_seed=options.frame_seed,
+        )
+
+
+@contextmanager
+def _ends_by_interrupt() -> Iterator[None]:
+    """Ctrl-C is how such a command ends: nothing is left for the same command to continue."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -407,6 +248,18 @@ def _routing(options: argparse.Namespace) -> None:
     seen = ", ".join(f"{number} {kind}" for kind, number in counts.tokens.items() if number)
     print(f"routed {seen} tokens; {options.output / 'routing.json'} and routing.png")
 
+
+_COMMANDS = {
+    "train": _train,
+    "generate": _generate,
+    "chat": _chat,
+    "serve": _serve,
+    "convert": _convert,
+    "quantize": _quantize,
+    "assemble": _assemble,
+    "eval": _evaluate,
+    "routing": _routing,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

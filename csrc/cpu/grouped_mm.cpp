@@ -1,5 +1,7 @@
 // Matmul of every expert with its rows, and the gradient of its weight.
-#include "matmul.h"
+#include <type_traits>
+
+#include "multiply_groups.h"
 #include "ops.h"
 
 namespace unimoe {
@@ -9,38 +11,14 @@ Tensor grouped_mm(Tensor x, Tensor weight, Tensor expert_offsets, std::optional<
   UNIMOE_CHECK(weight.dim() == 3 && weight.size(2) == x.size(1), "weight (shape ", shape_of(weight),
                ") must be [E, F, ", x.size(1), "]");
   UNIMOE_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have the dtype of x");
-  const int64_t rows = x.size(0), depth = x.size(1), experts = weight.size(0);
-  const int64_t width = weight.size(1);
-  check_grouped_rows(expert_offsets, experts, rows);
-  if (bias) {
-    check_matrix(*bias, "bias");
-    UNIMOE_CHECK(bias->size(0) == experts && bias->size(1) == width, "bias (shape ",
-                 shape_of(*bias), ") must be [", experts, ", ", width, "]");
-    UNIMOE_CHECK(bias->scalar_type() == x.scalar_type(), "bias must have the dtype of x");
-  }
-  Tensor out = empty({rows, width}, x.scalar_type(), x);
-  const int32_t* bound = const_data<int32_t>(expert_offsets);
-  dispatch_floating(x.scalar_type(), "x", [&](auto element) {
-    using T = decltype(element);
-    T* to = mutable_data<T>(out);
-    std::vector<Product<T>> products;
-    for (int64_t e = 0; e < experts; ++e) {
-      const int64_t held = bound[e + 1] - bound[e];
-      if (held == 0 || width == 0) continue;
-      products.push_back(
-          {{const_data<T>(x) + bound[e] * depth, depth, 1},
-           {const_data<T>(weight) + e * weight.stride(0), weight.stride(1), weight.stride(2)},
-           held,
-           width,
-           depth,
-           bias ? const_data<T>(*bias) + e * width : nullptr,
-           to + bound[e] * width});
-    }
-    multiply_all(products);
-    const int64_t routed = bound[experts];
-    std::fill(to + routed * width, to + rows * width, T(0));
+  const int64_t experts = weight.size(0), width = weight.size(1);
+  check_grouped_rows(expert_offsets, experts, x.size(0));
+  check_bias(bias, "bias", x, experts, width);
+  return multiply_groups(x, expert_offsets, width, bias, [&](auto& product, int64_t expert) {
+    using T = std::remove_pointer_t<decltype(product.out)>;
+    product.right = {const_data<T>(weight) + expert * weight.stride(0), weight.stride(1),
+                     weight.stride(2)};
   });
-  return out;
 }
 
 std::tuple<Tensor, Tensor> grouped_mm_wgrad(Tensor grad, Tensor x, Tensor expert_offsets,

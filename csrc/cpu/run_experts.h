@@ -5,20 +5,11 @@
 #include <optional>
 
 #include "check.h"
-#include "matmul.h"
+#include "multiply_groups.h"
 #include "ops.h"
 #include "packed_weight.h"
 
 namespace unimoe {
-
-inline void check_bias(const std::optional<Tensor>& bias, const char* name, const Tensor& x,
-                       int64_t experts, int64_t width) {
-  if (!bias) return;
-  check_matrix(*bias, name);
-  UNIMOE_CHECK(bias->size(0) == experts && bias->size(1) == width, name, " (shape ",
-               shape_of(*bias), ") must be [", experts, ", ", width, "]");
-  UNIMOE_CHECK(bias->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-}
 
 // Where a call writes what it returns. `hidden` has no rows if they are not kept.
 struct Results {

@@ -29,7 +29,7 @@ class Catalogue:
         stamps: pictures.
         photographs: pictures, all held out.
         sounds: recordings of the stamps and of Sonic Pi.
-        descriptions: spoken by people, with what is said.
+        descriptions: recordings of people, with transcripts.
         words: single words spoken by a person, all held out.
         sentences: spoken by people, all held out.
         instructions: to be spoken.

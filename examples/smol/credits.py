@@ -67,7 +67,7 @@ CREDITS = {
         "BSD-2-Clause; public domain",
     ),
     "espeak": Credit(
-        "eSpeak NG, which speaks what is asked",
+        "eSpeak NG, which synthesises words and questions",
         "PyPI espeakng-loader",
         "Jonathan Duddington, Reece H. Dunn and others",
         "GPL-3 (program)",

@@ -3,6 +3,7 @@
 They are stand-ins for the paper's Whisper small. The decoder is where the speech connector starts.
 """
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -50,7 +51,7 @@ class WindowedWhisperEncoder(WhisperEncoder):
         return self.layer_norm(hidden)
 
 
-class PackagedWhisperEncoder(FrozenEncoder):
+class PackagedWhisperEncoder(FrozenEncoder, ABC):
     """The frozen encoder of a Whisper; a subclass says which, and where its weights are.
 
     Args:
@@ -70,11 +71,12 @@ class PackagedWhisperEncoder(FrozenEncoder):
         self.freeze()
 
     @classmethod
+    @abstractmethod
     def decoder_config(cls) -> WhisperConfig:
         """Sizes of encoder and decoder."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def weights(cls) -> dict[str, Tensor]:
         """Variables of the CTranslate2 model that holds OpenAI's weights.
 
@@ -82,7 +84,6 @@ class PackagedWhisperEncoder(FrozenEncoder):
             MissingAssetError: If the package that carries them is not installed.
             ValueError: If its file of weights is cut short or damaged.
         """
-        raise NotImplementedError
 
     @classmethod
     def pretrained(cls) -> "PackagedWhisperEncoder":

@@ -1,6 +1,6 @@
 import pytest
 import torch
-import transformers
+from tiny_causal import tiny_causal
 from torch import nn
 
 from unimoe_kernels import MoE, load_upcycled, stack_experts, unstack_experts, upcycle
@@ -22,14 +22,7 @@ IDS = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 def dense(kind="Llama", **options):
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model
+    return tiny_causal(kind, SIZES, **options)
 
 
 def logits_of(model):

@@ -9,7 +9,7 @@ pytest.importorskip("soundfile", reason="soundfile is not installed: pip install
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[eval]")
 from PIL import Image
 
-from unimoe_model import cli
+from unimoe_model import cli_options
 from unimoe_model.cli import main
 from unimoe_model.data.media_io import load_image
 from unimoe_model.evaluation.metrics import METRICS
@@ -28,9 +28,9 @@ def answers_in(output):
 
 
 def test_the_command_knows_metrics_and_defaults():
-    assert tuple(METRICS) == cli.METRIC_NAMES
+    assert tuple(METRICS) == cli_options.METRIC_NAMES
     asked = ["eval", "--model", "m", "--data", "d", "--metric", "vqa"]
-    assert cli._parser().parse_args(asked).max_new_tokens == MAX_NEW_TOKENS
+    assert cli_options.command_parser().parse_args(asked).max_new_tokens == MAX_NEW_TOKENS
 
 
 def test_help_names_the_commands(capsys):

@@ -107,7 +107,7 @@ def test_routing_is_that_of_the_prompt(server):
     counts = RoutingCounts(server.answerer.model)
     counts.add(server.answerer.processor.ask(images=[png()]))
     assert found["layers"] == counts.layers
-    assert found["tokens"]["reply"] == 5  # the last token is computed by nobody
+    assert found["tokens"]["reply"] == 5  # the last token is never given to the LLM
     for modality, shares in counts.shares().items():
         assert found["tokens"][modality] == counts.tokens[modality]
         taken = np.array(found["taken"][modality])

@@ -11,7 +11,7 @@ import pytest
 
 from unimoe_kernels import _extension, available_backends
 from unimoe_kernels.info import backend_choices
-from unimoe_model import cli
+from unimoe_model.cli_options import command_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
@@ -86,7 +86,7 @@ def test_commands_are_understood():
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
         for line in re.findall(r"^unimoe .*$", block.replace("\\\n", " "), re.MULTILINE)
     ]
-    parsed = [cli._parser().parse_args(shlex.split(line, comments=True)[1:]) for line in lines]
+    parsed = [command_parser().parse_args(shlex.split(line, comments=True)[1:]) for line in lines]
     assert {options.command for options in parsed} >= {"train", "generate"}
 
 

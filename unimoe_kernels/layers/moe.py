@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 import torch
 from torch import nn
 
-from unimoe_kernels import _checks
 from unimoe_kernels.layers._inputs import check_at_least_zero, unflatten
 from unimoe_kernels.layers.aux_loss import inject_aux_loss
 from unimoe_kernels.layers.experts import GroupedExperts
-from unimoe_kernels.layers.layouts import ffn_weights, unstack_experts
+from unimoe_kernels.layers.layouts import ffn_weights
+from unimoe_kernels.layers.looped_conversion import looped_of
 from unimoe_kernels.layers.looped_moe import LoopedMoE
 from unimoe_kernels.layers.router import TopKRouter
 from unimoe_kernels.layers.router_config import (
@@ -313,7 +313,6 @@ class MoE(nn.Module):
             moe.router.weight.copy_(looped.gate.weight)
         return moe.train(looped.training)
 
-    @torch.no_grad()
     def to_looped(self) -> LoopedMoE:
         """Copies the weights into a new `LoopedMoE`, bit for bit.
 
@@ -322,39 +321,8 @@ class MoE(nn.Module):
                 `"topk_softmax"`, activation `"silu"`, no biases, no shared or null experts, and no
                 LoRA that is not merged; or if weights are sharded.
         """
-        router, config, experts = self.router, self.router.config, self.experts
-        expected = {
-            "router.config.mode": (config.mode, "topk_softmax"),
-            "router.config.scale": (config.scale, 1.0),
-            "router.config.top_groups": (config.top_groups, config.num_groups),
-            "router.config.num_null_experts": (config.num_null_experts, 0),
-            "router.config.top_p": (config.top_p, None),
-            "router.config.capacity_factor": (config.capacity_factor, None),
-            "num_shared_experts": (getattr(self.shared_experts, "num_experts", 0), 0),
-            "experts.activation": (experts.activation, "silu"),
-            "experts.bias": (experts.gate_up_bias is not None, False),
-            "experts.lora_rank": (experts.lora_rank, 0),
-            "experts.format": (getattr(experts, "format", None), None),
-        }
-        for name, (value, needed) in expected.items():
-            if value != needed:
-                raise ValueError(f"{name} ({value!r}) must be {needed!r} to convert to LoopedMoE")
-        for name, weight in self.named_parameters():
-            _checks.refuse_sharded(name, weight)
-        # To draw weights that are replaced takes longer than all else here.
-        looped = LoopedMoE(
-            router.hidden_size,
-            experts.intermediate_size,
-            router.num_experts,
-            router.top_k,
-            device="meta",
-            dtype=router.weight.dtype,
-        ).to_empty(device=router.weight.device)
-        looped.gate.weight.copy_(router.weight)
-        ffns = unstack_experts(experts.gate_up_proj.detach(), experts.down_proj.detach())
-        for expert, weights in zip(looped.experts, ffns, strict=True):
-            expert.load_state_dict(weights)
-        return looped.train(self.training)
+        num_shared = 0 if self.shared_experts is None else self.shared_experts.num_experts
+        return looped_of(self.router, self.experts, num_shared).train(self.training)
 
     @classmethod
     def from_ffns(

@@ -43,6 +43,7 @@ class BodyLimit:
         try:
             await self._app(scope, body.receive, guarded)
         except Exception:
+            # The application saw a body that ends early; what it makes of that is not the reason.
             if not body.refused:
                 raise
         if body.refused and not has_started:

@@ -25,7 +25,7 @@ with needed_by("decoding media", "serve"):
     from PIL import Image
 
 PICTURES = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF", "AVIF")
-"""Pillow's other readers include one that runs Ghostscript, and many that nobody sends."""
+"""Pillow's other readers include one that runs Ghostscript, and many for rare formats."""
 
 # FFmpeg also reads playlists, which name other files and addresses: only containers are opened.
 _VIDEO_MAGIC = {

@@ -14,8 +14,8 @@ _PATIENCE = timedelta(seconds=30)
 class Ranks:
     """Tells the other ranks when a reply is generated.
 
-    Between replies they wait at the store and not in a collective, which would time out where
-    nobody asks anything for a while.
+    Between replies they wait at the store and not in a collective, which would time out
+    where no request comes for a while.
 
     Args:
         model: after `parallelize_moe`.

@@ -1,4 +1,4 @@
-"""Replies to clients: one at a time, media decoded elsewhere, ended when nobody listens."""
+"""Replies to clients: one at a time, media decoded elsewhere, ended when the client leaves."""
 
 import asyncio
 import threading
@@ -192,7 +192,7 @@ class Replies:
         except Exception:
             self.metrics.ended("refused")
             raise
-        except BaseException:  # nobody listens any more
+        except BaseException:  # the client has left
             self.metrics.ended("gone")
             raise
         finally:

@@ -39,7 +39,7 @@ class Gate:
 
     A page of another site can make a browser send requests here, and a name that it owns can be
     made to mean this address (DNS rebinding); neither is let through. An IP address as Host is
-    always right: nobody owns its name.
+    always accepted: it has no name that could be rebound.
 
     Args:
         app: what is guarded.

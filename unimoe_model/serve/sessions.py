@@ -1,6 +1,7 @@
 """Conversations of the page, one an open page, and the messages that go to them."""
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -11,6 +12,9 @@ from unimoe_model.serve import page_html
 from unimoe_model.serve.replies import Attached, Ended, Event, Message, Piece, Replies
 from unimoe_model.serve.reply_queue import Place
 from unimoe_model.user_errors import USER_ERRORS
+
+_SHOWN_EVERY = 0.05
+"""Seconds between two views of a reply: browsers fall behind where each word is one."""
 
 
 @dataclass
@@ -117,7 +121,7 @@ class Sessions:
     async def _views(
         self, session: Session, message: Message, events: AsyncIterator[Event]
     ) -> AsyncIterator[View]:
-        items, text = [], ""
+        items, text, shown = [], "", 0.0
         said = page_html.said(message.text)
         yield View(live=said + page_html.waiting(Place(0, 0)))
         async for event in events:
@@ -134,6 +138,10 @@ class Sessions:
             elif isinstance(event, Piece):
                 self._free_others(session)
                 text += event.text
+                now = time.monotonic()
+                if now - shown < _SHOWN_EVERY:
+                    continue
+                shown = now
                 yield View(live=said + page_html.replying(text))
             elif isinstance(event, Ended):
                 session.shown.append(said + page_html.replied(text, event.how))

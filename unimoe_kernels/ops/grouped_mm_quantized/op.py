@@ -123,7 +123,7 @@ def _backward(backend, ctx, grad):
         turned = (expert_offsets, None, ctx.format, not ctx.transposed)
         grad_x = _backends.run(backend, "grouped_mm_quantized", grad, *weight, *turned)
     if ctx.needs_input_grad[5]:
-        # The gradient of a weight without columns: only the sum over rows is wanted.
+        # Only the sum over rows is needed: a weight without columns gives it.
         no_columns = grad.new_empty((grad.shape[0], 0))
         _, grad_bias = _backends.run(
             backend, "grouped_mm_wgrad", grad, no_columns, expert_offsets, True
