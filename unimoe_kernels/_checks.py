@@ -23,11 +23,27 @@ INTEGERS = (torch.int32, torch.int64)
 MOST_SIGNATURES = 4096
 
 
-def once_per_signature(check: Callable[..., None]) -> Callable[..., None]:
+def signature_of(*arguments: object) -> tuple:
+    """Returns what a check of shapes, dtypes and devices depends on."""
+    return tuple(
+        [
+            (one.shape, one.dtype, one.device) if isinstance(one, Tensor) else one
+            for one in arguments
+        ]
+    )
+
+
+def once_per_signature(
+    check: Callable[..., None], signature_of: Callable[..., tuple] = signature_of
+) -> Callable[..., None]:
     """Runs a check of shapes, dtypes and devices once for each signature that passes it.
 
-    A signature is what such a check depends on: shape, dtype and device of tensors, and all other
-    arguments, which are hashable. Compiled code, and sizes that are symbols, are checked each time.
+    Compiled code, and sizes that are symbols, are checked each time.
+
+    Args:
+        check: of tensors and other arguments, which are hashable.
+        signature_of: returns what `check` depends on: shape, dtype and device of tensors, and all
+            other arguments.
     """
     passed: set[tuple] = set()
 
@@ -35,16 +51,11 @@ def once_per_signature(check: Callable[..., None]) -> Callable[..., None]:
     def checked(*arguments: object) -> None:
         if torch.compiler.is_compiling():
             return check(*arguments)
-        signature = tuple(
-            [
-                (one.shape, one.dtype, one.device) if isinstance(one, Tensor) else one
-                for one in arguments
-            ]
-        )
         try:
+            signature = signature_of(*arguments)
             if signature in passed:
                 return None
-        except TypeError:
+        except (AttributeError, TypeError):  # not a tensor, or not hashable
             return check(*arguments)
         check(*arguments)
         if len(passed) >= MOST_SIGNATURES:

@@ -33,6 +33,22 @@ class Terminal:
     def type(self, text):
         os.write(self._master, text.encode())
 
+    def interrupt(self):
+        """Types Ctrl-C once the program waits for keys.
+
+        Python's line editor sees a signal only while it waits: one that comes between a key and
+        the wait for the next is seen when the line ends.
+        """
+        deadline = time.monotonic() + 60
+        while self._state() != "S":
+            assert time.monotonic() < deadline, "the program does not wait for keys"
+        self.type("\x03")
+
+    def _state(self):
+        """The state of the program's main thread, as Linux names it: S is asleep."""
+        with open(f"/proc/{self._process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+
     def expect(self, text, patience=60):
         """Waits until the text is shown; gives what was shown before it and after the last one."""
         deadline = time.monotonic() + patience

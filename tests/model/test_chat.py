@@ -97,9 +97,8 @@ def test_a_session_in_a_terminal(folder, terminal):
     shell.expect("image file broken.png must be a whole picture")
     shell.expect("\n> ")
     shell.type("never sent")
-    # A signal that comes between the prompt and the wait for keys is seen at the next key only.
     shell.expect("never sent")
-    shell.type("\x03")
+    shell.interrupt()
     shell.expect("\n> ")
     shell.type("yes or no?\n")
     shell.expect(f"{follow_up}\n[cut off after 5 tokens]\n> ")

@@ -61,10 +61,29 @@ def check_quantized_experts(
     _check_quantized(x, ids, scores, *first, *down, *biases, names, gated)
 
 
-@_checks.once_per_signature
-def _check(x: Tensor, ids: Tensor, scores: Tensor, *arguments: object) -> None:
+def _signature(x, ids, scores, first, down, first_bias, down_bias, names, gated) -> tuple:
+    """`_checks.signature_of` written out: 1 us less, of 15 that a layer of few tokens takes."""
+    first_bias = None if first_bias is None else _checks.signature_of(first_bias)
+    down_bias = None if down_bias is None else _checks.signature_of(down_bias)
+    return (
+        (x.shape, x.dtype, x.device),
+        (ids.shape, ids.dtype, ids.device),
+        (scores.shape, scores.dtype, scores.device),
+        (first.shape, first.dtype, first.device),
+        (down.shape, down.dtype, down.device),
+        first_bias,
+        down_bias,
+        names,
+        gated,
+    )
+
+
+def _check_once(x: Tensor, ids: Tensor, scores: Tensor, *arguments: object) -> None:
     *weights, names, gated = arguments
     _check_all(x, ids, scores, ExpertWeights(*weights), names, gated, _check_float)
+
+
+_check = _checks.once_per_signature(_check_once, _signature)
 
 
 @_checks.once_per_signature
