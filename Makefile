@@ -15,7 +15,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 FORMATTED := $(filter csrc/%,$(SOURCES)) benchmarks/limits.c
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo smol test test-all sanitize bench lint docs clean
+.PHONY: help build demo study smol test test-all sanitize bench lint docs clean
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-tune
 
 help: ## list the targets
@@ -69,6 +69,9 @@ build: $(STAMPS)/extension ## virtual environment, packages and the compiled ext
 
 demo: build $(STAMPS)/assets ## train a small Uni-MoE and show what it learned; ARGS=--quick is short
 	$(BIN)/python -m examples.demo.run --output runs/demo $(ARGS)
+
+study: build $(STAMPS)/assets ## test the paper's claims on the demo's data, two hours; ARGS=--quick is short
+	$(BIN)/python -m examples.study.run --output runs/study $(ARGS)
 
 smol: build $(STAMPS)/smol-assets ## train a Uni-MoE on SmolLM2, an hour (its recipe is not tuned yet); ARGS=--quick is short
 	$(BIN)/python -m examples.smol.run --output runs/smol $(ARGS)

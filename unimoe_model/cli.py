@@ -249,8 +249,16 @@ def _routing(options: argparse.Namespace) -> None:
     print(f"routed {seen} tokens; {options.output / 'routing.json'} and routing.png")
 
 
+def _study(options: argparse.Namespace) -> None:
+    from unimoe_model.study.command import run_study
+
+    output = options.output or Path("runs", options.study.stem)
+    run_study(options.study, output, options.seeds, options.check, options.report)
+
+
 _COMMANDS = {
     "train": _train,
+    "study": _study,
     "generate": _generate,
     "chat": _chat,
     "serve": _serve,

@@ -30,6 +30,16 @@ def command_parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, help="instead of the one in the recipe")
     train.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
 
+    study = commands.add_parser("study", help="train variants of a recipe, and test claims")
+    study.add_argument("study", type=Path, help="YAML, see docs/studies.md")
+    study.add_argument("--output", type=Path, help="folder of runs and report; default runs/STUDY")
+    study.add_argument(
+        "--seeds", type=_numbers, metavar="N,...", help="train these alone, for several processes"
+    )
+    what = study.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="list the runs, and stop")
+    what.add_argument("--report", action="store_true", help="report what is done, train nothing")
+
     generate = commands.add_parser("generate", help="ask a trained model a question")
     generate.add_argument("question", nargs="?", default="", help="none when speech asks")
     generate.add_argument("--model", type=Path, required=True, help="for example runs/mine/model")

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from examples.demo.example import Example
-from unimoe_model.evaluation.routing import RoutingCounts
-from unimoe_model.evaluation.samples import media_arguments
+from unimoe_model.evaluation.question_routing import route_questions
+from unimoe_model.evaluation.samples import Sample
 from unimoe_model.generation import Answerer
 from unimoe_model.training.run import Run
 
-ROUTED_EXAMPLES, _BATCH = 60, 64
+ROUTED_EXAMPLES = 60
 """Examples of each task."""
 
 
@@ -27,15 +27,14 @@ def routed(
     stage = list(run.ids)[-1]
     answerer = Answerer.from_pretrained(run.folder(stage) / "model")
     run.features.prepare(media for example in examples for media in example.media)
-    counts = RoutingCounts(answerer.model)
-    for start in range(0, len(examples), _BATCH):
-        rows = []
-        for example in examples[start : start + _BATCH]:
-            media: dict[str, list] = {}
-            for kind, path in example.media:
-                media.setdefault(kind, []).append(run.features.item(kind, path))
-            rows.append(answerer.row(example.question, **media_arguments(media)))
-        batch = answerer.processor.collate(rows)
-        counts.add({name: tensor for name, tensor in batch.items() if name != "labels"})
+    questions = (_question(number, example) for number, example in enumerate(examples))
+    counts = route_questions(answerer, questions, run.features.item)
     shares = counts.shares()
     return shares, {modality: counts.tokens[modality] for modality in shares}
+
+
+def _question(number: int, example: Example) -> Sample:
+    media: dict[str, tuple] = {}
+    for kind, path in example.media:
+        media[kind] = (*media.get(kind, ()), path)
+    return Sample(number, number + 1, example.question, media)

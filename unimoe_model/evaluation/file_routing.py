@@ -6,6 +6,7 @@ from pathlib import Path
 from unimoe_model.evaluation.files import write_whole
 from unimoe_model.evaluation.routing import RoutingCounts
 from unimoe_model.evaluation.samples import line_named, media_arguments, read_samples
+from unimoe_model.evaluation.specialisation import mutual_information, top_experts
 from unimoe_model.extras import needed_by
 from unimoe_model.generation import Answerer
 from unimoe_model.training.progress import BarReporter, ProgressReporter
@@ -55,6 +56,8 @@ def route_file(
         "layers": counts.layers,
         "expert_origins": answerer.model.config.expert_origins,
         "tokens": {modality: counts.tokens[modality] for modality in shares},
+        "mutual_information": mutual_information(counts.taken()).tolist(),
+        "top_experts": top_experts(counts.taken()),
         "shares": {modality: share.tolist() for modality, share in shares.items()},
     }
     write_whole(output / "routing.json", json.dumps(figures, indent=1) + "\n")

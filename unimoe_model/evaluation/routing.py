@@ -88,6 +88,10 @@ class RoutingCounts:
                 # Ids past the experts stand for null experts and choices given up.
                 taken[row] += torch.bincount(ids[ids < taken.shape[1]], minlength=taken.shape[1])
 
+    def taken(self) -> dict[str, torch.Tensor]:
+        """Routed rows of every expert, `[layers, E]` int64, for each modality that occurs."""
+        return {kind: rows for kind, rows in self._taken.items() if self.tokens[kind]}
+
     def shares(self) -> dict[str, torch.Tensor]:
         """Share of each modality's routed rows that every expert takes.
 
@@ -97,6 +101,5 @@ class RoutingCounts:
         """
         return {
             modality: taken.double() / taken.sum(1, keepdim=True).clamp(min=1)
-            for modality, taken in self._taken.items()
-            if self.tokens[modality]
+            for modality, taken in self.taken().items()
         }

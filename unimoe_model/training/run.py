@@ -55,9 +55,11 @@ class Run:
         reporter: is told of the progress.
         device: where to train.
         mesh: of the processes that train together; None is this one alone.
+        is_shared: whether the output may hold runs of other recipes.
 
     Raises:
-        ValueError: If the output holds another recipe's run, or what `describe_start` raises.
+        ValueError: If the output holds another recipe's run and is not shared, or what
+            `describe_start` raises.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Run:
         reporter: ProgressReporter,
         device: torch.device,
         mesh: DeviceMesh | None = None,
+        is_shared: bool = False,
     ):
         self._recipe = recipe
         self._data = data
@@ -78,7 +81,8 @@ class Run:
         self._ranks = Ranks(mesh, shard=bool(recipe.parallel and recipe.parallel.shard))
         self._precision = resolve_precision(recipe.precision, device)
         self.ids = stage_ids(recipe, self._precision, data.digests)
-        self._check_output()
+        if not is_shared:
+            self._check_output()
         self._start = describe_start(recipe, data.texts())
         self.processor: UniMoEProcessor = self._start.processor
         self.features = MediaFeatures(

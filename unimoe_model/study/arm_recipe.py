@@ -1,0 +1,102 @@
+"""The recipe of an arm: that of the study with the arm's changes."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unimoe_model.study.plan import Arm, Study
+from unimoe_model.training.checkpoint import fingerprint
+from unimoe_model.training.recipe import Recipe, load_recipe
+
+
+def raw_recipe(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """What a YAML file holds.
+
+    Raises:
+        ValueError: If the file is missing, or is no mapping in YAML.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what} ({path}) must be a readable YAML file: {reason}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{what} ({path}) must be a mapping, got {type(raw).__name__}")
+    return raw
+
+
+def arm_recipe(study: Study, arm: Arm, seed: int) -> Recipe:
+    """The recipe of an arm.
+
+    It has all stages of the study's recipe; `needed_stages` are those that are trained.
+
+    Raises:
+        ValueError: If a change or evaluation names nothing in the recipe, or the result is no valid
+            recipe.
+    """
+    own = _own_keys(study, arm)
+    try:
+        return load_recipe(study.recipe, seed=seed, **own)
+    except ValueError as error:
+        raise ValueError(f"arms.{arm.name}: {error}") from error
+
+
+def arm_settings(study: Study, arm: Arm, seed: int) -> str:
+    """Names what the study's files say of a run, without its data and models.
+
+    Raises:
+        ValueError: As `arm_recipe`.
+    """
+    own, recipe = _own_keys(study, arm), arm_recipe(study, arm, seed)
+    needed = needed_stages(recipe, arm.stage)
+    stages = [stage for stage in own["stages"] if stage["name"] in needed]
+    connectors = raw_recipe(study.recipe).get("connectors")
+    return fingerprint([stages, own["evaluate"], connectors, seed, study.routed])
+
+
+def _own_keys(study: Study, arm: Arm) -> dict[str, Any]:
+    """Keys of the recipe that differ between arms."""
+    raw = raw_recipe(study.recipe)
+    stages = deepcopy(raw.get("stages") or [])
+    by_name = {stage.get("name"): stage for stage in stages if isinstance(stage, dict)}
+    for name in (arm.stage, *arm.changes):
+        if name not in by_name:
+            known = ", ".join(map(str, by_name))
+            raise ValueError(
+                f"arms.{arm.name} ({name}) must name a stage of {study.recipe}: {known}"
+            )
+    for name, changes in arm.changes.items():
+        _merge(by_name[name], changes)
+    questions = raw.get("evaluate") or {}
+    asked = questions if arm.evaluate is None else arm.evaluate
+    unknown = [name for name in asked if name not in questions]
+    if unknown:
+        raise ValueError(
+            f"arms.{arm.name}.evaluate ({unknown[0]}) must be among {', '.join(questions)}"
+        )
+    evaluate = {name: questions[name] | {"stages": [arm.stage]} for name in asked}
+    return {"stages": stages, "evaluate": evaluate}
+
+
+def needed_stages(recipe: Recipe, last: str) -> list[str]:
+    """The stages that one starts from, directly or not, and itself, in the recipe's order."""
+    names = [stage.name for stage in recipe.stages]
+    needed, pending = set(), [last]
+    while pending:
+        name = pending.pop()
+        if name in names and name not in needed:
+            needed.add(name)
+            pending += recipe.stage(name).sources
+    return [name for name in names if name in needed]
+
+
+def _merge(target: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if value is None:
+            target.pop(key, None)
+        elif isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        else:
+            target[key] = deepcopy(value)
