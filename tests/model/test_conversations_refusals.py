@@ -21,7 +21,7 @@ LONG = "é" * 500
         ({**ASKED, "image": 3}, "image (3) must be a path or a list of paths"),
         ({**ASKED, "answer": " "}, "answer (' ') must be a text"),
         ({**ASKED, "answer": "<image>"}, "answer ('<image>') must hold no placeholder; it is an"),
-        ({**ASKED, "answers": [LONG, 1]}, "answer and answers must not both be there"),
+        ({**ASKED, "answers": [LONG, 1]}, "answer and answers exclude each other"),
         ({**ASKED, "options": ["x"]}, "options (1) must be 2 to 26, one a letter"),
         ({**ASKED, "options": ["y", "z"]}, "answer ('x') must be the letter (A to B) or the text"),
         (

@@ -225,7 +225,7 @@ def test_generation_from_embeddings(seeing, llama, media_prompt):
         embedded = one.get_input_embeddings()(ids)
         assert torch.equal(one.generate(inputs_embeds=embedded, **NEW), expected)
     embeddings = model.get_input_embeddings()(inputs.pop("input_ids").clamp(max=200))
-    with pytest.raises(ValueError, match="media needs input_ids"):
+    with pytest.raises(ValueError, match="media requires input_ids"):
         model.generate(inputs_embeds=embeddings, **inputs, **NEW)
 
 
