@@ -323,7 +323,7 @@ def test_packed_rows_are_those_of_training(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--devices", "4"), "devices, device_memory and tokens_per_second are for check alone"),
+        (("--devices", "4"), "devices, device_memory and tokens_per_second require check"),
         (("--check", "--devices", "0"), r"devices (0) must be 1 or more each"),
         (("--check", "--device-memory", "-1"), "device_memory (-1.0) must be above 0 GiB"),
         (("--check", "--tokens-per-second", "0"), "tokens_per_second (0.0) must be above 0"),
