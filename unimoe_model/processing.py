@@ -165,7 +165,7 @@ class UniMoEProcessor(ProcessorMixin):
             audio: other recordings, in the order of their placeholders.
             max_length: maximum tokens per row, soft tokens included. Longer rows are truncated; an
                 item that does not fit is removed with its placeholder and everything after it.
-            padding_side: `"left"` for generation, `"right"` for training.
+            padding_side: `"left"` for generation, `"right"` for training; outputs are the same.
             frame_seed: seed for drawing the frames of videos at random; None spaces them evenly.
 
         Returns:
