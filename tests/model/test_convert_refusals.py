@@ -1,4 +1,4 @@
-"""`unimoe convert` where something is wrong: it is named, and nothing is written."""
+"""Errors of `unimoe convert`: they name the cause, and nothing is written."""
 
 import json
 import struct
@@ -222,7 +222,10 @@ def test_arguments_that_do_not_go_together(tmp_path, tokenizer_folder):
     ("change", "message"),
     [
         (lambda s: without(s, "lm_head.weight"), "lm_head.weight is missing"),
-        (lambda s: misshapen(s, "a.weight", (3,)), "a.weight becomes a.weight, which the model does not have"),
+        (
+            lambda s: misshapen(s, "a.weight", (3,)),
+            "a.weight becomes a.weight, which the model does not have",
+        ),
         (
             lambda s: misshapen(s, "lm_head.weight", (VOCAB, WIDTH - 1)),
             r"lm_head.weight the shape \[300, 31\], expected \[300, 32\]",

@@ -1,4 +1,4 @@
-"""`unimoe eval` on user data files, from a data file to what it writes and prints."""
+"""`unimoe eval`, from a data file to its files and printed output."""
 
 import json
 

@@ -1,8 +1,8 @@
-"""Memory of a training step: what simulation on fake tensors says, and what torch allocates.
+"""Memory of a training step: the simulation on fake tensors against torch's allocator.
 
 The measured peak is that of the CPU allocator's own events, which `torch.profiler` records: every
-allocation and every release from the building of the model to the end of the second step, added up
-in their order. It knows nothing of operators, tensors or what they are for.
+allocation and release from the construction of the model to the end of the second step, summed in
+order. It is independent of operators, tensors and their use.
 """
 
 import json

@@ -19,7 +19,7 @@ _SEED = 0
 
 
 def what_it_hears(names: Collection[str]) -> str:
-    """The kind of sound of a checkpoint: `"audio"` if its aligner is a Q-Former, else `"speech"`."""
+    """Kind of sound of a checkpoint: `"audio"` if its aligner is a Q-Former, else `"speech"`."""
     return "audio" if any(".qformer.qformer." in name for name in names) else "speech"
 
 

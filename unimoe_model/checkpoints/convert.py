@@ -76,7 +76,9 @@ def convert_from_published(
     is_adapter = (source / ADAPTER_CONFIG).is_file()
     if is_adapter != (base is not None):
         if is_adapter:
-            raise ValueError(f"folder ({source}) holds an adapter, which requires its base; got None")
+            raise ValueError(
+                f"folder ({source}) holds an adapter, which requires its base; got None"
+            )
         raise ValueError(f"base ({base}) is not supported: folder ({source}) holds no adapter")
     places = [place for place in (tokenizer, source, base) if place]
     files = TensorFiles(shards(base or source))

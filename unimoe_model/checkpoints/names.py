@@ -97,7 +97,7 @@ def published_name(own: str, hears: str, eight: bool) -> str | None:
 
 
 def _is_known(name: str) -> bool:
-    """Whether a published name outside the experts is a known name of a layer, or not in a layer."""
+    """Whether a published name outside the experts is known, or does not belong to a layer."""
     in_layer = name.startswith("model.layers.")
     return not in_layer or bool(_PLAIN.fullmatch(name) or _ROUTER.fullmatch(name))
 

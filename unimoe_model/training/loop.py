@@ -152,7 +152,7 @@ def add_gradients(
             with autocast(device, precision):
                 value = answer_loss(model, inputs, None if count is None else count.to(device))
             if not value.requires_grad:
-                # The part does not use any trained parameter, but all processes must run a backward.
+                # The part uses no trained parameter, but all processes must run a backward.
                 value = value + 0 * next(p for p in model.parameters() if p.requires_grad).sum()
             value.backward()
             loss += value.item()

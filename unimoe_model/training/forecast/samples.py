@@ -84,7 +84,7 @@ def _most_media(samples: Sequence[Conversation]) -> dict[str, int]:
 def batch_shape(
     stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int], config: UniMoEConfig
 ) -> BatchShape:
-    """The largest batch that a stage is likely to have, with all rows as long as the longest sample.
+    """The largest likely batch of a stage, with all rows as long as the longest sample.
 
     Packed rows have `max_length` tokens and hold as many samples as fit on average. The number of
     labelled tokens is four standard deviations above the mean of a batch; media are distributed
@@ -113,8 +113,9 @@ def batch_shape(
 
 
 def assumed_shape(stage: Stage, max_length: int, config: UniMoEConfig) -> BatchShape:
-    """The batch assumed for missing data: rows of `max_length` tokens with one item of each kind
-    whose connector is trained, and half of the text labelled.
+    """The batch assumed for missing data, with rows of `max_length` tokens.
+
+    Each row has one item of every kind whose connector is trained; half of its text is labelled.
     """
     trained = {part.part.partition(".")[2] for part in stage.train}
     media = {kind: 1 for kind in MEDIA_KINDS if kind in trained}
