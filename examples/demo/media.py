@@ -29,9 +29,9 @@ with needed_by("writing videos"):
 AT_ONCE = 128
 """Items that are made before they are written, which is what an interruption may lose."""
 
-# aiSFX uses the logarithm of a note's power relative to its loudest sample. On 60 notes, features of
-# 16-bit files differ by 2 % (median; maximum 31 %), of 24-bit files by 0.002 % (0.02 %). Whisper's
-# features of 80 phrases in 16 bits differ by 0.1 % (0.4 %).
+# aiSFX uses the logarithm of a note's power relative to its loudest sample. On 60 notes, features
+# of 16-bit files differ by 2 % (median; maximum 31 %), of 24-bit files by 0.002 % (0.02 %).
+# Whisper's features of 80 phrases in 16 bits differ by 0.1 % (0.4 %).
 SPEECH_BITS, SOUND_BITS = 16, 24
 _VIDEO_SEED = 0  # the seed of the run draws other things
 _FRAME_MS = 120

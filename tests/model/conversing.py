@@ -85,7 +85,7 @@ class Checked:
         self.prefilled, self.whole = 0, 0
 
     def reply(self, text="", **media):
-        """Sends a message; `prefilled` is the length of the first forward, `whole` of the prompt."""
+        """Sends a message; sets `prefilled` (length of the first forward) and `whole` (of all)."""
         names = {"images": "image", "videos": "video", "speech": "speech", "audio": "audio"}
         for name, items in media.items():
             self.media[names[name]] += items
