@@ -66,7 +66,7 @@ def conversation_of(
 
 def _of_sample(sample: Sample, where: str) -> Conversation:
     if not sample.answers:
-        raise ValueError("answer or answers is missing; training needs what is right")
+        raise ValueError("answer or answers is missing; training requires a reference answer")
     question, answer = sample.question, sample.answers[0]
     if sample.options:
         check_options(sample.options)

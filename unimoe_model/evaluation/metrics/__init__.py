@@ -111,7 +111,7 @@ def _score_cider(samples: Sequence[Sample], answers: Sequence[str]) -> Score:
 
 def _require_answers(sample: Sample) -> None:
     if not sample.answers:
-        raise ValueError("answer or answers is missing; a score needs what is right")
+        raise ValueError("answer or answers is missing; a score requires a reference answer")
 
 
 def _only_answer(sample: Sample) -> str:
