@@ -15,7 +15,7 @@ LONG = "é" * 500
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ({"id": 1, "question": "what?"}, "answer or answers is missing; training needs what is"),
+        ({"id": 1, "question": "what?"}, "answer or answers is missing; training requires"),
         ({**ASKED, "id": None}, "id (None) must be a text or a whole number"),
         ({**ASKED, "picture": "a.png"}, "unknown keys ['picture']; there are id, question, image"),
         ({**ASKED, "image": 3}, "image (3) must be a path or a list of paths"),
