@@ -1,4 +1,4 @@
-"""Shows tables and examples of docstrings in the API reference as tables and code."""
+"""Renders tables and examples of docstrings in the API reference."""
 
 import re
 
@@ -10,19 +10,19 @@ ROLE = re.compile(r":(?:class|func|meth|mod):(?=`)")
 
 
 class DocstringSections(griffe.Extension):
-    """Rewrites every docstring that is collected to what griffe and Markdown read."""
+    """Rewrites docstrings to the syntax of griffe and Markdown."""
 
     def on_object(self, *, obj, **kwargs):
-        """Names sections of examples as griffe does, drops roles, writes tables in Markdown."""
+        """Renames sections of examples, removes roles, and converts tables to Markdown."""
         if obj.docstring is not None:
             text = ROLE.sub("", EXAMPLE.sub("Examples:", obj.docstring.value))
             obj.docstring.value = with_markdown_tables(text)
 
 
 def with_markdown_tables(text):
-    """The text with its reStructuredText tables in Markdown; three rules of `=` enclose each.
+    """Converts reStructuredText tables, each enclosed by three rules of `=`, to Markdown.
 
-    A row without a first cell continues the one before.
+    A row without a first cell continues the previous one.
     """
     lines = text.splitlines()
     rules = [index for index, line in enumerate(lines) if RULE.match(line)]
@@ -38,7 +38,7 @@ def with_markdown_tables(text):
         rows = []
         for line in lines[middle + 1 : bottom]:
             found = cells(line)
-            # A first cell that ends in a comma goes on in the next line.
+            # A first cell that ends in a comma continues in the next line.
             if rows and (not found[0] or rows[-1][0].endswith(",")):
                 rows[-1] = [
                     f"{old} {new}".strip() for old, new in zip(rows[-1], found, strict=True)

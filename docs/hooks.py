@@ -1,8 +1,8 @@
-"""Puts files from outside docs/ into the site, so that one link serves the site and a checkout.
+"""Adds files from outside docs/ to the site, so that links work in the site and in a checkout.
 
-Pages link to files by their place in the repository. Of those outside docs/, Markdown files that
-the navigation lists become pages, images are copied, and all others become pages under `source/`
-that show their text, or the files of a folder.
+Pages link to files by their path in the repository. Of files outside docs/, Markdown files in the
+navigation become pages, images are copied, and all others become pages under `source/` with their
+text, or with the list of a folder.
 """
 
 import os
@@ -22,7 +22,7 @@ LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)#\s]+)((?:#[^)]*)?\))")
 
 
 def on_files(files, config):
-    """Adds the pages outside docs/, and whatever pages link to."""
+    """Adds the pages outside of docs/, and all files that pages link to."""
     for name in OUTSIDE_PAGES:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     pages = [place_of(file.src_uri) for file in files.documentation_pages()]
@@ -45,7 +45,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Points links at the names that files have in the site."""
+    """Rewrites links to the names of files in the site."""
     if page.file.src_uri.startswith("source/"):
         return markdown
     folder = posixpath.dirname(place_of(page.file.src_uri))
@@ -61,7 +61,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def place_of(name):
-    """Where a page of the site lies in the repository."""
+    """Path in the repository of a page of the site."""
     return name if name in OUTSIDE_PAGES else f"docs/{name}"
 
 
@@ -82,7 +82,7 @@ def _name_in_site(path):
 
 
 def _files_of(folder):
-    """Files below a folder: those that git knows, or all where there is no git."""
+    """Files below a folder: those tracked by git, or all files without git."""
     listed = subprocess.run(
         ["git", "ls-files", "--", folder], cwd=ROOT, capture_output=True, text=True
     ).stdout.splitlines()

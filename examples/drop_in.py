@@ -1,4 +1,4 @@
-"""`MoE` inside a plain torch model: which of eight sine waves is it, from 32 noisy samples?
+"""`MoE` in a plain torch model that classifies eight sine waves from 32 noisy samples.
 
 Run it: python examples/drop_in.py
 """
@@ -14,7 +14,7 @@ CLASSES, SAMPLES = 8, 32
 
 
 class Classifier(nn.Module):
-    """Ten lines around one mixture-of-experts layer, which takes an FFN's place."""
+    """A classifier with one mixture-of-experts layer in place of an FFN."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -24,14 +24,14 @@ class Classifier(nn.Module):
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `[T, CLASSES]` and the auxiliary loss."""
+        """Returns logits `[T, CLASSES]` and the auxiliary loss."""
         x = self.project(x)
         y, routed = self.moe(self.norm(x), return_router=True)
         return self.head(x + y), self.moe.aux_loss_of(routed)
 
 
 def batch(size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy sine waves `[size, SAMPLES]` of 1 to CLASSES periods, and their classes `[size]`."""
+    """Returns noisy sine waves `[size, SAMPLES]` of 1 to CLASSES periods, and classes `[size]`."""
     label = torch.randint(CLASSES, (size,), generator=generator)
     phase = 6.28 * torch.rand(size, 1, generator=generator)
     time = torch.linspace(0, 6.28, SAMPLES)
@@ -40,7 +40,7 @@ def batch(size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Te
 
 
 def main(steps: int) -> float:
-    """Trains and returns the accuracy on fresh waves."""
+    """Trains the classifier and returns its accuracy on new waves."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     model = Classifier()

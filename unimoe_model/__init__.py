@@ -1,8 +1,8 @@
-"""Uni-MoE (arXiv 2405.11273), small: one model for text, pictures, video, speech and audio.
+"""Uni-MoE (arXiv 2405.11273): one language model for text, images, video, speech and audio.
 
-The names of `__all__` are loaded from their modules when they are first used, so that importing the
-package loads neither torch nor transformers. `register_auto_classes()` lets transformers' Auto
-classes load its checkpoints.
+Names in `__all__` are imported from their modules on first use, so importing the package loads
+neither torch nor transformers. After `register_auto_classes()` the Auto classes of transformers
+load Uni-MoE checkpoints.
 
 Example:
     >>> from unimoe_model import UniMoEConfig
@@ -79,7 +79,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name from its module."""
+    """Imports a public name from its module on first use."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Uni-MoE among transformers' Auto classes."""
+"""Registration of Uni-MoE with the Auto classes of transformers."""
 
 from transformers import (
     AutoConfig,
@@ -14,9 +14,9 @@ from unimoe_model.processing import UniMoEProcessor
 
 
 def register_auto_classes() -> None:
-    """Lets `AutoConfig`, `AutoModel...` and `AutoProcessor` load Uni-MoE folders.
+    """Registers Uni-MoE with `AutoConfig`, `AutoModel...` and `AutoProcessor`.
 
-    Calling it again does no harm.
+    Repeated calls have no further effect.
 
     Example:
         >>> register_auto_classes()

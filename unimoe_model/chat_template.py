@@ -8,28 +8,28 @@ from transformers import PreTrainedTokenizerBase
 
 from unimoe_model.prompt import PLACEHOLDERS
 
-# Templates of LLMs that think before they answer then leave the thoughts empty; others ignore it.
+# Templates of reasoning LLMs then write an empty thinking block; others ignore the option.
 _WITHOUT_THOUGHTS = {"enable_thinking": False}
 
 
 def chat_text(
     turns: Sequence[tuple[str, str | None]], tokenizer: PreTrainedTokenizerBase, system: str = ""
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Writes a conversation in the chat template of a tokenizer.
+    """Renders a conversation with the chat template of a tokenizer.
 
     Args:
-        turns: what the user says, and the answer; None or an empty one ends the text where the
-            answer would begin.
-        tokenizer: has a chat template.
-        system: message of the system; none where empty.
+        turns: pairs of the user's message and the answer. If the last answer is None or empty, the
+            text ends with the generation prompt.
+        tokenizer: a tokenizer with a chat template.
+        system: system message; empty for none.
 
     Returns:
-        The text, and where in it each answer begins and ends, its end-of-turn token included.
+        The text, and the start and end of each answer in it, end-of-turn token included.
 
     Raises:
-        ValueError: If there are no turns, a turn of the user is empty, or the template refuses
-            the conversation or does not show answers as they are, each between the generation
-            prompt and a special token.
+        ValueError: If there are no turns, a message of the user is empty, the template rejects the
+            conversation, or it does not render answers unchanged between the generation prompt and
+            a special token.
     """
     if not turns or not all(user for user, _ in turns):
         raise ValueError(f"turns ({list(turns)}) must hold at least one, none of the user empty")
@@ -54,7 +54,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id of the token that ends an answer in the tokenizer's chat template.
 
     Raises:
-        ValueError: As `chat_text` does.
+        ValueError: If `chat_text` raises it for a conversation of one turn.
     """
     text, [(_, stop)] = chat_text([("a", "b")], tokenizer)
     last = re.search(f"(?:{_specials(tokenizer)})$", text[:stop])
@@ -81,7 +81,7 @@ def _rendered(
 def _answer(
     text: str, prompts: Sequence[str], answer: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, int]:
-    """Where the answer behind one of the prompts begins in the text, and where it ends."""
+    """Start and end, in the text, of the answer that follows one of the prompts."""
     start = max((len(prompt) for prompt in prompts if text.startswith(prompt)), default=None)
     pattern = rf"\s*{re.escape(answer.strip())}\s*(?:{_specials(tokenizer)})"
     match = None if start is None else re.compile(pattern).match(text, start)
@@ -94,6 +94,6 @@ def _answer(
 
 
 def _specials(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Pattern of the special tokens, media placeholders apart."""
+    """Pattern that matches special tokens other than media placeholders."""
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return "|".join(map(re.escape, sorted(tokens - set(PLACEHOLDERS.values()), reverse=True)))

@@ -12,7 +12,7 @@ from unimoe_model.user_errors import USER_ERRORS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; errors of the user are one line on stderr."""
+    """Runs a command and returns its exit code; user errors are printed as one line on stderr."""
     options = command_parser().parse_args(arguments)
     try:
         _check_folders(options)
@@ -27,13 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stopped:
         where = f"{stopped}; " if str(stopped) else ""
-        print(f"\n{where}the same command goes on from here", file=sys.stderr)
+        print(f"\n{where}run the same command to resume", file=sys.stderr)
         return 128 + getattr(stopped, "signal", 2)
     return 0
 
 
 def _check_folders(options: argparse.Namespace) -> None:
-    """Refuses a file where a folder is to be written, before any work is done."""
+    """Raises ValueError if a file is in the place of an output folder, before any work is done."""
     for name, field in (("output", "output"), ("features", "features"), ("to", "target")):
         folder = getattr(options, field, None)
         for part in (folder, *folder.parents) if folder else ():
@@ -141,7 +141,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _ends_by_interrupt() -> Iterator[None]:
-    """Ctrl-C is how such a command ends: nothing is left for the same command to continue."""
+    """Exits on Ctrl-C, which ends these commands, without the message about resuming."""
     try:
         yield
     except KeyboardInterrupt:
@@ -154,7 +154,7 @@ def _convert(options: argparse.Namespace) -> None:
     if options.layout == "published":
         given = [n for n in ("base", "tokenizer", "connector", "set") if getattr(options, n)]
         if given:
-            raise ValueError(f"layout published takes no {given[0]}")
+            raise ValueError(f"{given[0]} is not supported with layout published")
         with _bytes_bar("convert") as show:
             made = convert_to_published(options.source, options.target, show)
     else:
@@ -177,7 +177,7 @@ def _assemble(options: argparse.Namespace) -> None:
     named = [_assignment("expert", text) for text in options.expert]
     experts = {name: Path(folder) for name, folder in named}
     if len(experts) != len(options.expert):
-        raise ValueError(f"expert ({options.expert}) must have a name of its own each")
+        raise ValueError(f"expert ({options.expert}) must have unique names")
     layers = _value(options.moe_layers)
     with _bytes_bar("assemble") as show:
         assemble(options.base, experts, options.target, options.top_k, layers, options.seed, show)
@@ -219,7 +219,7 @@ def _overrides(assignments: Sequence[str]) -> dict:
 
 
 def _value(text: str):
-    """What JSON makes of a text, or else the text."""
+    """The value of a JSON text, or the text itself if it is not JSON."""
     import json
 
     try:

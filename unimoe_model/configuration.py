@@ -1,4 +1,4 @@
-"""Configuration of Uni-MoE: one LLM, one MoE layout, three connectors, three encoders by name."""
+"""Configuration of Uni-MoE: the LLM, its MoE layers, connectors, and encoders by name."""
 
 from typing import ClassVar
 
@@ -7,49 +7,47 @@ from transformers import AutoConfig, PreTrainedConfig
 from unimoe_model.llm_families import expert_activation, has_own_experts, llm_config
 
 MEDIA_KINDS = ("image", "video", "speech", "audio")
-"""Kinds of media, each with a placeholder token `<kind>`, in the order prompts show them."""
+"""Media kinds, each with a placeholder token `<kind>`, in the order in which prompts have them."""
 
 
 class UniMoEConfig(PreTrainedConfig):
     """Describes a Uni-MoE model; the defaults are those of the published 7B x 4 release.
 
     Args:
-        text_config: configuration of the LLM, or its fields as a dict, where `model_type` is one of
-            `llm_families` and `"llama"` unless given.
-        num_experts: experts in an MoE layer; 0 gives the dense model of stages 1 and 2.
-        num_experts_per_tok: experts a token is routed to, K.
-        moe_layers: decoder layers that hold experts: `"all"`, `"even"` (0, 2, 4 and so on, as the
-            release named interval), `"first_half"`, `"second_half"`, or a list of their numbers.
+        text_config: configuration of the LLM, or its fields as a dict with a `model_type` listed in
+            `llm_families` (default `"llama"`).
+        num_experts: experts per MoE layer, E; 0 for the dense model of stages 1 and 2.
+        num_experts_per_tok: experts per token, K.
+        moe_layers: decoder layers with experts: `"all"`, `"even"` (0, 2, 4, ...; "interval" in the
+            release), `"first_half"`, `"second_half"`, or a list of layer indices.
         moe_options: further options of `unimoe_kernels.MoE`, by name, such as `mode`, `top_p`,
             `num_null_experts` and `num_shared_experts`.
-        modality_gate: whether a linear map of its own per modality stands before the router.
-        load_balancing_coef: weight of the load-balancing loss. The 4-expert release trains without.
+        modality_gate: whether the router's input passes through one linear map per modality.
+        load_balancing_coef: weight of the load-balancing loss; 0 in the four-expert release.
         router_z_coef: weight of the router z-loss.
         modality_expert_coef: weight of `modality_expert_loss`.
-        modality_experts: the experts meant for each media kind, for that loss.
+        modality_experts: expert indices assigned to each media kind, for `modality_expert_loss`.
         modality_kl_coef: weight of `modality_kl_loss`.
-        expert_origins: what each expert was before it became one, in expert order: a task, or a
-            file.
-        vision_encoder: name of the frozen encoder of images and frames.
-        vision_feature_size: width of its features.
-        vision_num_tokens: soft tokens an image becomes; a video becomes as many, the mean over its
-            frames.
-        video_num_frames: frames taken of a video.
+        expert_origins: name of the task or file that each expert was trained on, in expert order.
+        vision_encoder: name of the frozen encoder of images and video frames.
+        vision_feature_size: width of the vision encoder's features.
+        vision_num_tokens: soft tokens per image, and per video, which is averaged over its frames.
+        video_num_frames: frames sampled from a video.
         speech_encoder: name of the frozen speech encoder.
-        speech_feature_size: width of its features.
-        speech_max_frames: most feature frames the connector is given at once.
+        speech_feature_size: width of the speech encoder's features.
+        speech_max_frames: maximum number of feature frames per piece of speech.
         speech_connector: fields of the `WhisperConfig` of the speech connector's decoder.
-        speech_num_queries: soft tokens a speech clip becomes.
+        speech_num_queries: soft tokens per piece of speech.
         audio_encoder: name of the frozen audio encoder.
-        audio_feature_size: width of its features.
+        audio_feature_size: width of the audio encoder's features.
         audio_connector: fields of the `Blip2QFormerConfig` of the audio connector.
-        audio_num_queries: soft tokens an audio clip becomes.
-        media_token_ids: token id of the placeholder of each media kind; unless given, the first
-            ids after the vocabulary. Those need no row in the embedding table.
+        audio_num_queries: soft tokens per piece of audio.
+        media_token_ids: token id of each media kind's placeholder; by default the first ids after
+            the vocabulary, which need no row in the embedding table.
 
     Raises:
-        ValueError: If an MoE field is out of range, a media kind has no token, or the LLM cannot be
-            that of a Uni-MoE.
+        ValueError: If an MoE field is out of range, a media kind has no token, or the LLM is not
+            supported.
 
     Reference: arXiv:2405.11273, section 3, and the released `config.json`.
     """
@@ -126,7 +124,7 @@ class UniMoEConfig(PreTrainedConfig):
         named = self.modality_experts or {}
         if self.modality_expert_coef and not named:
             raise ValueError(
-                f"modality_expert_coef ({self.modality_expert_coef}) needs modality_experts"
+                f"modality_expert_coef ({self.modality_expert_coef}) requires modality_experts"
             )
         for kind, experts in named.items():
             if kind not in MEDIA_KINDS or not all(0 <= i < self.num_experts for i in experts):
@@ -144,14 +142,14 @@ class UniMoEConfig(PreTrainedConfig):
         return layer in self.moe_layers
 
     def num_soft_tokens(self, kind: str) -> int:
-        """Soft tokens that one item of media kind `kind` becomes."""
+        """Number of soft tokens per image, video or piece of a recording of media kind `kind`."""
         if kind in ("image", "video"):
             return self.vision_num_tokens
         return {"speech": self.speech_num_queries, "audio": self.audio_num_queries}[kind]
 
 
 def check_moe_layers(layers: str | list[int], depth: int) -> None:
-    """Raises ValueError unless `layers` says which of `depth` decoder layers hold experts."""
+    """Raises ValueError unless `layers` is a placement or lists some of `depth` decoder layers."""
     if isinstance(layers, str):
         known = layers in PLACEMENTS
     else:

@@ -1,22 +1,22 @@
-"""Packages that only the optional extras install, and the error that names the extra."""
+"""Imports of optional packages, with an error that names the extra to install."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _PACKAGES = {"PIL": "pillow"}
-"""Names of packages whose modules are called otherwise."""
+"""Package names that differ from the names of their modules."""
 
 
 @contextmanager
 def needed_by(what: str, extra: str = "media") -> Iterator[None]:
-    """Around imports of an extra's packages: the error says how to install them.
+    """Wraps imports of optional packages; if one is missing, the error names the extra.
 
     Args:
-        what: what needs them, in the singular; the message begins with it.
-        extra: of `pyproject.toml`.
+        what: feature that requires the packages, in the singular; the message begins with it.
+        extra: name of the extra in `pyproject.toml`.
 
     Raises:
-        ModuleNotFoundError: If a package is missing; `name` is that of its module.
+        ModuleNotFoundError: If a package is not installed; `name` is the name of its module.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""One process at a time writes a folder."""
+"""Locks that let one process at a time write to a folder."""
 
 import fcntl
 import json
@@ -9,17 +9,17 @@ from pathlib import Path
 
 
 class FolderInUseError(ValueError):
-    """Another process has the lock of a folder."""
+    """Raised when another process holds the lock of a folder."""
 
 
 class FolderLock:
-    """A context in which no other process has the lock of a folder.
+    """Context manager that holds the lock of a folder.
 
-    The lock ends with its process, however that ends, so that one of a dead process is free.
+    The lock is released when its process ends, in whatever way.
 
     Args:
-        folder: made if it is not there.
-        what: what errors call it.
+        folder: folder to lock; created if necessary.
+        what: name of the folder in error messages.
     """
 
     def __init__(self, folder: Path, what: str = "output"):
@@ -28,10 +28,10 @@ class FolderLock:
         self._file = None
 
     def __enter__(self) -> "FolderLock":
-        """Takes the lock.
+        """Acquires the lock.
 
         Raises:
-            FolderInUseError: If another process has it, naming it.
+            FolderInUseError: If another process holds it; the message names the process.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+", encoding="utf-8")
@@ -53,7 +53,7 @@ class FolderLock:
         return self
 
     def __exit__(self, *_) -> None:
-        """Gives the lock back, to a forked process too that has its file open."""
+        """Releases the lock, even if a forked process has its file open."""
         self._file.truncate(0)
         fcntl.flock(self._file, fcntl.LOCK_UN)
         self.forget()
@@ -65,7 +65,7 @@ class FolderLock:
         self._file = None
 
     def wait(self) -> None:
-        """Waits until no other process has the lock."""
+        """Waits until no other process holds the lock."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)

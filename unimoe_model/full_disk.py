@@ -1,4 +1,4 @@
-"""The error of a full disk says what was needed and what is free."""
+"""Errors of full disks that state the bytes required and the bytes free."""
 
 import errno
 import shutil
@@ -11,13 +11,13 @@ from pathlib import Path
 def naming_full_disk(
     folder: Path, what: str, needed: int, left: str = "what was flushed before is whole"
 ) -> Iterator[None]:
-    """Makes an OSError that says so of what a full disk raises in the block.
+    """Converts errors that a full disk causes in the block to an OSError that says so.
 
     Args:
-        folder: on the disk; may not exist yet.
-        what: what is written.
-        needed: its bytes.
-        left: what the user still has.
+        folder: folder on the disk; need not exist.
+        what: what is being written.
+        needed: its size in bytes.
+        left: state of what was written before.
     """
     try:
         yield
@@ -34,7 +34,7 @@ def naming_full_disk(
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error, which torch wraps."""
+    """Whether an error, or one that it wraps, is that of a full disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

@@ -1,4 +1,4 @@
-"""Answers to questions about media, from a checkpoint folder: what `unimoe generate` runs."""
+"""Generation of answers to questions about media, run by `unimoe generate`."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,12 +26,13 @@ _UNFIT = {
 
 
 class Answerer:
-    """A model with its processor.
+    """A model with its processor, for answering questions.
 
     Args:
-        model: in eval mode.
-        processor: made for the model.
-        is_parallel: whether other ranks share the experts; they call `take_part` meanwhile.
+        model: model in eval mode.
+        processor: the model's processor.
+        is_parallel: whether the experts are split over ranks. While one rank calls `answer`, the
+            others must call `take_part`.
     """
 
     def __init__(
@@ -48,22 +49,24 @@ class Answerer:
     def from_pretrained(
         cls, folder: str | Path, mesh: DeviceMesh | None = None, precision: str = "auto"
     ) -> "Answerer":
-        """Loads model and processor.
+        """Loads model and processor, on a GPU if there is one.
 
         Args:
-            folder: as training, `convert` and `assemble` leave it.
-            mesh: of the ranks that share the experts, all of which call; None for one process.
-            precision: of the model; `"auto"`, `"bf16"` or `"fp32"`, see `resolve_dtype`.
+            folder: model folder written by `unimoe train`, `convert` or `assemble`.
+            mesh: mesh of ranks that share the experts, all of which must call; None for a single
+                process.
+            precision: `"auto"`, `"bf16"` or `"fp32"`; see `resolve_dtype`.
 
         Raises:
-            ValueError: If `precision` is another value, the folder is no checkpoint of a Uni-MoE,
-                its files are cut short or do not fit, or ranks are to share quantised experts.
+            ValueError: If `precision` is invalid, the folder is not that of a Uni-MoE, its files
+                are damaged or do not match its configuration, or `mesh` is given for quantised
+                experts.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision ({precision!r}) must be one of {', '.join(PRECISIONS)}")
         folder = Path(folder)
         _check_model_type(folder)
-        register_auto_classes()  # transformers warns of model types that it does not know
+        register_auto_classes()  # transformers warns about model types that it does not know
         with _reading(folder):
             processor = UniMoEProcessor.from_pretrained(folder)
         quantized = _is_quantized(folder)
@@ -80,7 +83,7 @@ class Answerer:
         return cls(model.eval().to(device, dtype), processor)
 
     def take_part(self) -> None:
-        """Answers rows of a rank that calls `answer`."""
+        """Computes this rank's experts while another rank calls `answer`."""
         generate_in_parallel(self.model, None)
 
     @torch.inference_mode()
@@ -91,13 +94,13 @@ class Answerer:
         frame_seed: int | None = None,
         **media,
     ) -> str:
-        """Answers one question, greedily.
+        """Answers one question with greedy decoding.
 
         Args:
-            question: may be empty when speech asks. Where it holds placeholders, such as
-                `<image>`, they say where the media go; else the media come first.
-            max_new_tokens: longest answer, in tokens; the model's context bounds it as well.
-            frame_seed: None chooses the frames of videos evenly, a number at random.
+            question: the question; may be empty if it is spoken. Placeholders such as `<image>`
+                mark where media are inserted; without them media come first.
+            max_new_tokens: maximum tokens to generate; the model's context also limits it.
+            frame_seed: seed for drawing the frames of videos at random; None spaces them evenly.
             **media: lists `images`, `videos`, `speech`, `audio` of files or arrays; see
                 `UniMoEProcessor`.
 
@@ -105,8 +108,8 @@ class Answerer:
             The answer, stripped of white space.
 
         Raises:
-            ValueError: If there is nothing to ask, max_new_tokens is less than 1, a file cannot be
-                read, or the prompt is longer than the model's context.
+            ValueError: If there is neither a question nor media, `max_new_tokens` is less than 1,
+                a file cannot be read, or the prompt exceeds the model's context.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
@@ -114,11 +117,15 @@ class Answerer:
         return self.answer_rows([row], max_new_tokens)[0]
 
     def row(self, question: str = "", **options) -> Row:
-        """What `answer_rows` takes of one question; arguments as in `answer`.
+        """Builds the row of one question for `answer_rows`.
+
+        Args:
+            question: the question; see `answer`.
+            **options: `frame_seed` and lists of media; see `answer`.
 
         Raises:
-            ValueError: If there is nothing to ask, a file cannot be read, or the prompt is longer
-                than the model's context.
+            ValueError: If there is neither a question nor media, a file cannot be read, or the
+                prompt exceeds the model's context.
         """
         row = self.processor.question_row(question, **options)
         length, most = len(row.text.ids), self._context
@@ -135,14 +142,18 @@ class Answerer:
 
     @torch.inference_mode()
     def answer_rows(self, rows: Sequence[Row], max_new_tokens: int = 32) -> list[str]:
-        """Answers several questions at once, greedily.
+        """Answers a batch of questions with greedy decoding.
 
         Args:
-            rows: what `row` makes of each question.
-            max_new_tokens: as in `answer`; the context bounds it for the longest question.
+            rows: rows built by `row`.
+            max_new_tokens: maximum tokens to generate; also limited by the context that the
+                longest question leaves.
+
+        Returns:
+            The answers, stripped of white space.
 
         Raises:
-            ValueError: If max_new_tokens is less than 1.
+            ValueError: If `max_new_tokens` is less than 1.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
@@ -172,7 +183,7 @@ def _reading(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"model ({folder}) cannot be read: {error}") from error
-    # What else a config.json with wrong values gives, such as KeyError, says little by itself.
+    # Other errors of a config.json with wrong values, such as KeyError, need their type.
     except Exception as error:
         raise ValueError(f"model ({folder}) cannot be read: {error!r}") from error
 
@@ -199,7 +210,7 @@ def _is_quantized(folder: Path) -> bool:
 
 
 def _check_model_type(folder: Path) -> None:
-    """Refuses another model: it would be built at full size, with random weights for ours."""
+    """Raises ValueError for other models, which would be built with random weights."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"model ({folder}) must be a folder with a config.json")

@@ -1,4 +1,4 @@
-"""The LLM of Uni-MoE: one of transformers, with MoE layers where the configuration says so."""
+"""The LLM of Uni-MoE: a transformers decoder with MoE layers as configured."""
 
 import functools
 
@@ -20,11 +20,11 @@ from unimoe_model.modality import ModalityGate, modality_expert_loss, modality_k
 
 
 def build_language_model(config: UniMoEConfig) -> PreTrainedModel:
-    """The decoder of an LLM without its head, with experts in the layers that `config` says.
+    """Builds the decoder of an LLM, without its head, with MoE layers as configured.
 
-    The model is of transformers' own class, or of a subclass with the same parameters outside the
-    layers with experts. Experts that an LLM has of its own run on `"unimoe"` unless its
-    configuration names another implementation.
+    The model is an instance of the transformers class or, with experts, of a subclass with the
+    same parameters outside the MoE layers. An LLM with experts of its own runs them with the
+    implementation `"unimoe"` unless its configuration selects another.
     """
     text = config.text_config
     family = MODEL_MAPPING[type(text)]
@@ -35,10 +35,10 @@ def build_language_model(config: UniMoEConfig) -> PreTrainedModel:
 
 
 class _ExpertsInLayers:
-    """Puts experts into layers of an LLM, and initialises them.
+    """Replaces decoder layers of an LLM by MoE layers and initialises them.
 
-    transformers lets each `PreTrainedModel` initialise its own modules, so the experts' weights
-    are initialised here and not by the model around it.
+    In transformers each `PreTrainedModel` initialises its own modules, so the weights of experts
+    are initialised here and not by the surrounding model.
     """
 
     def __init__(self, config: UniMoEConfig):
@@ -52,17 +52,17 @@ class _ExpertsInLayers:
     def _init_weights(self, module: nn.Module) -> None:
         """Normal(0, initializer_range) for linear maps, experts, router and embeddings."""
         super()._init_weights(module)
-        # Of models outside its own package, transformers asks only for modules that hold
-        # parameters themselves, which an MoE does not.
+        # For models outside its own package, transformers calls this only for modules with direct
+        # parameters, which an MoE does not have.
         if isinstance(module, TopKRouter | GroupedExperts):
             for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=self.config.initializer_range)
 
 
 class _MoELayer:
-    """Decoder layer whose FFN is an MoE layer; padding tokens count in no router loss.
+    """Decoder layer whose FFN is an MoE layer; padding is excluded from router losses.
 
-    Losses of the router are injected: they change gradients and not the loss that is reported.
+    Router losses are injected: they contribute to gradients, but not to the reported loss.
     """
 
     def __init__(self, config: UniMoEConfig, layer_idx: int):
@@ -95,8 +95,8 @@ class _MoELayer:
         Args:
             hidden_states: `[B, S, D]`.
             token_mask: `[B, S]` bool, False on padding.
-            modality_ids: `[B, S]` of `modality_ids_of`; None is all text.
-            **kwargs: passed on to the attention.
+            modality_ids: `[B, S]` int64 from `modality_ids_of`; None for text only.
+            **kwargs: passed to the attention.
         """
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         if self.has_output_norms:
@@ -132,7 +132,7 @@ class _MoELayer:
 
 @functools.cache
 def _with_experts(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of a family's decoders that have experts in some layers."""
+    """A subclass of a family's decoder with MoE layers."""
     layers = family._no_split_modules or ()
     names = [*layers, *(f"UniMoE{name}" for name in layers)]
     return type(
@@ -142,5 +142,5 @@ def _with_experts(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 @functools.cache
 def _with_moe(layer: type[nn.Module]) -> type[nn.Module]:
-    """The class of a family's decoder layers whose FFN is an MoE layer."""
+    """A subclass of a family's decoder layer whose FFN is an MoE layer."""
     return type(f"UniMoE{layer.__name__}", (_MoELayer, layer), {})

@@ -1,4 +1,4 @@
-"""Which decoder-only LLMs of transformers a Uni-MoE is built on."""
+"""Decoder-only LLMs of transformers that Uni-MoE supports."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ layers and head compute nothing else is added here; `tests/model/test_llm_famili
 it with transformers.
 """
 SPARSE_FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
-"""Model types that have experts of their own, which stay; connectors are put in front."""
+"""Model types with experts of their own, which are kept; only connectors are added."""
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -21,18 +21,18 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-# Fields that change what a layer or the head computes, with the value that changes nothing.
+# Fields that change what a layer or the head computes, with their neutral values.
 _NEUTRAL = {"mlp_bias": (False,), "final_logit_softcapping": (None, 0.0)}
 
 
 def llm_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
-    """The configuration of an LLM.
+    """Returns the configuration of an LLM after checking that it is supported.
 
     Args:
-        config: a configuration, or its fields; without `model_type` those of a LLaMA.
+        config: a configuration, or its fields as a dict (`model_type` defaults to `"llama"`).
 
     Raises:
-        ValueError: If a Uni-MoE cannot be built on it.
+        ValueError: If the model type or an option is not supported.
     """
     if not isinstance(config, PreTrainedConfig):
         fields = dict(config or {})
@@ -51,15 +51,15 @@ def llm_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedCo
 
 
 def has_own_experts(config: PreTrainedConfig) -> bool:
-    """Whether an LLM has experts before any FFN becomes one."""
+    """Whether an LLM has experts of its own."""
     return config.model_type in SPARSE_FAMILIES
 
 
 def expert_activation(config: PreTrainedConfig) -> str:
-    """The activation of `unimoe_kernels.MoE` that experts made of the LLM's FFNs have.
+    """The `activation` of `unimoe_kernels.MoE` that equals the activation of an LLM's FFNs.
 
     Raises:
-        ValueError: If `MoE` has none that equals the LLM's.
+        ValueError: If `MoE` does not support it.
     """
     name = getattr(config, "hidden_activation", None) or config.hidden_act
     if name not in _ACTIVATIONS:

@@ -1,4 +1,4 @@
-"""Generation from prompts with media: what each step of transformers' `generate` is given."""
+"""Support for media in the `generate` method of transformers."""
 
 import inspect
 
@@ -8,17 +8,19 @@ from transformers import GenerationMixin, LlamaModel
 from unimoe_model.configuration import MEDIA_KINDS
 
 MEDIA_SUFFIXES = ("_features", "_features_mask", "_query_states")
-# What transformers calls the cache of keys and values: "past_key_values" before 5.24.
+# Name of the key-value cache in transformers: "past_key_values" before 5.24.
 CACHE = (
     "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 )
 
 
 class MediaGenerationMixin(GenerationMixin):
-    """Repeats media for beams, and gives them to the step whose tokens hold their placeholders."""
+    """Repeats media for beams, and passes them to the step that has their placeholders."""
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
-        """As transformers' own; `cache` and `past_key_values` are the same in every version of it.
+        """Generates tokens like `GenerationMixin.generate`.
+
+        `cache` and `past_key_values` are synonyms in every version of transformers.
 
         Raises:
             ValueError: If media are given together with `prefill_chunk_size`, or both `cache` and
@@ -40,7 +42,7 @@ class MediaGenerationMixin(GenerationMixin):
         return super().generate(inputs, generation_config, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, **kwargs):
-        """Repeats each row for its beams, and its media with it: a row may hold several items."""
+        """Repeats each row for its beams, together with its media, of which it may have several."""
         media = {name: kwargs.pop(name) for name in list(kwargs) if name.endswith(MEDIA_SUFFIXES)}
         expanded, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **kwargs
@@ -69,7 +71,7 @@ class MediaGenerationMixin(GenerationMixin):
         is_first_iteration=False,
         **kwargs,
     ):
-        """Gives media to the tokens that the cache does not hold, and none to later steps."""
+        """Passes media with tokens that are not in the cache, and none in later steps."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -90,9 +92,9 @@ class MediaGenerationMixin(GenerationMixin):
         return inputs | self._media_of_new_tokens(media, input_ids, inputs["input_ids"])
 
     def _media_of_new_tokens(self, media, input_ids, new_ids):
-        """Of a prompt that a cache holds in part: the items of the rest.
+        """Items of the part of a prompt that is not in the cache.
 
-        `media` are either those of the rest or those of the whole prompt.
+        `media` are either the items of that part or those of the whole prompt.
         """
         if new_ids is None:
             return {}

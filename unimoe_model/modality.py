@@ -1,4 +1,4 @@
-"""What routers are told of modalities: a map of their own before the router, and two losses."""
+"""Modality-aware routing: a linear map per modality before the router, and two losses."""
 
 from collections.abc import Mapping
 from itertools import combinations
@@ -25,7 +25,7 @@ def modality_ids_of(
     """The modality of every position.
 
     Args:
-        input_ids: `[B, S]` int64, placeholders expanded.
+        input_ids: `[B, S]` int64, with placeholders expanded.
         media_token_ids: token id of each media kind's placeholder.
         token_mask: `[B, S]` bool, False on padding; None is True everywhere.
 
@@ -39,14 +39,14 @@ def modality_ids_of(
 
 
 class ModalityGate(nn.Module):
-    """One linear map a modality, of what the router reads; experts get their input unchanged.
+    """One linear map per modality, applied to the router's input only.
 
     Args:
         hidden_size: D.
 
     Reference:
-        `use_fm_block` of the eight-expert release, a 1x1 convolution for each modality. There
-        speech and audio are one.
+        `use_fm_block` of the eight-expert release, a 1x1 convolution per modality, where speech
+        and audio are one modality.
     """
 
     def __init__(self, hidden_size: int):
@@ -56,7 +56,7 @@ class ModalityGate(nn.Module):
         )
 
     def forward(self, x: Tensor, modality_ids: Tensor | None) -> Tensor:
-        """Maps `[B, S, D]` by `modality_ids` `[B, S]`; None is all text. Padding counts as text."""
+        """Maps `[B, S, D]` to `[B, S, D]` by `modality_ids` `[B, S]`; None and padding are text."""
         if modality_ids is None:
             return self.maps["text"](x)
         ids_BS1 = modality_ids.clamp(min=0).unsqueeze(-1)
@@ -69,19 +69,19 @@ class ModalityGate(nn.Module):
 def modality_expert_loss(
     router_logits: Tensor, modality_ids: Tensor, experts: Mapping[str, list[int]]
 ) -> Tensor:
-    """How far media tokens are from routing to the experts that are meant for their kind.
+    """Distance between the routing of media tokens and the experts assigned to their kind.
 
-    In each sample, the mean over its tokens of `mean_e |p_e - t_e|`, where p is the softmax of the
-    router and t is one for the experts of the token's kind and zero for others; text tokens, and
-    kinds without experts, count zero. Samples are added up.
+    For each sample, the mean over its tokens of `mean_e |p_e - t_e|`, where p is the softmax of the
+    router logits, and t is one for the experts of the token's kind and zero for others. The term is
+    zero for text tokens and for kinds without experts. Samples are summed.
 
     Args:
         router_logits: `[B, S, E]`.
-        modality_ids: `[B, S]` of `modality_ids_of`.
-        experts: experts of each media kind.
+        modality_ids: `[B, S]` int64 from `modality_ids_of`.
+        experts: expert indices by media kind.
 
     Returns:
-        `()`, in at least float32.
+        Scalar in float32, or float64 for float64 logits.
 
     Reference:
         `aux_multimodal_loss` of the eight-expert release, which counts padding as tokens.
@@ -100,19 +100,20 @@ def modality_expert_loss(
 def modality_kl_loss(
     router_logits: Tensor, modality_ids: Tensor, as_released: bool = False
 ) -> Tensor:
-    """One minus the divergence of the experts that two modalities of a sample use.
+    """One minus the divergence between the routing of two modalities.
 
-    For each pair (a, b) of the modalities in a sample, `1 - KL(p_b || p_a)` of their mean router
-    probabilities; the mean over pairs, samples added up. A sample of one modality counts zero.
+    For each pair (a, b) of modalities in a sample, `1 - KL(p_b || p_a)` of their mean router
+    probabilities, averaged over pairs. Samples are summed; a sample of one modality contributes
+    zero.
 
     Args:
         router_logits: `[B, S, E]`.
-        modality_ids: `[B, S]` of `modality_ids_of`.
-        as_released: the numbers of the release, which applies a softmax to the mean probabilities
-            once more, divides the divergence by E, and leaves out the pair of image and video.
+        modality_ids: `[B, S]` int64 from `modality_ids_of`.
+        as_released: whether to reproduce the release, which applies a second softmax to the mean
+            probabilities, divides the divergence by E, and omits the pair of image and video.
 
     Returns:
-        `()`, in at least float32.
+        Scalar in float32, or float64 for float64 logits.
 
     Reference:
         `aux_kl_loss` of the eight-expert release.
@@ -138,7 +139,7 @@ def modality_kl_loss(
 def _divergence(p_BE: Tensor, q_BE: Tensor, as_released: bool) -> Tensor:
     if as_released:
         p_BE, q_BE = p_BE.softmax(-1), q_BE.softmax(-1)
-    # Absent modalities have all zeros here, and are left out by the caller.
+    # Absent modalities are all zeros here; the caller masks them.
     tiny = torch.finfo(p_BE.dtype).tiny
     p_BE, q_BE = p_BE.clamp(min=tiny), q_BE.clamp(min=tiny)
     summed_B = (p_BE * (p_BE.log() - q_BE.log())).sum(-1)

@@ -1,4 +1,4 @@
-"""Uni-MoE: an LLM with MoE layers that reads text and the soft tokens of four media kinds."""
+"""Uni-MoE: an LLM with MoE layers whose inputs are text and soft tokens of four media kinds."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from unimoe_model.permissions import permit_as_usual
 
 
 class UniMoEPreTrainedModel(PreTrainedModel):
-    """What the Uni-MoE classes tell transformers about loading them."""
+    """Base class of the Uni-MoE models, with the settings that transformers reads."""
 
     config: UniMoEConfig
     config_class = UniMoEConfig
@@ -33,7 +33,7 @@ class UniMoEPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **options):
-        """As transformers' own, and leaves the permissions of the weights to the umask."""
+        """Saves like `PreTrainedModel.save_pretrained`, with file permissions set by the umask."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
         if is_main_process:
             for path in Path(save_directory).glob("*.safetensors"):
@@ -41,7 +41,11 @@ class UniMoEPreTrainedModel(PreTrainedModel):
 
 
 class UniMoEModel(UniMoEPreTrainedModel):
-    """Connectors and LLM; the output is the last hidden state."""
+    """The connectors and the LLM without its head.
+
+    Args:
+        config: the model's configuration.
+    """
 
     def __init__(self, config: UniMoEConfig):
         super().__init__(config)
@@ -74,15 +78,15 @@ class UniMoEModel(UniMoEPreTrainedModel):
         media: dict[str, torch.Tensor | None],
         continues: bool = False,
     ) -> torch.Tensor:
-        """Embeds the text and puts each kind's soft tokens at its placeholders.
+        """Embeds token ids and replaces placeholders by soft tokens.
 
         Args:
-            input_ids: `[B, S]` int64; each item of a kind holds as many consecutive placeholders as
-                the item has soft tokens.
-            media: soft tokens `[items, n, D]` of each kind, in the order of the placeholders, row
-                by row; None for a kind without items.
-            continues: whether a cache holds the tokens before these. Without media placeholders
-                then become NaN instead of an error, and nothing waits for the device.
+            input_ids: `[B, S]` int64; each media item has as many consecutive placeholders as soft
+                tokens.
+            media: soft tokens `[items, n, D]` by kind, in the order of the placeholders, row by
+                row; None for a kind without items.
+            continues: whether a cache holds earlier tokens. Without media, placeholders then become
+                NaN instead of raising an error, so that the device is not synchronised.
 
         Returns:
             Embeddings `[B, S, D]`.
@@ -94,12 +98,12 @@ class UniMoEModel(UniMoEPreTrainedModel):
         placeholders = {
             kind: input_ids == self.config.media_token_ids[kind] for kind in MEDIA_KINDS
         }
-        # Placeholders may lie outside the table, and what they would look up is replaced anyway.
+        # Placeholder ids may lie outside of the table, and their embeddings are replaced anyway.
         is_media = torch.stack(list(placeholders.values())).any(0)
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_media, 0))
         media = {kind: tokens for kind, tokens in media.items() if tokens is not None}
         if continues and not media:
-            # To look for placeholders would keep each step of decoding waiting for the device.
+            # Counting placeholders would synchronise the device in each decoding step.
             return embeddings.masked_fill(is_media.unsqueeze(-1), torch.nan)
         held_KB = torch.stack([mask.sum(1) for mask in placeholders.values()]).tolist()
         for (kind, is_placeholder), held_B in zip(placeholders.items(), held_KB, strict=True):
@@ -138,7 +142,7 @@ class UniMoEModel(UniMoEPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.splice(input_ids, media or {}, _continues(cache, input_ids))
         elif media:
-            raise ValueError("media needs input_ids, whose placeholders say where it goes")
+            raise ValueError("media requires input_ids, whose placeholders mark where it belongs")
         if attention_mask is not None and attention_mask.dim() == 2:
             kwargs["token_mask"] = attention_mask[:, -inputs_embeds.shape[1] :].bool()
         if input_ids is not None and self._reads_modalities:
@@ -151,10 +155,13 @@ class UniMoEModel(UniMoEPreTrainedModel):
 
 
 class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin):
-    """Uni-MoE with its language-model head: training loss and `generate()`.
+    """Uni-MoE with its language-model head, for training and `generate()`.
 
-    The frozen encoders are not part of this module: their features come in (see
-    `unimoe_model.encoders` and `UniMoEProcessor`), so that they are computed once and cached.
+    The frozen encoders are not part of this module: it receives their features, which
+    `UniMoEProcessor` computes, so that they can be cached.
+
+    Args:
+        config: the model's configuration.
     """
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -165,7 +172,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
-        # A placeholder stands for an input; one that was generated would find none to stand for.
+        # A generated placeholder would have no media item.
         self.generation_config.suppress_tokens = sorted(config.media_token_ids.values())
 
     def get_input_embeddings(self) -> nn.Module:
@@ -181,7 +188,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
         return self.lm_head
 
     def moe_layers(self) -> Iterator[tuple[int, MoE]]:
-        """The MoE layers, each with the number of its decoder layer."""
+        """Yields the MoE layers, each with the index of its decoder layer."""
         for index, layer in enumerate(self.model.language_model.layers):
             if isinstance(layer.mlp, MoE):
                 yield index, layer.mlp
@@ -206,42 +213,44 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
         cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Predicts the next token after each position.
+        """Computes logits of the next token at each position and, with labels, the loss.
 
         Args:
-            input_ids: `[B, S]` int64, with placeholders expanded (`UniMoEProcessor` does it).
+            input_ids: `[B, S]` int64, with placeholders expanded, as by `UniMoEProcessor`.
             attention_mask: `[B, S]`, 0 on padding.
-            inputs_embeds: `[B, S, D]` instead of `input_ids`; then no media may be given.
-            labels: `[B, S]` int64, -100 where no loss is computed; shifted inside. With
-                `logits_to_keep` those of the kept positions.
-            image_features: `[images, n, C]` of the vision encoder.
-            video_features: `[videos, frames, n, C]` of the vision encoder.
-            speech_features: `[pieces, frames, C]` of the speech encoder.
-            audio_features: `[pieces, frames, C]` of the audio encoder.
-            audio_features_mask: `[pieces, frames]` bool, False on frames that only fill up.
-            speech_query_states: `[pieces, queries, d_model]` instead of `speech_features`: what the
-                speech connector has before its projector (to run a frozen connector body once).
-            audio_query_states: likewise for audio.
-            logits_to_keep: compute only the last n positions' logits, 0 for all; or a tensor of
-                positions, `[n]`.
-            num_items_in_batch: labelled tokens of all batches whose gradients are added up, as
-                transformers' `Trainer` gives it; the loss is then the sum divided by it.
-            past_key_values: keys and values of the tokens before these.
-            cache: the same, by the name that transformers gives it from 5.24.
-            **kwargs: passed on to transformers' model of the LLM (positions, `use_cache`,
-                `output_hidden_states`, `output_attentions`); with `return_dict=False` the output
-                is a tuple. `shift_labels`, `[B, S]` int64, are each position's next token, instead
-                of `labels`.
+            inputs_embeds: `[B, S, D]` instead of `input_ids`; not supported with media.
+            labels: `[B, S]` int64, -100 at positions without loss; shifted internally. With
+                `logits_to_keep`, labels of the kept positions.
+            image_features: `[images, n, C]`, from the vision encoder.
+            video_features: `[videos, frames, n, C]`, from the vision encoder.
+            speech_features: `[pieces, frames, C]`, from the speech encoder.
+            audio_features: `[pieces, frames, C]`, from the audio encoder.
+            audio_features_mask: `[pieces, frames]` bool, False on padding.
+            speech_query_states: `[pieces, queries, d_model]` instead of `speech_features`: outputs
+                of the speech connector before its projector, which can be cached if its body is
+                frozen.
+            audio_query_states: `[pieces, queries, hidden]` instead of `audio_features`: outputs of
+                the audio connector before its projector.
+            logits_to_keep: number of last positions to compute logits for, 0 for all; or a tensor
+                of positions, `[n]`.
+            num_items_in_batch: number of labelled tokens over all accumulated batches, as passed by
+                the `Trainer` of transformers; the loss is then the sum divided by it.
+            past_key_values: cache of keys and values of earlier tokens.
+            cache: synonym of `past_key_values`, the name in transformers 5.24 and later.
+            **kwargs: passed to the LLM (`position_ids`, `use_cache`, `output_hidden_states`,
+                `output_attentions`); with `return_dict=False` the output is a tuple.
+                `shift_labels` `[B, S]` int64, labels that are already shifted, may replace
+                `labels`.
 
         Returns:
             `loss` (mean over labelled tokens, at least float32), `logits` `[B, S, V]`, the cache,
             `hidden_states`, `attentions`.
 
         Raises:
-            ValueError: If placeholders and media do not match in number, a feature's shape is not
-                the connector's, or labels are not those of the positions that logits are kept of.
+            ValueError: If the numbers of placeholders and soft tokens differ, features have a wrong
+                shape, or labels do not have the shape of the logits.
         """
-        # Were it a parameter, `Trainer` would evaluate no loss of batches without it.
+        # As a named parameter, `Trainer` would require it in order to evaluate a loss.
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self._decode(
             {
@@ -276,7 +285,11 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
         )
 
     def hidden_states(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """Last hidden states `[B, S, D]`, without the head; takes the inputs of `forward`."""
+        """Computes the last hidden states `[B, S, D]`, without the head.
+
+        Args:
+            **inputs: inputs of `forward`.
+        """
         media = {
             kind: (inputs.pop(f"{kind}_features", None), inputs.pop(f"{kind}_query_states", None))
             for kind in MEDIA_KINDS
@@ -335,9 +348,9 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
 
 
 def _continues(cache: Cache | None, input_ids: torch.Tensor) -> bool:
-    """Whether a cache holds what comes before these tokens; waits for no device."""
+    """Whether a cache holds earlier tokens, determined without synchronising the device."""
     length = 0 if cache is None else cache.get_seq_length()
-    # A static cache counts on its device.
+    # The length of a static cache is a tensor on its device.
     return input_ids.shape[1] == 1 if isinstance(length, torch.Tensor) else length > 0
 
 
@@ -347,26 +360,26 @@ def causal_lm_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     shift_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross entropy of the next tokens, as transformers' `ForCausalLMLoss` computes it.
+    """Cross entropy of the next token, equal to `ForCausalLMLoss` of transformers.
 
     Args:
         logits: `[B, S, V]`.
-        labels: `[B, S]` int64, -100 where no loss is computed; those of the position after count.
-        num_items_in_batch: what the sum is divided by; None for the mean.
-        shift_labels: `[B, S]` int64 instead of `labels`, shifted already.
+        labels: `[B, S]` int64, -100 at positions without loss; shifted by one position here.
+        num_items_in_batch: divisor of the summed loss; None for the mean.
+        shift_labels: `[B, S]` int64, already shifted, instead of `labels`.
 
     Returns:
-        The loss, float64 for float64 logits and otherwise float32.
+        Scalar, float64 for float64 logits and float32 otherwise.
 
     Raises:
-        ValueError: If labels are not of the shape of the logits.
+        ValueError: If labels do not have the shape of the logits.
     """
     name = "labels" if shift_labels is None else "shift_labels"
     given = labels if shift_labels is None else shift_labels
     if given.shape != logits.shape[:-1]:
         raise ValueError(
-            f"{name} (shape {list(given.shape)}) must be of the positions that logits_to_keep keeps"
-            f" (shape {list(logits.shape[:-1])})"
+            f"{name} (shape {list(given.shape)}) must have the shape of the logits that"
+            f" logits_to_keep keeps ({list(logits.shape[:-1])})"
         )
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]

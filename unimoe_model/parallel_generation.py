@@ -1,4 +1,4 @@
-"""Generation by several ranks that share the experts of a model."""
+"""Generation with the experts of a model split over ranks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,28 +13,28 @@ from unimoe_model.modeling import UniMoEForConditionalGeneration
 
 
 def load_in_parallel(folder: str | Path, mesh: DeviceMesh) -> UniMoEForConditionalGeneration:
-    """Loads a checkpoint folder whose experts are split over the ranks; each reads its own alone.
+    """Loads a model with its experts split over ranks; each rank reads only its own experts.
 
     Args:
-        folder: as `save_pretrained` writes it.
-        mesh: of `start_parallel`; every rank calls.
+        folder: folder written by `save_pretrained`.
+        mesh: mesh of `start_parallel`; all ranks must call.
 
     Returns:
         The model in eval mode, without gradients, on the device of this rank.
 
     Raises:
-        ValueError: If the folder cannot be read, its weights are not those of its configuration, or
-            the number of experts is not a multiple of the ranks of `ep`.
-        CollectiveError: If a rank dies or does not come in time.
+        ValueError: If the folder cannot be read, its weights do not match its configuration, or the
+            number of experts is not a multiple of the size of the dimension `ep`.
+        CollectiveError: If a rank dies or times out.
     """
     try:
         config = UniMoEConfig.from_pretrained(folder)
     except OSError as error:
         raise ValueError(f"model ({folder}) cannot be read: {error}") from error
-    # Buffers, which no checkpoint holds, are built as they are.
+    # Buffers are not part of a checkpoint, so they are built for real.
     with init_empty_weights(include_buffers=False):
         model = UniMoEForConditionalGeneration._from_config(config, dtype=config.dtype)
-    # Only here: within, each of the tied names gets a parameter of its own.
+    # Outside of the context, in which each of the tied names gets a separate parameter.
     model.tie_weights()
     model.eval().requires_grad_(False)
     parallelize_moe(model, mesh)
@@ -48,31 +48,31 @@ def generate_in_parallel(
     inputs: Mapping[str, torch.Tensor] | None,
     **options,
 ) -> torch.Tensor | None:
-    """Generates for this rank's prompts, while other ranks do so for theirs.
+    """Generates for this rank's prompts, while other ranks generate for theirs.
 
-    Every rank calls it as often as the others, with prompts of any number and length, or with None.
-    A rank that is done, by an end token or its own `max_new_tokens`, goes on to answer rows of
-    other ranks until all are done.
+    All ranks must call it equally often, with any number and length of prompts, or with None. A
+    rank that has finished, by an end token or its own `max_new_tokens`, keeps computing its experts
+    for the others until all have finished.
 
     Args:
-        model: after `parallelize_moe`, in eval mode.
-        inputs: what `generate` takes, `input_ids` `[B, S]` among them; None for no prompts.
+        model: model after `parallelize_moe`, in eval mode.
+        inputs: inputs of `generate`, including `input_ids` `[B, S]`; None for no prompts.
         **options: options of `generate`; they may differ between ranks.
 
     Returns:
-        What `generate` returns, or None without prompts.
+        The output of `generate`, or None without prompts.
 
     Raises:
-        ValueError: If the cache is switched off: transformers keeps a rank that is done in step by
-            its cache.
-        CollectiveError: If a rank dies or does not come in time.
+        ValueError: If `use_cache` is False: transformers requires the cache to keep a rank that has
+            finished in step.
+        CollectiveError: If a rank dies or times out.
     """
     if options.get("use_cache", model.generation_config.use_cache) is False:
         raise ValueError("use_cache (False) must be True when ranks generate together")
     with attributed("generation"):
         if inputs is not None:
             return model.generate(**inputs, **options, synced_gpus=True)
-        # One token that nobody asked about: its rank must be in every dispatch.
+        # Generates a dummy token, because this rank must take part in every dispatch.
         token = model.config.text_config.bos_token_id or 0
         ids = torch.full((1, 1), token, device=model.device)
         model.generate(

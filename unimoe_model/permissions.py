@@ -1,13 +1,13 @@
-"""Permissions of files of tensors."""
+"""File permissions of weights."""
 
 import os
 from pathlib import Path
 
 
 def permit_as_usual(path: Path) -> None:
-    """Gives a file the mode of one that is newly made beside it, as the umask says.
+    """Sets the mode of a file to that of a new file in its folder, according to the umask.
 
-    safetensors makes its files readable by their owner alone.
+    safetensors creates files that only their owner can read.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.mode")
     try:

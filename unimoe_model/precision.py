@@ -1,4 +1,4 @@
-"""Which devices multiply bfloat16 in hardware, and what a run that leaves it open trains in."""
+"""Detection of bfloat16 hardware, and the choice of precision."""
 
 import functools
 import os
@@ -9,14 +9,14 @@ import torch
 PRECISIONS = ("auto", "bf16", "fp32")
 
 _ONEDNN_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
-"""Values of `ONEDNN_MAX_CPU_ISA` that keep oneDNN, which multiplies for torch, off bf16."""
+"""Values of `ONEDNN_MAX_CPU_ISA` with which oneDNN, used by torch, has no bf16 instructions."""
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether torch multiplies bfloat16 on `device` with instructions made for it.
+    """Whether torch has hardware instructions for bfloat16 matmuls on `device`.
 
-    Without them torch's matmuls run about ten times slower in bfloat16 than in float32. The limits
-    that `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` set to a CPU count.
+    Without them torch's matmuls are about ten times slower in bfloat16 than in float32. The limits
+    set by `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` are taken into account.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -30,19 +30,19 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Decides `"auto"`: bfloat16 where the device multiplies it in hardware, else float32.
+    """Resolves `"auto"` to bfloat16 on devices with bfloat16 hardware, and to float32 elsewhere.
 
-    A `"bf16"` that the device has no instructions for is kept, with a warning.
+    `"bf16"` on a device without such hardware is kept, with a warning.
 
     Args:
         precision: `"auto"`, `"bf16"` or `"fp32"`.
-        device: where the model runs.
+        device: device of the model.
 
     Returns:
         `"bf16"` or `"fp32"`.
 
     Raises:
-        ValueError: If `precision` is another value.
+        ValueError: If `precision` has another value.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision ({precision!r}) must be one of {', '.join(PRECISIONS)}")
@@ -54,17 +54,17 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def resolve_dtype(precision: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that weights get for inference.
+    """The dtype of weights in inference.
 
     Args:
-        precision: `"auto"` keeps float32 and float64, and gives 16-bit weights bfloat16 where the
-            device multiplies it in hardware, else float32, at twice their memory; on a GPU it keeps
-            every dtype. `"bf16"` and `"fp32"` are taken as they are.
+        precision: `"auto"` keeps every dtype on a GPU. On a CPU it keeps float32 and float64, and
+            converts 16-bit weights to bfloat16 if the CPU has instructions for it, otherwise to
+            float32, at twice their memory. `"bf16"` and `"fp32"` select that dtype.
         stored: dtype of the weights in the checkpoint.
-        device: where the model runs.
+        device: device of the model.
 
     Raises:
-        ValueError: If `precision` is another value.
+        ValueError: If `precision` has another value.
     """
     if precision == "auto" and (stored.itemsize > 2 or device.type != "cpu"):
         return stored
@@ -73,7 +73,7 @@ def resolve_dtype(precision: str, stored: torch.dtype, device: torch.device) -> 
 
 @functools.cache
 def warn_of_slow_bf16(device_type: str) -> None:
-    """Warns that torch is slow at bfloat16 on a device without instructions; once in a process."""
+    """Warns, once per process, that bfloat16 is slow on a device without instructions for it."""
     warnings.warn(
         f"this {device_type} has no bfloat16 instructions: torch's matmuls (attention, connectors,"
         " dense FFNs, the head, encoders) take about ten times as long in bfloat16 as in float32;"

@@ -1,4 +1,4 @@
-"""From text, pictures, videos and sound to model inputs: tokenizer and frozen encoders in one."""
+"""The processor: tokenizer and frozen encoders, which build model inputs from text and media."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,37 +37,38 @@ _FILES = (("processor_config.json",), ("tokenizer.json", "tokenizer.model"))
 
 
 class UniMoEProcessor(ProcessorMixin):
-    """Makes the inputs of `UniMoEForConditionalGeneration`.
+    """Builds the inputs of `UniMoEForConditionalGeneration` from text and media.
 
-    The frozen encoders live here and not in the model, so that a checkpoint holds no copy of them;
-    each is built when it is first needed.
+    The frozen encoders belong to the processor and not to the model, so that checkpoints hold no
+    copies of them; each is built on first use.
 
-    Media are files (paths, their bytes, open files) or what was read from them. Pictures are Pillow
-    images or uint8 `[H, W, 3]` too. Videos are lists of pictures or uint8 `[frames, H, W, 3]`, of
-    which `video_num_frames` are chosen. Recordings are `[samples]` at the encoder's rate
+    Media are files (paths, bytes, open files) or their content. Pictures may also be Pillow images
+    or uint8 `[H, W, 3]`; videos may be lists of pictures or uint8 `[frames, H, W, 3]`, of which
+    `video_num_frames` are sampled; recordings may be `[samples]` at the encoder's rate
     (`sample_rate`), pairs of `[samples]` and their rate, or the `{"array", "sampling_rate"}` of
-    Hugging Face datasets, of any length: each piece that the encoder takes at once becomes so many
-    soft tokens. `data/media_items.py` says how each is read. Features that were computed before are
-    given as `EncodedMedia`.
+    Hugging Face datasets. Recordings of any length are split into pieces of the encoder's length,
+    each of which becomes the same number of soft tokens. Precomputed features are passed as
+    `EncodedMedia`. See `data/media_items.py` for the details.
 
     Args:
         tokenizer: tokenizer with the media placeholders.
-        vision_encoder: name or folder of the encoder of pictures and frames; see `build_encoder`.
-        speech_encoder: of the speech encoder.
-        audio_encoder: of the audio encoder.
-        num_soft_tokens: soft tokens of an image, a video, and a piece of speech or audio.
-        video_num_frames: frames of a video.
-        speech_max_frames: feature rows of a piece of speech.
-        system_prompt: what stands before the first turn of `ask` and of conversations.
-        prompt_format: `"vicuna"` writes conversations as the published prompt, `"chat"` in the
-            tokenizer's own chat template.
-        image_aspect_ratio: `"square"` lets an encoder cut the middle of a picture out, `"pad"`
-            fills it up to a square; only CLIP knows the latter.
+        vision_encoder: name of the encoder of pictures and frames; see `build_encoder`.
+        speech_encoder: name of the speech encoder.
+        audio_encoder: name of the audio encoder.
+        num_soft_tokens: number of soft tokens per image, per video, and per piece of speech or
+            audio, by media kind.
+        video_num_frames: frames sampled from a video.
+        speech_max_frames: maximum number of feature frames per piece of speech.
+        system_prompt: system prompt of `ask` and of conversations.
+        prompt_format: `"vicuna"` for the published prompt, `"chat"` for the tokenizer's own chat
+            template.
+        image_aspect_ratio: `"square"` crops the centre of a picture, `"pad"` pads it to a square;
+            only CLIP supports `"pad"`.
 
     Raises:
-        ValueError: If a placeholder is not one token of the tokenizer, it has no padding token, a
-            media kind has no number of soft tokens, or image_aspect_ratio or prompt_format is
-            unknown or has no chat template.
+        ValueError: If a placeholder is not a token of the tokenizer, the tokenizer has no padding
+            token, a media kind has no number of soft tokens, `image_aspect_ratio` or
+            `prompt_format` is unknown, or there is no chat template for `"chat"`.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class UniMoEProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options) -> "UniMoEProcessor":
-        """As transformers' own, of a folder or a repository of the Hugging Face hub.
+        """Loads a processor from a folder or a repository of the Hugging Face hub.
 
         Raises:
             ValueError: If a file of the folder is missing.
@@ -129,7 +130,7 @@ class UniMoEProcessor(ProcessorMixin):
 
     @classmethod
     def from_config(cls, config: UniMoEConfig, tokenizer, **options) -> "UniMoEProcessor":
-        """Makes the processor that fits a model's configuration; options are those of the class."""
+        """Builds the processor of a model's configuration; `options` are those of the class."""
         return cls(
             tokenizer,
             vision_encoder=config.vision_encoder,
@@ -153,23 +154,23 @@ class UniMoEProcessor(ProcessorMixin):
         padding_side: str = "left",
         frame_seed: int | None = None,
     ) -> BatchFeature:
-        """Tokenizes prompts and encodes the media at their placeholders.
+        """Tokenizes prompts and encodes their media.
 
         Args:
-            text: whole prompts, with one placeholder for each item, in any order and number;
-                `build_prompt` writes published ones, and chat templates write theirs.
+            text: complete prompts, with one placeholder per item, in any order and number, as
+                written by `build_prompt` or a chat template.
             images: pictures, in the order of their placeholders, prompt by prompt.
-            videos: videos, likewise.
-            speech: recordings of speech, likewise.
-            audio: other recordings, likewise.
-            max_length: most tokens of a row, soft ones included. What is beyond is cut off; an item
-                that does not fit as a whole goes with its placeholder and all that follows it.
-            padding_side: `"left"` to generate, `"right"` to train; both give the same answers.
-            frame_seed: None chooses the frames of videos evenly, a number at random.
+            videos: videos, in the order of their placeholders.
+            speech: speech recordings, in the order of their placeholders.
+            audio: other recordings, in the order of their placeholders.
+            max_length: maximum tokens per row, soft tokens included. Longer rows are truncated; an
+                item that does not fit is removed with its placeholder and everything after it.
+            padding_side: `"left"` for generation, `"right"` for training; outputs are the same.
+            frame_seed: seed for drawing the frames of videos at random; None spaces them evenly.
 
         Returns:
-            `input_ids` and `attention_mask` `[B, S]`, and of the media given `<kind>_features`;
-            `audio_features_mask` too where pieces differ in length.
+            `input_ids` and `attention_mask` `[B, S]` int64, and for each kind of media given
+            `<kind>_features` float32; also `audio_features_mask` if pieces differ in length.
 
         Raises:
             ValueError: If placeholders and media do not match in number, or an item is empty,
@@ -200,34 +201,38 @@ class UniMoEProcessor(ProcessorMixin):
         padding_side: str = "right",
         frame_seed: int | None = None,
     ) -> BatchFeature:
-        """Inputs and labels of conversations.
+        """Builds inputs and labels from conversations.
 
         Args:
-            conversations: turns of each: what the user says, with a placeholder for each item, and
-                the answer, which is learned with its end-of-turn token.
+            conversations: the turns of each conversation: the user's message, with a placeholder
+                for each item, and the answer, which is labelled together with its end-of-turn
+                token.
             images: a list with a file, a Pillow image or uint8 `[H, W, 3]` for each `<image>`.
             videos: a list with a file, a folder of pictures, or frames for each `<video>`.
             speech: a list with a file, samples, or samples and their rate for each `<speech>`.
-            audio: likewise for each `<audio>`.
-            max_length: most tokens of a row, soft tokens included; text beyond it is cut off.
+            audio: a list with a file, samples, or samples and their rate for each `<audio>`.
+            max_length: maximum tokens per row, soft tokens included; longer rows are truncated.
             padding_side: `"right"` or `"left"`.
-            frame_seed: None takes evenly spaced frames of videos, a number draws them at random.
+            frame_seed: seed for drawing the frames of videos at random; None spaces them evenly.
 
         Returns:
-            What `__call__` returns, and `labels` `[B, S]`, -100 where nothing is learned.
+            The outputs of `__call__`, and `labels` `[B, S]` int64, -100 at positions without loss.
         """
         texts = [self.tokenize(turns) for turns in conversations]
         media = dict(zip(MEDIA_KINDS, (images, videos, speech, audio), strict=True))
         return self.collate(self.rows(texts, media, max_length, frame_seed), padding_side)
 
     def ask(self, question: str = "", *, frame_seed: int | None = None, **media) -> BatchFeature:
-        """Inputs of one question: writes the prompt itself.
+        """Builds the prompt and inputs of one question.
 
         Args:
-            question: may be empty when speech asks. Where it holds placeholders, they say where the
-                media go; else the media come first.
-            frame_seed: as in `__call__`.
+            question: the question; may be empty if it is spoken. Placeholders mark where media are
+                inserted; without them media come first.
+            frame_seed: seed for drawing the frames of videos at random; None spaces them evenly.
             **media: lists `images`, `videos`, `speech`, `audio` as in `__call__`.
+
+        Returns:
+            The outputs of `__call__`, with one row.
         """
         row = self.question_row(question, frame_seed=frame_seed, **media)
         batch = self.collate([row], "left")
@@ -235,13 +240,13 @@ class UniMoEProcessor(ProcessorMixin):
         return batch
 
     def question_row(self, question: str = "", *, frame_seed: int | None = None, **media) -> Row:
-        """The row of a batch for one question, which `collate` pads; arguments as in `ask`."""
+        """Builds the row of one question, for `collate`; the arguments are those of `ask`."""
         text = self.tokenize([(self.question_turn(question, **media), None)])
         items = {kind: media.get(name, ()) for name, kind in _MEDIA_ARGUMENTS.items()}
         return self.rows([text], items, frame_seed=frame_seed)[0]
 
     def question_turn(self, question: str = "", **media) -> str:
-        """The user's turn of one question, with placeholders; arguments as in `ask`."""
+        """The user's message of one question, with placeholders; arguments as in `ask`."""
         if unknown := media.keys() - _MEDIA_ARGUMENTS.keys():
             raise TypeError(
                 f"media ({sorted(unknown)}) must be among {', '.join(_MEDIA_ARGUMENTS)}"
@@ -252,11 +257,11 @@ class UniMoEProcessor(ProcessorMixin):
         return user_turn(question, kinds)
 
     def sample_rate(self, kind: str) -> int:
-        """Samples a second that clips of `kind`, `"speech"` or `"audio"`, are expected at."""
+        """Sampling rate in Hz of the encoder of `kind`, `"speech"` or `"audio"`."""
         return self._encoder(kind).sample_rate
 
     def decode_answers(self, sequences: torch.Tensor, prompt_length: int) -> list[str]:
-        """Answers in generated sequences `[B, S]` whose prompt took `prompt_length` tokens."""
+        """Decodes the answers in sequences `[B, S]` after a prompt of `prompt_length` tokens."""
         texts = self.tokenizer.batch_decode(sequences[:, prompt_length:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -273,14 +278,14 @@ class UniMoEProcessor(ProcessorMixin):
         max_length: int | None = None,
         frame_seed: int | None = None,
     ) -> list[Row]:
-        """Rows of a batch: placeholders are expanded, and each holds the features of its media.
+        """Builds rows with expanded placeholders and the features of their media.
 
         Args:
-            texts: one a row.
-            media: items of each kind in the order of their placeholders, row by row; features that
-                were computed before are given as `EncodedMedia`.
-            max_length: as in `__call__`.
-            frame_seed: see there.
+            texts: one text per row.
+            media: items by kind, in the order of their placeholders, row by row; precomputed
+                features are passed as `EncodedMedia`.
+            max_length: maximum tokens per row; see `__call__`.
+            frame_seed: seed for drawing the frames of videos at random; None spaces them evenly.
 
         Raises:
             ValueError: If placeholders and media do not match in number.
@@ -309,10 +314,10 @@ class UniMoEProcessor(ProcessorMixin):
         return found
 
     def collate(self, rows: Sequence[Row], padding_side: str = "right") -> BatchFeature:
-        """Inputs and labels of rows, padded to the longest; see `training_inputs`.
+        """Pads rows to the longest and collates inputs and labels; see `training_inputs`.
 
-        Packed rows have `token_mask` `[B, S]` bool, False on padding, and `position_ids` instead of
-        `attention_mask`, for which the model keeps their conversations apart.
+        For packed rows, `attention_mask` is replaced by `token_mask` `[B, S]` bool, False on
+        padding, and `position_ids` `[B, S]` int64, which keep their conversations separate.
         """
         batch = self._padded([row.text for row in rows], padding_side)
         if rows[0].lengths:
@@ -327,11 +332,12 @@ class UniMoEProcessor(ProcessorMixin):
     def tokenize(
         self, turns: Sequence[tuple[str, str | None]], system: str | None = None
     ) -> TokenizedText:
-        """Ids and labels of a conversation with placeholders that are not expanded yet.
+        """Token ids and labels of a conversation, without expanding placeholders.
 
         Args:
-            turns: what the user says, and the answer, as in `tokenize_conversation`.
-            system: what stands before the first turn; None is `system_prompt`.
+            turns: pairs of the user's message and the answer; a last answer of None ends the text
+                with the generation prompt.
+            system: system prompt; None for `system_prompt`.
         """
         system = self.system_prompt if system is None else system
         if self.prompt_format == "chat":
@@ -347,7 +353,7 @@ class UniMoEProcessor(ProcessorMixin):
         return list(dict.fromkeys(ids))
 
     def encode(self, kind: str, item, frame_seed: int | None = None) -> EncodedMedia:
-        """Features of one item of media; `EncodedMedia` is returned as it is."""
+        """Encodes one media item; returns `EncodedMedia` unchanged."""
         if isinstance(item, EncodedMedia):
             return item
         encoder = self._encoder(SENSES[kind])
@@ -357,7 +363,7 @@ class UniMoEProcessor(ProcessorMixin):
 
     @property
     def media_options(self) -> MediaOptions:
-        """What decides the features of media beside the encoders."""
+        """Settings, other than the encoders, that affect the features of media."""
         return MediaOptions(self.video_num_frames, self.speech_max_frames, self.image_aspect_ratio)
 
     def _padded(self, rows: list[TokenizedText], side: str) -> dict[str, torch.Tensor]:

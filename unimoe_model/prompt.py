@@ -1,4 +1,4 @@
-"""The published prompt: user turns, media placeholders first in each, and answers."""
+"""The published prompt format."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from unimoe_model.configuration import MEDIA_KINDS
 
 PLACEHOLDERS = {kind: f"<{kind}>" for kind in MEDIA_KINDS}
 PROMPT_FORMATS = ("vicuna", "chat")
-"""How conversations are written: as the published prompt, or in the tokenizer's chat template."""
+"""Formats of conversations: the published prompt, and the tokenizer's own chat template."""
 USER = "USER:"
 ASSISTANT = "ASSISTANT:"
 END_OF_TURN = "</s>"
@@ -14,21 +14,20 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-"""What the published checkpoints were trained to read before the first turn (`vicuna_v1`)."""
+"""System prompt of the published checkpoints (`vicuna_v1`)."""
 
 
 def build_prompt(question: str, media: Sequence[str] = (), system: str = "") -> str:
-    r"""Writes one user turn that ends where the answer begins.
+    r"""Builds the prompt of one question, up to where the answer begins.
 
     Example:
-        `build_prompt("what shape is this?", ["image"])` gives
+        `build_prompt("what shape is this?", ["image"])` returns
         `"USER: <image>\nwhat shape is this? ASSISTANT:"`.
 
     Args:
-        question: text of the question; may be empty when the question is spoken.
-        media: kinds of the media that belong to it, in prompt order. A question that holds
-            placeholders itself takes no media here.
-        system: what stands before the turn, such as `VICUNA_SYSTEM`.
+        question: text of the question; may be empty if the question is spoken.
+        media: kinds of its media, in prompt order; leave empty for a question with placeholders.
+        system: system prompt, such as `VICUNA_SYSTEM`.
 
     Raises:
         ValueError: For an unknown kind, or if there is neither a question nor media.
@@ -37,7 +36,7 @@ def build_prompt(question: str, media: Sequence[str] = (), system: str = "") -> 
 
 
 def user_turn(question: str, media: Sequence[str] = ()) -> str:
-    """A question behind the placeholders of its media, a line each; arguments as in `build_prompt`.
+    """The placeholders of a question's media, one per line, and the question; see `build_prompt`.
 
     Raises:
         ValueError: For an unknown kind, or if there is neither a question nor media.
@@ -56,19 +55,19 @@ def user_turn(question: str, media: Sequence[str] = ()) -> str:
 def conversation_text(
     turns: Sequence[tuple[str, str | None]], system: str = "", end_of_turn: str = END_OF_TURN
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Writes a conversation as the published `vicuna_v1` template does.
+    """Renders a conversation in the published `vicuna_v1` format.
 
     Args:
-        turns: what the user says, and the answer; None or an empty one ends the text where the
-            answer would begin.
-        system: what stands before the first turn.
-        end_of_turn: what an answer ends with; the tokenizer's end token.
+        turns: pairs of the user's message and the answer. If the last answer is None or empty, the
+            text ends where it would begin.
+        system: system prompt.
+        end_of_turn: text after each answer: the tokenizer's end-of-sequence token.
 
     Returns:
-        The text, and where in it each answer begins and ends, its end-of-turn token included.
+        The text, and the start and end of each answer in it, end-of-turn token included.
 
     Raises:
-        ValueError: If there are no turns, or a turn of the user is empty.
+        ValueError: If there are no turns, or a message of the user is empty.
     """
     if not turns or not all(user for user, _ in turns):
         raise ValueError(f"turns ({list(turns)}) must hold at least one, none of the user empty")

@@ -1,4 +1,4 @@
-"""From conversations with media to ids and labels, as the published code or an LLM numbers them."""
+"""Tokenization of conversations with media: token ids and labels."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,32 +18,32 @@ _PLACEHOLDER = re.compile("|".join(PLACEHOLDERS.values()))
 
 @dataclass
 class TokenizedText:
-    """Ids of a text with one id for each placeholder, and labels.
+    """Token ids and labels of a text, with one id for each placeholder.
 
     Attributes:
-        ids: token ids; the beginning-of-sequence token comes first where the tokenizer has one.
-        labels: the ids that are to be learned, -100 elsewhere.
+        ids: token ids, starting with the beginning-of-sequence token if the tokenizer has one.
+        labels: token ids at positions with loss, -100 elsewhere.
     """
 
     ids: list[int]
     labels: list[int]
 
     def items(self, media_token_ids: Mapping[str, int]) -> list[str]:
-        """Kinds of the placeholders, in their order."""
+        """Media kinds of the placeholders, in order."""
         kinds = {token: kind for kind, token in media_token_ids.items()}
         return [kinds[token] for token in self.ids if token in kinds]
 
     def expanded(
         self, media_token_ids: Mapping[str, int], soft_tokens: Sequence[int]
     ) -> "TokenizedText":
-        """Every placeholder repeated as often as its item has soft tokens, without a label.
+        """Repeats every placeholder for the soft tokens of its item, without labels.
 
         Args:
             media_token_ids: id of each kind's placeholder.
-            soft_tokens: soft tokens of each item, in the order of the placeholders.
+            soft_tokens: number of soft tokens of each item, in the order of the placeholders.
 
         Raises:
-            ValueError: If there are not as many items as placeholders.
+            ValueError: If the numbers of items and placeholders differ.
         """
         held = len(self.items(media_token_ids))
         if held != len(soft_tokens):
@@ -60,21 +60,21 @@ class TokenizedText:
 def truncated(
     text: TokenizedText, media_token_ids: Mapping[str, int], soft_tokens: Sequence[int], most: int
 ) -> tuple[TokenizedText, int]:
-    """The beginning of a text that has at most `most` tokens once its placeholders are expanded.
+    """Truncates a text to at most `most` tokens, counted with expanded placeholders.
 
-    An item is kept whole or left out with its placeholder, and so is everything after it.
+    An item that does not fit as a whole is removed with its placeholder and everything after it.
 
     Args:
-        text: not expanded yet.
+        text: text before expansion.
         media_token_ids: id of each kind's placeholder.
-        soft_tokens: soft tokens of each item, in the order of the placeholders.
-        most: at least 1.
+        soft_tokens: number of soft tokens of each item, in the order of the placeholders.
+        most: maximum number of tokens, at least 1.
 
     Returns:
-        The text, not expanded, and how many of its items are left, from the first one.
+        The truncated text, not expanded, and the number of items that remain.
 
     Raises:
-        ValueError: If most is below 1, or there are not as many items as placeholders.
+        ValueError: If `most` is less than 1, or the numbers of items and placeholders differ.
     """
     if most < 1:
         raise ValueError(f"most ({most}) must be at least 1")
@@ -97,18 +97,18 @@ def tokenize_conversation(
     media_token_ids: Mapping[str, int],
     system: str = "",
 ) -> TokenizedText:
-    """Ids of a conversation, and labels of its answers.
+    """Tokenizes a conversation in the published format, with labels on its answers.
 
-    Labelled is everything from behind `ASSISTANT:` to the end-of-turn token, which is what a model
-    has to write; placeholders are never. This differs from the published code where that gives up
-    a whole sample: answers that end in a space or hold ` ASSISTANT: `, and questions that hold an
+    Labels cover everything after `ASSISTANT:` up to and including the end-of-turn token, which is
+    what a model generates, but never placeholders. Unlike here, the published code discards samples
+    whose answers end in a space or contain ` ASSISTANT: `, or whose questions contain an
     end-of-turn token.
 
     Args:
-        turns: what the user says, with a placeholder for each item of media, and the answer.
+        turns: pairs of the user's message, with a placeholder for each media item, and the answer.
         tokenizer: a fast tokenizer.
         media_token_ids: id of each kind's placeholder.
-        system: what stands before the first turn.
+        system: system prompt.
     """
     text, answers = conversation_text(turns, system, tokenizer.eos_token)
     return tokenize_text(text, tokenizer, media_token_ids, answers)
@@ -120,13 +120,13 @@ def tokenize_text(
     media_token_ids: Mapping[str, int],
     answers: Sequence[tuple[int, int]] = (),
 ) -> TokenizedText:
-    """Ids of a text: what stands between placeholders is tokenized by itself.
+    """Tokenizes a text with placeholders; the texts between them are tokenized separately.
 
     Args:
-        text: with placeholders such as `<image>`.
+        text: text with placeholders such as `<image>`.
         tokenizer: a fast tokenizer.
         media_token_ids: id of each kind's placeholder.
-        answers: where in the text it is to be learned, from first to behind the last character.
+        answers: character ranges of the answers, `(start, end)` with `end` exclusive.
     """
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     positions = [-1] * len(ids)
@@ -145,14 +145,18 @@ def tokenize_chat(
     tokenizer: PreTrainedTokenizerBase,
     system: str = "",
 ) -> TokenizedText:
-    """Ids of a conversation in the tokenizer's own chat template, and labels of its answers.
+    """Tokenizes a conversation in the tokenizer's own chat template, with labels on its answers.
 
-    Arguments as in `tokenize_conversation`; the placeholders are special tokens of the tokenizer.
-    Labelled is what a model writes after the template's generation prompt, the end of turn
+    Labels cover what a model generates after the template's generation prompt, end-of-turn token
     included.
 
+    Args:
+        turns: pairs of the user's message, with a placeholder for each media item, and the answer.
+        tokenizer: a fast tokenizer whose special tokens include the placeholders.
+        system: system message; empty for none.
+
     Raises:
-        ValueError: See `chat_text`.
+        ValueError: If `chat_text` rejects the conversation.
     """
     text, answers = chat_text(turns, tokenizer, system)
     return tokenize_rendered(text, tokenizer, answers)
@@ -161,7 +165,7 @@ def tokenize_chat(
 def tokenize_rendered(
     text: str, tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple[int, int]] = ()
 ) -> TokenizedText:
-    """Ids of a text that holds all of its special tokens; arguments as in `tokenize_text`."""
+    """Tokenizes a text that contains all special tokens; arguments as in `tokenize_text`."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = [first for first, _ in encoded["offset_mapping"]]
     return _labelled(encoded["input_ids"], starts, answers)
@@ -170,7 +174,7 @@ def tokenize_rendered(
 def _labelled(
     ids: list[int], positions: list[int], answers: Sequence[tuple[int, int]]
 ) -> TokenizedText:
-    """Ids with labels where they begin in an answer."""
+    """Adds labels to the ids whose text begins in an answer."""
     labels = [
         token if any(start <= at < stop for start, stop in answers) else IGNORED
         for token, at in zip(ids, positions, strict=True)
@@ -186,13 +190,13 @@ def _add_chunk(
     ids: list[int],
     positions: list[int],
 ) -> None:
-    """Adds the ids of `text[start:end]` and where in the text each begins."""
+    """Appends the ids of `text[start:end]` and the start of each in the text."""
     if start == end:
         return
     chunk, kept = text[start:end], list(range(start, end))
     if _is_sentencepiece(tokenizer):
-        # The published tokenizer puts a space before every chunk and has none around its special
-        # tokens; the fast one does neither by itself.
+        # The published tokenizer inserts a space before every chunk and strips spaces around its
+        # special tokens; the fast one does neither.
         chunk, kept = f" {chunk}", [start, *kept]
         specials = "|".join(map(re.escape, (tokenizer.bos_token, tokenizer.eos_token)))
         spaces = [
@@ -212,17 +216,17 @@ def _is_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def load_llama_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a LLaMA, with a token for each placeholder after its vocabulary.
+    """Loads the tokenizer of a LLaMA and adds a token for each placeholder to its vocabulary.
 
     Args:
-        folder: holds `tokenizer.model` or what transformers saves.
+        folder: folder with `tokenizer.model`, or with a tokenizer saved by transformers.
 
     Returns:
-        A fast tokenizer that pads with `<unk>`, unless it has a padding token.
+        A fast tokenizer, with `<unk>` as padding token if it has none.
 
     Raises:
-        ValueError: If the folder holds no LLaMA tokenizer.
-        ModuleNotFoundError: If `tokenizer.model` cannot be read for want of a package.
+        ValueError: If the folder has no LLaMA tokenizer.
+        ModuleNotFoundError: If `tokenizer.model` requires a package that is not installed.
     """
     from transformers import LlamaTokenizer
 

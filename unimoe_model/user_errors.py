@@ -1,3 +1,3 @@
-"""Errors whose message says all that a user needs, so that no traceback is shown."""
+"""Errors that commands report by their message, without a traceback."""
 
 USER_ERRORS = (ValueError, RuntimeError, OSError, ModuleNotFoundError)

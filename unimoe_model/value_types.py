@@ -1,11 +1,14 @@
-"""Types and bounds of values that a person wrote."""
+"""Checks of types and bounds of user-provided values."""
 
 from types import UnionType
 from typing import Any, get_args, get_origin
 
 
 def fits_type(value: Any, wanted: Any) -> bool:
-    """Whether a YAML or JSON value is of an annotated type; an int is a float, a bool no number."""
+    """Whether a YAML or JSON value has an annotated type.
+
+    An int is accepted as a float; a bool is not a number.
+    """
     if isinstance(wanted, UnionType):
         return any(fits_type(value, choice) for choice in get_args(wanted))
     if get_origin(wanted) is dict:
@@ -21,14 +24,14 @@ def fits_type(value: Any, wanted: Any) -> bool:
 
 
 def require_at_least(least: float, **values: float | None) -> None:
-    """Raises ValueError naming the first of the values that is less; None is left out."""
+    """Raises ValueError for the first value that is less than `least`; None is ignored."""
     for name, value in values.items():
         if value is not None and not value >= least:
             raise ValueError(f"{name} ({value}) must be at least {least}")
 
 
 def require_positive(**values: float | None) -> None:
-    """Raises ValueError naming the first of the values that is not above 0; None is left out."""
+    """Raises ValueError for the first value that is not above 0; None is ignored."""
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} ({value}) must be above 0")

@@ -1,4 +1,4 @@
-"""Accuracy letter for letter, and the blind baseline."""
+"""Exact accuracy, and the blind baseline."""
 
 import json
 from collections import Counter, defaultdict
@@ -9,14 +9,14 @@ from examples.demo.example import Example
 
 
 def exact_accuracy(folder: Path, examples: Sequence[Example]) -> float:
-    """Share of the answers of an evaluation that are the expected ones, letter for letter.
+    """Share of an evaluation's outputs that equal the expected answers exactly.
 
     Args:
-        folder: where `unimoe eval` left `answers.jsonl`.
-        examples: what was asked, in its order.
+        folder: output folder of `unimoe eval`, with `answers.jsonl`.
+        examples: the examples that were asked, in order.
 
     Raises:
-        ValueError: If there are not as many answers as examples.
+        ValueError: If the numbers of outputs and examples differ.
     """
     lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [json.loads(line)["answer"] for line in lines]
@@ -31,8 +31,8 @@ def exact_accuracy(folder: Path, examples: Sequence[Example]) -> float:
 def blind_accuracy(train: Sequence[Example], examples: Sequence[Example]) -> float:
     """Accuracy of the most frequent training answer of each example's `blind_key`.
 
-    This is the best that can be done without the input the task is about. Ties go to the answer
-    that comes first in the alphabet; a key without training examples gets the overall answer.
+    This is the best accuracy without the input that the task is about. Ties go to the answer that
+    comes first alphabetically; a key without training examples gets the overall most frequent one.
     """
     by_key: dict[str, Counter] = defaultdict(Counter)
     overall: Counter = Counter()

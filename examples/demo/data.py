@@ -1,12 +1,12 @@
 """Writes the demo's data as files that `unimoe train` and `unimoe eval` read.
 
-    data.json           what decides the data: seed, limits, versions of the packages
+    data.json           what determines the data: seed, limits, versions of the packages
     media/              speech, sounds and videos
     train/<task>.jsonl  training examples
     test/<task>.jsonl   held-out questions of the six tasks
 
-Paths of media below the folder are relative to the data file, so that the folder can be moved;
-those of pictures, which stay where the package easy-vqa is installed, are absolute.
+Paths of media below the folder are relative to the data file, so that the folder can be moved.
+Paths of pictures, which remain in the installed package easy-vqa, are absolute.
 """
 
 import json
@@ -32,7 +32,7 @@ from unimoe_kernels import atomic_write
 from unimoe_model.training.progress import ProgressReporter
 
 DESCRIPTION = "data.json"
-_VERSION = 1  # goes up when other data are made of the same settings
+_VERSION = 1  # incremented when equal settings give other data
 _PACKAGES = {
     "chatterbot_corpus": "chatterbot-corpus",
     "easy_vqa": "easy-vqa",
@@ -41,7 +41,7 @@ _PACKAGES = {
     "pretty_midi": "pretty_midi",
     "tinysoundfont": "tinysoundfont",
 }
-"""Names of the packages of the data, by that of their modules."""
+"""Packages of the data, by module name."""
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -53,24 +53,23 @@ def write_data(
     held_out: Mapping[str, int] | None = None,
     for_pretraining: bool = True,
 ) -> dict[str, dict[str, list[Example]]]:
-    """Writes what is missing of the data; each file whole or not at all.
+    """Writes missing files of the data, each of them atomically.
 
     Args:
-        folder: where to; made if it is not there.
-        seed: decides which items are drawn.
-        limits: most items of each media set that are trained on.
-        reporter: shows a bar for each media set that something is missing of.
-        held_out: most held-out examples of each task; a task that is not named takes all.
-        for_pretraining: whether a language model is trained on texts first.
+        folder: output folder; created if necessary.
+        seed: determines which items are drawn.
+        limits: maximum number of training items of each media set.
+        reporter: shows progress for each media set with missing files.
+        held_out: maximum number of held-out examples by task; all for tasks that are not named.
+        for_pretraining: whether to include texts to pretrain a language model on.
 
     Returns:
         The examples of `"train"` and `"test"`, by task.
 
     Raises:
-        ValueError: If the folder holds data of other settings, which are named, or held_out names
-            no task. Nothing is written then.
-        MissingAssetError: If a package of the demo's data is not installed. Nothing is written
-            then.
+        ValueError: If the folder has data of other settings, which the message names, or `held_out`
+            names an unknown task. Nothing is written.
+        MissingAssetError: If a package of the demo's data is not installed. Nothing is written.
         OSError: If a file cannot be written.
     """
     folder, held_out = Path(folder), dict(held_out or {})
@@ -97,11 +96,11 @@ def write_data(
 
 
 def write_text_tasks(folder: Path, seed: int) -> tuple[str, ...]:
-    """Writes the tasks that need no media, and the held-out one; returns the names of the former.
+    """Writes the tasks without media, and the held-out one; returns the names of the former.
 
     Args:
-        folder: where to; made if it is not there.
-        seed: decides what is drawn.
+        folder: output folder; created if necessary.
+        seed: determines what is drawn.
 
     Raises:
         MissingAssetError: If a package of the demo's data is not installed.
@@ -130,7 +129,7 @@ def _description(
 
 
 def is_described(folder: Path, description: Mapping[str, Any]) -> bool:
-    """Whether data of these settings are there, or some of them; raises ValueError for others."""
+    """Whether the folder has data of these settings; raises ValueError for other settings."""
     path = folder / DESCRIPTION
     if not path.exists():
         return False
@@ -159,7 +158,7 @@ def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def json_lines(examples: Sequence[Example], folder: Path) -> str:
-    """Examples as the lines of a data file in a folder of `folder`."""
+    """Examples as lines of a data file in a subfolder of `folder`."""
     named = cache(partial(_written, folder=folder))
     lines = []
     for number, example in enumerate(examples):
@@ -172,19 +171,19 @@ def json_lines(examples: Sequence[Example], folder: Path) -> str:
 
 
 def _written(path: Path, folder: Path) -> str:
-    """A media path as a data file in a folder of `folder` names it."""
+    """A media path relative to a data file in a subfolder of `folder`."""
     if path.is_relative_to(folder):
         return f"../{path.relative_to(folder).as_posix()}"
     return str(path.absolute())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replaces a file by JSON that people can read; see `write_text`."""
+    """Writes indented JSON; see `write_text`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file whole or not at all; one that holds the text already stays."""
+    """Writes a text file atomically, unless it already has this content."""
     content = text.encode()
     if path.exists() and path.read_bytes() == content:
         return

@@ -1,7 +1,7 @@
 """easy-VQA: pictures of coloured shapes with questions, from the package `easy-vqa` (MIT).
 
-The official train and test sets are kept. The last 400 training pictures are the validation set
-and are no part of the training set here.
+The official train and test sets are used. The last 400 training pictures are the validation set
+and are not in the training set here.
 """
 
 import json
@@ -62,16 +62,16 @@ def questions(split: str) -> list[Question]:
 
 @memoize
 def question_texts() -> list[str]:
-    """The different texts of all questions, sorted."""
+    """Distinct texts of all questions, sorted."""
     return sorted({q.question for split in ("train", "test") for q in questions(split)})
 
 
 def image_paths(split: str, most: int | None = None) -> list[Path]:
-    """Files of the pictures of a split, in their order.
+    """Picture files of a split, in order.
 
     Args:
         split: `"train"`, `"validation"` or `"test"`.
-        most: only the first so many; None for all.
+        most: maximum number of pictures; None for all.
 
     Raises:
         ValueError: If the split is unknown.
@@ -86,7 +86,7 @@ def image_paths(split: str, most: int | None = None) -> list[Path]:
 
 
 def labels(split: str) -> list[dict[str, str]]:
-    """What is known of each picture: `color` and `shape`, where its questions tell.
+    """`color` and `shape` of each picture, as far as its questions determine them.
 
     Args:
         split: `"train"`, `"validation"` or `"test"`.
@@ -102,7 +102,7 @@ def labels(split: str) -> list[dict[str, str]]:
 
 
 def stated_attributes(question: str, answer: str) -> dict[str, str]:
-    """What one answered question says about its picture.
+    """The attributes of a picture that one answered question determines.
 
     `"what color is the circle?", "red"` states both the shape and the color; `"is there not a red
     shape?", "no"` states the color; `"is a red shape present?", "no"` states neither.

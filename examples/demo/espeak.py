@@ -1,9 +1,9 @@
-"""Speaks phrases with eSpeak NG; runs as a program of its own, which loads nothing of this package.
+"""Synthesises phrases with eSpeak NG, as a separate program that imports nothing of this package.
 
-eSpeak NG keeps noise generators and oscillator phases from one phrase to the next, and neither its
-own reset nor `espeak_ng_SetRandSeed` clears them all: a phrase spoken twice in a process differs.
-So each phrase is spoken in a fork of a process that has spoken none, where it always comes out the
-same. A caller that holds threads must not fork, hence the program of its own.
+eSpeak NG keeps the state of noise generators and oscillators from one phrase to the next, and
+neither its reset nor `espeak_ng_SetRandSeed` clears all of it: a phrase spoken twice in a process
+differs. Each phrase is therefore spoken in a fork of a process that has not spoken yet, which gives
+the same samples every time. A process with threads must not fork, hence the separate program.
 
     python espeak.py LIBRARY DATA < phrases.json > waves.npz
 
@@ -30,14 +30,14 @@ _Callback = ctypes.CFUNCTYPE(
 
 
 class Espeak:
-    """The library, set up and ready to speak.
+    """The initialised eSpeak NG library.
 
     Args:
         library: path of `libespeak-ng.so`.
         data: path of the folder `espeak-ng-data`.
 
     Raises:
-        ValueError: If the library refuses the data folder.
+        ValueError: If the library rejects the data folder.
     """
 
     def __init__(self, library: str, data: str) -> None:
@@ -47,9 +47,9 @@ class Espeak:
         self.sample_rate = self.library.espeak_Initialize(_SYNCHRONOUS, 0, data.encode(), 0)
         if self.sample_rate <= 0:
             raise ValueError(f"{data}: eSpeak NG cannot use this folder as its data")
-        # Setting up seeds the noise generator with the time of day.
+        # Initialisation seeds the noise generator with the time of day.
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))
-        # Kept on self: the library calls it for as long as it lives.
+        # Kept on self: the library calls it throughout its life.
         self.callback = _Callback(self._receive)
         self.library.espeak_SetSynthCallback(self.callback)
 
@@ -59,11 +59,11 @@ class Espeak:
         return 0
 
     def speak(self, text: str, voice: str) -> bytes:
-        """Says `text`; returns int16 samples, which depend on what was said before."""
+        """Speaks `text`; returns int16 samples, which depend on earlier phrases."""
         if not text.strip():
             raise ValueError(f"text ({text!r}) must hold something to say")
         self.chunks.clear()
-        # The library takes an unknown variant without a word and speaks in the plain voice.
+        # The library accepts an unknown variant silently and uses the plain voice.
         _, plus, variant = voice.partition("+")
         unknown = plus and not (self.variants / variant).is_file()
         if unknown or self.library.espeak_SetVoiceByName(voice.encode()) != 0:
@@ -77,7 +77,7 @@ class Espeak:
         return b"".join(self.chunks)
 
     def speak_afresh(self, text: str, voice: str) -> bytes:
-        """Says `text` in a fork of this process, so that this process stays as it is."""
+        """Speaks `text` in a fork of this process, so that its state does not change."""
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -100,7 +100,7 @@ class Espeak:
 
 
 def main() -> int:
-    """Speaks the phrases of standard input to standard output."""
+    """Reads phrases from standard input and writes samples to standard output."""
     try:
         espeak = Espeak(sys.argv[1], sys.argv[2])
         waves = [espeak.speak_afresh(text, voice) for text, voice in json.load(sys.stdin)]

@@ -1,4 +1,4 @@
-"""An example: a question, the files that it is about, and its answer."""
+"""An example: a question, its media files, and its answer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,11 @@ class Example:
 
     Attributes:
         task: name of the task it belongs to.
-        question: text of the question; empty where it is spoken.
+        question: text of the question; empty if it is spoken.
         answer: expected answer.
-        media: kind and file of each item it is about, in prompt order.
-        blind_key: what a reader sees who is given everything but the input asked about; the
-            blind baseline answers with the most frequent training answer of this key.
+        media: kind and file of each media item, in prompt order.
+        blind_key: everything that is known without the input that is asked about; the blind
+            baseline outputs the most frequent training answer of this key.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""How a program of the demo ends: errors of the user are one line, a stop says how to go on."""
+"""Exit of the demo's programs: one-line messages for user errors and interruptions."""
 
 import sys
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from unimoe_model.user_errors import USER_ERRORS
 
 
 def exit_code_of(name: str, work: Callable[[], object]) -> int:
-    """Does the work of a program and returns its exit code.
+    """Runs the work of a program and returns its exit code.
 
     Args:
-        name: of the program, in front of an error.
-        work: what it does.
+        name: name of the program, the prefix of error messages.
+        work: function to run.
     """
     try:
         work()

@@ -1,4 +1,4 @@
-"""How long a run will take on this machine, from a rehearsal with few items and few steps."""
+"""Forecast of the duration of a run, from a rehearsal with few items and few steps."""
 
 import json
 import shutil
@@ -20,46 +20,46 @@ from unimoe_model.training.progress import SilentReporter
 
 _STEPS = 4
 _ASKED, _NEW_TOKENS = 96, 3
-"""Questions, and tokens of most answers: a model that has learnt nothing goes on."""
+"""Questions, and a limit on tokens, because an untrained model does not end its outputs."""
 _ARMS = 2
 
 
 class _Times(SilentReporter):
-    """Keeps seconds and units of every advance, by title; the first of a title warms up."""
+    """Records seconds and units of every advance, by title; the first of a title is a warm-up."""
 
     def __init__(self):
         self._title, self._last = "", 0.0
         self._advances: dict[str, list[tuple[float, int]]] = defaultdict(list)
 
     def start(self, stage: str, total: int, done: int) -> None:
-        """A title begins."""
+        """Starts a title."""
         self._title, self._last = stage, time.monotonic()
 
     def advance(self, steps: int, **figures: str) -> None:
-        """Takes the time."""
+        """Records the time."""
         now = time.monotonic()
         self._advances[self._title].append((now - self._last, steps))
         self._last = now
 
     def of(self, title: str) -> float:
-        """Seconds of a unit; 0 for what did not occur."""
+        """Seconds per unit; 0 for titles that did not occur."""
         taken = self._advances[title][1:] or self._advances[title]
         return sum(t for t, _ in taken) / max(1, sum(n for _, n in taken))
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds that the parts of a run still need.
+    """Remaining seconds of the parts of a run.
 
     Attributes:
-        seconds: by part, in the order in which they run; parts that are done are left out.
+        seconds: by part, in order; completed parts are left out.
     """
 
     seconds: dict[str, float]
 
     @property
     def total(self) -> float:
-        """Seconds of the whole."""
+        """Total seconds."""
         return sum(self.seconds.values())
 
     def __str__(self) -> str:
@@ -68,19 +68,19 @@ class Forecast:
 
 
 def forecast(recipe: Path, seed: int, output: Path, machine: Machine) -> Forecast:
-    """Rehearses a run with few items and few steps, and scales what that took.
+    """Rehearses a run with few items and few steps, and scales the times.
 
     Encoders, stages and generation are the real ones. The MoE arm is rehearsed alone on its share
     of the threads; in the run the dense arm, which is faster, runs beside it.
 
     Args:
-        recipe: of the MoE.
-        seed: of the run.
-        output: folder of the run; stages and features that are there need no time.
-        machine: gives the threads of torch; all of them are what torch has afterwards.
+        recipe: recipe of the MoE.
+        seed: seed of the run.
+        output: folder of the run; existing stages and features take no time.
+        machine: numbers of threads; torch is left with all of them.
 
     Returns:
-        What is left to do.
+        The remaining seconds by part.
     """
     marks = {
         "features": "moe/features.json",
@@ -118,7 +118,7 @@ def forecast(recipe: Path, seed: int, output: Path, machine: Machine) -> Forecas
 
 
 def _count(raw: dict, output: Path) -> tuple[dict[str, set[str]], int]:
-    """Media of each kind, and held-out questions."""
+    """Numbers of media by kind, and of held-out questions."""
     media: dict[str, set[str]] = {kind: set() for kind in MEDIA_KINDS}
     asked = 0
     files = [*raw["data"].values(), *(own["data"] for own in raw["evaluate"].values())]
@@ -143,7 +143,7 @@ def _rehearse(raw: dict, folder: Path, seed: int, machine: Machine, stages: list
         stage["steps"] = _STEPS
     (output / "rehearsal.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     times = _Times()
-    # Bars and notes of a moment are noise.
+    # Progress of short operations is not shown.
     with redirect_stderr(StringIO()):
         features = output / "rehearsal.features"
         _, run = open_run(output / "rehearsal.yaml", seed, features, times)
@@ -158,7 +158,7 @@ def _rehearse(raw: dict, folder: Path, seed: int, machine: Machine, stages: list
 
 
 def _few(source: Path, target: Path, most: int | None = None) -> str:
-    """The first lines of a data file: two batches of each encoder, or `most` lines."""
+    """The first lines of a data file: two batches per encoder, or `most` lines."""
     seen: dict[str, set] = defaultdict(set)
     lines = []
     for line in source.read_text(encoding="utf-8").splitlines():

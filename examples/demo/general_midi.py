@@ -1,4 +1,4 @@
-"""Sounds of the 128 General MIDI instruments, pitches and loudness held out by split."""
+"""Notes of the 128 General MIDI instruments, with pitches and velocities disjoint by split."""
 
 import itertools
 
@@ -74,12 +74,12 @@ PITCHES_AND_VELOCITIES = {
 }
 """MIDI keys and velocities by split; no key and no velocity is in two splits.
 
-Every instrument sounds at all of these keys; the sound font has gaps elsewhere (alto sax at 64).
+Every instrument sounds at all of these keys; the sound font has gaps at others (alto sax at 64).
 """
 
 SAMPLE_RATE = 44_100
 CLIP_SAMPLES = 79 * 1024  # 1.83 s: 80 mel frames of aiSFX, which makes 10 rows of them
-_HELD_SAMPLES = 52_920  # the key goes up after 1.2 s
+_HELD_SAMPLES = 52_920  # the key is released after 1.2 s
 _DRAIN_SAMPLES = 4_410  # a voice cut off takes a few ms to fall silent
 
 
@@ -143,7 +143,7 @@ class Sampler:
 
 
 def render(program: int, pitch: int, velocity: int) -> NDArray[np.float32]:
-    """Plays one note on a sampler of its own; see `Sampler.render`."""
+    """Plays one note on a new sampler; see `Sampler.render`."""
     return Sampler().render(program, pitch, velocity)
 
 

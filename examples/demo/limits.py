@@ -1,4 +1,4 @@
-"""How much of the data a run takes."""
+"""Limits on the data of a run."""
 
 import random
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class DataLimits:
-    """Most items of each media set that are trained on; None for all.
+    """Maximum number of training items of each media set; None for all.
 
     Attributes:
         pictures: of 3600.

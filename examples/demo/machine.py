@@ -1,4 +1,4 @@
-"""What a run chooses by the machine it is on."""
+"""Settings that depend on the machine."""
 
 import os
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from unimoe_model.precision import multiplies_bf16, resolve_precision
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine, and what was chosen for it.
+    """The machine, and the settings chosen for it.
 
     Attributes:
         processor: name of the GPU or CPU.
-        cores: of the CPU.
+        cores: number of CPU cores.
         instructions: widest instruction set that torch uses on the CPU, such as `"AVX2"`.
         has_bf16: whether the device has bfloat16 instructions.
-        precision: `"bf16"` or `"fp32"`, of training and of the encoders.
-        processes: arms that train side by side.
-        threads: of each of them.
+        precision: `"bf16"` or `"fp32"`, for training and encoders.
+        processes: number of arms that train side by side.
+        threads: number of threads per process.
     """
 
     processor: str
@@ -33,11 +33,11 @@ class Machine:
 
     @classmethod
     def detect(cls, device: torch.device, processes: int) -> "Machine":
-        """Looks at this machine.
+        """Detects this machine.
 
         Args:
-            device: where the run trains.
-            processes: that train side by side.
+            device: device of the run.
+            processes: number of processes that train side by side.
         """
         cores = os.cpu_count() or 1
         return cls(

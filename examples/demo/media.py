@@ -1,4 +1,4 @@
-"""Media files of the demo: how they are named, and what each is made from.
+"""Names of the demo's media files, and how each is made.
 
 Pictures are files of the package easy-vqa. Speech and sounds are FLAC, videos animated PNG.
 """
@@ -27,13 +27,13 @@ with needed_by("writing videos"):
     from PIL import Image
 
 AT_ONCE = 128
-"""Items that are made before they are written; of speech, so many are lost by a stop."""
+"""Items that are made before they are written, which is what an interruption may lose."""
 
-# aiSFX hears the logarithm of a note's power beside its loudest sample. Over 60 notes its features
-# of 16-bit files were 2 % off (median; 31 % at most), of 24-bit files 0.002 % (0.02 %). Whisper's
-# over 80 phrases of 16 bits are 0.1 % off (0.4 %).
+# aiSFX uses the logarithm of a note's power relative to its loudest sample. On 60 notes, features
+# of 16-bit files differ by 2 % (median; maximum 31 %), of 24-bit files by 0.002 % (0.02 %).
+# Whisper's features of 80 phrases in 16 bits differ by 0.1 % (0.4 %).
 SPEECH_BITS, SOUND_BITS = 16, 24
-_VIDEO_SEED = 0  # that of the run draws other things
+_VIDEO_SEED = 0  # the seed of the run draws other things
 _FRAME_MS = 120
 
 Item = TypeVar("Item")
@@ -42,10 +42,10 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class MediaFiles:
-    """The media files of a split, and what each is made from, in the order of the set.
+    """The media files of a split, and how each is made, in order.
 
     Attributes:
-        pictures: files of the package easy-vqa, which are there.
+        pictures: files of the package easy-vqa, which exist already.
         words: word and voice of each.
         questions: text and voice of each.
         sounds: program, MIDI key and velocity of each.
@@ -60,13 +60,13 @@ class MediaFiles:
 
 
 def media_files(split: str, folder: Path, seed: int, limits: DataLimits) -> MediaFiles:
-    """Names the media files of a split; reads and writes none.
+    """Names the media files of a split, without reading or writing any.
 
     Args:
         split: `"train"`, `"validation"` or `"test"`.
-        folder: where all media but pictures lie.
-        seed: decides which items are drawn.
-        limits: most items of each set of the split `"train"`; the others are whole.
+        folder: folder of all media other than pictures.
+        seed: determines which items are drawn.
+        limits: maximum number of items of each set of the split `"train"`.
 
     Raises:
         ValueError: If the split is unknown.
@@ -88,20 +88,20 @@ def media_files(split: str, folder: Path, seed: int, limits: DataLimits) -> Medi
 
 
 def clip_labels(split: str, index: int) -> tuple[str, str]:
-    """Name of the drawing and motion of a clip."""
+    """Names of the drawing and motion of a clip."""
     return sprites.labels(split, index, _VIDEO_SEED)
 
 
 def write_media(
     files: MediaFiles, wanted: Collection[Path], split: str, reporter: ProgressReporter
 ) -> None:
-    """Writes the wanted files that are missing, each whole or not at all.
+    """Writes missing files, each of them atomically.
 
     Args:
-        files: of a split.
-        wanted: which of them.
-        split: which it is.
-        reporter: shows a bar for each set that something is missing of.
+        files: files of a split.
+        wanted: the files to write.
+        split: name of the split.
+        reporter: shows progress for each set with missing files.
 
     Raises:
         MissingAssetError: If a package of the demo's data is not installed.
@@ -126,8 +126,8 @@ def save_flac(path: Path, samples: NDArray[np.float32], sample_rate: int, bits: 
     Args:
         path: the file.
         samples: `[samples]`, full scale at 1; rounded to multiples of `2**(1 - bits)`.
-        sample_rate: samples a second.
-        bits: of a sample, 16 or 24.
+        sample_rate: sampling rate in Hz.
+        bits: bits per sample, 16 or 24.
 
     Raises:
         OSError: If the file cannot be written.
@@ -135,16 +135,15 @@ def save_flac(path: Path, samples: NDArray[np.float32], sample_rate: int, bits: 
     scale = 2.0 ** (bits - 1)
     whole = np.rint(samples.astype(np.float64) * scale).clip(-scale, scale - 1).astype(np.int32)
     content = io.BytesIO()
-    # Of 32-bit integers, libsndfile writes the highest bits.
+    # libsndfile writes the highest bits of 32-bit integers.
     soundfile.write(content, whole << (32 - bits), sample_rate, f"PCM_{bits}", format="FLAC")
     path.write_bytes(content.getvalue())
 
 
 def save_video(path: Path, frames: Tensor) -> None:
-    """Writes frames `[n, H, W, 3]` uint8 as an animated PNG, which loses nothing.
+    """Writes frames `[n, H, W, 3]` uint8 as a lossless animated PNG.
 
-    Equal frames in a row become one that is shown longer: a clip of a thing that stands still
-    holds one frame, which readers repeat.
+    Consecutive equal frames are stored as one with a longer duration, which readers repeat.
 
     Raises:
         OSError: If the file cannot be written.
@@ -190,19 +189,19 @@ def write_set(
     save: Callable[[Path, Made], None],
     reporter: ProgressReporter,
 ) -> None:
-    """Writes the files of a set that are missing, in one folder, each whole or not at all.
+    """Writes the missing files of a set, in one folder, each of them atomically.
 
     Args:
-        title: of the bar, which is shown if something is missing.
-        files: what each is made from.
-        make: makes the content of several files, in their order.
-        save: writes the content of one.
-        reporter: shows the bar.
+        title: title of the progress, which is shown if files are missing.
+        files: arguments that each file is made from.
+        make: makes the content of several files, in order.
+        save: writes the content of one file.
+        reporter: shows progress.
 
     Raises:
         OSError: If a file cannot be written.
     """
-    # A power cut may leave a file empty: thousands are not waited for one by one.
+    # A power failure may leave files empty, because thousands are not synced one by one.
     missing = [path for path in files if not path.exists() or not path.stat().st_size]
     if not missing:
         return

@@ -1,4 +1,4 @@
-"""The parts of a run that processes of their own train, and what they send to the terminal's."""
+"""The parts of a run that train in separate processes, and their messages to the main process."""
 
 import ctypes
 import json
@@ -30,7 +30,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def open_run(
     recipe: Path, seed: int, features: Path, reporter: ProgressReporter
 ) -> tuple[Recipe, Run]:
-    """The run of an arm, in a folder beside its recipe that is named like it."""
+    """The run of an arm, in a folder beside its recipe with the same name."""
     found = load_recipe(recipe, seed=seed)
     for name in found.encoder_names:
         permit_encoder(name, recipe.parent)
@@ -40,7 +40,7 @@ def open_run(
 
 
 def train_shared(recipe: Path, seed: int, features: Path, reporter: ProgressReporter) -> Run:
-    """Encodes all media and trains what both arms share, if it is the first stage; the run."""
+    """Encodes all media, trains the first stage if both arms share it, and returns the run."""
     with FolderLock(recipe.with_suffix("")):
         found, run = open_run(recipe, seed, features, reporter)
         started = time.monotonic()
@@ -52,13 +52,13 @@ def train_shared(recipe: Path, seed: int, features: Path, reporter: ProgressRepo
 
 
 def train_arm(recipe: Path, seed: int, features: Path, reporter: ProgressReporter) -> None:
-    """Trains one arm and asks it the held-out questions.
+    """Trains one arm and evaluates it.
 
     Args:
-        recipe: of the arm.
-        seed: of the run.
+        recipe: recipe of the arm.
+        seed: seed of the run.
         features: folder of features.
-        reporter: is told of the progress.
+        reporter: shows progress.
     """
     with FolderLock(recipe.with_suffix("")):
         found, run = open_run(recipe, seed, features, reporter)
@@ -71,9 +71,9 @@ def train_arm(recipe: Path, seed: int, features: Path, reporter: ProgressReporte
 
 
 def keep_memory() -> None:
-    """Lets glibc keep memory instead of handing it back and faulting every page in anew.
+    """Makes glibc keep freed memory instead of returning it to the system.
 
-    Training steps allocate the same sizes again and again.
+    Training steps allocate the same sizes repeatedly, and would fault in every page again.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -86,14 +86,14 @@ def keep_memory() -> None:
 def run_parts(
     recipes: dict[str, Path], seed: int, features: Path, threads: int, target=None
 ) -> None:
-    """Trains and asks arms of the demo side by side, each in a process with so many threads.
+    """Trains and evaluates arms of the demo side by side, each in its own process.
 
     Args:
-        recipes: of each arm.
-        seed: of the run.
+        recipes: recipe of each arm.
+        seed: seed of the run.
         features: folder of features.
-        threads: of torch, in each process.
-        target: body of the processes, as `_body`.
+        threads: number of torch threads per process.
+        target: function that the processes run, like `_body`.
 
     Raises:
         RuntimeError: If one of them fails; its message is passed on.
@@ -119,7 +119,7 @@ def run_parts(
             if queue.empty():
                 ended = {name: processes[name].exitcode for name in running}
                 ended = {name: code for name, code in ended.items() if code is not None}
-                # What a process said is in the queue before it has ended.
+                # All messages of a process are in the queue before it ends.
                 if ended and queue.empty():
                     name, code = ended.popitem()
                     raise RuntimeError(f"training of {name} ended with exit code {code}")
@@ -169,7 +169,7 @@ def _exit_with_parent() -> None:
 
 
 def _keep(path: Path, facts: dict[str, float]) -> None:
-    """Writes a time, unless one is there: what is found done takes none."""
+    """Records a time, unless there is one: a part that is already complete takes none."""
     if path.exists():
         return
     with atomic_write(path) as partial:

@@ -1,4 +1,4 @@
-"""The demo's pictures: loss curves and accuracy."""
+"""Plots of the demo: loss curves and accuracy."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +19,11 @@ _COLORS = {"moe": "#3b6fb6", "dense": "#c8743a", "blind": "#8f8f8f", "base": "#5
 
 
 def save_loss_plot(path: Path, losses: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Draws the loss of every stage, one panel a stage, one line an arm, two panels a row.
+    """Draws the loss of every stage, one panel per stage and one line per arm.
 
     Args:
-        path: PNG that is written.
-        losses: for each arm, stage name to the loss of each step.
+        path: PNG file to write.
+        losses: loss of each step, by arm and stage.
     """
     stages = list(dict.fromkeys(stage for arm in losses.values() for stage in arm))
     columns = min(2, len(stages))
@@ -52,8 +52,8 @@ def save_accuracy_plot(path: Path, accuracy: Mapping[str, Mapping[str, float]]) 
     """Draws held-out accuracy by task as grouped bars.
 
     Args:
-        path: PNG that is written.
-        accuracy: for each of `moe`, `dense` and `blind`, task to accuracy in 0..1.
+        path: PNG file to write.
+        accuracy: accuracy in 0..1, by `moe`, `dense` and `blind`, and by task.
     """
     tasks = list(next(iter(accuracy.values())))
     figure = Figure(figsize=(5, 0.62 * len(tasks) + 0.8), layout="constrained")

@@ -24,13 +24,13 @@ from unimoe_model.training.starting_model import load_whole
 
 
 def pretrain(output: Path, seed: int = 0) -> None:
-    """Trains a tokenizer and a LLaMA as `full.yaml` says, and keeps both in float16.
+    """Trains a tokenizer and a LLaMA by the recipe `full.yaml`, and saves them in float16.
 
-    A run that was stopped goes on from its last checkpoint, in `<output>.training`.
+    An interrupted run resumes from its last checkpoint, in `<output>.training`.
 
     Args:
         output: folder in the layout of transformers; must not exist yet.
-        seed: of weights and data order.
+        seed: seed of weights and data order.
 
     Raises:
         ValueError: If the folder exists.
@@ -60,7 +60,7 @@ def _save(model: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    """Pretrains as the command line says; errors of the user are one line on stderr."""
+    """Runs the command; user errors are printed as one line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the language model")
     parser.add_argument("--seed", type=int, default=0, help="default 0")

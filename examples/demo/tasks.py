@@ -1,4 +1,4 @@
-"""The demo's tasks: the examples of each split, in the order that training draws them from."""
+"""The demo's tasks: the examples of each split, in order."""
 
 import random
 from collections import defaultdict
@@ -27,20 +27,20 @@ from examples.demo.text import (
 def build_examples(
     split: str, media: Path, seed: int, limits: DataLimits, for_pretraining: bool = True
 ) -> dict[str, list[Example]]:
-    """All examples of a split, by task; neither reads nor writes media.
+    """Builds all examples of a split, by task, without reading or writing media.
 
     Args:
         split: `"train"`, `"validation"` or `"test"`.
-        media: folder that the media files but pictures are in, or will be.
-        seed: decides which pictures spoken questions are about, and which items are drawn.
-        limits: most items of each media set of the split `"train"`; the others are whole.
-        for_pretraining: whether `"train"` has the text tasks that only pretraining takes.
+        media: folder of all media files other than pictures, which need not exist yet.
+        seed: determines which pictures spoken questions are about, and which items are drawn.
+        limits: maximum number of items of each media set of the split `"train"`.
+        for_pretraining: whether to include the text tasks for pretraining in `"train"`.
 
     Returns:
         Tasks `image_qa`, `spoken_word`, `spoken_question`, `sound`, `video` and `text` (the
-        evaluated ones) and `picture`, `transcript`, `instrument` (what stage 1 aligns with). Of
-        `"train"` also the text tasks that a language model is pretrained on; of the others, `text`
-        is about sentences whose colour and shape no training text has together.
+        evaluated ones) and `picture`, `transcript`, `instrument` (for the alignment of stage 1). In
+        `"train"` also the text tasks for pretraining a language model; in other splits, `text` has
+        sentences with pairs of colour and shape that no training text has.
 
     Raises:
         ValueError: If the split is unknown.
@@ -63,25 +63,25 @@ def build_examples(
 def held_out_examples(
     split: str, media: Path, seed: int, held_out: Mapping[str, int]
 ) -> dict[str, list[Example]]:
-    """The examples of the six evaluated tasks that are asked.
+    """Selects the examples of the six evaluated tasks to ask.
 
     Args:
-        split: see `build_examples`.
-        media: see there.
-        seed: see there; decides the sample too.
-        held_out: most examples of each task; a task that is not named takes all.
+        split: name of the split.
+        media: folder of all media files other than pictures.
+        seed: seed of the examples, and of their selection.
+        held_out: maximum number of examples by task; all for tasks that are not named.
     """
     examples = build_examples(split, media, seed, DataLimits())
     return {task: draw(examples[task], held_out.get(task), seed) for task in TASKS}
 
 
 def held_out_text(split: str) -> list[Example]:
-    """Questions about sentences whose colour and shape no text of training has together."""
+    """Questions about sentences with pairs of colour and shape that no training text has."""
     return reading_examples(easy_vqa.question_texts(), HELD_OUT_PAIRS[split])
 
 
 def text_examples(seed: int, for_pretraining: bool = True) -> dict[str, list[Example]]:
-    """The text tasks of pretraining; `text` is the one that stage 3 keeps and the demo tests."""
+    """The text tasks of pretraining; `text` is also used by stage 3 and evaluated."""
     labels = {(label.get("color"), label.get("shape")) for label in easy_vqa.labels("train")}
     pairs = sorted(pair for pair in labels if None not in pair)
     if not for_pretraining:

@@ -1,8 +1,8 @@
-"""Text for the small LLM: conversations, and text twins of what the other modalities ask.
+"""Text for the small LLM: conversations, and textual versions of the other modalities' tasks.
 
-The LLM is pretrained from scratch in place of LLaMA. It learns to talk (chatterbot-corpus) and to
-answer about what a sentence says it would see or hear, so that the stages that follow only have to
-teach it to see and hear.
+The LLM is pretrained from scratch in place of LLaMA, on conversations (chatterbot-corpus) and on
+questions about sentences that describe pictures and sounds. Later stages then only have to connect
+the encoders.
 """
 
 import random
@@ -34,17 +34,17 @@ HELD_OUT_PAIRS = {
         ("yellow", "triangle"),
     ),
 }
-"""Colour and shape pairs that no training text describes, by the split that asks about them."""
+"""Pairs of colour and shape that no training text describes, by the split that uses them."""
 
 _OTHER_WORDS = {
     "color": "pink purple orange white gold silver navy lime violet cyan beige maroon olive coral",
     "shape": "square star cross heart ring arrow oval diamond cube cone crescent hexagon",
 }
 OTHER_COLORS, OTHER_SHAPES = (words.split() for words in _OTHER_WORDS.values())
-"""Words that no picture shows. Without these, the model memorises the few colour-shape pairs."""
+"""Words that occur in no picture. Without them, the model memorises the few colour-shape pairs."""
 
 WIDER_EXAMPLES, ASKED_EXAMPLES = 60_000, 20_000
-"""Too many to memorise."""
+"""Number of drawn examples, too many to memorise."""
 
 _SIMPLE_TEMPLATES = ("is it {color}", "is it a {shape}")
 
@@ -57,10 +57,10 @@ PICTURE_SENTENCES = (
 
 
 def conversations(max_words: int = 12) -> list[tuple[str, str]]:
-    """Question and answer pairs of chatterbot-corpus, English, short ones only, in file order.
+    """Short English question and answer pairs of chatterbot-corpus, in file order.
 
     Args:
-        max_words: most words of a question or an answer.
+        max_words: maximum words of a question or an answer.
 
     Raises:
         MissingAssetError: If chatterbot-corpus is not installed.
@@ -81,8 +81,8 @@ def answer_about_picture(question: str, color: str, shape: str) -> str | None:
     """Answers one of easy-vqa's question texts about a single coloured shape.
 
     Returns:
-        The answer, or None where the question presumes what is not there ("what is the blue
-        shape?" of a red one).
+        The answer, or None if the question assumes something that is absent ("what is the blue
+        shape?" for a red one).
     """
     words = set(question.rstrip("?").split())
     if question.startswith("what color") or question.startswith("what is the color"):
@@ -101,14 +101,14 @@ def reading_examples(
 ) -> list[Example]:
     """Questions about sentences that describe a picture.
 
-    Of the questions whether something is there, most are about something that is not; as many are
-    drawn as are about something that is, so that nothing can be guessed.
+    Most questions about the presence of something would be answered "no"; as many of them are drawn
+    as are answered "yes", so that guessing does not pay.
 
     Args:
         questions: easy-vqa's question texts.
         pairs: (colour, shape) of the sentences.
-        task: name the examples get.
-        seed: decides which questions about absent things are taken.
+        task: task name of the examples.
+        seed: determines which questions about absent things are drawn.
     """
     rng = random.Random(seed)
     examples = []
@@ -137,14 +137,14 @@ def wider_examples(
 ) -> list[Example]:
     """The same questions about more colours and shapes than the pictures have.
 
-    A third asks in the simplest words ("is it blue?"): comparing is learnt there first. About
-    one in four colours and shapes is the pictures' own, never both at once.
+    A third of them use the simplest words ("is it blue?"), from which comparison is learnt first.
+    About one in four colours and shapes occurs in pictures, but never both in one sentence.
 
     Args:
         questions: easy-vqa's question texts.
-        pairs: (colour, shape) of the pictures; other pairs hold at least one other word.
-        count: examples to draw. Of the yes-no questions, half are about what is there.
-        seed: decides the draw.
+        pairs: (colour, shape) of the pictures; drawn pairs have at least one other word.
+        count: number of examples to draw. Half of the yes-no questions are answered "yes".
+        seed: seed of the draw.
     """
     rng = random.Random(seed)
     colors, shapes = ({pair[i] for pair in pairs} for i in range(2))
@@ -179,7 +179,7 @@ def wider_examples(
 
 
 def trained_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The (colour, shape) pairs that training texts hold."""
+    """The (colour, shape) pairs of training texts."""
     held_out = {pair for split in HELD_OUT_PAIRS.values() for pair in split}
     return [pair for pair in pairs if pair not in held_out]
 
@@ -197,12 +197,12 @@ def pretraining_tasks(
 
     Args:
         questions: question texts about pictures.
-        pairs: (colour, shape) of the training pictures; held-out pairs are left out here.
-        families: instrument name -> family.
+        pairs: (colour, shape) of the training pictures; held-out pairs are removed.
+        families: family by instrument name.
         motions: names of the motions.
         things: names of things that move.
-        words: words that are spoken.
-        seed: decides the random sequences of words to be repeated.
+        words: the spoken words.
+        seed: determines the random sequences of words to repeat.
 
     Returns:
         Examples by task name.

@@ -1,4 +1,4 @@
-"""Speed of the MoE layer beside a dense FFN and the published loop, in one interleaved run."""
+"""Speed of the MoE layer, a dense FFN and the published loop, in one interleaved run."""
 
 import statistics
 import time
@@ -22,9 +22,8 @@ def layer_throughput(
 ) -> dict[str, dict[str, float]]:
     """Times one MoE layer, the loop it replaces, and a dense FFN that does the same FLOPs.
 
-    All three run in turn in every round, on the same random tokens, so that what slows the machine
-    down slows all of them. The looped layer has the MoE layer's weights; their outputs are compared
-    first.
+    Every round runs all three on the same random tokens, so that disturbances affect all of them.
+    The looped layer has the weights of the MoE layer; their outputs are compared first.
 
     Args:
         hidden_size: D.
@@ -32,9 +31,9 @@ def layer_throughput(
         num_experts: E.
         top_k: K.
         tokens: T.
-        device: where to run.
+        device: device to run on.
         dtype: dtype of weights and tokens.
-        rounds: timed rounds; three more warm up.
+        rounds: number of timed rounds, after three warm-up rounds.
 
     Returns:
         For `moe`, `looped` and `dense`: median milliseconds `forward` and `step` (forward and

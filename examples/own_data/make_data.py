@@ -1,4 +1,4 @@
-"""Draws pictures and plays tones, and writes LLaVA-style JSON and a recipe about them.
+"""Draws pictures, synthesises tones, and writes LLaVA-style JSON and a recipe.
 
 Example:
     python examples/own_data/make_data.py runs/own_data
@@ -20,7 +20,7 @@ SAMPLE_RATE = 16000
 
 
 def draw(path: Path, color: str, shape: str, rng: np.random.Generator) -> None:
-    """A filled shape somewhere on a grey picture."""
+    """Draws a filled shape at a random position on a grey picture."""
     picture = Image.new("RGB", (96, 96), tuple(rng.integers(90, 160, 3)))
     pen = ImageDraw.Draw(picture)
     size = int(rng.integers(30, 60))
@@ -36,7 +36,7 @@ def draw(path: Path, color: str, shape: str, rng: np.random.Generator) -> None:
 
 
 def play(path: Path, tone: str, rng: np.random.Generator) -> None:
-    """Half a second of a tone near the named height, in noise."""
+    """Synthesises half a second of a noisy tone near the named pitch."""
     times = np.arange(SAMPLE_RATE // 2) / SAMPLE_RATE
     hertz = TONES[tone] * rng.uniform(0.8, 1.25)
     sound = 0.5 * np.sin(2 * np.pi * hertz * times) + 0.02 * rng.standard_normal(times.size)
@@ -58,7 +58,7 @@ def conversation(number: int, key: str, file: str, question: str, answer: str) -
 
 
 def write_split(folder: Path, split: str, count: int, seed: int) -> None:
-    """Media and data of a split; the held-out one in the format of `unimoe eval`."""
+    """Writes media and data of a split; the held-out split in the format of `unimoe eval`."""
     rng = np.random.default_rng(seed)
     media = folder / "media"
     media.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def write_split(folder: Path, split: str, count: int, seed: int) -> None:
 
 
 def as_question(item: dict) -> str:
-    """The line of `unimoe eval` for a conversation."""
+    """Converts a conversation to a line of `unimoe eval`."""
     key = "image" if "image" in item else "audio"
     asked, answered = (turn["value"] for turn in item["conversations"])
     question = asked.split("\n", 1)[1]
@@ -91,7 +91,7 @@ def as_question(item: dict) -> str:
 
 
 def main() -> None:
-    """Writes everything into the folder that is named."""
+    """Writes data and recipe to a folder."""
     folder = Path(sys.argv[1])
     write_split(folder, "train", 600, seed=0)
     write_split(folder, "test", 60, seed=1)

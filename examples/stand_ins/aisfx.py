@@ -2,7 +2,8 @@
 
 A convolutional network of the PANNs kind, trained on sound-effect libraries: A. B. Ma and A. Lerch,
 "Representation Learning for the Automatic Indexing of Sound Effects Libraries", ISMIR 2022
-(weights CC BY 4.0). Here it stops before the maximum over time, so that a clip gives a sequence.
+(weights CC BY 4.0). Here the network ends before its maximum over time, so that features are a
+sequence.
 """
 
 from collections import defaultdict
@@ -62,7 +63,7 @@ class _ConvBlock(nn.Module):
 class AisfxAudioEncoder(FrozenEncoder):
     """The frozen aiSFX network over clips of sound at 44.1 kHz.
 
-    Built with random weights; `pretrained` gives the published ones.
+    Built with random weights; `pretrained` loads the published ones.
     """
 
     sample_rate = SAMPLE_RATE
@@ -80,18 +81,18 @@ class AisfxAudioEncoder(FrozenEncoder):
 
     @classmethod
     def pretrained(cls) -> "AisfxAudioEncoder":
-        """The encoder with the weights of its authors.
+        """Loads the weights of the authors.
 
         Raises:
             MissingAssetError: If the package that carries the weights is not installed.
-            ValueError: If its checkpoint is cut short, damaged or of another network.
+            ValueError: If its checkpoint is truncated, damaged or of another network.
         """
         encoder = cls()
         _load_checkpoint(encoder, asset_file("aisfx", "models", "checkpoint.pth"))
         return encoder
 
     def log_mel(self, waveforms: Tensor) -> Tensor:
-        """The network's view of sound: `log10(1 + 1e4 * mel power) / 9.4578`, peak level 1.
+        """The network's input: `log10(1 + 1e4 * mel power) / 9.4578` of sound with peak level 1.
 
         Args:
             waveforms: `[B, samples]` float32 at 44.1 kHz, any level.
@@ -123,7 +124,7 @@ class AisfxAudioEncoder(FrozenEncoder):
             186 ms, averaged over frequency.
 
         Raises:
-            ValueError: If it has another shape or dtype, or is too short for one frame.
+            ValueError: If `waveforms` have a wrong shape or dtype, or are too short for one frame.
         """
         check_waveforms(waveforms)
         if waveforms.shape[1] < MIN_SAMPLES:
@@ -149,13 +150,13 @@ class AisfxAudioEncoder(FrozenEncoder):
             samples: `[samples]` float32 at 44.1 kHz.
 
         Returns:
-            `[rows, 512]` float32 of each piece; the last one is as long as what is left, and left
-            out where that is too short for a row.
+            `[rows, 512]` float32 of each piece. The last piece may be shorter, and is dropped if
+            it is too short for a row.
         """
         return self.encode_recordings([samples])[0]
 
     def encode_recordings(self, recordings: Sequence[NDArray[np.float32]]) -> list[list[Tensor]]:
-        """`encode_recording` of several; pieces of equal length share batches."""
+        """Encodes several recordings; pieces of equal length share batches."""
         pieces = [_pieces(torch.from_numpy(samples)) for samples in recordings]
         flat = [piece for own in pieces for piece in own]
         of_length: dict[int, list[int]] = defaultdict(list)
@@ -177,9 +178,9 @@ def _pieces(samples: Tensor) -> list[Tensor]:
 
 
 def _numpy_scalars() -> list[object]:
-    """What torch must be allowed to build: beside the weights the file holds NumPy integers."""
+    """Types that torch must be allowed to unpickle: the file also contains NumPy integers."""
     scalar = np.int64(0).__reduce__()[0]
-    # The file was pickled by a NumPy whose module had its old name.
+    # The file was pickled by a NumPy with an older module name.
     return [np.dtype, type(np.dtype(np.int64)), (scalar, "numpy.core.multiarray.scalar")]
 
 

@@ -1,14 +1,14 @@
-"""Finding the weights and data that come as pip packages."""
+"""Locates weights and data in pip packages."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 ASSET_REQUIREMENTS = ("requirements/demo-assets.txt", "requirements/smol-assets.txt")
-"""Lists of such packages, of the demo and of `examples/smol`."""
+"""Requirement files of these packages, for the demo and for `examples/smol`."""
 
 
 class MissingAssetError(ModuleNotFoundError):
-    """A package that only carries weights or data of an example is not installed."""
+    """Raised when a package with weights or data of an example is not installed."""
 
 
 def asset_folder(module: str) -> Path:

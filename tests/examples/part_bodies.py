@@ -5,7 +5,7 @@ import time
 
 
 def fail_or_wait(name, recipe, seed, features, queue, threads):
-    """The MoE fails at once; the others would train for a while."""
+    """The MoE fails immediately; the others would train for a while."""
     if name == "moe":
         queue.put((name, "failed", ("disk is full",), {}))
     else:
@@ -14,16 +14,16 @@ def fail_or_wait(name, recipe, seed, features, queue, threads):
 
 
 def die(*arguments):
-    """Ends without a word, as a process does that the kernel kills."""
+    """Ends without a message, like a process killed by the kernel."""
     os._exit(9)
 
 
 def leave(*arguments):
-    """Ends in good order and without a word, as a process does that is interrupted."""
+    """Ends normally and without a message, like a process that is interrupted."""
 
 
 def tell(name, recipe, seed, features, queue, threads):
-    """Says what it was asked for, and shows a bar."""
+    """Reports its arguments, and shows progress."""
     asked = f"{name} of {recipe} {seed} {features} {threads}"
     queue.put((name, "say", (asked,), {}))
     queue.put((name, "start", ("tune", 2, 1), {}))

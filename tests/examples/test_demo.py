@@ -49,7 +49,7 @@ def small(monkeypatch):
 
 
 def results_below(output):
-    """Which features, models and metrics there are: one that is written again is another one."""
+    """Identifies features, models and metrics; one that is written again differs."""
     wanted = ("features/**/*.bin", "*/stages/*/metrics.json", "*/stages/*/model/*")
     found = {path: path.stat() for pattern in wanted for path in output.glob(pattern)}
     return {path: (state.st_ino, state.st_mtime_ns) for path, state in found.items()}

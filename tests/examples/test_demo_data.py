@@ -56,7 +56,7 @@ def written(tmp_path_factory):
 
 
 class Bars(SilentReporter):
-    """Keeps what is told, and raises after so many items."""
+    """Records calls, and raises after a number of items."""
 
     def __init__(self, items=None):
         self.started, self.finished, self.left = [], 0, items
@@ -81,7 +81,7 @@ def files_below(folder):
 
 
 def states_below(folder):
-    """Which files there are: one that is written again is another one, or has another time."""
+    """Identifies files; one that is written again differs in inode or time."""
     found = {path: path.stat() for path in folder.rglob("*")}
     return {path: (state.st_ino, state.st_mtime_ns) for path, state in found.items()}
 

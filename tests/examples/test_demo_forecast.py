@@ -1,4 +1,4 @@
-"""How long a run will take: what is left to do, and the few steps that are timed."""
+"""The forecast of a run's duration: remaining work, and the few steps that are timed."""
 
 import json
 import sys

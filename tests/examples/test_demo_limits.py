@@ -1,4 +1,4 @@
-"""How much of the data a run takes."""
+"""Limits on the data of a run."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What processes that train a part of the demo report, and what becomes of it."""
+"""Messages of processes that train a part of the demo, and how they are handled."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The language model that the demo starts from, made on a few texts in a few steps."""
+"""Pretraining of the demo's language model, on a few texts in a few steps."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the demo reports: accuracy, speed, worked examples, and pages of them."""
+"""The demo's report: accuracy, speed, worked examples, and the HTML page."""
 
 import json
 import shutil
@@ -187,7 +187,7 @@ class Answers:
 
 @pytest.fixture
 def held_out(tmp_path):
-    """An item of each task that is shown, and another one that is not."""
+    """One item of each task that is shown, and one that is not."""
     folder = tmp_path / "media"
     folder.mkdir()
     Image.new("RGB", (9, 7), "red").save(folder / "a.png")

@@ -1,4 +1,4 @@
-"""The demo's recipes: what each variant fills in is a recipe that can be read."""
+"""The demo's recipes: those of all variants are valid."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""The demo's text tasks: what the language model reads before it sees and hears."""
+"""The demo's text tasks, for pretraining the language model."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every example, at a size that a test has time for."""
+"""Every example, at a small size."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_transformers_moe(capsys):
 
 
 def bytes_tokenizer():
-    """A tokenizer that knows bytes and no words."""
+    """A tokenizer whose tokens are single bytes."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(alphabet))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

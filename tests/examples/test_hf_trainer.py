@@ -125,7 +125,7 @@ def by_trainer(case, tmp_path, monkeypatch):
 
 
 def moved(weights, case):
-    """How far all weights went from the start, as one vector."""
+    """The change of all weights from the start, as one vector."""
     start = load_file(case / "base" / "model" / "model.safetensors")
     assert weights.keys() == start.keys()
     return torch.cat([(weights[name] - start[name]).flatten() for name in start])

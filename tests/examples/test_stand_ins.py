@@ -1,4 +1,4 @@
-"""The encoders beside the demo, as recipes name them, and the packages of their weights."""
+"""The stand-in encoders, as named in recipes, and the packages of their weights."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A Uni-MoE of a few thousand weights, and random features in the shapes encoders would give."""
+"""A Uni-MoE of a few thousand weights, and random features in the shapes of encoder outputs."""
 
 import json
 import sys
@@ -83,7 +83,7 @@ def tiny_config(tokenizer):
 
 @pytest.fixture
 def tiny_model(tiny_config):
-    """Makes a model in eval mode, the same whenever it is asked for the same."""
+    """Makes a model in eval mode, equal for equal arguments."""
 
     def build(**fields):
         torch.manual_seed(7)
@@ -127,7 +127,7 @@ def encoders(monkeypatch):
 
 @pytest.fixture
 def checkpoint(tiny_model, tokenizer, tmp_path, encoders):
-    """Saves a model and gives its folder; a model that samples unless it is told not to."""
+    """Saves a model whose generation config samples by default; returns its folder."""
     from unimoe_model.processing import UniMoEProcessor
 
     def save(name="model", **fields):
@@ -194,7 +194,7 @@ def write_talks(tmp_path):
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command; gives exit code, stdout and the line of the error, if there was one."""
+    """Runs a command; returns exit code, stdout, and the line of the error, if any."""
 
     def call(*arguments):
         capsys.readouterr()
@@ -238,6 +238,6 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture
 def shallow_connectors(monkeypatch):
-    """Connectors that a checkpoint lacks have one layer, which takes less time to draw."""
+    """Limits connectors that a checkpoint lacks to one layer, to save time."""
     monkeypatch.setitem(WHISPER_SMALL_DECODER, "decoder_layers", 1)
     monkeypatch.setitem(BLIP2_QFORMER, "num_hidden_layers", 1)

@@ -1,4 +1,4 @@
-"""Conversations with tiny models: what they say, what their LLM is given, and a reference."""
+"""Conversations with tiny models: controlled replies, recorded inputs, and a reference."""
 
 import threading
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ PATIENCE = 60
 
 
 def keep_to_words(model, tokenizer):
-    """Lets a model generate whole words alone, whose text is always tokenized as they are."""
+    """Restricts a model to whole words, whose text is always tokenized to the same ids."""
     allowed = {tokenizer.encode(word, add_special_tokens=False)[0] for word in WORDS}
     everything = range(model.config.text_config.vocab_size)
     model.generation_config.suppress_tokens = [i for i in everything if i not in allowed]
@@ -23,7 +23,7 @@ def keep_to_words(model, tokenizer):
 
 
 class Seen:
-    """Counts the positions that the LLM is given, a number a forward."""
+    """Records the number of positions of each forward of the LLM."""
 
     def __init__(self, model, on_forward=lambda count: None):
         self.lengths = []
@@ -76,7 +76,7 @@ def anew(model, processor, turns, media, max_new_tokens, system=None):
 
 
 class Checked:
-    """A conversation whose every reply is compared with the reply to the whole of it anew."""
+    """A conversation whose replies are compared with those of an uncached pass over all of it."""
 
     def __init__(self, model, processor, max_new_tokens=6, **options):
         self.model, self.processor = model, processor
@@ -85,7 +85,7 @@ class Checked:
         self.prefilled, self.whole = 0, 0
 
     def reply(self, text="", **media):
-        """Asks; `prefilled` are the positions of the first forward, `whole` those of the prompt."""
+        """Sends a message; sets `prefilled` (length of the first forward) and `whole` (of all)."""
         names = {"images": "image", "videos": "video", "speech": "speech", "audio": "audio"}
         for name, items in media.items():
             self.media[names[name]] += items

@@ -1,4 +1,4 @@
-"""Encoders that need no weights: features that depend on their input alone."""
+"""Encoders without weights, whose features depend only on their input."""
 
 import torch
 from torch.nn.functional import pad
@@ -39,7 +39,7 @@ class FakeSpeech(_Fake):
 
 
 class FakeAudio(_Fake):
-    """Likewise, in pieces of 50 samples."""
+    """A row for every 10 samples that holds the sum of their piece, in pieces of 50 samples."""
 
     sample_rate = 44100
 

@@ -18,7 +18,8 @@ def from_published(
         lora_scale: of the LoRA in the experts of the eight-expert code, which is merged.
 
     Returns:
-        The same numbers under our names, experts stacked; what has no place here is left out.
+        The same numbers under the names of this package, with experts stacked; tensors that are not
+        parameters are left out.
 
     Raises:
         ValueError: If a name is unknown, or an expert or one of its weights is missing or of
@@ -31,7 +32,7 @@ def from_published(
 def to_published(
     state: Mapping[str, Tensor], hears: str = "speech", eight: bool = False
 ) -> dict[str, Tensor]:
-    """What `from_published` came from, bit for bit, without what it leaves out.
+    """Inverse of `from_published`, bit for bit, without tensors that it leaves out.
 
     Args:
         state: weights under our names.

@@ -8,7 +8,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Qwen3's: thoughts stand before the last answer alone, and may be left empty.
+# Like Qwen3's: only the last answer has a thinking block, which may be empty.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -17,7 +17,7 @@ THINKING = (
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
-# As Mistral's: no message of a system, the end token alone behind an answer.
+# Like Mistral's: no system message, and only the end token after an answer.
 INST = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
     "{{ raise_exception('there is no system') }}{% elif m.role == 'user' %}"
@@ -55,7 +55,7 @@ def llm(family, **fields):
     fields = llm_fields(family, **fields)
     torch.manual_seed(3)
     config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
-    # The default, torch's grouped matmul, computes nothing in float64.
+    # The default, torch's grouped matmul, does not support float64.
     return AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
 
 

@@ -1,4 +1,4 @@
-"""Cases of the published code's numbers, and models and batches made of them."""
+"""Golden cases of the published code, and models and batches built from them."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def text_config(fields):
 
 
 def language_model_config(fields, moe_layers):
-    """Configuration of a language model alone; its connectors are as small as may be."""
+    """Configuration of a language model with the smallest possible connectors."""
     return UniMoEConfig(
         text_config=text_config(fields),
         num_experts=fields["num_experts"],
@@ -229,7 +229,7 @@ def encoded_media(io, weights, hears, rows=None):
 
 
 def published_chunks(samples, length):
-    """The published code cuts one sample more than a window holds, and its extractor drops it."""
+    """The published code cuts windows one sample too long, which its extractor then drops."""
     return [samples[start : start + length] for start in range(0, len(samples), length + 1)]
 
 

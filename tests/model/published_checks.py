@@ -1,4 +1,4 @@
-"""What several golden cases are asked: outputs, gradients and generated tokens of a model."""
+"""Checks shared by golden cases: outputs, gradients and generated tokens of a model."""
 
 import torch
 from in_memory import to_published

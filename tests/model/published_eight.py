@@ -1,4 +1,4 @@
-"""What the cases of the eight-expert code need: its names, spans, gradients and padding."""
+"""Helpers for cases of the eight-expert code: names, spans, gradients and padding."""
 
 import torch
 from in_memory import to_published

@@ -1,4 +1,4 @@
-"""Conversations and placeholders of the published code, and what it makes of them."""
+"""Conversations and placeholders of the published code, and its tokenization of them."""
 
 import json
 
@@ -9,7 +9,7 @@ PUBLISHED_IDS = {"image": -200, "speech": -999, "audio": -300, "video": -400}
 
 
 def prompts_of(case: Case):
-    """What the published code says of texts, by the tokenizer's `legacy` setting."""
+    """Tokenization by the published code, by the tokenizer's `legacy` setting."""
     return json.loads((case.folder / "prompts.json").read_text(encoding="utf-8"))
 
 
@@ -22,5 +22,5 @@ def turns_of(conversation):
 
 
 def spoken(answers):
-    """What is learned of answers, without the white space that the tokenizer moves."""
+    """Labelled text of answers, without the white space that the tokenizer moves."""
     return "".join(answer.strip() + "</s>" for answer in answers if answer).replace(" ", "")

@@ -9,7 +9,7 @@ import time
 
 
 class Terminal:
-    """Types to a Python module that runs in a terminal of its own, and reads what it shows.
+    """Runs a Python module in a pseudo-terminal, types into it and reads its output.
 
     Args:
         folder: where it runs.
@@ -50,7 +50,7 @@ class Terminal:
             return file.read().rpartition(")")[2].split()[0]
 
     def expect(self, text, patience=60):
-        """Waits until the text is shown; gives what was shown before it and after the last one."""
+        """Waits for a text in the output; returns the output before it since the last call."""
         deadline = time.monotonic() + patience
         while text not in self._shown:
             ready, _, _ = select.select([self._master], [], [], deadline - time.monotonic())
@@ -60,7 +60,7 @@ class Terminal:
         return before
 
     def end(self):
-        """Reads to the end; gives the rest that is shown, and the exit code."""
+        """Reads to the end; returns the remaining output and the exit code."""
         while more := self._read():
             self._shown += more
         os.close(self._master)

@@ -1,4 +1,4 @@
-"""Batches of a stage: what a step holds, in which parts, and what each process has of them."""
+"""Batches of a stage: samples of a step, its parts, and the share of each process."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ ENCODERS = "vision: fakes:FakeVision\nspeech: fakes:FakeSpeech\naudio: fakes:Fak
 
 @pytest.fixture
 def folder(tiny_model, tokenizer, tmp_path, encoders):
-    """A folder with a model that says whole words without an end, and media for it."""
+    """A folder with a model that generates words without an end, and media for it."""
     model = keep_to_words(tiny_model(text_config={"max_position_embeddings": 100_000}), tokenizer)
     model.save_pretrained(tmp_path / "model")
     processor = UniMoEProcessor.from_config(model.config, tokenizer)

@@ -46,7 +46,7 @@ def test_there_and_back(num_experts):
     [
         (
             lambda s: s.update({"model.layers.0.mlp.fc.weight": torch.ones(1)}),
-            r"model\.layers\.0\.mlp\.fc\.weight is no weight",
+            r"model\.layers\.0\.mlp\.fc\.weight is not a weight",
         ),
         (
             lambda s: s.pop("model.layers.0.mlp.experts.1.up_proj.weight"),

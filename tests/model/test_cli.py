@@ -156,4 +156,4 @@ def test_interrupted_command_says_how_to_go_on(capsys, monkeypatch):
 
     monkeypatch.setattr("unimoe_model.training.command.train_recipe", interrupt)
     assert main(["train", "recipe.yaml"]) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "run the same command to resume" in capsys.readouterr().err

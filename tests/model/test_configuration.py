@@ -58,7 +58,7 @@ def test_soft_tokens_of_every_kind(tiny_config):
         ({"moe_layers": "odd"}, r"moe_layers \('odd'\) must be one of .*'second_half'"),
         ({"moe_layers": [0, 2]}, r"moe_layers \(\[0, 2\]\) .* below num_hidden_layers \(2\)"),
         ({"moe_layers": [1, 1]}, r"moe_layers \(\[1, 1\]\)"),
-        ({"modality_expert_coef": 0.1}, r"modality_expert_coef \(0.1\) needs modality_experts"),
+        ({"modality_expert_coef": 0.1}, r"modality_expert_coef \(0.1\) requires modality_experts"),
         ({"modality_experts": {"image": [4]}}, r"modality_experts \(image: \[4\]\)"),
         ({"expert_origins": ["a"]}, r"expert_origins \(\['a'\]\) must name num_experts \(4\)"),
         ({"media_token_ids": {"image": 1}}, r"missing \['video', 'speech', 'audio'\]"),

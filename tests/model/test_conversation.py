@@ -1,4 +1,4 @@
-"""Conversations: what is kept between turns, streams of text, stops, limits and sampling."""
+"""Conversations: the cache between turns, streaming, stopping, limits and sampling."""
 
 import threading
 
@@ -14,7 +14,7 @@ from unimoe_model.data.encoded_media import EncodedMedia
 
 @pytest.fixture
 def model(tiny_model, tokenizer):
-    """In float64, for a cached step differs from a whole pass in its last bits."""
+    """In float64, because a cached step differs from an uncached pass in the last bits."""
     model = tiny_model(text_config={"max_position_embeddings": 4096}).double()
     return keep_to_words(model, tokenizer)
 
@@ -92,7 +92,7 @@ def test_media_may_stand_where_placeholders_say(model, processor, item):
 
 
 def test_another_picture_at_the_same_place_is_seen(model, processor, item):
-    """The first message is forgotten, for its reply has no words; its ids are those of the next."""
+    """The first message is dropped, because its reply has no text; the next has the same ids."""
     end = processor.tokenizer.eos_token_id
     first, second = item("image"), item("image", 1)
     expected = [

@@ -15,13 +15,13 @@ LONG = "é" * 500
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ({"id": 1, "question": "what?"}, "answer or answers is missing; training needs what is"),
+        ({"id": 1, "question": "what?"}, "answer or answers is missing; training requires"),
         ({**ASKED, "id": None}, "id (None) must be a text or a whole number"),
         ({**ASKED, "picture": "a.png"}, "unknown keys ['picture']; there are id, question, image"),
         ({**ASKED, "image": 3}, "image (3) must be a path or a list of paths"),
         ({**ASKED, "answer": " "}, "answer (' ') must be a text"),
         ({**ASKED, "answer": "<image>"}, "answer ('<image>') must hold no placeholder; it is an"),
-        ({**ASKED, "answers": [LONG, 1]}, "answer and answers must not both be there"),
+        ({**ASKED, "answers": [LONG, 1]}, "answer and answers exclude each other"),
         ({**ASKED, "options": ["x"]}, "options (1) must be 2 to 26, one a letter"),
         ({**ASKED, "options": ["y", "z"]}, "answer ('x') must be the letter (A to B) or the text"),
         (

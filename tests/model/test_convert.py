@@ -1,4 +1,4 @@
-"""`unimoe convert`: there and back bit for bit, and models that work."""
+"""`unimoe convert`: bit-exact round trips, and models that work."""
 
 import json
 import os
@@ -198,7 +198,7 @@ def test_the_other_half_lends_its_connector(tmp_path, tokenizer_folder, hears):
     own, _ = published(first)
     projector = model.model.connector(hears).projector.weight
     assert torch.equal(projector, own["model.mm_audio_aligner.projector.weight"])
-    with pytest.raises(ValueError, match=f"must hold an aligner for what .* it is for {hears}"):
+    with pytest.raises(ValueError, match=f"must hold an aligner for .* it holds one for {hears}"):
         convert_from_published(
             folders[0], tmp_path / "again", tokenizer=tokenizer_folder, connector=folders[0]
         )

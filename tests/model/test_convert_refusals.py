@@ -1,4 +1,4 @@
-"""`unimoe convert` where something is wrong: it is named, and nothing is written."""
+"""Errors of `unimoe convert`: they name the cause, and nothing is written."""
 
 import json
 import struct
@@ -49,11 +49,11 @@ def misshapen(state, name, shape):
         (lambda s: misshapen(s, "model.layers.9.mlp.fc", (3,)), "model.layers.9.mlp.fc is no"),
         (
             lambda s: s.update(ffn("model.layers.0.mlp.experts.4.")),
-            "model.layers.0.mlp.experts.4.(gate|down)_proj.weight is one too many",
+            r"experts.4.(gate|down)_proj.weight is not an expert below num_experts",
         ),
         (
             lambda s: misshapen(s, "model.layers.7.input_layernorm.weight", (WIDTH,)),
-            "model.layers.7.input_layernorm.weight has no place in the model",
+            "model.layers.7.input_layernorm.weight becomes .*, which the model does not have",
         ),
         (lambda s: misshapen(s, GATE, (INNER, WIDTH + 1)), f"{GATE} .* must have the shape and"),
         (
@@ -83,7 +83,7 @@ def test_cut_files_are_named(tmp_path, tokenizer_folder, pickled):
     whole = path.read_bytes()
     for length in (len(whole) * 2 // 3, 4, 0):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=rf"{path.name} is cut short or damaged: \w+"):
+        with pytest.raises(ValueError, match=rf"{path.name} is truncated or damaged: \w+"):
             convert_from_published(source, tmp_path / "ours", tokenizer=tokenizer_folder)
     path.unlink()
     with pytest.raises(ValueError, match=rf"{path.name} is missing"):
@@ -135,7 +135,7 @@ def test_headers_that_are_none(tmp_path, tokenizer_folder, content):
     header = content.encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"....")
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"model.safetensors is cut short or damaged: \w+"):
+    with pytest.raises(ValueError, match=r"model.safetensors is truncated or damaged: \w+"):
         convert_from_published(folder, tmp_path / "ours", tokenizer=tokenizer_folder)
 
 
@@ -200,13 +200,13 @@ def test_arguments_that_do_not_go_together(tmp_path, tokenizer_folder):
     source = write(tmp_path / "source", state, config)
     folder, *_ = adapter(tmp_path / "adapter", state)
     target = tmp_path / "ours"
-    with pytest.raises(ValueError, match="which needs its base"):
+    with pytest.raises(ValueError, match="which requires its base"):
         convert_from_published(folder, target, tokenizer=tokenizer_folder)
-    with pytest.raises(ValueError, match="no adapter, and needs no base"):
+    with pytest.raises(ValueError, match=r"is not supported: .* holds no adapter"):
         convert_from_published(source, target, source, tokenizer_folder)
     with pytest.raises(ValueError, match="must hold a tokenizer"):
         convert_from_published(source, target)
-    with pytest.raises(ValueError, match="must be one that was converted"):
+    with pytest.raises(ValueError, match="must have been written by unimoe convert"):
         convert_to_published(source, target)
     with pytest.raises(ValueError, match="must hold weights: one of"):
         convert_from_published(tokenizer_folder, target)
@@ -222,7 +222,10 @@ def test_arguments_that_do_not_go_together(tmp_path, tokenizer_folder):
     ("change", "message"),
     [
         (lambda s: without(s, "lm_head.weight"), "lm_head.weight is missing"),
-        (lambda s: misshapen(s, "a.weight", (3,)), "a.weight has no place in the model"),
+        (
+            lambda s: misshapen(s, "a.weight", (3,)),
+            "a.weight becomes a.weight, which the model does not have",
+        ),
         (
             lambda s: misshapen(s, "lm_head.weight", (VOCAB, WIDTH - 1)),
             r"lm_head.weight the shape \[300, 31\], expected \[300, 32\]",

@@ -1,4 +1,4 @@
-"""The paper's encoders from disk, in the processor: files in, as many soft tokens as published."""
+"""The paper's encoders from disk, in the processor: numbers of soft tokens as published."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`unimoe eval` on user data files, from a data file to what it writes and prints."""
+"""`unimoe eval`, from a data file to its files and printed output."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     shown = capsys.readouterr().out
     assert "score a trained model" in shown
-    assert "which expert takes which modality" in shown
+    assert "count tokens per expert and modality" in shown
 
 
 def test_eval_without_output_writes_under_runs(checkpoint, lines, data, run, tmp_path, monkeypatch):

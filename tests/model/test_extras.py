@@ -1,4 +1,4 @@
-"""What a plain install, without the extras, says where a package is missing."""
+"""Errors of an install without extras where a package is missing."""
 
 import ast
 import re
@@ -65,7 +65,7 @@ def test_the_error_names_package_and_extra():
 
 
 def hide(monkeypatch, package: str) -> None:
-    """As if a package were not installed."""
+    """Simulates that a package is not installed."""
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
@@ -82,7 +82,7 @@ def executed(tree: ast.AST) -> Iterator[ast.AST]:
 
 @cache
 def imports_of(path: Path) -> tuple[set[str], set[Path]]:
-    """Top-level packages, and files of this repository, that importing a file takes."""
+    """Top-level packages, and files of this repository, that a file imports."""
     packages, files = set(), set()
     for node in executed(ast.parse(path.read_text(encoding="utf-8"))):
         packages |= imported(node)
@@ -97,7 +97,7 @@ def imports_of(path: Path) -> tuple[set[str], set[Path]]:
 
 
 def packages_of(path: Path, seen: set[Path]) -> set[str]:
-    """Likewise, with what those files import."""
+    """The same, with indirect imports."""
     if path in seen:
         return set()
     seen.add(path)

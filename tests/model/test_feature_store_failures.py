@@ -1,4 +1,4 @@
-"""A kill, a damaged file or a full disk costs an item at most, and never gives a wrong one."""
+"""A kill, a damaged file or a full disk loses at most one item and never corrupts one."""
 
 import errno
 import os

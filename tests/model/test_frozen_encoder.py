@@ -1,4 +1,4 @@
-"""What all frozen encoders do."""
+"""Behaviour common to all frozen encoders."""
 
 import numpy as np
 import pytest

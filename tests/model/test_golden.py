@@ -1,7 +1,7 @@
-"""Numbers of the published code, at tiny sizes: `UNIMOE_GOLDEN` or else what tests/golden keeps.
+"""Numbers of the published code at tiny sizes, from `UNIMOE_GOLDEN` or tests/golden.
 
-Each case is a folder with a `case.json`; sizes, names and numbers all come from there, so that
-another set of the same form is checked without a change here.
+Each case is a folder with a `case.json`, which has all sizes, names and numbers, so that another
+set of the same form needs no change here.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What hosts of transformers do with the model: `Trainer`, outputs, decoding with an assistant."""
+"""Use of the model by transformers: `Trainer`, outputs, assisted decoding."""
 
 import copy
 
@@ -42,7 +42,7 @@ def rows_of_text(model, count=8):
 
 
 def update_by_trainer(model, rows, batch, accumulated, folder):
-    """What one step of SGD by transformers' `Trainer` adds to all weights, as one vector."""
+    """Change of all weights in one SGD step of transformers' `Trainer`, as one vector."""
     model = copy.deepcopy(model)
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     arguments = transformers.TrainingArguments(
@@ -217,7 +217,7 @@ def test_chunks_of_a_prompt(seeing, media_prompt):
 
 
 def test_generation_from_embeddings(seeing, llama, media_prompt):
-    """As with ids, but not with media: nothing would say where these go."""
+    """Embeddings work like ids, except with media, for which there are no placeholders."""
     model, inputs = seeing
     ids = media_prompt()
     for one in (model, llama):
@@ -225,12 +225,12 @@ def test_generation_from_embeddings(seeing, llama, media_prompt):
         embedded = one.get_input_embeddings()(ids)
         assert torch.equal(one.generate(inputs_embeds=embedded, **NEW), expected)
     embeddings = model.get_input_embeddings()(inputs.pop("input_ids").clamp(max=200))
-    with pytest.raises(ValueError, match="media needs input_ids"):
+    with pytest.raises(ValueError, match="media requires input_ids"):
         model.generate(inputs_embeds=embeddings, **inputs, **NEW)
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would wait for a GPU: reading numbers of a tensor."""
+    """Counts reads of tensor values, which would synchronise a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -244,7 +244,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
 def test_a_step_without_media_waits_for_nothing(seeing, monkeypatch, cache):
-    """Nor is a placeholder without media in such a step an output like any other."""
+    """A placeholder without media in such a step gives NaN, not an ordinary output."""
     model, inputs = seeing
     options = {"max_cache_len": 40} if cache is StaticCache else {}
     past = cache(config=model.config.text_config, **options)

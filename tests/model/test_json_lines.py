@@ -1,4 +1,4 @@
-"""JSON lines that are parsed when they are asked for."""
+"""JSON lines that are parsed on access."""
 
 import hashlib
 import json

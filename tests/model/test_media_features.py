@@ -1,4 +1,4 @@
-"""Features of a stage's media: encoded once, and what frozen connector bodies make of them."""
+"""Features of a stage's media, and outputs of frozen connector bodies."""
 
 import numpy as np
 import pytest

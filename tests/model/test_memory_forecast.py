@@ -1,8 +1,8 @@
-"""Memory of a training step: what simulation on fake tensors says, and what torch allocates.
+"""Memory of a training step: the simulation on fake tensors against torch's allocator.
 
 The measured peak is that of the CPU allocator's own events, which `torch.profiler` records: every
-allocation and every release from the building of the model to the end of the second step, added up
-in their order. It knows nothing of operators, tensors or what they are for.
+allocation and release from the construction of the model to the end of the second step, summed in
+order. It is independent of operators, tensors and their use.
 """
 
 import json
@@ -323,7 +323,7 @@ def test_packed_rows_are_those_of_training(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--devices", "4"), "devices, device_memory and tokens_per_second are for check alone"),
+        (("--devices", "4"), "devices, device_memory and tokens_per_second require check"),
         (("--check", "--devices", "0"), r"devices (0) must be 1 or more each"),
         (("--check", "--device-memory", "-1"), "device_memory (-1.0) must be above 0 GiB"),
         (("--check", "--tokens-per-second", "0"), "tokens_per_second (0.0) must be above 0"),

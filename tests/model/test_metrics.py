@@ -1,4 +1,4 @@
-"""The metrics by hand, and beside the official script's and the libraries' numbers."""
+"""The metrics against values by hand, by official scripts and by libraries."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_vqa_accuracy_of_ten_people(matches, accuracy):
 @pytest.mark.parametrize(
     ("answer", "people", "accuracy"),
     [
-        # What the official script (GT-Vision-Lab/VQA, a013f00) gives, in percent.
+        # Outputs of the official script (GT-Vision-Lab/VQA, a013f00), in percent.
         ("two", ["2"] * 3 + ["3"] * 7, 90),
         ("the dog", ["dog", "Dog.", "a dog", *["cat"] * 7], 90),
         ("1,000 people!", ["1000 people"] * 2 + ["1000"] * 8, 60),

@@ -79,7 +79,7 @@ def test_an_item_cannot_be_split_between_rows(tiny_model, tokenizer, features):
 
 
 def test_media_and_embeddings_exclude_each_other(tiny_model, features):
-    with pytest.raises(ValueError, match="media needs input_ids"):
+    with pytest.raises(ValueError, match="media requires input_ids"):
         tiny_model()(inputs_embeds=torch.randn(1, 4, 32), image_features=features("image"))
 
 

@@ -1,4 +1,4 @@
-"""Which samples a step has: mixtures that take turns, passes over all, and parts of a batch."""
+"""Samples of a step: alternating mixtures, passes over all samples, and parts of a batch."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Encoders named `module:Class`: their code runs where the user said so, and nowhere else."""
+"""Encoders named `module:Class`, whose code runs only with permission."""
 
 import sys
 

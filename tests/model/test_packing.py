@@ -1,4 +1,4 @@
-"""Packed rows: what a model learns from them is what it learns from the samples apart."""
+"""Packed rows have the loss and gradients of separate samples."""
 
 import hypothesis.strategies as st
 import pytest

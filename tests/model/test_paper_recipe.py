@@ -1,4 +1,4 @@
-"""configs/paper.yaml: what it lists with nothing there, and all its stages at tiny sizes."""
+"""configs/paper.yaml: its summary without any data, and all stages at tiny sizes."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Pictures of every mode and orientation, whatever they come as."""
+"""Pictures of every mode and orientation, in all supported forms."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""What a run trains in is decided by the instructions that there are."""
+"""The precision of a run depends on the instructions of the device."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""`unimoe routing` on user data files, from a data file to JSON and picture."""
+"""`unimoe routing`, from a data file to JSON and plot."""
 
 import json
 

@@ -63,7 +63,7 @@ ASKED = {"id": 1, "question": "what?"}
         ({**ASKED, "image": ["a.png", ""]}, r"image \(\['a.png', ''\]\) must be a path"),
         ({**ASKED, "answer": " "}, r"answer \(' '\) must be a text"),
         ({**ASKED, "answers": "x"}, r"answers \('x'\) must be a list of texts"),
-        ({**ASKED, "answers": ["x"], "answer": "x"}, "answer and answers must not both be there"),
+        ({**ASKED, "answers": ["x"], "answer": "x"}, "answer and answers exclude each other"),
         ({**ASKED, "options": "AB"}, r"options \('AB'\) must be a list of texts"),
         ({**ASKED, "id": 7}, r"id \(7\) must be unique; line 1 has it too"),
         ({**ASKED, "id": "7"}, r"id \('7'\) must be unique; line 1 has it too"),

@@ -1,4 +1,4 @@
-"""Tar shards: samples and media are found in place, and what is no sample is refused by name."""
+"""Tar shards: samples and media are read in place, and invalid samples are refused by name."""
 
 import gzip
 import io

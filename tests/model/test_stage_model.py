@@ -1,4 +1,4 @@
-"""What a stage starts from: its parent, the FFNs of experts, the connectors that they trained."""
+"""The starting model of a stage: its parent, the FFNs of experts, and their connectors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`unimoe train` on shards, shuffled windows and packed rows, beside the same data as they were."""
+"""`unimoe train` on shards, shuffled windows and packed rows, against the plain data."""
 
 import io
 import json

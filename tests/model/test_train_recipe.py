@@ -1,4 +1,4 @@
-"""`unimoe train` on a recipe: all stages, stopped and continued, changed, and refused."""
+"""`unimoe train` on a recipe: all stages, interruptions, changes and errors."""
 
 import os
 import re
@@ -212,7 +212,7 @@ def edits():
         edit(stage(1, **{"from": "aling"}), r"stages.eyes.from \('aling'\) must be an earlier"),
         edit(stage(1, train=[]), r"stages.eyes.train \(\{\}\) must name the parts"),
         edit(stage(0, train="router"), r"train \(router\) has no parameter in this model"),
-        edit(stage(0, train={"router": {"lora": 2}}), r"router takes no LoRA"),
+        edit(stage(0, train={"router": {"lora": 2}}), r"lora is not supported for router"),
         edit(
             stage(0, train={"ffn": {"lora": 2, "layers": 1}}),
             r"stages.align.train.ffn.layers \(1\) must be a list of layers",
@@ -272,7 +272,7 @@ def edits():
             ),
             r"stages.tune: experts \(3\) must be a multiple of parallel.expert \(2\)",
         ),
-        edit(lambda raw: raw.update(parallel={"data": 2}), r"needs 2 processes, and there is 1"),
+        edit(lambda raw: raw.update(parallel={"data": 2}), r"requires 2 processes, and there is 1"),
     ]
 
 

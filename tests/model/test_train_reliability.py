@@ -1,4 +1,4 @@
-"""`unimoe train` that is killed in every stage goes on; so does a run with other processes."""
+"""`unimoe train` resumes after a kill in every stage, also with other numbers of processes."""
 
 import json
 import os

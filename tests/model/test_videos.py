@@ -168,7 +168,7 @@ def test_no_video_in_the_file(tmp_path):
         load_video(tmp_path / "a.mkv")
 
 
-# What a video comes as
+# Forms of videos
 
 
 def test_videos_in_memory_and_open_files(tmp_path):

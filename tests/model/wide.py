@@ -1,11 +1,11 @@
-"""Everything in float64, also what asks for float32 by name."""
+"""Runs everything in float64, including code that requests float32 by name."""
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 
 class Wide(TorchFunctionMode):
-    """Takes float64 where this package and transformers ask torch for float32."""
+    """Replaces float32 by float64 in this package and transformers."""
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         if function is torch.Tensor.float:

@@ -1,4 +1,4 @@
-"""Files of media as messages of a conversation take them, and what a user is told of them."""
+"""Media files attached to messages of a conversation, and their descriptions for the user."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from unimoe_model.processing import UniMoEProcessor
 
 @dataclass(frozen=True)
 class Attachment:
-    """A file that was read and encoded.
+    """A media file that has been read and encoded.
 
     Attributes:
-        kind: media kind.
-        media: what `Conversation.reply` takes.
-        description: kind, size or duration, and soft tokens.
+        kind: media kind: `"image"`, `"video"`, `"speech"` or `"audio"`.
+        media: features, accepted by `Conversation.reply`.
+        description: kind, size or duration, and number of soft tokens.
     """
 
     kind: str
@@ -29,17 +29,17 @@ class Attachment:
 def attach(
     processor: UniMoEProcessor, kind: str, path: Path, frame_seed: int | None = None
 ) -> Attachment:
-    """Reads a file and encodes it.
+    """Reads and encodes a media file.
 
     Args:
-        processor: of the model.
+        processor: the model's processor.
         kind: media kind.
         path: file, or for a video a folder of pictures.
-        frame_seed: None chooses the frames of a video evenly, a number at random.
+        frame_seed: seed for drawing the frames of a video at random; None spaces them evenly.
 
     Raises:
-        ValueError: If there is no such file, or it cannot be read.
-        ModuleNotFoundError: If a package is missing that reads it.
+        ValueError: If the file does not exist or cannot be read.
+        ModuleNotFoundError: If the package that reads the format is not installed.
     """
     if not path.exists():
         raise ValueError(f"{kind} ({path}) must be a file; there is no such file")
@@ -53,13 +53,13 @@ def attach(
 
 
 def attach_read(processor: UniMoEProcessor, kind: str, read: Tensor | NDArray) -> Attachment:
-    """Encodes what was read from a file.
+    """Encodes media that are already in memory.
 
     Args:
-        processor: of the model.
+        processor: the model's processor.
         kind: media kind.
-        read: pixels `[H, W, 3]` or `[frames, H, W, 3]` uint8, or `[samples]` float32 at the rate of
-            the kind's encoder.
+        read: pixels `[H, W, 3]` or `[frames, H, W, 3]` uint8, or `[samples]` float32 at the
+            sampling rate of the encoder of `kind`.
     """
     if kind == "image":
         size = f"{read.shape[1]} x {read.shape[0]} pixels"

@@ -1,4 +1,4 @@
-"""A conversation with a model: replies as pieces of text while they are generated."""
+"""A conversation with a model whose replies are streamed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Thread
@@ -15,27 +15,27 @@ from unimoe_model.prompt import PLACEHOLDERS
 
 
 class ContextFullError(ValueError):
-    """A conversation does not fit in the model's context together with the next message."""
+    """Raised when a conversation and the next message exceed the model's context."""
 
 
 class Conversation:
-    """Turns of a user and a model, without any terminal or page around them.
+    """A conversation between a user and a model.
 
-    Each prompt is the whole conversation as the processor writes it, and the cache of keys and
-    values is kept for as much of it as was computed before: the replies are those to the whole
-    conversation. One reply is generated at a time, in a thread of its own.
+    Each prompt is the whole conversation as the processor formats it; keys and values of the
+    prefix that was already computed are reused. One reply is generated at a time, in its own
+    thread.
 
     Args:
-        model: in eval mode.
-        processor: made for the model.
-        system: what stands before the first turn; None is the processor's `system_prompt`.
-        max_new_tokens: longest reply, in tokens; the model's context bounds it as well.
-        sampling: how tokens are chosen; greedy unless given.
-        generate: what generates, with the arguments of `model.generate`, which is the default.
+        model: model in eval mode.
+        processor: the model's processor.
+        system: system prompt before the first turn; None uses the processor's `system_prompt`.
+        max_new_tokens: maximum tokens per reply; the model's context also limits it.
+        sampling: how the next token is selected; greedy by default.
+        generate: called instead of `model.generate`, with the same arguments.
 
     Raises:
-        ValueError: If `max_new_tokens` is less than 1, or `system` does not fit in the context or
-            is refused by the chat template.
+        ValueError: If `max_new_tokens` is less than 1, `system` does not fit into the context, or
+            the chat template rejects it.
 
     Example:
         >>> from unimoe_model import Answerer
@@ -71,7 +71,7 @@ class Conversation:
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:
-        """What the user said, with placeholders of media, and what the model replied."""
+        """Pairs of the user's message, with media placeholders, and the model's reply."""
         return tuple(self._turns)
 
     def reply(
@@ -86,28 +86,28 @@ class Conversation:
     ) -> Iterator[str]:
         """Generates the reply to a message.
 
-        When the pieces are through, message and reply belong to the conversation, also where the
-        reply was stopped or reached its limit; `ending` tells why it ended. A message whose reply
-        has no words is forgotten.
+        Once the iterator is exhausted, message and reply are part of the conversation, even if the
+        reply was stopped or reached its limit; `ending` is the reason why it ended. If the reply
+        has no text, the message is dropped.
 
         Args:
-            text: may be empty when speech asks. Where it holds placeholders, such as `<image>`,
-                they say where the media go; else the media come first.
-            images: pictures, as in `UniMoEProcessor`.
-            videos: videos, likewise.
-            speech: recordings of speech, likewise.
-            audio: other recordings, likewise.
-            frame_seed: None chooses the frames of videos evenly, a number at random.
+            text: the message; may be empty if the question is spoken. Placeholders such as
+                `<image>` mark where media are inserted; without them media come first.
+            images: images, in any form that `UniMoEProcessor` accepts.
+            videos: videos, in any form that `UniMoEProcessor` accepts.
+            speech: speech recordings, in any form that `UniMoEProcessor` accepts.
+            audio: other recordings, in any form that `UniMoEProcessor` accepts.
+            frame_seed: seed for drawing the frames of videos at random; None spaces them evenly.
 
         Returns:
-            Pieces of the reply, as soon as they are known; together they are the reply, without
-            white space around it. Closing the iterator stops the reply.
+            An iterator over pieces of the reply, yielded as they are generated. Concatenated, they
+            are the reply without surrounding white space. Closing the iterator stops the reply.
 
         Raises:
-            ContextFullError: If the conversation with this message leaves no room in the context.
-            ValueError: If there is nothing to reply to, media cannot be read or do not match the
-                placeholders; from the iterator, if a reply cannot be part of a prompt.
-            RuntimeError: If the reply before this one is still being generated.
+            ContextFullError: If the conversation with this message fills the context.
+            ValueError: If the message is empty, or media cannot be read or do not match the
+                placeholders; from the iterator, if the reply cannot be part of a prompt.
+            RuntimeError: If the previous reply is still being generated.
         """
         self._wait_for_stopped_reply()
         self._stopped = Event()
@@ -126,27 +126,28 @@ class Conversation:
     def ending(self) -> str | None:
         """Why the last reply ended.
 
-        `"end"` where the model ended it, `"stopped"`, `"length"` at `max_new_tokens`, `"context"`
-        where the context is full, and None while it is generated, or if it failed.
+        `"end"` (the model generated an end token), `"stopped"` (`stop` was called), `"length"`
+        (`max_new_tokens` was reached), `"context"` (the context is full), or None while the reply
+        is being generated or if it failed.
         """
         return self._ending
 
     @property
     def num_tokens(self) -> tuple[int, int]:
-        """Tokens of the last prompt, soft ones included, and of the reply to it."""
+        """Number of tokens of the last prompt, soft tokens included, and of its reply."""
         return self._num_tokens
 
     @property
     def context(self) -> int:
-        """Most positions of prompt and reply together."""
+        """Maximum number of positions of prompt and reply together."""
         return self.model.config.text_config.max_position_embeddings
 
     def stop(self) -> None:
-        """Ends the reply that is being generated after its current token; from any thread."""
+        """Stops the current reply after its next token; may be called from any thread."""
         self._stopped.set()
 
     def reset(self) -> None:
-        """Forgets the conversation; stops a reply that is being generated."""
+        """Clears the conversation, after stopping a reply that is being generated."""
         self.stop()
         self._wait_for_stopped_reply()
         self._turns: list[tuple[str, str]] = []
@@ -158,15 +159,15 @@ class Conversation:
     def resume(
         self, turns: Sequence[tuple[str, str]], items: Sequence[tuple[str, EncodedMedia]] = ()
     ) -> None:
-        """Takes over a conversation that was held before, instead of this one.
+        """Replaces the conversation by an earlier one.
 
         Args:
-            turns: as `turns` gives them.
-            items: kind and features of each item of media, in the order of the placeholders.
+            turns: turns in the form of the property `turns`.
+            items: kind and features of each media item, in the order of the placeholders.
 
         Raises:
             ValueError: If items do not match the placeholders, or a turn cannot be part of a
-                prompt; nothing has changed then.
+                prompt; the conversation is then unchanged.
         """
         if turns:
             self._prompt(turns, items)
@@ -174,7 +175,7 @@ class Conversation:
         self._turns, self._items = list(turns), list(items)
 
     def free_cache(self) -> None:
-        """Frees keys and values; the next reply computes the whole conversation anew.
+        """Frees cached keys and values; the next reply recomputes the whole conversation.
 
         Raises:
             RuntimeError: If a reply is being generated.
@@ -226,7 +227,7 @@ class Conversation:
         except Exception as error:  # the caller's thread raises it
             self._error = error
         finally:
-            # Not where `generate` ends its stream: the reply must be remembered by then.
+            # Not in `generate`'s end of stream: the turn must be recorded before the stream ends.
             pieces.text_queue.put(pieces.stop_signal)
 
     @torch.inference_mode()
@@ -280,10 +281,10 @@ class _Stop(StoppingCriteria):
 
 
 class _Pieces(TextIteratorStreamer):
-    """Text of a reply without special tokens and white space around it; `text` is all of it."""
+    """Streams a reply without special tokens and surrounding white space; `text` is all of it."""
 
     def __init__(self, tokenizer):
-        # Cleaning up would change text that was given out before.
+        # Clean-up would change text that has already been yielded.
         super().__init__(
             tokenizer,
             skip_prompt=True,
@@ -294,7 +295,7 @@ class _Pieces(TextIteratorStreamer):
         self._space = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Takes text from `generate`; white space waits for what comes after it."""
+        """Receives text from `generate`; trailing white space is held back until text follows."""
         text = self._space + text
         if not self.text:
             text = text.lstrip()

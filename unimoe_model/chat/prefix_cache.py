@@ -1,4 +1,4 @@
-"""Keys and values of a conversation, kept for the prompts that begin as it does."""
+"""Keys and values of a conversation, reused for prompts with a common prefix."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,17 +8,17 @@ from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.data.encoded_media import EncodedMedia, Row
 
 Position = int | EncodedMedia
-"""What stands at a position of the LLM: a token, or the item that its soft token belongs to."""
+"""Content of a position of the LLM: a token id, or the item that its soft token belongs to."""
 
 
 class PrefixCache:
-    """The cache of a conversation, and what it holds at each position.
+    """The key-value cache of a conversation, and the content of each of its positions.
 
-    A soft token is told apart by its item, not by its placeholder's id, which all items of a kind
-    share. An item is the same only if it is the same object.
+    Soft tokens are identified by their item, not by the placeholder's id, which all items of a
+    kind share. Two items are equal only if they are the same object.
 
     Args:
-        config: of the model.
+        config: the model's configuration.
     """
 
     def __init__(self, config: UniMoEConfig):
@@ -26,23 +26,23 @@ class PrefixCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Empties the cache."""
         self._cache = DynamicCache(config=self._config.text_config)
         self._held: list[Position] = []
 
     def begin(self, prompt: Row) -> Cache:
-        """The cache of what a prompt and the cache have in common at their beginning.
+        """Crops the cache to the common prefix of a prompt and what is cached, and returns it.
 
-        At least the last position of the prompt is left out, whose logits are needed. A layer with
-        a sliding window that is full cannot go back: then nothing is kept.
+        The last position of the prompt is never kept, because its logits are needed. A layer whose
+        sliding window is full cannot be cropped: the cache is then emptied.
 
         Args:
-            prompt: the whole conversation; `end` is called after tokens were generated from it.
+            prompt: the whole conversation; `end` must be called after generating from it.
         """
         self._prompt = list(_positions(prompt, self._config))
         kept = min(_common(self._held, self._prompt), len(self._prompt) - 1)
         surplus = len(self._held) - kept
-        # Nothing is kept either after a generation that failed before `end`.
+        # After a generation that failed before `end`, `_held` is empty and so is the prefix.
         if kept == 0 or (surplus and any(map(_window_is_full, self._cache.layers))):
             self.clear()
         elif surplus:
@@ -51,7 +51,7 @@ class PrefixCache:
         return self._cache
 
     def end(self, generated: Sequence[int]) -> None:
-        """Takes note of the tokens that were generated; the last one need not be in the cache."""
+        """Records the tokens that were generated; the last one may be missing from the cache."""
         self._held = [*self._prompt, *generated][: self._cache.get_seq_length()]
 
 
@@ -67,7 +67,7 @@ def _positions(row: Row, config: UniMoEConfig) -> Iterator[Position]:
 
 
 def _common(first: Sequence[Position], second: Sequence[Position]) -> int:
-    """How many positions two sequences share at their beginning."""
+    """Length of the common prefix of two sequences."""
     for index, (a, b) in enumerate(zip(first, second, strict=False)):
         if a is not b and (isinstance(a, EncodedMedia) or isinstance(b, EncodedMedia) or a != b):
             return index

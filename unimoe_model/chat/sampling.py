@@ -1,4 +1,4 @@
-"""How the next token is chosen: the most probable one, or one drawn at random with a seed."""
+"""Selection of the next token: greedy, or sampled with a seed."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,13 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Sampling:
-    """Choice of the next token; greedy without a temperature.
+    """How the next token is selected; greedy without a temperature.
 
     Args:
-        temperature: divides the logits; None takes the most probable token.
-        top_p: draws among the most probable tokens whose probabilities add up to this.
-        seed: makes draws reproducible; None draws anew each time.
+        temperature: divides the logits; None selects the most probable token.
+        top_p: samples from the smallest set of most probable tokens whose probabilities add up to
+            at least this.
+        seed: makes sampling reproducible; None draws a new seed for each reply.
 
     Raises:
         ValueError: If `temperature` is not positive, `top_p` is not in (0, 1], or `top_p` is given
@@ -40,11 +41,11 @@ class Sampling:
             raise ValueError(f"top_p ({self.top_p}) requires a temperature; there is none")
 
     def processors(self, device: torch.device, offset: int = 0) -> LogitsProcessorList:
-        """What `generate(do_sample=False, logits_processor=...)` is given.
+        """The logits processors to pass to `generate(do_sample=False, logits_processor=...)`.
 
         Args:
-            device: of the logits.
-            offset: added to the seed, so that replies of a conversation differ in their draws.
+            device: device of the logits.
+            offset: added to the seed, so that replies of a conversation use different draws.
         """
         if self.temperature is None:
             return LogitsProcessorList()
@@ -60,9 +61,9 @@ class Sampling:
 
 
 class _Draw(LogitsProcessor):
-    """Leaves one token of each row, drawn from the softmax of its scores.
+    """Masks all tokens of each row but one, which is drawn from the softmax of its scores.
 
-    transformers' own sampling takes torch's global generator, which conversations in one process
+    The sampling of transformers uses torch's global generator, which conversations in one process
     would share.
     """
 
@@ -70,6 +71,6 @@ class _Draw(LogitsProcessor):
         self.generator = generator
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores `[B, V]`: 0 for the token that was drawn, and otherwise minus infinity."""
+        """Returns scores `[B, V]`: 0 for the token that was drawn, minus infinity elsewhere."""
         drawn = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: what `unimoe chat` runs."""
+"""A conversation in the terminal, run by `unimoe chat`."""
 
 import re
 import shlex
@@ -24,13 +24,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Chat:
-    """A user's lines and a conversation.
+    """Passes a user's lines to a conversation and prints the replies.
 
     Replies go to stdout and everything else to stderr, so that scripts read replies alone.
 
     Args:
-        conversation: what replies.
-        frame_seed: None chooses the frames of videos evenly, a number at random.
+        conversation: the conversation to continue.
+        frame_seed: seed for drawing the frames of videos at random; None spaces them evenly.
     """
 
     def __init__(self, conversation: Conversation, frame_seed: int | None = None):
@@ -40,7 +40,7 @@ class Chat:
         self._is_interactive = sys.stdin.isatty()
 
     def run(self) -> None:
-        """Takes lines until the input ends or asks for it."""
+        """Processes lines until the end of the input or `/quit`."""
         if self._is_interactive:
             _edit_lines()
             _note("/help lists the commands, Ctrl-D ends")
@@ -122,7 +122,7 @@ class Chat:
 
     @contextmanager
     def _interrupts(self, stop: Callable[[], None]) -> Iterator[None]:
-        """Ctrl-C stops the reply alone; a script's ends the chat."""
+        """In a terminal Ctrl-C stops only the reply; in a script it ends the chat."""
         if not self._is_interactive:
             yield
             return
@@ -133,7 +133,7 @@ class Chat:
             signal.signal(signal.SIGINT, before)
 
     def _show(self, text: str) -> None:
-        # Bytes that a model makes up must not steer the terminal.
+        # Control characters in generated text must not reach the terminal.
         text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text
         print(text, end="", flush=True)
 
@@ -143,7 +143,7 @@ def _note(text: str) -> None:
 
 
 def _path(name: str) -> Path:
-    """A file as it is, or as a terminal pastes it, quoted or with escaped spaces."""
+    """The path as typed, or as pasted by a terminal: quoted or with escaped spaces."""
     if not Path(name).exists():
         with suppress(ValueError):
             name = " ".join(shlex.split(name))
@@ -151,7 +151,7 @@ def _path(name: str) -> Path:
 
 
 def _edit_lines() -> None:
-    """Line editing, history of this session, and names of files by the tab key."""
+    """Enables line editing, the history of this session, and completion of file names."""
     with suppress(ImportError):
         import readline
 

@@ -1,1 +1,1 @@
-"""Published checkpoints in and out, and an MoE out of dense models."""
+"""Conversion of published checkpoints, and assembly of MoE checkpoints from dense models."""

@@ -1,4 +1,4 @@
-"""Adapters of the published third stage: LoRA, and files that replace parts of the base."""
+"""Adapters of the published third stage: LoRA, and files that replace tensors of the base."""
 
 import json
 import re
@@ -19,19 +19,19 @@ _EXPERT = re.compile(r"\.deepspeed_experts\.(\d+)\.")
 def add_adapter(files: TensorFiles, folder: Path) -> dict[str, Lora]:
     """Adds an adapter to the files of its base.
 
-    Where routers have LoRA, the published file of gates holds them without it, and its loader
-    drops what was learned; here the LoRA of a router is merged like all others.
+    If routers have LoRA, the published file `mlp_gates` holds them without it, and the published
+    loader discards it; here the LoRA of routers is merged like any other.
 
     Args:
-        files: of the base; the adapter's replacements take the place of what they replace.
-        folder: holds `adapter_config.json`, `adapter_model` and any of `non_lora_trainables`,
-            `mm_audio_aligner` and `mlp_gates`, as `.safetensors` or `.bin`.
+        files: files of the base; tensors of the adapter replace those of the same name.
+        folder: folder with `adapter_config.json`, `adapter_model` and any of
+            `non_lora_trainables`, `mm_audio_aligner` and `mlp_gates`, as `.safetensors` or `.bin`.
 
     Returns:
-        The corrections, by the name of what they correct.
+        The LoRA of each weight, by the weight's name.
 
     Raises:
-        ValueError: If a file is missing or damaged, has half a LoRA, or replaces what is not there.
+        ValueError: If a file is missing or damaged, or has only one half of a LoRA.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -70,10 +70,10 @@ def add_adapter(files: TensorFiles, folder: Path) -> dict[str, Lora]:
 
 
 def _add_expert_loras(files: TensorFiles, folder: Path) -> None:
-    """Adds the files `<number>_mlp_experts`, one an expert, of the eight-expert code.
+    """Adds the files `<number>_mlp_experts` of the eight-expert code, one per expert.
 
-    Each was written by a rank that numbered its experts from 0; files that number them throughout
-    are taken as they are.
+    Each was written by a rank that numbered its experts from 0; files with global numbers are
+    accepted as well.
     """
     paths = {
         int(path.name.split("_")[0]): path
@@ -94,5 +94,5 @@ def _add_expert_loras(files: TensorFiles, folder: Path) -> None:
 
 
 def published_adapter_name(name: str) -> str:
-    """The name in the base of what an adapter's file calls `base_model.model.<name>`."""
+    """The name in the base model of the adapter's tensor `base_model.model.<name>`."""
     return name.removeprefix(_PEFT).replace(".default.", ".")

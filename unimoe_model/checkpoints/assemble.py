@@ -1,4 +1,4 @@
-"""An MoE checkpoint out of a dense one and the FFNs of others: what `unimoe assemble` runs."""
+"""Assembles an MoE checkpoint from dense checkpoints, as run by `unimoe assemble`."""
 
 import re
 import shutil
@@ -37,26 +37,26 @@ def assemble(
     """Writes the model that the third stage starts from.
 
     Attention, embeddings and connectors are those of the base, each expert is the FFN of one
-    checkpoint, and routers are drawn from normal(0, initializer_range). In memory is one file of
-    weights at a time.
+    checkpoint, and routers are drawn from normal(0, initializer_range). One file of weights at a
+    time is in memory.
 
     Args:
         base: folder of a dense model.
-        experts: folders of dense models whose FFNs become experts, by the names that
-            `expert_origins` keeps; base may be among them.
-        target: a folder that is not there yet.
-        top_k: experts a token is routed to.
-        moe_layers: which layers hold experts, as in `UniMoEConfig`.
-        seed: of the routers.
-        on_bytes: is told the bytes read so far and their total.
-        shard_bytes: most bytes of a file of weights.
+        experts: folders of dense models whose FFNs become the experts, by the names that
+            `expert_origins` records; may include the base.
+        target: output folder; must not exist.
+        top_k: number of experts per token.
+        moe_layers: layers with experts, as in `UniMoEConfig`.
+        seed: seed for the routers.
+        on_bytes: called with the number of bytes read so far and their total.
+        shard_bytes: maximum size of a weight file in bytes.
 
     Returns:
         The configuration of the model.
 
     Raises:
-        ValueError: If a model is not dense, a tensor is missing or of another shape or dtype, or
-            the target is there already.
+        ValueError: If `top_k` is out of range, a model is not dense, a tensor is missing or has a
+            wrong shape or dtype, or the target already exists.
     """
     refuse_existing(target)
     if not 1 <= top_k <= len(experts):
@@ -77,7 +77,7 @@ def assemble(
     for folder in dict.fromkeys((base, *experts.values())):
         files.join(TensorFiles(shards(folder)), f" of {folder}")
     expected = parameter_shapes(config)
-    if config.tie_word_embeddings:  # files then hold the embeddings once
+    if config.tie_word_embeddings:  # tied weights are stored once
         del expected["lm_head.weight"]
     recipes = {n: _recipe(n, base, experts) for n in expected if not n.endswith(_ROUTER)}
     layout = checked_layout(recipes, files.meta, expected)

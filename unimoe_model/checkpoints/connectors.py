@@ -1,4 +1,4 @@
-"""Connectors that a checkpoint lacks: drawn anew, or taken from another checkpoint."""
+"""Connectors that a checkpoint lacks: initialised, or taken from another checkpoint."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -14,27 +14,28 @@ from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.connectors import build_connector
 
 UNUSED = "model.speech_connector.decoder.embed_tokens.weight"
-"""Has one row here, which is never read."""
+"""An embedding with one row, which is never read."""
 _SEED = 0
 
 
 def what_it_hears(names: Collection[str]) -> str:
-    """`"audio"` if an aligner is a Q-Former, else `"speech"`."""
+    """Kind of sound of a checkpoint: `"audio"` if its aligner is a Q-Former, else `"speech"`."""
     return "audio" if any(".qformer.qformer." in name for name in names) else "speech"
 
 
 def other_half(folder: Path, hears: str) -> tuple[TensorFiles, dict[str, Matrix]]:
-    """The aligner of another checkpoint.
+    """Reads the aligner of a checkpoint for the other kind of sound.
 
     Args:
-        folder: holds a model, or an adapter with its `mm_audio_aligner` file.
-        hears: what the first checkpoint hears; the other must hear the other.
+        folder: folder of a model, or of an adapter with its `mm_audio_aligner` file.
+        hears: kind of sound of the first checkpoint; this one must have the other kind.
 
     Returns:
-        Its tensors, and what becomes of them once each is called `<name> of <folder>`.
+        Its tensors, and the weights of the connector by parameter name, which refer to tensors as
+        `<name> of <folder>`.
 
     Raises:
-        ValueError: If the folder has no aligner, or one for the same.
+        ValueError: If the folder has no aligner, or one for the same kind of sound.
     """
     files = TensorFiles(shards(folder, ("mm_audio_aligner", "model", "pytorch_model")))
     found = what_it_hears(files.meta)
@@ -42,8 +43,8 @@ def other_half(folder: Path, hears: str) -> tuple[TensorFiles, dict[str, Matrix]
     aligner = [name for name in files.meta if name.startswith(prefixes)]
     if not aligner or found == hears:
         raise ValueError(
-            f"folder ({folder}) must hold an aligner for what the source cannot hear; it is for"
-            f" {found if aligner else 'nothing'}"
+            f"folder ({folder}) must hold an aligner for the kind of sound that the source lacks;"
+            f" it holds {f'one for {found}' if aligner else 'none'}"
         )
     parts = {name: own_part(name, found) for name in aligner}
     return files, {
@@ -56,12 +57,15 @@ def other_half(folder: Path, hears: str) -> tuple[TensorFiles, dict[str, Matrix]
 def initial_connectors(
     config: UniMoEConfig, planned: Collection[str], expected: Collection[str]
 ) -> dict[str, Tensor]:
-    """Weights of the connectors of which nothing is planned, drawn with a fixed seed.
+    """Initial weights, with a fixed seed, of connectors that no other source provides.
 
     Args:
-        config: of the model.
-        planned: parameters that come from elsewhere.
-        expected: all parameters of the model.
+        config: the model's configuration.
+        planned: names of parameters that another source provides.
+        expected: names of all parameters of the model.
+
+    Returns:
+        The weights by parameter name, in `config.dtype`.
     """
     initial: dict[str, Tensor] = {}
     for kind in ("image", "speech", "audio"):

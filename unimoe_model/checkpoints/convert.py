@@ -1,4 +1,4 @@
-"""Published checkpoints to ours and back, streamed: what `unimoe convert` runs."""
+"""Streaming conversion of published checkpoints in both directions, run by `unimoe convert`."""
 
 import shutil
 from collections.abc import Mapping
@@ -51,32 +51,35 @@ def convert_from_published(
 ) -> Conversion:
     """Converts a published checkpoint to a folder that `from_pretrained` reads.
 
-    Everything is checked before anything is written, and the folder appears when it is whole. In
-    memory is one file of weights at a time.
+    Everything is checked before anything is written, and the folder appears once it is complete.
+    One file of weights at a time is in memory.
 
     Args:
-        source: a model, or an adapter with LoRA, gates and aligner.
-        target: a folder that is not there yet.
-        base: the model that an adapter belongs to.
-        tokenizer: folder with the tokenizer, unless source or base holds it.
-        connector: a published checkpoint whose aligner becomes the connector that source lacks: the
-            other half of a unified model.
-        overrides: fields of `UniMoEConfig` that are known better than from the source.
-        on_bytes: is told the bytes read so far and their total.
-        shard_bytes: most bytes of a file of weights.
+        source: folder of a model, or of an adapter with LoRA, gates and aligner.
+        target: output folder; must not exist.
+        base: folder of the model that an adapter belongs to; required for adapters.
+        tokenizer: folder with the tokenizer, if neither source nor base has one.
+        connector: folder of a published checkpoint whose aligner becomes the connector that the
+            source lacks.
+        overrides: fields of `UniMoEConfig` that replace those of the source.
+        on_bytes: called with the number of bytes read so far and their total.
+        shard_bytes: maximum size of a weight file in bytes.
 
     Returns:
-        What was done, which `conversion.json` keeps.
+        The record of the conversion, which is also written to `conversion.json`.
 
     Raises:
-        ValueError: If a file is missing or damaged, a tensor is missing, one too many or of another
-            shape, or the target is there already.
+        ValueError: If a file is missing or damaged, a tensor is missing, unexpected or of a wrong
+            shape, or the target already exists.
     """
     refuse_existing(target)
     is_adapter = (source / ADAPTER_CONFIG).is_file()
     if is_adapter != (base is not None):
-        what = "an adapter, which needs its base" if is_adapter else "no adapter, and needs no base"
-        raise ValueError(f"folder ({source}) holds {what}; base is {base}")
+        if is_adapter:
+            raise ValueError(
+                f"folder ({source}) holds an adapter, which requires its base; got None"
+            )
+        raise ValueError(f"base ({base}) is not supported: folder ({source}) holds no adapter")
     places = [place for place in (tokenizer, source, base) if place]
     files = TensorFiles(shards(base or source))
     published = read_config(base or source)
@@ -106,7 +109,7 @@ def convert_from_published(
     config.dtype = files.meta[EMBEDDING].dtype
     expected = parameter_shapes(config)
     initial = initial_connectors(config, plan.targets, expected)
-    # Initial weights come first, to be out of memory before the rest is in it.
+    # Initial weights are written first, so that their memory is freed before the rest is read.
     layout = {name: tensor.to("meta") for name, tensor in initial.items()}
     layout |= checked_layout(plan.targets, files.meta, expected)
     missing = [name for name in expected if name not in layout]
@@ -145,28 +148,30 @@ def convert_to_published(
     on_bytes: Progress = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
-    """Undoes `convert_from_published`: the tensors, and `config.json`, are what they were.
+    """Undoes `convert_from_published`: tensors and `config.json` are restored exactly.
 
-    A LoRA that was merged stays merged, and connectors that were not in the published checkpoint
-    are left out, as its layout has no place for them.
+    Merged LoRA stays merged. Connectors that the published checkpoint lacked are left out, because
+    its layout has no names for them.
 
     Args:
-        source: a folder that was converted; its weights may have been trained since.
-        target: a folder that is not there yet.
-        on_bytes: is told the bytes read so far and their total.
-        shard_bytes: most bytes of a file of weights.
+        source: folder written by `convert_from_published`; its weights may have been trained since.
+        target: output folder; must not exist.
+        on_bytes: called with the number of bytes read so far and their total.
+        shard_bytes: maximum size of a weight file in bytes.
 
     Returns:
         The record of the conversion that was undone.
 
     Raises:
-        ValueError: If the source was not converted, a file is missing or damaged, or the target is
-            there already.
+        ValueError: If the source was not converted, a file is missing or damaged, or the target
+            already exists.
     """
     refuse_existing(target)
     made = Conversion.load(source)
     if made is None:
-        raise ValueError(f"folder ({source}) must be one that was converted: it has no record")
+        raise ValueError(
+            f"folder ({source}) must have been written by unimoe convert: it has no conversion.json"
+        )
     files = TensorFiles(shards(source))
     expected = parameter_shapes(UniMoEConfig.from_pretrained(source))
     checked_layout({name: Matrix(name) for name in expected | files.meta}, files.meta, expected)
@@ -191,7 +196,7 @@ def convert_to_published(
 
 
 def parameter_shapes(config: UniMoEConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters of the model of a configuration."""
+    """Shapes of all parameters of a configuration's model, by name."""
     from unimoe_model.modeling import UniMoEForConditionalGeneration
 
     with torch.device("meta"):
@@ -200,7 +205,7 @@ def parameter_shapes(config: UniMoEConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _fields_of_other(folder: Path, files: TensorFiles, hears: str) -> dict:
-    """Fields of the configuration about the connector of the other half."""
+    """Fields of the configuration for the connector of the other checkpoint."""
     other = {"speech": "audio", "audio": "speech"}[hears]
     config = config_from_published(read_config(folder), files.meta, other)
     names = ("encoder", "feature_size", "num_queries", "connector")
@@ -227,8 +232,8 @@ def _processor(config: UniMoEConfig, published: Mapping, places: list[Path]):
     found = {kind: tokenizer.convert_tokens_to_ids(f"<{kind}>") for kind in config.media_token_ids}
     if found != config.media_token_ids:
         raise ValueError(
-            f"tokenizer of {folder} numbers the placeholders {found}, the model"
-            f" {config.media_token_ids}; it must have vocab_size"
+            f"tokenizer of {folder} has the placeholder ids {found}, the model has"
+            f" {config.media_token_ids}; the tokenizer must have vocab_size"
             f" ({config.text_config.vocab_size}) tokens"
         )
     aspect = published.get("image_aspect_ratio", "square")

@@ -1,4 +1,4 @@
-"""Files of tensors, read one tensor at a time."""
+"""Files of tensors that are read one tensor at a time."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,19 +15,19 @@ SAFETENSORS, PICKLED = ".safetensors", ".bin"
 
 
 class TensorFiles:
-    """Tensors of several files by name, none of which is in memory before it is used.
+    """Tensors of several files by name, loaded when they are used.
 
-    A name of a later file takes the place of the same name of an earlier one.
+    A tensor of a later file replaces the tensor of the same name of an earlier one.
 
     Args:
         paths: `.safetensors` or `.bin` files; the latter are read with `weights_only=True`.
-        rename: what a tensor is called, from what its file calls it.
+        rename: maps a tensor's name in its file to its name here.
 
     Attributes:
-        meta: every tensor on the meta device: its shape and dtype.
+        meta: all tensors by name, on the meta device.
 
     Raises:
-        ValueError: If a file is missing, cut short, damaged, or holds something else.
+        ValueError: If a file is missing, truncated, damaged, or not a dict of tensors.
     """
 
     def __init__(self, paths: Iterable[Path] = (), rename: Callable[[str], str] = str):
@@ -37,7 +37,7 @@ class TensorFiles:
         self.add(paths, rename)
 
     def add(self, paths: Iterable[Path], rename: Callable[[str], str] = str) -> None:
-        """Adds files, as in the constructor."""
+        """Adds files; the arguments are those of the constructor."""
         for path in paths:
             if not path.is_file():
                 raise ValueError(f"file {path} is missing")
@@ -48,12 +48,12 @@ class TensorFiles:
                 self._places[rename(key)] = (path, key)
 
     def join(self, others: "TensorFiles", suffix: str = "") -> None:
-        """Adds the tensors of others, under their names there and a suffix."""
+        """Adds the tensors of `others`, with `suffix` appended to their names."""
         self.meta |= {name + suffix: tensor for name, tensor in others.meta.items()}
         self._places |= {name + suffix: place for name, place in others._places.items()}
 
     def read(self, name: str) -> Tensor:
-        """A tensor mapped into memory: what is not used of it is not loaded."""
+        """Returns a memory-mapped tensor: only the parts that are used are loaded."""
         path, key = self._places[name]
         with _named(path):
             if path.suffix != SAFETENSORS:
@@ -62,7 +62,7 @@ class TensorFiles:
                 return file.get_tensor(key)
 
     def _pickled(self, path: Path) -> Mapping[str, Tensor]:
-        """The file's tensors, mapped into memory; one file at a time."""
+        """The memory-mapped tensors of a file; one file is open at a time."""
         if self._opened is None or self._opened[0] != path:
             self._opened = None
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -76,16 +76,16 @@ class TensorFiles:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Names the file in the errors of those who read it."""
+    """Adds the file's path to errors raised while it is read."""
     try:
         yield
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"file {path} is cut short or damaged: {reason}") from error
+        raise ValueError(f"file {path} is truncated or damaged: {reason}") from error
 
 
 def shards(folder: Path, stems: Iterable[str] = ("model", "pytorch_model")) -> list[Path]:
-    """Files of the weights of a folder: those that its index names, or the only one.
+    """Weight files of a folder: those listed in its index, or the single file.
 
     Raises:
         ValueError: If there are none, or the index cannot be read.
@@ -106,7 +106,7 @@ def shards(folder: Path, stems: Iterable[str] = ("model", "pytorch_model")) -> l
 
 
 def single_file(folder: Path, stem: str) -> Path | None:
-    """The file of tensors of this name without suffix, or None."""
+    """The path of the tensor file with this stem, or None."""
     paths = [folder / f"{stem}{suffix}" for suffix in (SAFETENSORS, PICKLED)]
     return next((path for path in paths if path.is_file()), None)
 
@@ -115,7 +115,7 @@ def read_config(folder: Path) -> dict:
     """Contents of a folder's `config.json`.
 
     Raises:
-        ValueError: If it is missing or no JSON object.
+        ValueError: If it is missing or not a JSON object.
     """
     path = folder / "config.json"
     try:

@@ -1,11 +1,11 @@
-"""What published checkpoints call the parts of a model, and what they are called here."""
+"""Maps parameter names of published checkpoints to names of this package, and back."""
 
 import re
 from dataclasses import dataclass
 
 LLM = "model.language_model."
 PROJECTIONS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
-"""The matrices of an expert that a stack of experts holds, by the last part of its name."""
+"""Matrices of an expert in each stacked weight, by the last part of the weight's name."""
 _LAYER = r"model\.layers\.(\d+)\."
 _DEEPSPEED = r"deepspeed_moe\.experts\.deepspeed_"
 _EXPERT = re.compile(rf"{_LAYER}mlp\.(?:{_DEEPSPEED})?experts\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -35,17 +35,17 @@ _ASIDE = (
     ),
 )
 LORA = re.compile(r"(.*_proj)_lora_([AB])(\.weight)")
-"""Names of the LoRA that the eight-expert code keeps in its experts."""
+"""Names of LoRA weights inside the experts of the eight-expert code."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where a published tensor goes.
+    """The parameter that a published tensor is, or is part of.
 
     Attributes:
-        target: name here, or of the stack of experts that it is part of.
-        expert: number of the expert, or None.
-        projection: `"gate"`, `"up"` or `"down"` of an expert, or None.
+        target: name of the parameter, which stacks the matrices of all experts for expert weights.
+        expert: number of the expert; None for other tensors.
+        projection: `"gate"`, `"up"` or `"down"` for experts; None for other tensors.
     """
 
     target: str
@@ -54,12 +54,12 @@ class Part:
 
 
 def own_part(name: str, hears: str) -> Part | None:
-    """Where a published tensor goes, or None for an unknown name.
+    """The parameter of a published tensor, or None for an unknown name.
 
     Args:
         name: published name.
-        hears: `"speech"` or `"audio"`: which of the two the checkpoint's aligner is for. Both call
-            its projector the same.
+        hears: kind of sound of the checkpoint's aligner, `"speech"` or `"audio"`. Published names
+            of the projector are the same for both.
     """
     if expert := _EXPERT.fullmatch(name):
         layer, number, projection = expert.groups()
@@ -74,17 +74,17 @@ def own_part(name: str, hears: str) -> Part | None:
 
 
 def aside_reason(name: str) -> str | None:
-    """Why a published tensor has no place in the model, or None if it has."""
+    """Why a published tensor is not a parameter of the model, or None if it is one."""
     return next((reason for pattern, reason in _ASIDE if pattern.fullmatch(name)), None)
 
 
 def published_name(own: str, hears: str, eight: bool) -> str | None:
-    """The published name of a parameter that is no stack of experts, or None if it has none.
+    """The published name of a parameter outside the experts, or None if it has none.
 
     Args:
-        own: name here.
-        hears: see `own_part`.
-        eight: whether routers are called as in the eight-expert code.
+        own: name of the parameter in this package.
+        hears: kind of sound of the checkpoint's aligner, `"speech"` or `"audio"`.
+        eight: whether to use the names of the eight-expert code for routers.
     """
     gate = "deepspeed_moe.gate.wg" if eight else "gate"
     own = own.replace(".mlp.router.", f".mlp.{gate}.")
@@ -97,13 +97,13 @@ def published_name(own: str, hears: str, eight: bool) -> str | None:
 
 
 def _is_known(name: str) -> bool:
-    """Whether a published name outside the experts is one of the LLM's layers, or of no layer."""
+    """Whether a published name outside the experts is known, or does not belong to a layer."""
     in_layer = name.startswith("model.layers.")
     return not in_layer or bool(_PLAIN.fullmatch(name) or _ROUTER.fullmatch(name))
 
 
 def published_expert(own: str, expert: int, projection: str, eight: bool) -> str:
-    """The published name of one matrix of a stack of experts."""
+    """The published name of one matrix of a stacked expert weight."""
     layer = re.match(rf"{re.escape(LLM)}layers\.(\d+)\.", own)[1]
     folder = "deepspeed_moe.experts.deepspeed_experts" if eight else "experts"
     return f"model.layers.{layer}.mlp.{folder}.{expert}.{projection}_proj.weight"

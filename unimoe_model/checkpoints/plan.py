@@ -1,8 +1,8 @@
-"""How each tensor of a checkpoint comes out of the tensors of another one.
+"""Plans of how each tensor of a checkpoint is built from tensors of another.
 
-transformers has `WeightConverter` for such plans, but its `from_pretrained` and `save_pretrained`
-apply them to a whole model in memory. It also casts experts of several dtypes to one, and merges no
-LoRA.
+`WeightConverter` of transformers describes such plans, but `from_pretrained` and `save_pretrained`
+apply them to a whole model in memory. It also casts experts of several dtypes to one, and does not
+merge LoRA.
 """
 
 from collections import defaultdict
@@ -23,12 +23,12 @@ from unimoe_model.checkpoints.names import (
 )
 
 Read = Callable[[str], Tensor]
-"""Gives a tensor by name."""
+"""Returns the tensor of a name."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A low-rank correction `scale * B @ A`, by the names of A and B."""
+    """A low-rank update `scale * B @ A`, by the names of A and B."""
 
     a: str
     b: str
@@ -37,16 +37,16 @@ class Lora:
 
 @dataclass
 class Matrix:
-    """One tensor as it is, with the low-rank corrections that are merged into it."""
+    """One tensor, with the low-rank updates that are merged into it."""
 
     name: str
     loras: list[Lora] = field(default_factory=list)
 
     def read(self, read: Read) -> Tensor:
-        """A copy of the tensor, corrections merged in at least float32.
+        """Returns a copy of the tensor with its updates merged, in at least float32.
 
         Raises:
-            ValueError: If a correction does not fit.
+            ValueError: If an update has a wrong shape.
         """
         value = read(self.name).clone(memory_format=torch.contiguous_format)
         for lora in self.loras:
@@ -62,7 +62,7 @@ class Matrix:
 
 @dataclass
 class Stack:
-    """Experts' matrices in one tensor: entry e holds the matrices of expert e, row by row."""
+    """Matrices of experts stacked in one tensor: entry e concatenates the rows of expert e's."""
 
     experts: list[list[Matrix]]
 
@@ -72,7 +72,7 @@ class Stack:
         return self.experts[0][0].name
 
     def read(self, read: Read) -> Tensor:
-        """The stacked tensor.
+        """Returns the stacked tensor.
 
         Raises:
             ValueError: If the matrices differ in shape or dtype.
@@ -94,7 +94,7 @@ class Stack:
 
 @dataclass
 class Entry:
-    """One matrix out of a stack of experts."""
+    """One matrix of a stacked expert weight."""
 
     name: str
     expert: int
@@ -102,7 +102,7 @@ class Entry:
     halves: int
 
     def read(self, read: Read) -> Tensor:
-        """A copy of the matrix."""
+        """Returns a copy of the matrix."""
         return read(self.name)[self.expert].chunk(self.halves)[self.half].clone()
 
 
@@ -116,20 +116,23 @@ def _kind(tensor: Tensor) -> str:
 def checked_layout(
     recipes: Mapping[str, Recipe], tensors: Mapping[str, Tensor], expected: Mapping[str, tuple]
 ) -> dict[str, Tensor]:
-    """What recipes give, on the meta device.
+    """Evaluates recipes on the meta device and checks the shapes of the results.
 
     Args:
-        recipes: by the names of what they give.
-        tensors: that they read, on the meta device.
-        expected: shapes by name.
+        recipes: recipes by the names of the tensors that they build.
+        tensors: source tensors by name, on the meta device.
+        expected: shapes of the results by name.
+
+    Returns:
+        The results by name, on the meta device.
 
     Raises:
-        ValueError: For the first tensor that is missing, one too many, or of another shape.
+        ValueError: For the first tensor that is missing, unexpected, or of a wrong shape.
     """
     layout = {}
     for name, recipe in recipes.items():
         if name not in expected:
-            raise ValueError(f"{recipe.name} has no place in the model: it has no {name}")
+            raise ValueError(f"{recipe.name} becomes {name}, which the model does not have")
         try:
             layout[name] = recipe.read(tensors.__getitem__)
         except KeyError as error:
@@ -144,12 +147,12 @@ def checked_layout(
 
 @dataclass
 class Plan:
-    """What a checkpoint is made of.
+    """How a checkpoint is built from another.
 
     Attributes:
-        targets: how each tensor is made, by its new name.
-        aside: tensors of the source that have no place in it, and why.
-        merged: tensors of the source that corrections are merged into.
+        targets: recipe of each tensor by its new name.
+        aside: names of source tensors that are not parameters of the model, with the reason.
+        merged: names of source tensors that LoRA is merged into.
     """
 
     targets: dict[str, Recipe]
@@ -164,19 +167,18 @@ def plan_from_published(
     adapter: Mapping[str, Lora] | None = None,
     num_experts: int | None = None,
 ) -> Plan:
-    """Plans our tensors out of published ones.
+    """Plans the tensors of this package from published ones.
 
     Args:
-        names: of all tensors of the source.
-        hears: see `own_part`.
-        lora_scale: of the LoRA in the experts of the eight-expert code.
-        adapter: further corrections, by the published name of what they correct.
-        num_experts: how many experts each layer with experts must have; None is as many as the
-            highest number says.
+        names: names of all tensors of the source.
+        hears: kind of sound of the checkpoint's aligner, `"speech"` or `"audio"`.
+        lora_scale: scale of the LoRA inside the experts of the eight-expert code.
+        adapter: further LoRA, by the published name of the weight.
+        num_experts: number of experts per MoE layer; None infers it from the highest expert number.
 
     Raises:
-        ValueError: If a name is unknown, an expert or a half of a LoRA is missing, or a correction
-            corrects nothing.
+        ValueError: If a name is unknown, an expert or a half of a LoRA is missing, or the weight of
+            a LoRA is missing.
     """
     corrections = list((adapter or {}).items())
     in_adapter = {name for _, lora in corrections for name in (lora.a, lora.b)}
@@ -190,14 +192,14 @@ def plan_from_published(
         elif own_part(name, hears):
             matrices[name] = Matrix(name)
         elif name not in in_adapter:
-            raise ValueError(f"{name} is no weight of a published checkpoint")
+            raise ValueError(f"{name} is not a weight of a published checkpoint")
     for base, found in halves.items():
         if found.keys() != {"A", "B"} or lora_scale is None:
             raise ValueError(f"LoRA of {base} must have A and B and a scale, has {sorted(found)}")
         corrections.append((base, Lora(found["A"], found["B"], lora_scale)))
     for base, lora in corrections:
         if base not in matrices:
-            raise ValueError(f"{lora.a} corrects {base}, which the checkpoint lacks")
+            raise ValueError(f"{lora.a} is LoRA of {base}, which the checkpoint lacks")
         matrices[base].loras.append(lora)
     merged = sorted({base for base, _ in corrections})
     return Plan(_stacked(matrices, hears, num_experts), aside, merged)
@@ -218,7 +220,7 @@ def _stacked(
         projections = PROJECTIONS[target.rpartition(".")[2]]
         wanted = [[(number, projection) for projection in projections] for number in range(count)]
         for part in sorted(found.keys() ^ {part for expert in wanted for part in expert}):
-            extra = f"one too many for num_experts ({count})"
+            extra = f"not an expert below num_experts ({count})"
             problem = extra if part in found else "missing from the checkpoint"
             raise ValueError(f"{published_expert(target, *part, eight)} is {problem}")
         targets[target] = Stack([[found[part] for part in expert] for expert in wanted])
@@ -226,15 +228,16 @@ def _stacked(
 
 
 def plan_to_published(tensors: Mapping[str, Tensor], hears: str, eight: bool) -> dict[str, Recipe]:
-    """Plans published tensors out of ours.
+    """Plans published tensors from those of this package.
 
     Args:
-        tensors: those of a model that are asked for, on any device.
-        hears: see `own_part`; the other connector has no published name beside this one.
-        eight: whether experts and routers are called as in the eight-expert code.
+        tensors: tensors to convert by name, on any device.
+        hears: kind of sound of the published aligner, `"speech"` or `"audio"`; the connector for
+            the other kind has no published name.
+        eight: whether to use the names of the eight-expert code for experts and routers.
 
     Returns:
-        How each tensor is made, by its published name.
+        The recipe of each tensor by its published name.
 
     Raises:
         ValueError: If a tensor has no published name.

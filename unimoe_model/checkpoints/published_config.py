@@ -1,4 +1,4 @@
-"""The configuration of a published checkpoint, in our terms."""
+"""Builds a `UniMoEConfig` from the configuration of a published checkpoint."""
 
 from collections.abc import Mapping
 
@@ -35,17 +35,19 @@ _NAMED = {"BEATs_iter3_plus_AS2M.pt": "beats-iter3-plus-as2m"}
 def config_from_published(
     published: Mapping, tensors: Mapping[str, Tensor], hears: str, **overrides
 ) -> UniMoEConfig:
-    """The configuration of a checkpoint; what its `config.json` leaves out follows from shapes.
+    """The configuration of a published checkpoint.
+
+    Fields that its `config.json` lacks are inferred from the shapes of its tensors.
 
     Args:
         published: contents of `config.json`.
-        tensors: of the checkpoint by their published names, on any device.
-        hears: `"speech"` or `"audio"`: which of the two the checkpoint's aligner is for.
-        **overrides: fields of `UniMoEConfig` that are known better.
+        tensors: tensors of the checkpoint by published name, on any device.
+        hears: kind of sound of the checkpoint's aligner, `"speech"` or `"audio"`.
+        **overrides: fields of `UniMoEConfig` that replace those of the checkpoint.
 
     Raises:
-        ValueError: If a field of the LLM is missing, an override is no field or of another type, or
-            the fields do not go together.
+        ValueError: If a field of the LLM is missing, an override is not a field or has a wrong
+            type, or fields contradict each other.
     """
     _check_overrides(overrides)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
@@ -123,7 +125,7 @@ def _placement(layers: list[int], depth: int) -> str | list[int]:
 
 
 def _encoder(tower: str) -> str:
-    """Our name of an encoder, or else what the checkpoint calls it."""
+    """The name of an encoder in `ENCODERS`, or the checkpoint's own name for others."""
     last = tower.replace("\\\\", "/").rstrip("/").rsplit("/", 1)[-1]
     return last if last in ENCODERS else _NAMED.get(last, tower)
 

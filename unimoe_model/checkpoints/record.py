@@ -1,4 +1,4 @@
-"""What a conversion did, kept beside the weights so that it can be undone."""
+"""The record of a conversion, stored beside the weights so that it can be undone."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -11,15 +11,16 @@ FILE = "conversion.json"
 
 @dataclass
 class Conversion:
-    """What a conversion did.
+    """Record of a conversion.
 
     Attributes:
-        hears: `"speech"` or `"audio"`: what the published checkpoint's aligner is for.
-        eight: whether experts are called as in the eight-expert code.
-        published_config: its `config.json`.
-        aside: tensors that have no place in the model, and why; they lie in a file beside it.
-        initialised: parameters of connectors that the source lacks.
-        merged: matrices that a LoRA was merged into.
+        hears: kind of sound of the published checkpoint's aligner, `"speech"` or `"audio"`.
+        eight: whether experts have the names of the eight-expert code.
+        published_config: contents of the published `config.json`.
+        aside: names of tensors that are not parameters of the model, with the reason; they are
+            stored in a separate file.
+        initialised: names of connector parameters that the source lacked.
+        merged: names of matrices that LoRA was merged into.
     """
 
     hears: str
@@ -35,10 +36,10 @@ class Conversion:
 
     @classmethod
     def load(cls, folder: Path) -> "Conversion | None":
-        """Reads the record of a folder; None if it has none.
+        """Reads the record of a folder; returns None if there is none.
 
         Raises:
-            ValueError: If it is damaged.
+            ValueError: If the record is damaged.
         """
         path = folder / FILE
         if not path.is_file():
@@ -49,7 +50,7 @@ class Conversion:
             raise ValueError(f"file {path} must be the record of a conversion") from error
 
     def summary(self) -> str:
-        """A few lines for people."""
+        """The record as a few lines of text."""
         lines = [f"kept aside: {len(self.aside)} tensors"]
         reasons = {}
         for reason in self.aside.values():

@@ -1,4 +1,4 @@
-"""Writes a folder of weights whole or not at all."""
+"""Atomic writing of folders with weights."""
 
 import json
 import shutil
@@ -19,17 +19,17 @@ Progress = Callable[[int, int], None]
 
 
 def refuse_existing(target: Path) -> None:
-    """Raises ValueError if there is something at `target` already."""
+    """Raises ValueError if `target` already exists."""
     if target.exists():
         raise ValueError(f"folder ({target}) already exists; expected a new one")
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the name `target` if all goes well.
+    """Yields a new folder to write into, which is renamed to `target` if the block succeeds.
 
     Raises:
-        ValueError: If there is something at `target` already.
+        ValueError: If `target` already exists.
     """
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,18 +52,18 @@ def write_shards(
     shard_bytes: int = SHARD_BYTES,
     stem: str = "model",
 ) -> None:
-    """Writes weights in the layout of transformers, one file of them in memory at a time.
+    """Writes weights in the layout of transformers, with one file in memory at a time.
 
     Args:
-        folder: must exist.
-        layout: the tensors on the meta device, in the order in which they are read.
-        read: gives a tensor by name: contiguous, in memory of its own.
-        on_bytes: is told the bytes read so far and their total.
-        shard_bytes: a file holds no more, unless a single tensor does.
-        stem: what names of files begin with.
+        folder: existing folder.
+        layout: tensors by name on the meta device, in the order in which they are read.
+        read: returns the tensor of a name, contiguous and in its own memory.
+        on_bytes: called with the number of bytes read so far and their total.
+        shard_bytes: maximum size of a file in bytes, unless a single tensor is larger.
+        stem: prefix of the file names.
 
     Raises:
-        ValueError: If shard_bytes is below 1.
+        ValueError: If `shard_bytes` is less than 1.
     """
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes ({shard_bytes}) must be at least 1")
@@ -85,5 +85,5 @@ def write_shards(
 
 
 def write_json(path: Path, content: Mapping) -> None:
-    """Writes readable JSON."""
+    """Writes indented JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

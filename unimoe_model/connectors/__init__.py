@@ -9,7 +9,12 @@ from unimoe_model.connectors.speech import SpeechConnector
 
 
 def build_connector(config: UniMoEConfig, kind: str) -> nn.Module:
-    """The connector of a kind, `"image"`, `"speech"` or `"audio"`, with random weights."""
+    """Builds a connector with random weights.
+
+    Args:
+        config: the model's configuration.
+        kind: `"image"` (also for videos), `"speech"` or `"audio"`.
+    """
     width = config.text_config.hidden_size
     if kind == "image":
         return ImageConnector(config.vision_feature_size, width)

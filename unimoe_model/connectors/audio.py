@@ -1,4 +1,4 @@
-"""Audio connector: a BLIP-2 Q-Former reads the encoder's frames into a fixed number of tokens."""
+"""Audio connector: a BLIP-2 Q-Former that maps encoder frames to a fixed number of soft tokens."""
 
 import torch
 from torch import nn
@@ -14,15 +14,15 @@ class AudioConnector(nn.Module):
     Args:
         feature_size: width of the audio encoder's features.
         hidden_size: width of the LLM.
-        num_queries: soft tokens a clip becomes.
+        num_queries: soft tokens per clip.
         qformer: fields of `Blip2QFormerConfig`.
 
     Raises:
         ValueError: If `num_queries` is below 1.
 
     Note:
-        The release starts its queries at zero. A Q-Former has no positions, so equal queries stay
-        equal for ever; here they start from a normal distribution (std 0.02).
+        The release initialises its queries to zero. A Q-Former has no positions, so equal queries
+        stay equal throughout training; here they are drawn from a normal distribution (std 0.02).
 
     Reference: arXiv:2405.11273, equations 10 and 11.
     """
@@ -51,12 +51,12 @@ class AudioConnector(nn.Module):
     def forward(
         self, features: torch.Tensor, features_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Turns encoder frames into soft tokens.
+        """Maps encoder frames to soft tokens.
 
         Args:
             features: `[B, frames, feature_size]`.
-            features_mask: `[B, frames]` bool, False on frames that are only there to fill up; None
-                is True everywhere, as in the release, which reads its padding too.
+            features_mask: `[B, frames]` bool, False on padding; None attends to all frames, as the
+                release does.
 
         Returns:
             `[B, num_queries, D]`.

@@ -1,11 +1,11 @@
-"""Speech connector: a Whisper decoder reads the encoder's frames into a fixed number of tokens."""
+"""Speech connector: a Whisper decoder that maps encoder frames to a fixed number of soft tokens."""
 
 import torch
 from torch import nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-# The decoder sees queries and no tokens: whatever its fields say, it has no vocabulary.
+# The decoder's inputs are queries, not tokens: these fields override any vocabulary.
 _NO_TOKENS = {
     "vocab_size": 1,
     "pad_token_id": 0,
@@ -25,7 +25,7 @@ class SpeechConnector(nn.Module):
     Args:
         feature_size: width of the speech encoder's features; must be the decoder's `d_model`.
         hidden_size: width of the LLM.
-        num_queries: soft tokens a clip becomes.
+        num_queries: soft tokens per clip.
         decoder: fields of `WhisperConfig` for the decoder.
 
     Raises:
@@ -52,7 +52,7 @@ class SpeechConnector(nn.Module):
         self.projector = nn.Linear(config.d_model, hidden_size)
 
     def load_decoder(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Takes over pretrained Whisper decoder weights (keys as in `WhisperDecoder`)."""
+        """Loads pretrained weights of a Whisper decoder, with the keys of `WhisperDecoder`."""
         wanted = self.decoder.state_dict()
         weights = {k: v for k, v in state_dict.items() if k != "embed_tokens.weight"}
         weights["embed_tokens.weight"] = wanted["embed_tokens.weight"]
@@ -64,5 +64,5 @@ class SpeechConnector(nn.Module):
         return self.decoder(inputs_embeds=queries, encoder_hidden_states=features).last_hidden_state
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Turns encoder frames `[B, frames, d_model]` into soft tokens `[B, num_queries, D]`."""
+        """Maps encoder frames `[B, frames, d_model]` to soft tokens `[B, num_queries, D]`."""
         return self.projector(self.hidden_states(features))

@@ -1,1 +1,1 @@
-"""Media and conversations, as they are read, encoded and mixed."""
+"""Reading, encoding, caching and mixing of media and conversations."""

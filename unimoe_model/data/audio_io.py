@@ -1,4 +1,4 @@
-"""Reads and writes recordings."""
+"""Reading and resampling of recordings."""
 
 from fractions import Fraction
 from functools import lru_cache
@@ -18,15 +18,15 @@ def resample(
     """Changes the sampling rate with a polyphase low-pass filter.
 
     Args:
-        waveform: `[samples]` or `[samples, channels]`.
-        rate: samples a second of `waveform`, a whole number of any type.
-        new_rate: samples a second of the result, likewise.
+        waveform: `[samples]` or `[samples, channels]`, floating point.
+        rate: sampling rate of `waveform` in Hz, integral in value.
+        new_rate: sampling rate of the result in Hz, integral in value.
 
     Returns:
         float32, `ceil(samples * new_rate / rate)` samples.
 
     Raises:
-        ValueError: If a rate is not positive and whole.
+        ValueError: If a rate is not a positive integer.
     """
     rate, new_rate = whole_rate(rate, "rate"), whole_rate(new_rate, "new_rate")
     if rate == new_rate or waveform.shape[0] == 0:
@@ -44,7 +44,7 @@ def resample(
 
 @lru_cache(maxsize=16)
 def _low_pass(up: int, down: int) -> NDArray[np.float64]:
-    """The filter that `resample_poly` would design anew in each call, which takes long."""
+    """The filter of `resample_poly`, cached because designing it in each call is slow."""
     with needed_by("resampling sound"):
         from scipy.signal import firwin
 
@@ -53,10 +53,10 @@ def _low_pass(up: int, down: int) -> NDArray[np.float64]:
 
 
 def whole_rate(rate: SupportsFloat, name: str) -> int:
-    """A sampling rate as an int; datasets have floats too.
+    """Converts a sampling rate, which datasets may store as a float, to an int.
 
     Raises:
-        ValueError: If it is not positive and whole.
+        ValueError: If the rate is not a positive integer.
     """
     try:
         value = float(rate)
@@ -68,15 +68,18 @@ def whole_rate(rate: SupportsFloat, name: str) -> int:
 
 
 def full_scale(samples: NDArray, name: str) -> NDArray[np.float32]:
-    """Samples as floats, those of integers divided so that their full scale is 1.
+    """Converts samples to float32, scaling integers so that full scale is 1.
 
     Args:
-        samples: floating point, taken as they are; or integers of any width, the unsigned ones with
-            silence in the middle, as in files of PCM.
-        name: what errors call them.
+        samples: samples of any shape: floating point, which is not scaled; or integers of any
+            width, where unsigned ones have silence in the middle, as in PCM files.
+        name: name of the samples in error messages.
+
+    Returns:
+        float32, in the shape of `samples`.
 
     Raises:
-        ValueError: If it has another dtype.
+        ValueError: If `samples` have another dtype.
     """
     if samples.dtype.kind in "iu":
         info = np.iinfo(samples.dtype)
@@ -85,23 +88,25 @@ def full_scale(samples: NDArray, name: str) -> NDArray[np.float32]:
         return ((samples.astype(np.float64) - silence) / scale).astype(np.float32)
     if samples.dtype.kind != "f":
         raise ValueError(f"{name} ({samples.dtype}) must be of floating point or integers")
-    with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite
+    with np.errstate(over="ignore"):  # values beyond the range of float32 become infinite
         return samples.astype(np.float32)
 
 
 def load_wav(source: Any, sample_rate: int) -> NDArray[np.float32]:
-    """Reads a recording as one channel at the rate a model expects.
+    """Reads a recording as one channel at a given sampling rate.
 
     Args:
-        source: a file that libsndfile reads (wav, flac, ogg, mp3 and others): its path, or what
-            else `as_source` reads from.
-        sample_rate: samples a second of the result; other rates are resampled.
+        source: a file that libsndfile reads (wav, flac, ogg, mp3 and others): a path, or any other
+            form that `as_source` accepts.
+        sample_rate: sampling rate of the result in Hz; other rates are resampled.
 
     Returns:
-        `[samples]` float32, the channels averaged, full scale at 1.
+        `[samples]` float32, averaged over channels, full scale at 1.
 
     Raises:
-        ValueError: If the file is missing, damaged, no recording, empty, or holds NaN or infinity.
+        ValueError: If the file is missing, damaged, not a recording, empty, or has NaN or infinite
+            samples.
+        ModuleNotFoundError: If soundfile or SciPy is not installed.
     """
     with needed_by("reading sound"):
         import soundfile
@@ -112,7 +117,7 @@ def load_wav(source: Any, sample_rate: int) -> NDArray[np.float32]:
         raise ValueError(f"{name}: expected a recording such as wav; there is no such file")
     try:
         waveform, rate = soundfile.read(source, dtype="float32", always_2d=True)
-    # soundfile's own errors are RuntimeErrors; of headerless files it says TypeError.
+    # soundfile's own errors are RuntimeErrors; headerless files raise TypeError.
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected a readable recording such as wav: {error}") from error
     if waveform.shape[0] == 0:

@@ -1,4 +1,4 @@
-"""Names media files by their content, and remembers the names of files that have not changed."""
+"""Content hashes of media files, cached for files that have not changed."""
 
 import hashlib
 import json
@@ -13,33 +13,33 @@ from unimoe_model.full_disk import naming_full_disk
 
 
 class DigestMemo:
-    """SHA-256 of files by absolute path, size and time of change, in `<root>/digests.jsonl`.
+    """Cache of SHA-256 digests by absolute path, size and modification time of a file.
 
-    A member of a tar goes by where it is in the archive, and by the archive's time of change.
-
-    A second start need not read every file again. Several processes may add to it at a time.
+    A member of a tar is identified by its offset and the archive's modification time. Digests are
+    stored in `<root>/digests.jsonl`, so that files are not read again by later runs. Several
+    processes may add digests at the same time.
 
     Args:
-        root: folder; made when the first digest is kept.
+        root: folder of the cache; created with the first digest.
     """
 
     def __init__(self, root: Path):
         self._path = Path(root) / "digests.jsonl"
         self._digests: dict[tuple[str, int, int], str] = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else ():
-            with suppress(ValueError, TypeError):  # an empty line, or one that a kill tore
+            with suppress(ValueError, TypeError):  # an empty line, or one truncated by a kill
                 path, size, changed, digest = json.loads(line)
                 self._digests[path, size, changed] = digest
 
     def digest(self, path: Media) -> str:
-        """The digest of a file, which is read only if it has changed."""
+        """Returns the digest of a file, which is read only if it has changed."""
         state = _state(path)
         if state in self._digests:
             return self._digests[state]
         digest = _digest(path)
         # A file that changes again within a tick of its file system's clock keeps its time.
         if time.time_ns() - state[2] > 2_000_000_000:
-            # The newline comes first, so that a line which a kill tore spoils no other.
+            # The newline comes first, so that a truncated line does not affect the next.
             line = b"\n" + json.dumps([*state, digest]).encode()
             folder = self._path.parent
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,14 +53,17 @@ class DigestMemo:
 
 
 def content_key(path: Media, memo: DigestMemo | None = None) -> str:
-    """SHA-256 of a file's bytes; of a folder, of the names and bytes of its files in sorted order.
+    """SHA-256 of a file, or of the names and contents of a folder's files in sorted order.
 
     Args:
-        path: a media file, one in a tar, or a folder of frames.
-        memo: remembers the digests of files.
+        path: a media file, a member of a tar, or a folder of frames.
+        memo: cache of file digests.
+
+    Returns:
+        64 hexadecimal digits.
 
     Raises:
-        ValueError: If `path` is neither.
+        ValueError: If `path` does not exist, or is an empty folder.
     """
     digest_of = memo.digest if memo else _digest
     if isinstance(path, TarMember):

@@ -1,4 +1,4 @@
-"""One conversation of a data file: its turns and media, checked key by key."""
+"""Parsing and validation of one conversation of a data file."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from unimoe_model.prompt import PLACEHOLDERS
 
 _KEYS = ("id", *MEDIA_KINDS, "conversations")
 # Of llava_v1_5_mix665k (model), LLaVA-Video-178K (data_source) and Uni_MoE_Speech_v2_with_token
-# (tokens, multi_info): they say nothing that is learned.
+# (tokens, multi_info): metadata without effect on training.
 _PASSED_OVER = ("model", "data_source", "tokens", "multi_info")
 # ShareGPT's turns within llava_v1_5_mix665k have markdown and text beside their value.
 _TURN_KEYS = ("from", "value", "markdown", "text")
@@ -25,13 +25,13 @@ _KINDS = {placeholder: kind for kind, placeholder in PLACEHOLDERS.items()}
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is learned from a line or an item of a data file.
+    """A training sample: one line or item of a data file.
 
     Attributes:
-        id: its name; its number in the file if that gives none.
-        where: file and line or item, such as `data.json item 17`, for errors.
-        turns: what the user says, with a placeholder for each item of media, and the answer.
-        media: kind and file of each item, in the order of the placeholders.
+        id: the sample's `id`; its number in the file by default.
+        where: file and line or item, such as `data.json item 17`, for error messages.
+        turns: pairs of the user's message, with a placeholder for each media item, and the answer.
+        media: kind and file of each media item, in the order of the placeholders.
     """
 
     id: str | int
@@ -47,17 +47,17 @@ def conversation_of(
     where: str,
     may_ask: bool = True,
 ) -> Conversation:
-    """The conversation of a JSON value; `data/conversations.py` says which values there are.
+    """Parses a JSON value in one of the formats of `data/conversations.py`.
 
     Args:
-        fields: the value.
-        number: its number, which is its id if it gives none.
-        place: where the media file of a name is.
-        where: file and line or item.
-        may_ask: whether it may be a question as `unimoe eval` reads it.
+        fields: the JSON value.
+        number: number of the sample in its file, which is its default id.
+        place: returns the file of a media name.
+        where: file and line or item, for error messages.
+        may_ask: whether to accept questions in the format of `unimoe eval`.
 
     Raises:
-        ValueError: Naming the key that is not as described there.
+        ValueError: If the value is not in such a format; the message names the key.
     """
     if may_ask and isinstance(fields, dict) and "conversations" not in fields:
         return _of_sample(sample_of(fields, number, place), where)
@@ -66,7 +66,7 @@ def conversation_of(
 
 def _of_sample(sample: Sample, where: str) -> Conversation:
     if not sample.answers:
-        raise ValueError("answer or answers is missing; training needs what is right")
+        raise ValueError("answer or answers is missing; training requires a reference answer")
     question, answer = sample.question, sample.answers[0]
     if sample.options:
         check_options(sample.options)
@@ -103,7 +103,7 @@ def _of_object(fields: Any, number: int, place: Callable[[str], Media], where: s
 
 
 def _text(turn: Any, count: int) -> tuple[str, str]:
-    """What errors call the text of a turn, and the text."""
+    """Returns the name of a turn's text in error messages, and the text."""
     key = f"conversations turn {count + 1}"
     if not isinstance(turn, dict):
         raise ValueError(f"{key} ({shown(turn)}) must be an object of from and value")
@@ -127,7 +127,7 @@ def _conversation(
     media: dict[str, tuple[Media, ...]],
     added: Sequence[str],
 ) -> Conversation:
-    """Checks texts, questions and answers by turns, and puts media of kinds `added` in front."""
+    """Checks alternating questions and answers, and puts placeholders of kinds `added` first."""
     front = [PLACEHOLDERS[kind] for kind in media if kind in added for _ in media[kind]]
     (key, first), *others = texts
     texts = [(key, "\n".join([*front, first] if first.strip() else front)), *others]

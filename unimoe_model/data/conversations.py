@@ -1,22 +1,22 @@
-r"""Training data of a user's own: conversations about media, in the formats that such data have.
+r"""Reading of training data: conversations about media.
 
-What a file holds says which it is:
+The format is detected from the content of the file:
 
-1. JSON lines of `unimoe eval` (`evaluation/samples.py`), a question each. What is learned is
-   `answer`, or the first of `answers`. A line with `options` is asked as the metric `choice` asks
-   it, for a letter, and so the right option's letter is learned.
-2. JSON lines, a conversation each:
+1. JSON lines in the format of `unimoe eval` (`evaluation/samples.py`), one question per line. The
+   training target is `answer`, or the first of `answers`. With `options`, the question is
+   formatted as for the metric `choice`, and the target is the letter of the correct option.
+2. JSON lines, one conversation per line:
    `{"id": 7, "image": "dog.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"},
    {"from": "gpt", "value": "a dog"}]}`. `image`, `video`, `speech` and `audio` are a path or a list
-   of paths; `user` and `assistant` are other names of `human` and `gpt`; `id` may be left out, and
-   need not be unique.
+   of paths; `user` and `assistant` are synonyms of `human` and `gpt`; `id` is optional and need
+   not be unique.
 3. One JSON array of such conversations, as LLaVA publishes them.
 
-Media go where the placeholders `<image>`, `<video>`, `<speech>` and `<audio>` stand in the
-questions, the first file of a kind at its first placeholder. They stay where they are, at the end
-of a question too, as in the published Uni-MoE code; LLaVA's own moves `<image>` to the front. A
-kind without any placeholder comes at the start of the first question, an item a line. In a line of
-`unimoe eval` a placeholder of one kind stands for all: then none is added, as when it is asked.
+Media are inserted at the placeholders `<image>`, `<video>`, `<speech>` and `<audio>` in the
+questions, in order. Placeholders are not moved, as in the published Uni-MoE code; LLaVA moves
+`<image>` to the front. Media of a kind without placeholders come first in the first question, one
+per line. In a question of `unimoe eval`, media are added in this way only if it has no placeholder
+of any kind, as in evaluation.
 """
 
 import hashlib
@@ -37,18 +37,18 @@ from unimoe_model.training.progress import ProgressReporter, reported_bytes
 
 
 class Conversations(Sequence[Conversation]):
-    """The conversations of a data entry in their order, each made when it is asked for.
-
-    Attributes:
-        parts: conversations of each file; their sum is the length.
-        kinds: how many items of each media kind they hold.
-        digest: name of all that is learned from them, 16 hexadecimal digits.
+    """A sequence of the conversations of a data entry, each parsed on access.
 
     Args:
-        get: makes the conversation of a number from 0.
-        parts: see above.
-        kinds: see above.
-        digest: see above.
+        get: returns the conversation of an index from 0.
+        parts: number of conversations per file; their sum is the length.
+        kinds: number of media items by kind.
+        digest: hash of everything that affects training, 16 hexadecimal digits.
+
+    Attributes:
+        parts: number of conversations per file.
+        kinds: number of media items by kind.
+        digest: hash of everything that affects training.
     """
 
     def __init__(
@@ -74,23 +74,23 @@ class Conversations(Sequence[Conversation]):
 def read_conversations(
     path: Path, media_folder: Path | None = None, reporter: ProgressReporter | None = None
 ) -> Conversations:
-    """Checks a file of training data, all of it, before anything is done with it.
+    """Opens a file of training data after checking all of it.
 
-    Of JSON lines only their places are kept, 16 bytes a line; a line is parsed again whenever its
-    conversation is asked for. One JSON array is held in memory as a whole.
+    For JSON lines, only offsets are kept in memory, 16 bytes per line; a line is parsed again
+    whenever its conversation is accessed. A JSON array is held in memory as a whole.
 
     Args:
-        path: file of UTF-8, with a byte order mark or without, in a format of this module.
-        media_folder: what paths of media are relative to; None for the file's own folder.
-        reporter: is told how far it is in a long file.
+        path: UTF-8 file, with or without a byte order mark, in a format of this module.
+        media_folder: folder that media paths are relative to; None for the file's own folder.
+        reporter: shows progress for long files.
 
     Returns:
-        The conversations, at least one. Their digest is of the file's bytes and of the sizes of its
+        The conversations, at least one. Their digest covers the file's bytes and the sizes of its
         media.
 
     Raises:
-        ValueError: Naming file, line or item, and key, for the first that is not as described
-            above; or naming the media files that are missing.
+        ValueError: For the first line or item that is invalid, naming file, line or item, and key;
+            or if media files are missing.
     """
     path = Path(path)
     if media_folder is not None and not Path(media_folder).is_dir():
@@ -112,9 +112,9 @@ def read_conversations(
 
 
 def _tallied(path: Path, conversations: Iterable[Conversation]) -> tuple[dict[str, int], str]:
-    """Number of media by kind, and the digest of their sizes; raises ValueError for missing ones.
+    """Returns the number of media by kind and the digest of their sizes.
 
-    The conversations are gone through once, and all of them before media are reported missing.
+    Raises ValueError for missing media, after one pass over all conversations.
     """
     kinds, sizes = Counter(), SizesDigest()
 
@@ -131,7 +131,7 @@ def _tallied(path: Path, conversations: Iterable[Conversation]) -> tuple[dict[st
 
 
 def _is_array(path: Path) -> bool:
-    """Whether the first character that is no space is a bracket."""
+    """Whether the first character other than white space is an opening bracket."""
     with data_file(path, "JSON lines, or of one JSON array") as file:
         first = file.read(1)
         while first.isspace():

@@ -1,4 +1,4 @@
-"""Features of media items, and how they become the inputs of a batch."""
+"""Features of media items, and their collation into model inputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ SENSES = {"image": "vision", "video": "vision", "speech": "speech", "audio": "au
 
 @dataclass(frozen=True)
 class MediaOptions:
-    """What decides the features of an item beside its encoder.
+    """Settings, other than the encoder, that affect the features of an item.
 
     Attributes:
-        video_num_frames: frames of a video.
-        speech_max_frames: feature rows of a piece of speech.
-        image_aspect_ratio: one of `ASPECT_RATIOS`.
+        video_num_frames: frames sampled from a video.
+        speech_max_frames: maximum number of feature frames per piece of speech.
+        image_aspect_ratio: `"square"` (centre crop) or `"pad"`.
     """
 
     video_num_frames: int
@@ -33,13 +33,13 @@ class MediaOptions:
 
 @dataclass(frozen=True)
 class EncodedMedia:
-    """What the model is given of one item of media.
+    """Features of one media item.
 
     Attributes:
-        pieces: features of the encoder, `[rows, C]` float32 each, `[frames, rows, C]` of a video;
-            a recording has one or several.
-        query_states: whether they are what the connector has before its projector instead,
-            `[queries, d]`.
+        pieces: features of the encoder, each `[rows, C]` float32, or `[frames, rows, C]` for a
+            video; a recording has one or more pieces.
+        query_states: whether `pieces` are instead outputs of the connector's body before its
+            projector, `[queries, d]` each.
     """
 
     pieces: tuple[torch.Tensor, ...]
@@ -51,9 +51,9 @@ class Row:
     """A row of a batch.
 
     Attributes:
-        text: with expanded placeholders.
+        text: token ids and labels, with expanded placeholders.
         media: kind and features of each item, in the order of the placeholders.
-        lengths: tokens of each conversation of a packed row; empty where the row is one.
+        lengths: number of tokens of each conversation in a packed row; empty for a row of one.
     """
 
     text: TokenizedText
@@ -64,14 +64,18 @@ class Row:
 def read_media(
     kind: str, item, encoder: FrozenEncoder, options: MediaOptions, frame_seed: int | None = None
 ) -> torch.Tensor | NDArray:
-    """One item as its encoder takes it.
+    """Reads one item into the form that its encoder accepts.
 
     Args:
         kind: media kind.
-        item: a file or what was read from it; `media_items` says what is accepted.
-        encoder: of the kind's sense.
-        options: see there.
-        frame_seed: None chooses the frames of a video evenly, a number at random.
+        item: a file, or its content in any form that `media_items` accepts.
+        encoder: encoder of the media kind.
+        options: settings of the features.
+        frame_seed: seed for drawing the frames of a video at random; None spaces them evenly.
+
+    Returns:
+        uint8 `[H, W, 3]` for an image and `[frames, H, W, 3]` for a video; float32 `[samples]` at
+        the encoder's sampling rate for a recording.
 
     Raises:
         ValueError: If the item is empty, unreadable or has a wrong shape.
@@ -86,7 +90,7 @@ def read_media(
 def encode_media(
     kind: str, items: Sequence, encoder: FrozenEncoder, options: MediaOptions
 ) -> list[list[torch.Tensor]]:
-    """Runs the frozen encoder over items that `read_media` gave; the pieces of each."""
+    """Encodes items returned by `read_media`; returns the pieces of each item."""
     padding = {"pad_to_square": True} if options.image_aspect_ratio == "pad" else {}
     if kind == "image":
         return [[piece] for piece in encoder.encode_pictures(items, **padding)]
@@ -98,16 +102,16 @@ def encode_media(
 
 
 def stack_media(kind: str, items: Sequence[EncodedMedia]) -> dict[str, torch.Tensor]:
-    """Model inputs of the items of a kind.
+    """Stacks the items of a media kind into model inputs.
 
     Args:
         kind: media kind.
-        items: in the order of their placeholders, row by row.
+        items: items in the order of their placeholders, row by row.
 
     Returns:
-        `<kind>_features` `[pieces, ..., rows, C]`, filled up with zeros to the longest; where some
-        are shorter, `<kind>_features_mask` `[pieces, rows]` bool, False on what was filled up. Of
-        query states, `<kind>_query_states` `[pieces, queries, d]`. Nothing without items.
+        `<kind>_features` `[pieces, ..., rows, C]` float32, zero-padded to the longest piece; if
+        lengths differ, also `<kind>_features_mask` `[pieces, rows]` bool, False on padding. For
+        query states, `<kind>_query_states` `[pieces, queries, d]`. Empty without items.
 
     Raises:
         ValueError: If some items are query states and others are not.

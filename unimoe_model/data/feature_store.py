@@ -1,9 +1,9 @@
-"""Frozen features of media files, computed once and kept in a few large files.
+"""Cache of frozen features of media files, in a few large files.
 
-A store is a folder. `settings.json` says what its features depend on, `features-00000.bin` and so
-on hold the numbers, `index.jsonl` has one line an item, `.lock` keeps a second writer out. Bytes
-count once a line of the index names them, and they are on the disk before it: a kill at any moment
-leaves whole items only.
+A store is a folder. `settings.json` records what its features depend on, `features-00000.bin` and
+so on hold the numbers, `index.jsonl` has one line per item, and `.lock` excludes a second writer.
+The bytes of an item are synced to disk before its line of the index is written, so that a kill at
+any moment leaves only complete items.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from unimoe_model.full_disk import naming_full_disk
 
 
 class _Item(NamedTuple):
-    """A line of the index; `crc32` is of key, shapes and bytes."""
+    """A line of the index; `crc32` covers key, shapes and bytes."""
 
     key: str
     file: int
@@ -41,22 +41,24 @@ class _Item(NamedTuple):
 class FeatureStore:
     """Features by key, in the folder `<root>/<encoder>-<hash of settings and dtype>`.
 
-    Any number of processes may read. The first `write` makes a process the writer, until `close`;
-    a forked or unpickled copy begins as a reader. A context manager, which closes at its end.
-
-    Attributes:
-        folder: of this store; made by the first `write`.
-        dtype: of the numbers on the disk.
+    Any number of processes may read. The first `write` makes a process the writer until `close`;
+    a forked or unpickled copy starts as a reader. The store is a context manager that closes on
+    exit.
 
     Args:
         root: folder of all stores.
-        settings: JSON values, all that the features depend on beside the media file. The text
-            `"encoder"` is part of the folder's name.
-        dtype: float16 or bfloat16.
-        file_bytes: a data file that would outgrow this is followed by another one.
+        settings: JSON values of everything, except for the media file, that the features depend
+            on. The text of `"encoder"` is part of the folder's name.
+        dtype: dtype of the numbers on disk, float16 or bfloat16.
+        file_bytes: maximum size of a data file in bytes; a new file is started beyond it.
+
+    Attributes:
+        folder: folder of this store, created by the first `write`.
+        dtype: dtype of the numbers on disk.
 
     Raises:
-        ValueError: If an argument is none of these, or `settings.json` does not hold them.
+        ValueError: If `dtype` is not supported, `settings` are not JSON values or lack
+            `"encoder"`, or an existing `settings.json` differs.
     """
 
     def __init__(
@@ -105,11 +107,11 @@ class FeatureStore:
         return len(self._items)
 
     def read(self, key: str) -> list[Tensor]:
-        """The pieces of an item, float32 copies in the shapes that they were written in.
+        """Returns the pieces of an item as float32 copies, in the shapes that were written.
 
         Raises:
-            KeyError: If there is no such item.
-            ValueError: If its bytes are not those that were written.
+            KeyError: If there is no item `key`.
+            ValueError: If the checksum of its bytes is wrong.
         """
         if key not in self._items:
             raise KeyError(f"key ({key}) must be one of the {len(self)} in {self.folder}")
@@ -130,15 +132,16 @@ class FeatureStore:
         return [p.float().reshape(s) for p, s in zip(parts, item.shapes, strict=True)]
 
     def write(self, key: str, pieces: Sequence[Tensor]) -> None:
-        """Appends an item, which this process sees at once; it is durable after `flush`.
+        """Appends an item, visible to this process immediately and durable after `flush`.
 
         Args:
-            key: of its content; nothing is done if it is there already.
-            pieces: at least one; floats, of any shapes.
+            key: key of the item; an existing item is left unchanged.
+            pieces: at least one floating-point tensor, of any shapes.
 
         Raises:
-            ValueError: If a piece is not finite in the store's dtype, or another process writes.
-            OSError: If the disk is full; the items before are whole.
+            ValueError: If `pieces` are empty or not floating point, a piece is not finite in the
+                store's dtype, or another process is the writer.
+            OSError: If the disk is full; earlier items stay intact.
         """
         if key in self:
             return
@@ -157,26 +160,26 @@ class FeatureStore:
                 raise
         crc32 = _checksum(key, shapes, content)
         item = _Item(key, self._number, self._tail, shapes, crc32)
-        # In this order an interrupt in between costs the item at most.
+        # In this order, an interrupt in between loses at most this item.
         self._tail += len(content)
         self._pending.append(item)
         self._items[key] = item
 
     def open(self) -> None:
-        """Makes this process the writer, as the first `write` does, and reads what was flushed.
+        """Makes this process the writer, as the first `write` does, and reads flushed items.
 
         Raises:
-            FolderInUseError: If another process is.
+            FolderInUseError: If another process is the writer.
             OSError: If the disk is full.
         """
         with naming_full_disk(self.folder, "settings.json", 4096):
             self._become_writer()
 
     def flush(self) -> None:
-        """Waits until all that was written is on the disk, and shows it to other processes.
+        """Syncs written items to disk and makes them visible to other processes.
 
         Raises:
-            OSError: If that fails; the store is as it was after the `flush` before.
+            OSError: If syncing fails; the store is then in the state of the previous `flush`.
         """
         if not self._pending or self._writer != os.getpid():
             return
@@ -187,7 +190,7 @@ class FeatureStore:
                 _write_all(self._index, lines, self._position)
                 os.fsync(self._index)
         except OSError:
-            # Another fsync would succeed without having saved what this one could not.
+            # A second fsync would succeed without having saved what this one could not.
             for item in self._pending:
                 self._items.pop(item.key, None)
             self._tail = self._pending[0].offset
@@ -199,10 +202,10 @@ class FeatureStore:
         self._pending = []
 
     def refresh(self) -> None:
-        """Reads what other processes have flushed since.
+        """Reads items that other processes have flushed.
 
         Raises:
-            ValueError: If `settings.json` does not hold this store's settings.
+            ValueError: If `settings.json` differs from this store's settings.
         """
         self._check_settings()
         try:
@@ -214,7 +217,7 @@ class FeatureStore:
         size_of = cache(self._file_size)
         whole = content.rfind(b"\n") + 1
         for line in content[:whole].splitlines():
-            # A power cut may leave anything in lines that no flush has waited for.
+            # After a power failure, lines that were not synced may contain anything.
             with suppress(ValueError, TypeError):
                 item = _Item(**json.loads(line))
                 end = self._end(item)
@@ -224,12 +227,12 @@ class FeatureStore:
         self._position += whole
 
     def wait(self) -> None:
-        """Waits until no other process writes, and reads what was flushed."""
+        """Waits until no other process is the writer, and reads flushed items."""
         self._lock.wait()
         self.refresh()
 
     def close(self) -> None:
-        """Flushes, and lets another process write; a method called later opens again."""
+        """Flushes and releases the lock; later calls reopen the store."""
         try:
             self.flush()
         finally:
@@ -251,8 +254,8 @@ class FeatureStore:
     def _forget(self) -> None:
         self._items: dict[str, _Item] = {}
         self._maps: dict[int, np.ndarray] = {}
-        self._position = 0  # in the index, past its last whole line
-        self._reach: dict[int, int] = {}  # file -> the last byte that a line gives it
+        self._position = 0  # in the index, past its last complete line
+        self._reach: dict[int, int] = {}  # file -> end of its last item in the index
 
     def _check_settings(self) -> None:
         path = self.folder / "settings.json"
@@ -287,7 +290,7 @@ class FeatureStore:
     def _become_writer(self) -> None:
         if self._writer == os.getpid():
             return
-        self._release()  # what a fork has left open
+        self._release()  # files inherited through a fork
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.__enter__()
@@ -299,7 +302,7 @@ class FeatureStore:
                     partial.write_text(json.dumps(self._described, indent=2) + "\n")
             self._index = _open(self.folder / "index.jsonl", self._position)
             number = max(self._reach, default=0)
-            # A line that points past the end of its file would come true if the file grew again.
+            # A line that points past the end of its file would become valid if the file grew.
             cut = self._reach.get(number, 0) > self._file_size(number)
             self._open_data(number + cut)
         except BaseException:
@@ -324,7 +327,7 @@ class FeatureStore:
 
 
 def needed_bytes(shapes: Iterable[Sequence[int]], dtype: torch.dtype) -> int:
-    """Bytes that pieces of these shapes take on the disk."""
+    """Size on disk, in bytes, of pieces with these shapes."""
     return dtype.itemsize * sum(math.prod(shape) for shape in shapes)
 
 
@@ -333,7 +336,7 @@ def _checksum(key: str, shapes: list[list[int]], content: np.ndarray) -> int:
 
 
 def _open(path: Path, size: int) -> FileIO:
-    """Opens a file to write in, made if it is not there, and cuts off what is past `size`."""
+    """Opens a file for writing, creating it if necessary, and truncates it to `size` bytes."""
     path.touch()
     file = path.open("r+b", buffering=0)
     file.truncate(size)

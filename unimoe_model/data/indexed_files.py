@@ -1,4 +1,4 @@
-"""Pieces of large files, read by where they lie: a line of text, a member of a tar."""
+"""Random access to parts of large files: a line of text, or a member of a tar."""
 
 import io
 import os
@@ -9,12 +9,12 @@ from typing import BinaryIO
 
 @dataclass(frozen=True, slots=True)
 class IndexedFile:
-    """A file whose pieces have been located, and which must not change while they are read.
+    """A file with known offsets, which must not change while it is read.
 
     Attributes:
-        path: of the file.
-        size: in bytes, when it was indexed.
-        changed: time of its last change then, in nanoseconds.
+        path: path of the file.
+        size: size in bytes when it was indexed.
+        changed: modification time when it was indexed, in nanoseconds.
     """
 
     path: Path
@@ -23,14 +23,14 @@ class IndexedFile:
 
     @classmethod
     def of(cls, path: Path) -> "IndexedFile":
-        """The file as it is now."""
+        """Records the current size and modification time of a file."""
         stat = path.stat()
         return cls(path, stat.st_size, stat.st_mtime_ns)
 
     def read(self, offset: int, size: int) -> bytes:
-        """The bytes of a piece.
+        """Reads `size` bytes at `offset`.
 
-        A read instead of a memory map: a map kills the process where the file has become shorter.
+        The file is not memory-mapped: a map would kill the process if the file became shorter.
 
         Raises:
             ValueError: If the file has changed since it was indexed.
@@ -49,9 +49,9 @@ class TarMember:
 
     Attributes:
         tar: the archive.
-        name: of the member.
-        offset: of its first byte in the archive.
-        size: in bytes.
+        name: name of the member.
+        offset: offset of its first byte in the archive.
+        size: size in bytes.
     """
 
     tar: IndexedFile
@@ -63,9 +63,9 @@ class TarMember:
         return f"{self.tar.path}:{self.name}"
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """The member as an open file, which holds its bytes in memory; `mode` is that of `Path`."""
+        """Opens the member as an in-memory file; `mode` is ignored, as in `Path.open("rb")`."""
         return io.BytesIO(self.tar.read(self.offset, self.size))
 
 
 Media = Path | TarMember
-"""Where a media file is."""
+"""Location of a media file."""

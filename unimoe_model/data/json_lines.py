@@ -1,4 +1,4 @@
-"""JSON lines of training data: where each begins is kept in memory, and nothing else of it."""
+"""JSON lines of training data, of which only the offsets are held in memory."""
 
 import codecs
 import hashlib
@@ -15,14 +15,14 @@ from unimoe_model.evaluation.samples import line_object, named, require_unique, 
 
 
 class JsonLines:
-    """The conversations of a file of JSON lines, by number; `scanned` comes first.
-
-    Attributes:
-        digest: of the bytes of the file, 16 hexadecimal digits.
+    """The conversations of a JSON lines file by index; `scanned` must be consumed first.
 
     Args:
-        path: of UTF-8 text.
-        place: where the media file of a name is.
+        path: UTF-8 text file.
+        place: returns the file of a media name.
+
+    Attributes:
+        digest: hash of the file's bytes, 16 hexadecimal digits.
     """
 
     def __init__(self, path: Path, place: Callable[[str], Path]):
@@ -35,7 +35,7 @@ class JsonLines:
         return len(self._lines)
 
     def __call__(self, index: int) -> Conversation:
-        """The conversation of a line that is not empty, counted from 0.
+        """Returns the conversation of the `index`-th non-empty line, counted from 0.
 
         Raises:
             ValueError: If the file has changed since it was scanned.
@@ -47,17 +47,17 @@ class JsonLines:
             )
 
     def scanned(self, advance: Callable[[int], None]) -> Iterator[Conversation]:
-        """All conversations, checked, while the places of their lines are noted.
+        """Yields all conversations after checking them, and records the offsets of their lines.
 
         Args:
-            advance: is told the bytes of each line.
+            advance: called with the number of bytes of each line.
 
         Raises:
-            ValueError: Naming file, line and key, for the first line that is no conversation; at
-                the end, for a question whose id an earlier one has.
+            ValueError: For the first line that is not a conversation, naming file, line and key;
+                after the last line, if two questions have the same id.
         """
         starts, lines = array("q", [0]), array("q")
-        # Of questions as `unimoe eval` reads them, whose ids are unique.
+        # Questions in the format of `unimoe eval`, whose ids must be unique.
         asked, ids = array("q"), array("q")
         digest = hashlib.sha256()
         with self._file.path.open("rb") as file:
@@ -82,7 +82,7 @@ class JsonLines:
         self._require_unique(np.frombuffer(asked, np.int64), np.frombuffer(ids, np.int64))
 
     def _require_unique(self, asked: NDArray[np.int64], ids: NDArray[np.int64]) -> None:
-        """Looks at the lines alone whose ids have a hash that occurs twice."""
+        """Checks ids for duplicates, parsing only lines whose hash of the id occurs twice."""
         order = np.argsort(ids, kind="stable")
         equal = np.flatnonzero(np.diff(ids[order]) == 0)
         seen: dict[str, int] = {}

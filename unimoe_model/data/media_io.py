@@ -1,4 +1,4 @@
-"""Reading a user's pictures and videos from files."""
+"""Reading of pictures and videos from files."""
 
 import random
 import re
@@ -24,16 +24,16 @@ _IMAGE_FORMATS = {"PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF", "AVIF"}
 
 
 def load_image(source: Any) -> Tensor:
-    """Reads a picture; of an animated one, the first frame.
+    """Reads a picture, or the first frame of an animated one.
 
     Args:
-        source: a path, or what else `as_source` reads from.
+        source: a path, or any other form that `as_source` accepts.
 
     Returns:
         `[H, W, 3]` uint8, RGB; see `decode_picture`.
 
     Raises:
-        ValueError: If the file is missing, damaged or no picture, or of a mode that is refused.
+        ValueError: If the file is missing, damaged or not a picture, or its mode is not supported.
     """
     source = as_source(source)
     require_file(source, "a picture such as PNG or JPEG")
@@ -51,19 +51,19 @@ def load_video(source: Any, num_frames: int = NUM_FRAMES, seed: int | None = Non
     """Reads a video file, an animated picture, or a folder of pictures.
 
     Args:
-        source: the path, or what else `as_source` reads from. Files other than pictures are read by
-            FFmpeg, through PyAV. Pictures of a folder are frames in the natural order of their
-            names, 2 before 10; hidden files are passed over.
-        num_frames: how many frames to pick; see `pick_frames`.
-        seed: None picks evenly, a number at random.
+        source: a path, or any other form that `as_source` accepts. Files other than pictures are
+            read by FFmpeg, through PyAV. Pictures of a folder are frames in the natural order of
+            their names, 2 before 10; hidden files are ignored.
+        num_frames: number of frames to return; see `pick_frames`.
+        seed: seed for drawing frames at random; None spaces them evenly.
 
     Returns:
         `[num_frames, H, W, 3]` uint8, RGB.
 
     Raises:
-        ValueError: If the file is missing, damaged, holds no pictures, or pictures of several
+        ValueError: If the file is missing or damaged, has no pictures, or pictures of different
             sizes.
-        ModuleNotFoundError: If PyAV is not installed, and the file needs it.
+        ModuleNotFoundError: If the file requires PyAV, which is not installed.
     """
     source = as_source(source)
     if isinstance(source, Path) and source.is_dir():
@@ -92,9 +92,9 @@ def load_video(source: Any, num_frames: int = NUM_FRAMES, seed: int | None = Non
 
 
 def animation_frames(image: Image.Image, num_frames: int, seed: int | None = None) -> list[Tensor]:
-    """Frames of an opened picture, one or many; see `pick_frames`.
+    """Returns frames `[H, W, 3]` uint8 of an open picture, which may be animated.
 
-    The picture that an APNG shows where animations are unknown is none of them.
+    Frames are selected by `pick_frames`. The default image of an APNG is not a frame.
     """
     covers = int(getattr(image, "default_image", False))
     picked = pick_frames(getattr(image, "n_frames", 1) - covers, num_frames, seed)
@@ -106,14 +106,15 @@ def animation_frames(image: Image.Image, num_frames: int, seed: int | None = Non
 
 
 def pick_frames(available: int, wanted: int, seed: int | None = None) -> list[int]:
-    """Indices of `wanted` of `available` frames, in ascending order.
+    """Selects `wanted` of `available` frames; returns their indices in ascending order.
+
+    If there are fewer frames than wanted, some are repeated, evenly spaced.
 
     Args:
-        available: at least 1.
-        wanted: at least 1.
-        seed: None takes every `available // wanted`-th frame from the first one on, as the
-            published code does; a number draws them at random, as the paper says. Of a video with
-            fewer frames than wanted some are repeated, spread evenly.
+        available: number of frames, at least 1.
+        wanted: number of frames to select, at least 1.
+        seed: None selects every `available // wanted`-th frame from the first one on, as the
+            published code does; a number draws frames at random, as the paper describes.
     """
     if available < wanted:
         return np.linspace(0, available - 1, wanted).round().astype(int).tolist()
@@ -134,13 +135,13 @@ def _frame_files(folder: Path) -> list[Path]:
 
 
 def _natural(name: str) -> list[str | int]:
-    """Sorts runs of digits by their value; every second part of the split is one."""
+    """Sort key in which runs of digits compare by value; every second part of the split is one."""
     parts = re.split("([0-9]+)", name)
     return [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def _is_picture(source: Path | BinaryIO) -> bool:
-    """Whether Pillow reads a file; one of a picture's name is, so that its damage is reported."""
+    """Whether Pillow reads a file; True for picture suffixes, so that damage is reported."""
     if isinstance(source, Path) and source.suffix.lower() in _IMAGE_SUFFIXES - {".avif"}:
         return True
     try:

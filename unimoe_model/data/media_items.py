@@ -1,4 +1,4 @@
-"""Media as users hand them over, files or arrays, in the one form that encoders take."""
+"""Conversion of media, given as files or arrays, to the form that encoders accept."""
 
 from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
@@ -13,10 +13,10 @@ from unimoe_model.extras import needed_by
 
 
 def require_readers(kinds: Collection[str]) -> None:
-    """Imports what reads these media kinds from files.
+    """Imports the packages that read files of these media kinds.
 
     Raises:
-        ModuleNotFoundError: If a package is not installed.
+        ModuleNotFoundError: If one is not installed.
     """
     if {"image", "video"} & set(kinds):
         import_module("unimoe_model.data.media_io")
@@ -27,16 +27,15 @@ def require_readers(kinds: Collection[str]) -> None:
 
 
 def as_picture(item, name: str) -> Tensor:
-    """A picture as `[H, W, 3]` uint8.
+    """Converts a picture to `[H, W, 3]` uint8.
 
     Args:
-        item: a file (see `as_source`), a Pillow image, or uint8 `[H, W, 3]`. A Pillow image is
-            decoded as its file would be: turned as its EXIF orientation says, put on white where
-            it is transparent.
-        name: what errors call it.
+        item: a file (see `as_source`), a Pillow image, or uint8 `[H, W, 3]`. Of files and Pillow
+            images, the EXIF orientation is applied and transparency is composited on white.
+        name: name of the item in error messages.
 
     Raises:
-        ValueError: If it is neither, or cannot be read.
+        ValueError: If the item has another form or cannot be read.
     """
     if (source := as_source(item)) is not None:
         from unimoe_model.data.media_io import load_image
@@ -50,17 +49,17 @@ def as_picture(item, name: str) -> Tensor:
 
 
 def as_video(item, num_frames: int, name: str, seed: int | None = None) -> Tensor:
-    """A video as `[num_frames, H, W, 3]` uint8.
+    """Converts a video to `[num_frames, H, W, 3]` uint8.
 
     Args:
         item: a file or a folder of pictures (see `load_video`), an animated Pillow image,
             a list of pictures of one size, or uint8 `[frames, H, W, 3]` with at least one frame.
-        num_frames: how many frames are chosen; see `pick_frames`.
-        name: what errors call it.
-        seed: None chooses evenly, a number at random.
+        num_frames: number of frames to select; see `pick_frames`.
+        name: name of the item in error messages.
+        seed: seed for drawing frames at random; None spaces them evenly.
 
     Raises:
-        ValueError: If it is none of these, or cannot be read.
+        ValueError: If the item has another form or cannot be read.
     """
     from unimoe_model.data.media_io import animation_frames, load_video, pick_frames
 
@@ -81,18 +80,18 @@ def as_video(item, num_frames: int, name: str, seed: int | None = None) -> Tenso
 
 
 def as_recording(item, sample_rate: int, name: str) -> NDArray[np.float32]:
-    """A recording as `[samples]` float32 at `sample_rate`, full scale at 1.
+    """Converts a recording to `[samples]` float32 at `sample_rate`, full scale at 1.
 
     Args:
-        item: a file (see `as_source`); `[samples]` at `sample_rate`; or these with their own rate,
-            as a pair `(samples, rate)` or as the `{"array", "sampling_rate"}` of Hugging Face
+        item: a file (see `as_source`); samples `[n]` at `sample_rate`; or samples with their own
+            rate, as a pair `(samples, rate)` or as the `{"array", "sampling_rate"}` of Hugging Face
             datasets. Samples are floats, or an array or tensor of integers of any width, which are
             scaled.
-        sample_rate: samples a second of the result.
-        name: what errors call it.
+        sample_rate: sampling rate of the result in Hz.
+        name: name of the item in error messages.
 
     Raises:
-        ValueError: If it is none of these, empty, or not finite.
+        ValueError: If the item has another form, or samples are empty or not finite.
     """
     from unimoe_model.data.audio_io import full_scale, load_wav, resample, whole_rate
 
@@ -126,7 +125,7 @@ def _array(item, name: str) -> NDArray:
         if not isinstance(item, Tensor):
             return np.asarray(item)
         item = item.detach().cpu()
-        # NumPy has none of torch's short floats.
+        # NumPy has no bfloat16.
         return (item.float() if item.is_floating_point() else item).numpy()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} ({type(item).__name__}) must be samples [n]: {error}") from error
@@ -139,7 +138,7 @@ def _is_pillow(item) -> bool:
 def _read_pillow(image, name: str, read) -> Tensor:
     try:
         return read(image)
-    # It may be read from its file only now; see load_image.
+    # A lazy image reads its file only here; see load_image.
     except Exception as error:
         raise ValueError(f"{name} (Pillow image, mode {image.mode}): {error}") from error
 

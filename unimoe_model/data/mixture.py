@@ -1,4 +1,4 @@
-"""Orders of samples: which ones a step has, a pure function of the seed and the step."""
+"""Orders of samples: the batch of each step is a pure function of the seed and the step."""
 
 from abc import ABC, abstractmethod
 from array import array
@@ -16,19 +16,19 @@ Item = TypeVar("Item")
 
 
 class Order(ABC, Generic[Item]):
-    """Which samples each step has.
+    """The samples of each step.
 
-    A run that continues from a checkpoint sees the batches it would have seen, and two models
-    trained with one seed see the same ones.
-
-    Attributes:
-        total: samples of all tasks.
+    A run that resumes from a checkpoint sees the same batches as without the interruption, and
+    two models trained with the same seed see the same batches.
 
     Args:
-        tasks: examples by task name.
-        names: of the tasks that are drawn from.
-        seed: any integers that name the run and its stage.
+        tasks: samples by task name.
+        names: names of the tasks to use.
+        seed: integers that identify the run and its stage.
         shuffles: tasks that are shuffled in windows.
+
+    Attributes:
+        total: number of samples of all tasks.
     """
 
     def __init__(
@@ -49,22 +49,22 @@ class Order(ABC, Generic[Item]):
 
     @abstractmethod
     def places(self, step: int, size: int) -> list[tuple[str, int]]:
-        """Task and number in it of the `size` examples of step `step`."""
+        """Task name and index of each of the `size` samples of step `step`."""
 
     def batch(self, step: int, size: int) -> list[Item]:
-        """The `size` examples of step `step`."""
+        """The `size` samples of step `step`."""
         return [self._tasks[name][index] for name, index in self.places(step, size)]
 
 
 class Mixture(Order[Item]):
-    """Draws batches from several tasks by weight, and from each at random.
+    """Draws batches from several tasks by weight, with replacement within each task.
 
-    A task that is shuffled in windows gives its examples in their order instead, pass after pass.
+    A task that is shuffled in windows is instead traversed in that order, pass after pass.
 
     Args:
-        tasks: examples by task name.
+        tasks: samples by task name.
         weights: share of each task in a batch; need not sum to one.
-        seed: any integers that name the run and its stage.
+        seed: integers that identify the run and its stage.
         shuffles: tasks that are shuffled in windows.
 
     Raises:
@@ -91,7 +91,7 @@ class Mixture(Order[Item]):
         self._lock = Lock()
 
     def places(self, step: int, size: int) -> list[tuple[str, int]]:
-        """Task and number in it of the `size` examples of step `step`."""
+        """Task name and index of each of the `size` samples of step `step`."""
         rng, chosen = self._chosen(step, size)
         drawn = self._drawn_before(step, size) if any(self._windows) else []
         found = []
@@ -110,9 +110,9 @@ class Mixture(Order[Item]):
         return rng, rng.choice(len(self._names), size=size, p=self._shares)
 
     def _drawn_before(self, step: int, size: int) -> list[int]:
-        """How many examples of each task the steps before had.
+        """Number of samples of each task in all earlier steps.
 
-        To count them anew takes some seconds in 100,000 steps, and is done once.
+        Counting takes a few seconds per 100,000 steps and is done once.
         """
         tasks = len(self._names)
         with self._lock:
@@ -124,13 +124,13 @@ class Mixture(Order[Item]):
 
 
 class Turns(Generic[Item]):
-    """Mixtures that take turns, a step each.
-
-    Attributes:
-        total: samples of all tasks.
+    """Mixtures that alternate step by step.
 
     Args:
-        mixtures: in their order.
+        mixtures: mixtures in the order of their turns.
+
+    Attributes:
+        total: number of samples of all tasks.
     """
 
     def __init__(self, mixtures: Sequence[Mixture[Item]]):
@@ -138,26 +138,26 @@ class Turns(Generic[Item]):
         self.total = sum(mixture.total for mixture in mixtures)
 
     def places(self, step: int, size: int) -> list[tuple[str, int]]:
-        """Task and number in it of the `size` examples of step `step`."""
+        """Task name and index of each of the `size` samples of step `step`."""
         own, number = divmod(step, len(self._mixtures))
         return self._mixtures[number].places(own, size)
 
     def batch(self, step: int, size: int) -> list[Item]:
-        """The `size` examples of step `step`."""
+        """The `size` samples of step `step`."""
         own, number = divmod(step, len(self._mixtures))
         return self._mixtures[number].batch(own, size)
 
 
 class Epochs(Order[Item]):
-    """Passes over all samples, each in an order of its own.
+    """Passes over all samples, each a new random permutation.
 
-    Each pass is a random permutation of all. Of a task that is shuffled in windows, it says only
-    where in the pass its examples come; these follow in their own order.
+    For a task that is shuffled in windows, the permutation determines only the positions of its
+    samples in the pass; they appear there in the order of the windows.
 
     Args:
-        tasks: examples by task name.
-        repeats: how often each task's examples are seen in a pass.
-        seed: any integers that name the run and its stage.
+        tasks: samples by task name.
+        repeats: how often the samples of each task are seen in a pass.
+        seed: integers that identify the run and its stage.
         shuffles: tasks that are shuffled in windows.
     """
 
@@ -170,11 +170,11 @@ class Epochs(Order[Item]):
     ):
         super().__init__(tasks, list(repeats), seed, shuffles)
         self._ends = np.cumsum([len(tasks[name]) * times for name, times in repeats.items()])
-        # The last batch of a pass ends in the next one.
+        # The last batch of a pass may extend into the next pass.
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def places(self, step: int, size: int) -> list[tuple[str, int]]:
-        """Task and number in it of the `size` examples of step `step`."""
+        """Task name and index of each of the `size` samples of step `step`."""
         passed, found = int(self._ends[-1]), []
         for at in range(step * size, (step + 1) * size):
             number, place = divmod(at, passed)

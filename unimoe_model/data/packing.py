@@ -1,4 +1,4 @@
-"""Several conversations in one row of a batch."""
+"""Packing of several conversations into one row of a batch."""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +10,18 @@ from unimoe_model.tokenization import IGNORED, TokenizedText
 
 
 def packed(rows: Sequence[Row], most: int, least: int = 1) -> list[Row]:
-    """Puts rows together, first-fit: each goes into the first row that has room for it.
+    """Packs rows first-fit: each is appended to the first row with room for it.
 
-    Where shorter rows do for as many of them, they are made so short: a row that is left half empty
+    The row length is then reduced as far as the number of rows allows, because half-empty rows
     would be padded to the longest.
 
     Args:
-        rows: of one conversation each, in the order drawn.
-        most: most tokens of a row; those of one conversation have no more.
-        least: rows that there are at the least: the first so many begin one each.
+        rows: rows of one conversation each, in the order drawn.
+        most: maximum tokens per row; no conversation may be longer.
+        least: minimum number of rows: the first `least` conversations each start a row.
+
+    Returns:
+        The packed rows, with `lengths` set.
     """
     lengths = [len(row.text.ids) for row in rows]
     best = _first_fit(lengths, most, least)
@@ -34,7 +37,7 @@ def packed(rows: Sequence[Row], most: int, least: int = 1) -> list[Row]:
 
 
 def _first_fit(lengths: Sequence[int], most: int, least: int) -> list[list[int]]:
-    """Numbers of the conversations of each row."""
+    """Indices of the conversations in each row."""
     held: list[list[int]] = []
     room: list[int] = []
     for number, length in enumerate(lengths):
@@ -50,15 +53,15 @@ def _first_fit(lengths: Sequence[int], most: int, least: int) -> list[list[int]]
 
 
 def restarting_positions(lengths: Sequence[Sequence[int]], width: int, side: str) -> torch.Tensor:
-    """Position ids that begin at 0 for each conversation, and for the padding.
+    """Position ids that restart at 0 for each conversation and for the padding.
 
-    Without a 2-D attention mask, transformers keeps attention within each such sequence
+    Without a 2-D attention mask, transformers restricts attention to each such sequence
     (`masking_utils.find_packed_sequence_indices`).
 
     Args:
-        lengths: tokens of each conversation, row by row.
-        width: tokens of a row, padding included.
-        side: `"left"` or `"right"`, where the padding is.
+        lengths: number of tokens of each conversation, row by row.
+        width: tokens per row, padding included.
+        side: side of the padding, `"left"` or `"right"`.
 
     Returns:
         `[B, width]` int64.
@@ -72,7 +75,7 @@ def restarting_positions(lengths: Sequence[Sequence[int]], width: int, side: str
 
 
 def _joined(rows: Sequence[Row]) -> Row:
-    # What comes before a conversation's first token is another conversation, or nothing.
+    # A conversation's first token has no label: it must not be predicted from the previous one.
     labels = [label for row in rows for label in (IGNORED, *row.text.labels[1:])]
     ids = [token for row in rows for token in row.text.ids]
     media = tuple(item for row in rows for item in row.media)

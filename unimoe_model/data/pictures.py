@@ -1,4 +1,4 @@
-"""Pillow images of every mode, upright and opaque."""
+"""Decoding of Pillow images of any mode, with orientation applied and transparency removed."""
 
 import numpy as np
 import torch
@@ -29,21 +29,24 @@ _WHITE_IS_ZERO = 0
 
 
 def decode_picture(image: Image.Image) -> Tensor:
-    """Pixels of a Pillow image, as a viewer shows them on a white page.
+    """Decodes a Pillow image as a viewer displays it on a white background.
 
-    The EXIF orientation is applied. 16-bit grey keeps its high byte, float grey is 0 to 1.
+    The EXIF orientation is applied. 16-bit grey keeps its high byte; float grey must be 0 to 1.
+
+    Args:
+        image: an open image; of an animation, the current frame is decoded.
 
     Returns:
-        `[H, W, 3]` uint8, RGB; of an animation, the current frame.
+        `[H, W, 3]` uint8, RGB.
 
     Raises:
-        ValueError: If it is not known which number is white (32-bit integers, floats outside 0 to
-            1), the mode is unknown, or the image has no pixels.
+        ValueError: If the white level is unknown (32-bit integers, floats outside of 0 to 1), the
+            mode is not supported, or the image has no pixels.
     """
     if 0 in image.size:
         raise ValueError(f"size {image.width} x {image.height} must be at least 1 x 1")
     raw_mode = _raw_png_mode(image)
-    # A TIFF is turned by Pillow itself as it is loaded, and loses its orientation then.
+    # Pillow applies the orientation of a TIFF while loading it, and then removes the tag.
     image.load()
     return torch.from_numpy(turned(_pixels(image, raw_mode), *_turn(image)))
 
@@ -62,7 +65,7 @@ def turned(
 
 
 def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pixels `[H, W, 4]` with straight alpha, on white: `[H, W, 3]`."""
+    """Composites pixels `[H, W, 4]` with straight alpha on white; returns `[H, W, 3]` uint8."""
     image = Image.fromarray(rgba)
     white = Image.new("RGBA", image.size, "white")
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
@@ -91,7 +94,7 @@ def _pixels(image: Image.Image, raw_mode: str | None) -> NDArray[np.uint8]:
 
 
 def _grey_of_16_bits(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Grey levels and the numbers that they are made from."""
+    """Grey levels in 8 bits, and the original values."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
     values = np.asarray(image).astype(np.int64)
@@ -110,14 +113,14 @@ def _grey_of_floats(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np.f
 
 
 def _as_rgb(grey: NDArray[np.uint8], values: NDArray, key: int | None = None) -> NDArray[np.uint8]:
-    """Three equal channels; white where `values` are the one that stands for transparency."""
+    """Three equal channels; white where `values` equal the transparent value `key`."""
     if key is not None:
         grey = np.where(values == key, np.uint8(255), grey)
     return np.repeat(grey[..., None], 3, axis=2)
 
 
 def _raw_png_mode(image: Image.Image) -> str | None:
-    """How a PNG that is not loaded yet holds its pixels."""
+    """The raw mode of a PNG that has not been loaded; None for other files."""
     tiles = getattr(image, "tile", None)
     return tiles[0][3] if image.format == "PNG" and tiles else None
 
@@ -126,6 +129,6 @@ def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
     upright = (False, False, False)
     try:
         return _EXIF_TURNS.get(image.getexif().get(ExifTags.Base.Orientation), upright)
-    # Pillow raises errors of many kinds on a damaged EXIF block, and such a one says nothing.
+    # Pillow raises errors of many kinds for a damaged EXIF block, which is ignored.
     except Exception:
         return upright

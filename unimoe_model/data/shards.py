@@ -1,10 +1,10 @@
-"""Training data in tar shards, as WebDataset has them; members are read where they are.
+"""Training data in tar shards in the layout of WebDataset, read in place.
 
-Members of one name up to the first dot are a sample, and stand next to each other: `0001.json` and
-its media, such as `0001.jpg`. The JSON is a conversation or a question, as a line of
-`data/conversations.py`; the sample's name is its id where it gives none. `image`, `video`, `speech`
-and `audio` name members of the sample. A picture or video that it does not name is added by its
-extension; a sound must be named, for it may be speech or any other.
+Consecutive members with the same name up to the first dot form a sample: `0001.json` and its
+media, such as `0001.jpg`. The JSON is a conversation or a question, in the format of a line of
+`data/conversations.py`; its default id is the sample's name. `image`, `video`, `speech` and
+`audio` name members of the sample. A picture or video that is not named is added by its extension;
+a sound must be named, because it may be `speech` or `audio`.
 """
 
 import hashlib
@@ -29,23 +29,23 @@ _EXTENSIONS = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"), "image"),
     **dict.fromkeys(("mp4", "webm", "mkv", "mov", "avi"), "video"),
 }
-"""What tells the kind of a member by itself: GIFs may be pictures or videos."""
+"""Media kind by extension. GIFs are left out, because they may be pictures or videos."""
 
 
 def read_shards(paths: Sequence[Path], reporter: ProgressReporter | None = None) -> Conversations:
-    """Checks all samples of uncompressed tars, and notes where their members are.
+    """Opens uncompressed tar shards after checking all of their samples.
 
     Args:
-        paths: of the shards, in their order.
-        reporter: is told how far it is in long ones.
+        paths: paths of the shards, in order.
+        reporter: shows progress for long shards.
 
     Returns:
         The conversations, at least one; a sample's JSON is read again whenever its conversation is
-        asked for. Their digest is of the JSON's bytes, and of the members' names and sizes.
+        accessed. Their digest covers the JSON's bytes, and the members' names and sizes.
 
     Raises:
-        ValueError: Naming shard and sample, for the first that is not as this module describes, or
-            the shard that is no whole, uncompressed tar.
+        ValueError: For the first invalid sample, naming shard and sample; or if a shard is not a
+            complete, uncompressed tar.
     """
     shards, kinds, digest = _Shards(paths), Counter(), hashlib.sha256()
     size = sum(path.stat().st_size for path in paths)
@@ -64,9 +64,9 @@ def read_shards(paths: Sequence[Path], reporter: ProgressReporter | None = None)
 
 
 class _Shards:
-    """The conversations of shards, by number; every shard is scanned first, in order.
+    """The conversations of shards by index; every shard must be scanned first, in order.
 
-    A sample takes 8 bytes in memory, and each of its members 24 and its name.
+    A sample occupies 8 bytes in memory, and each of its members 24 bytes and its name.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -91,7 +91,7 @@ class _Shards:
         return _conversation(members, index + 1)
 
     def scanned(self, number: int) -> Iterator[tuple[Conversation, list[TarMember]]]:
-        """The samples of a shard, checked, while the places of their members are noted."""
+        """Yields the samples of a shard after checking them, and records their members' offsets."""
         before = len(self._firsts)
         for _, group in groupby(tar_members(self._files[number]), lambda m: sample_name(m.name)):
             members = list(group)
@@ -108,7 +108,7 @@ class _Shards:
 
 
 def sample_name(member: str) -> str:
-    """The name of a member's sample: its path up to the first dot of the file's name."""
+    """Name of a member's sample: its path up to the first dot of the file name."""
     folder, slash, file = member.rpartition("/")
     return f"{folder}{slash}{file.partition('.')[0]}"
 
@@ -138,7 +138,7 @@ def _conversation(members: Sequence[TarMember], number: int) -> Conversation:
 
 
 def _with_unnamed(fields: dict[str, Any], media: dict[str, TarMember]) -> dict[str, list[str]]:
-    """Media that the JSON does not name, by the kind that their extensions tell."""
+    """Media that the JSON does not name, by the kind that their extensions determine."""
     given = {kind: fields[kind] for kind in MEDIA_KINDS if kind in fields}
     files = [
         file for value in given.values() for file in (value if type(value) is list else [value])
@@ -161,7 +161,7 @@ def _with_unnamed(fields: dict[str, Any], media: dict[str, TarMember]) -> dict[s
 
 
 def _full(file: str, media: dict[str, TarMember]) -> str:
-    """The full name of a member that the JSON names, with or without its folder."""
+    """The full name of a member that the JSON names with or without its folder."""
     for name in media:
         if file in (name, name.rpartition("/")[2]):
             return name

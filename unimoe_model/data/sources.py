@@ -1,4 +1,4 @@
-"""Media files in whatever form a user has them: paths, bytes, open files, rows of datasets."""
+"""Sources of media files: paths, bytes, open files, and rows of Hugging Face datasets."""
 
 import io
 import os
@@ -10,14 +10,15 @@ from unimoe_model.data.indexed_files import TarMember
 
 
 def as_source(item: Any) -> Path | BinaryIO | None:
-    """What a file is read from, or None if `item` is no file.
+    """Converts a file in any supported form to a path or a binary file.
 
     Args:
         item: a path, the bytes of a file, a file open for reading, a member of a tar, or the
-            `{"bytes", "path"}` that Hugging Face datasets make of media that are not decoded.
+            `{"bytes", "path"}` of Hugging Face datasets with decoding switched off.
 
     Returns:
-        A path, or a file at its start; an open file is rewound, so that it can be read again.
+        A path, or a seekable file at its start (an open file is rewound); None if `item` is none
+        of these.
     """
     if isinstance(item, Mapping) and ("bytes" in item or "path" in item):
         item = item["path"] if item.get("bytes") is None else item["bytes"]
@@ -36,11 +37,11 @@ def as_source(item: Any) -> Path | BinaryIO | None:
 
 
 def require_file(source: Path | BinaryIO, expected: str) -> None:
-    """Raises ValueError if `source` is the path of no file."""
+    """Raises ValueError if `source` is a path but not that of a file."""
     if isinstance(source, Path) and not source.is_file():
         raise ValueError(f"file {source} must be {expected}; there is no such file")
 
 
 def label(source: Path | BinaryIO) -> str:
-    """What errors call a source."""
+    """Name of a source in error messages."""
     return str(source) if isinstance(source, Path) else f"<{type(source).__name__}>"

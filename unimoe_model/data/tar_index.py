@@ -1,4 +1,4 @@
-"""Where the members of an uncompressed tar are."""
+"""Offsets of the members of an uncompressed tar."""
 
 import tarfile
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ _BLOCK = 512
 
 
 def tar_members(file: IndexedFile) -> Iterator[TarMember]:
-    """The files in a tar, in their order; folders are passed over.
+    """Yields the files of a tar in order, skipping folders.
 
     Raises:
-        ValueError: If it is compressed, cut off or damaged, goes on behind its end, or holds
-            anything but files and folders, such as links.
+        ValueError: If it is compressed, truncated or damaged, has data after its end, or has
+            members other than files and folders, such as links.
     """
     path = file.path
     with path.open("rb") as raw:
@@ -31,7 +31,7 @@ def tar_members(file: IndexedFile) -> Iterator[TarMember]:
     try:
         with tarfile.open(path, "r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members.clear()  # or they would all be kept
+                tar.members.clear()  # tarfile would keep all of them in memory
                 if info.isdir():
                     continue
                 if not info.isreg() or info.issparse():
@@ -44,7 +44,7 @@ def tar_members(file: IndexedFile) -> Iterator[TarMember]:
 
 
 def _require_end(path: Path, end: int) -> None:
-    """Raises ValueError if a tar goes on where tarfile has stopped without an error."""
+    """Raises ValueError if a tar has data after `end`, where tarfile stopped without an error."""
     with path.open("rb") as raw:
         raw.seek(end)
         rest = raw.read(_BLOCK)

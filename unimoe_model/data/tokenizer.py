@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer on user text."""
+"""Training of a byte-level BPE tokenizer on the text of the data."""
 
 from collections.abc import Iterable
 
@@ -15,14 +15,14 @@ LEAST_VOCAB_SIZE = 256 + len(_SPECIAL)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE that knows the media placeholders and the role words as one token.
+    """Trains a byte-level BPE tokenizer in which media placeholders and roles are single tokens.
 
     Args:
-        texts: training texts; the result depends on them and on nothing else.
-        vocab_size: most entries, the special ones and the 256 bytes included.
+        texts: training texts; the result is a deterministic function of them.
+        vocab_size: maximum number of entries, including special tokens and the 256 bytes.
 
     Raises:
-        ValueError: If `vocab_size` has no room for bytes and special tokens.
+        ValueError: If `vocab_size` is too small for bytes and special tokens.
     """
     if vocab_size < LEAST_VOCAB_SIZE:
         raise ValueError(f"vocab_size ({vocab_size}) must be at least {LEAST_VOCAB_SIZE}")

@@ -1,4 +1,4 @@
-"""Frames of the videos that FFmpeg reads, through PyAV."""
+"""Decoding of video files with FFmpeg, through PyAV."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,22 +16,23 @@ from unimoe_model.extras import needed_by
 def stream_frames(
     source: Path | BinaryIO, pick: Callable[[int], Sequence[int]], name: str
 ) -> list[Tensor]:
-    """Decodes a video once to count its frames, for containers lie about it, and once to keep some.
+    """Decodes selected frames of a video.
 
-    Of several streams FFmpeg's choice is taken, which passes over cover pictures. Frames are turned
-    as their display matrix says, transparent ones put on white.
+    The video is decoded twice: once to count its frames, because containers may state a wrong
+    number, and once to keep the selected ones. Of several streams FFmpeg's choice is used, which
+    skips cover pictures. The display matrix is applied, and transparency is composited on white.
 
     Args:
-        source: path, or a file that can be rewound.
-        pick: gives the ascending indices of the frames wanted, of the number that there are.
-        name: what errors call it.
+        source: path, or a seekable file.
+        pick: returns the ascending indices of the frames to keep, given the number of frames.
+        name: name of the video in error messages.
 
     Returns:
-        `[H, W, 3]` uint8, RGB, for each index.
+        A tensor `[H, W, 3]` uint8, RGB, for each index.
 
     Raises:
-        ValueError: If there are no frames, or the rotation is no quarter turn.
-        ModuleNotFoundError: PyAV is not installed.
+        ValueError: If there are no frames, or the rotation is not a multiple of 90 degrees.
+        ModuleNotFoundError: If PyAV is not installed.
     """
     with needed_by(f"video file {name}"):
         import av
@@ -69,7 +70,7 @@ def _pixels(frame) -> NDArray[np.uint8]:
 def _turn(frame) -> tuple[bool, bool, bool]:
     """Arguments of `turned` for the display matrix of a frame.
 
-    It takes column p and row q of a pixel to a p + c q and b p + d q.
+    The matrix maps column p and row q of a pixel to a p + c q and b p + d q.
     """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:

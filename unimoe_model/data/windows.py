@@ -1,4 +1,4 @@
-"""The order of data that are shuffled in windows, so that files are read nearly in sequence."""
+"""Shuffling within windows, so that files are read nearly sequentially."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How data are shuffled.
+    """How the files of a data entry are shuffled.
 
     Attributes:
-        window: samples that are shuffled among each other.
-        parts: samples of each file, in the order of the files.
+        window: number of consecutive samples that are permuted together.
+        parts: number of samples per file, in the order of the files.
     """
 
     window: int
@@ -23,21 +23,20 @@ class Shuffle:
 
 
 class WindowOrder:
-    """Passes over data: the files in a random order, and samples shuffled within windows.
+    """Passes over files in random order, with samples permuted within windows.
 
-    A pass goes through the files one behind the other, each from its first sample to its last, and
-    what it meets is cut into windows of `window` samples, whose insides are permuted. A window may
-    hold the end of a file and the beginning of the next.
+    A pass visits the files one after the other, each from its first sample to its last. This
+    sequence is cut into windows of `window` samples, each of which is permuted. A window may span
+    the end of a file and the beginning of the next.
 
-    A shuffle buffer, as of WebDataset and Hugging Face datasets, holds as many samples and hands
-    out a random one while the next comes in; a sample may so move further than a window. What it
-    holds depends on all that came before: to resume, one must store it or read that much again.
-    Here each draw is a function of the seed and its number alone, so a run resumes at any step, and
-    any number of workers and processes see one order.
+    The shuffle buffers of WebDataset and Hugging Face datasets also hold a fixed number of samples,
+    but their content depends on all earlier samples: to resume, it must be stored, or the data read
+    again. Here each draw is a function of the seed and its number alone, so a run resumes at any
+    step, and any number of workers and processes see the same order.
 
     Args:
-        shuffle: window and files.
-        seed: integers that name the run, its stage, and the data.
+        shuffle: window and sizes of the files.
+        seed: integers that identify the run, its stage, and the data.
     """
 
     def __init__(self, shuffle: Shuffle, seed: Sequence[int]):
@@ -46,12 +45,12 @@ class WindowOrder:
         self._starts = np.cumsum(self._parts) - self._parts
         self._total = int(self._parts.sum())
         self._seed = list(seed)
-        # A step may touch two windows, and so two passes; workers are some steps ahead.
+        # A step may use two windows, and so two passes; workers are a few steps ahead.
         self._files = lru_cache(maxsize=4)(self._draw_files)
         self._inside = lru_cache(maxsize=4)(self._draw_inside)
 
     def index(self, draw: int) -> int:
-        """The sample of a draw, counted from 0 over all passes."""
+        """Index of the sample of draw `draw`, counted from 0 over all passes."""
         number, at = divmod(draw, self._total)
         window, offset = divmod(at, self._window)
         at = window * self._window + int(self._inside(number, window)[offset])
@@ -61,7 +60,7 @@ class WindowOrder:
         return int(self._starts[part]) + at - (ends[place] - int(self._parts[part]))
 
     def _draw_files(self, number: int) -> tuple[list[int], list[int]]:
-        """Files of a pass in their order, and where each ends in it."""
+        """Files of a pass in order, and the end of each in the pass."""
         order = self._rng(number).permutation(len(self._parts))
         return order.tolist(), np.cumsum(self._parts[order]).tolist()
 

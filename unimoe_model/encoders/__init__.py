@@ -1,4 +1,4 @@
-"""Frozen, pretrained encoders: what the model sees and hears with."""
+"""Frozen, pretrained encoders of images, video, speech and audio."""
 
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +11,7 @@ ENCODERS = {
     "whisper-small": ("whisper", "WhisperWindowEncoder"),
     "beats-iter3-plus-as2m": ("beats", "BeatsEncoder"),
 }
-"""Module and class of each encoder, by the name that configurations give it."""
+"""Module and class of each encoder, by its name in configurations."""
 
 _READERS = {
     "vision": ("clip", "ClipImageEncoder", "from_folder"),
@@ -24,15 +24,14 @@ def build_encoder(name: str, sense: str) -> FrozenEncoder:
     """Builds a pretrained encoder by name, or reads one from disk.
 
     Args:
-        name: one of `ENCODERS`; or, by `sense`, the folder of a CLIP or a Whisper in the layout of
-            transformers, or the `.pt` file of a BEATs; or the `module:Class` of a subclass of
-            `FrozenEncoder` with a `pretrained` of its own, which `permit_encoder` has permitted.
+        name: a name in `ENCODERS`; the folder of a CLIP (vision) or Whisper (speech) in the layout
+            of transformers; the `.pt` file of a BEATs (audio); or the `module:Class` of a subclass
+            of `FrozenEncoder` with a class method `pretrained`, permitted by `permit_encoder`.
         sense: `"vision"`, `"speech"` or `"audio"`.
 
     Raises:
-        ValueError: If there is no encoder of that name, no such file or folder, or the class is not
-            permitted.
-        OSError: If its weights are neither here nor can be downloaded.
+        ValueError: If the name is unknown, or the class is not permitted.
+        OSError: If the weights are neither on disk nor can be downloaded.
     """
     name = chosen_encoder(name, sense)
     if name in ENCODERS or is_outside(name):
@@ -43,14 +42,14 @@ def build_encoder(name: str, sense: str) -> FrozenEncoder:
 
 
 def empty_encoder(name: str, sense: str) -> FrozenEncoder:
-    """The encoder of a name without its weights, on the meta device: for its sizes.
+    """Builds an encoder on the meta device, without weights, to inspect its sizes.
 
     Args:
-        name: as in `build_encoder`; of a `.pt` file the weights are read all the same.
-        sense: see there.
+        name: as in `build_encoder`; a `.pt` file is read with its weights.
+        sense: `"vision"`, `"speech"` or `"audio"`.
 
     Raises:
-        ValueError: As `build_encoder`.
+        ValueError: If the name is unknown, or the class is not permitted.
     """
     if name in ENCODERS or is_outside(name):
         return _class(name, sense).empty()

@@ -1,4 +1,4 @@
-"""What the frozen encoders of all modalities have in common."""
+"""Base class of the frozen encoders."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,18 +20,19 @@ def check_waveforms(waveforms: Tensor) -> None:
 
 
 class FrozenEncoder(nn.Module):
-    """A pretrained encoder that is never trained: always in eval mode, no gradients.
+    """A pretrained encoder that is never trained: always in eval mode and without gradients.
 
-    A subclass builds its weights and calls :meth:`freeze` at the end of its `__init__`. Encoders of
-    pictures have `encode_pictures`, those of recordings `sample_rate` and `encode_recording`. One
-    that recipes name `module:Class` has a class method `pretrained`, which loads its weights.
+    A subclass creates its weights and calls :meth:`freeze` at the end of its `__init__`. Encoders
+    of images define `encode_pictures`; encoders of recordings define `sample_rate` (Hz) and
+    `encode_recording`. A subclass that recipes select as `module:Class` also defines a class method
+    `pretrained`, which loads its weights.
 
     Args:
-        name: what the encoder really is, e.g. `"BEATs iter3+"`.
-        feature_size: channels of the features it returns.
-        stand_in_for: the encoder of the paper that it replaces, e.g. `"CLIP ViT-L/14"`;
-            None where it is the paper's own family.
-        picture_tokens: feature rows of a picture; None for recordings.
+        name: name of the encoder, such as `"BEATs iter3+"`.
+        feature_size: width of the features.
+        stand_in_for: the paper's encoder that it replaces, such as `"CLIP ViT-L/14"`; None for the
+            paper's own families.
+        picture_tokens: feature rows per picture; None for recordings.
     """
 
     def __init__(
@@ -49,27 +50,35 @@ class FrozenEncoder(nn.Module):
 
     @classmethod
     def empty(cls) -> Self:
-        """The encoder on the meta device, without weights: for its sizes."""
+        """Builds the encoder on the meta device, without weights, to inspect its sizes."""
         with torch.device("meta"):
             return cls()
 
     def encode_recordings(
         self, recordings: Sequence[NDArray[np.float32]], *max_rows: int
     ) -> list[list[Tensor]]:
-        """`encode_recording` of several; a subclass may run them together."""
+        """Encodes several recordings; a subclass may batch them.
+
+        Args:
+            recordings: `[samples]` float32 each, at `sample_rate`.
+            *max_rows: passed to `encode_recording`.
+
+        Returns:
+            For each recording, the features of its pieces, `[rows, feature_size]`.
+        """
         return [self.encode_recording(samples, *max_rows) for samples in recordings]
 
     def freeze(self) -> None:
-        """Puts every submodule in eval mode and turns off the gradients of all parameters."""
+        """Switches all submodules to eval mode and disables gradients of all parameters."""
         self.train(False)
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
-        """Stays in eval mode whatever `mode` says, so that a host's `train()` is harmless."""
+        """Stays in eval mode whatever `mode` is, so that `train()` of a parent has no effect."""
         return super().train(False)
 
     def fingerprint(self) -> str:
-        """Hash of the name and all weights; a cache of features is valid for this value only."""
+        """Hash of the name and all weights, which identifies cached features."""
         digest = hashlib.sha256(self.name.encode())
         for key, tensor in self.state_dict().items():
             digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -28,10 +28,10 @@ CHUNK_SAMPLES = 30 * SAMPLE_RATE
 
 @dataclasses.dataclass(frozen=True)
 class BeatsConfig:
-    """Sizes of a BEATs encoder, under the names that checkpoints give them.
+    """Sizes of a BEATs encoder, under their names in checkpoints.
 
-    The defaults are those of BEATs_iter3_plus_AS2M. Only networks of its kind are known here: GELU,
-    norms after each block, deep norm, gated relative positions.
+    The defaults are those of BEATs_iter3_plus_AS2M. Only its architecture is supported: GELU,
+    post-norm, deep norm, gated relative positions.
     """
 
     input_patch_size: int = 16
@@ -51,7 +51,7 @@ class BeatsConfig:
         """Reads the `cfg` of a checkpoint.
 
         Raises:
-            ValueError: If a size is missing, or an option asks for another kind of network.
+            ValueError: If a size is missing, or an option is not supported.
         """
         needed = {
             "activation_fn": "gelu",
@@ -71,7 +71,7 @@ class BeatsConfig:
 
 
 class BeatsAttention(nn.Module):
-    """Self-attention whose relative position bias each query scales by two gates of its own."""
+    """Self-attention with a relative position bias that is gated by each query."""
 
     def __init__(self, config: BeatsConfig) -> None:
         super().__init__()
@@ -157,10 +157,10 @@ class BeatsEncoder(FrozenEncoder):
 
     @classmethod
     def pretrained(cls) -> "BeatsEncoder":
-        """The encoder of the paper, with Microsoft's weights, from the folder of `weights_source`.
+        """Loads Microsoft's weights, which the paper uses, from the folder `UNIMOE_ENCODERS`.
 
         Raises:
-            FileNotFoundError: If the folder has no such file; no package and no hub offers it.
+            FileNotFoundError: If the folder has no such file. The weights are not on the hub.
         """
         path = Path(weights_source(FILE, ""))
         if not path.is_file():
@@ -175,9 +175,9 @@ class BeatsEncoder(FrozenEncoder):
         """Reads a published `.pt` file: `{"cfg": ..., "model": ...}`.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is damaged, holds more than tensors and plain values, is of another
-                kind of network, or a tensor is missing, left over or of another shape.
+            FileNotFoundError: If the file does not exist.
+            ValueError: If it is damaged, holds objects other than tensors and plain values, is of
+                another architecture, or a tensor is missing, unexpected or of a wrong shape.
         """
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -195,13 +195,14 @@ class BeatsEncoder(FrozenEncoder):
 
         Args:
             waveforms: `[B, samples]` floating point at 16 kHz, full scale 1.
-            padding_mask: `[B, samples]` bool, True on samples that are filled up; None has none.
+            padding_mask: `[B, samples]` bool, True on padding; None for no padding.
 
         Returns:
             `[B, num_tokens(samples), C]` in the dtype of the weights.
 
         Raises:
-            ValueError: If it has another shape or dtype, or is too short for one token.
+            ValueError: If an argument has a wrong shape or dtype, or clips are shorter than one
+                token.
         """
         check_waveforms(waveforms)
         if self.num_tokens(waveforms.shape[1]) == 0:
@@ -220,16 +221,19 @@ class BeatsEncoder(FrozenEncoder):
             return self.encode_fbank(fbank, padding_mask)
 
     def encode_recording(self, samples: NDArray[np.float32]) -> list[Tensor]:
-        """Encodes a recording of any length: `[1496, C]` of each piece of 30 s.
+        """Encodes a recording of any length in pieces of 30 s.
 
         Args:
             samples: `[samples]` float32 at 16 kHz, full scale 1.
+
+        Returns:
+            Features `[1496, C]` of each piece.
         """
         pieces = zip(*clip_chunks(torch.from_numpy(samples)), strict=True)
         return [self(piece[None], mask[None])[0] for piece, mask in pieces]
 
     def num_tokens(self, samples: int) -> int:
-        """Tokens of a clip: frames and bands over the patch size, each rounded down."""
+        """Number of tokens of a clip: frames and bands divided by the patch size, rounded down."""
         patch = self.config.input_patch_size
         return num_frames(samples) // patch * (MEL_BANDS // patch) if samples >= FRAME else 0
 
@@ -237,13 +241,14 @@ class BeatsEncoder(FrozenEncoder):
         """Encodes log-mel frames.
 
         Args:
-            fbank: `[B, frames, 128]` as `beats_fbank` gives it.
-            padding_mask: `[B, samples]` bool, or None. A frame, and then a token, counts as
-                padding where all of its equal share of the mask is True. As published, the bands of
-                one time share its frames among them, so that some of them may count and others not.
+            fbank: `[B, frames, 128]`, from `beats_fbank`.
+            padding_mask: `[B, samples]` bool, or None. The mask is divided into equal parts, one
+                per frame and then one per token; a frame or token is padding if its whole part is.
+                As in the published code, the frames of a patch are divided among its bands, so
+                that some bands may be padding and others not.
 
         Returns:
-            `[B, tokens, C]`, time-major: all bands of a time come one after the other.
+            `[B, tokens, C]`, time-major: the bands of one time step are adjacent.
         """
         patches = self.patch_embedding(fbank.unsqueeze(1))
         x = self.layer_norm(rearrange(patches, "b c t f -> b (t f) c"))
@@ -253,7 +258,7 @@ class BeatsEncoder(FrozenEncoder):
             mask = coarsened(coarsened(padding_mask.to(x.device), fbank.shape[1]), x.shape[1])
             x = x.masked_fill(mask.unsqueeze(-1), 0)
             key_mask = x.new_zeros(mask.shape).masked_fill(mask, -torch.inf)[:, None, None]
-        # An even kernel makes one position too many.
+        # An even kernel with this padding outputs one extra position.
         positions = self.pos_conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
         x = self.encoder_layer_norm(x + F.gelu(positions))
         position_bias = self._position_bias(x.shape[1])
@@ -262,7 +267,7 @@ class BeatsEncoder(FrozenEncoder):
         return x
 
     def _position_bias(self, tokens: int) -> Tensor:
-        """Bias `[H, n, n]` of a query (rows) on a key (columns) at that distance."""
+        """Position bias `[H, n, n]` of queries (rows) and keys (columns) by their distance."""
         position = torch.arange(tokens, device=self.relative_attention_bias.weight.device)
         distance = position[None, :] - position[:, None]
         buckets = relative_buckets(distance, self.config.num_buckets, self.config.max_distance)
@@ -270,16 +275,19 @@ class BeatsEncoder(FrozenEncoder):
 
 
 def coarsened(mask: Tensor, units: int) -> Tensor:
-    """Mask `[B, units]` of `[B, n]`: True where all of a unit's share is; the rest is cut."""
+    """Reduces a mask `[B, n]` to `[B, units]`: True if all of a unit's equal part is True.
+
+    The remainder of `n / units` is ignored.
+    """
     share = mask.shape[1] // units
     return mask[:, : share * units].unflatten(1, (units, share)).all(-1)
 
 
 def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
-    """Bucket of each distance key - query: half of them for each direction.
+    """Bucket of each distance key - query, with half of the buckets for each direction.
 
-    The first half of those is exact, the others grow logarithmically up to `max_distance` (T5,
-    arXiv 1910.10683).
+    The first half of each direction's buckets is exact, the others grow logarithmically up to
+    `max_distance` (T5, arXiv 1910.10683).
     """
     each = num_buckets // 2
     exact = each // 2
@@ -290,13 +298,13 @@ def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int) -> T
 
 
 def own_names(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `BeatsEncoder` from a published one.
+    """Converts a published state dict to that of `BeatsEncoder`.
 
-    The bias of relative positions is listed there under every layer, and the weight of the
-    positional convolution in two parts: direction and, over each tap of the kernel, length.
+    Published checkpoints repeat the relative position bias in every layer, and store the weight of
+    the positional convolution as a direction and, for each tap of the kernel, a norm.
 
     Raises:
-        ValueError: If the layers' biases differ.
+        ValueError: If the biases of layers differ.
         KeyError: If the convolution is missing.
     """
     state = {}
@@ -318,17 +326,17 @@ def own_names(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def clip_chunks(waveform: Tensor) -> tuple[Tensor, Tensor]:
-    """Cuts one clip of any length into pieces of 30 s, the last one filled up.
+    """Splits a clip of any length into pieces of 30 s and pads the last one.
 
     Args:
         waveform: `[samples]` at 16 kHz, at least one.
 
     Returns:
-        `[n, 480000]`, filled up with the clip's last sample as in the published code, and a mask
-        of that shape, True on what was filled up.
+        The pieces `[n, 480000]`, padded with the clip's last sample as in the published code, and
+        a bool mask of the same shape, True on padding.
 
     Raises:
-        ValueError: If the clip is empty or of another shape.
+        ValueError: If the clip is empty or has a wrong shape.
     """
     if waveform.ndim != 1 or len(waveform) == 0:
         raise ValueError(

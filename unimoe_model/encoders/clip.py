@@ -1,4 +1,4 @@
-"""CLIP's vision transformer: the eyes of the paper (ViT-L/14 at 336 pixels)."""
+"""CLIP's vision transformer, the paper's encoder of images (ViT-L/14 at 336 pixels)."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from unimoe_model.encoders.published import PublishedEncoder
 from unimoe_model.extras import needed_by
 
 LAYER = -2
-"""Whose output the connector reads, as in LLaVA; the last one serves CLIP's own training."""
+"""Layer whose output the connector receives: the last but one, as in LLaVA."""
 
 
 class ClipImageEncoder(PublishedEncoder):
-    """The frozen vision transformer of CLIP over images and frames of videos.
+    """The frozen vision transformer of CLIP, for images and video frames.
 
-    Built with random weights; :meth:`from_folder` reads those of a model of transformers.
+    Built with random weights; :meth:`from_folder` loads those of a transformers model.
 
     Args:
-        config: sizes; None is ViT-L/14 at 336 pixels.
+        config: sizes; by default those of ViT-L/14 at 336 pixels.
     """
 
     repository = "openai/clip-vit-large-patch14-336"
@@ -45,7 +45,7 @@ class ClipImageEncoder(PublishedEncoder):
         self.freeze()
 
     def take_modules(self, model: CLIPVisionModel) -> None:
-        """Takes the whole model."""
+        """Uses the whole model."""
         self.vision_tower = model
 
     def encode_pictures(self, pictures: Sequence[Tensor], pad_to_square: bool = False) -> Tensor:
@@ -53,8 +53,8 @@ class ClipImageEncoder(PublishedEncoder):
 
         Args:
             pictures: `[H, W, 3]` uint8 each.
-            pad_to_square: fills the shorter side with CLIP's mean colour (LLaVA's `pad`) rather
-                than cutting the middle square out.
+            pad_to_square: pads the shorter side with CLIP's mean colour (LLaVA's `pad`) instead
+                of cropping the centre square.
 
         Returns:
             `[n, (size / patch) ** 2, C]`.
@@ -62,7 +62,7 @@ class ClipImageEncoder(PublishedEncoder):
         return self(self.pixel_values(pictures, pad_to_square))
 
     def pixel_values(self, pictures: Sequence[Tensor], pad_to_square: bool = False) -> Tensor:
-        """What `encode_pictures` gives the transformer: `[n, 3, size, size]` float32."""
+        """Preprocesses pictures to the transformer's input, `[n, 3, size, size]` float32."""
         with needed_by("CLIP"):
             from PIL import Image
         from transformers import CLIPImageProcessorPil
@@ -81,13 +81,13 @@ class ClipImageEncoder(PublishedEncoder):
         """Encodes images.
 
         Args:
-            pixel_values: `[..., 3, size, size]` as CLIP's image processor gives them.
+            pixel_values: `[..., 3, size, size]`, from CLIP's image processor.
 
         Returns:
             `[..., (size / patch) ** 2, C]` in the dtype of the weights, without the class token.
 
         Raises:
-            ValueError: If it has another shape.
+            ValueError: If `pixel_values` have a wrong shape.
         """
         size = self.vision_tower.config.image_size
         if pixel_values.ndim < 3 or pixel_values.shape[-3:] != (3, size, size):
@@ -104,7 +104,7 @@ class ClipImageEncoder(PublishedEncoder):
 
 
 def _padded(image, colour: tuple[int, int, int]):
-    """The Pillow image in the middle of a square of its longer side."""
+    """Centres a Pillow image in a square of its longer side."""
     with needed_by("CLIP"):
         from PIL import Image
 

@@ -13,12 +13,12 @@ FRAME = 400  # 25 ms
 SHIFT = 160  # 10 ms
 _FFT = 512
 _PREEMPHASIS = 0.97
-# Of the log-mel values over AudioSet.
+# Statistics of log-mel values over AudioSet.
 _MEAN, _STD = 15.41663, 6.55582
 
 
 def num_frames(samples: int) -> int:
-    """Frames of a clip; what does not fill the last one is left out."""
+    """Number of complete frames of a clip."""
     return max(0, 1 + (samples - FRAME) // SHIFT)
 
 
@@ -51,10 +51,10 @@ def beats_fbank(waveforms: Tensor) -> Tensor:
 
 @functools.cache
 def _tables() -> tuple[Tensor, Tensor]:
-    """Povey's window `[400]` and the filters `[257, 128]`, float64."""
+    """The Povey window `[400]` and the mel filters `[257, 128]`, float64."""
     window = torch.hann_window(FRAME, periodic=False, dtype=torch.float64) ** 0.85
     with warnings.catch_warnings():
-        # The lowest bands are narrower than a bin, so that some hold nothing, in Kaldi as well.
+        # The lowest bands are narrower than a bin, so that some are empty, in Kaldi as well.
         warnings.filterwarnings("ignore", "At least one mel filter has all zero values")
         filters = mel_filter_bank(
             num_frequency_bins=_FFT // 2 + 1,

@@ -1,4 +1,4 @@
-"""Encoders outside this package, named `module:Class`: run only where the user said so."""
+"""Encoders outside this package, named `module:Class`, which run only with permission."""
 
 import re
 import sys
@@ -16,19 +16,19 @@ _CHOSEN: dict[str, str] = {}
 
 
 def is_outside(name: str) -> bool:
-    """Whether a name is that of a class outside this package."""
+    """Whether a name has the form `module:Class`."""
     return _NAME.fullmatch(name) is not None
 
 
 def permit_encoder(name: str, folder: Path) -> None:
-    """Lets this process import the class of a `module:Class`.
+    """Permits this process to import the class of a `module:Class` encoder.
 
-    A model folder may name such an encoder, and must not make code run by that alone: a recipe or
-    the option `--encoders` permits it.
+    A model folder may name such an encoder, but must not run code by itself: a recipe or the
+    option `--encoders` gives the permission.
 
     Args:
-        name: of the encoder; other names need no permission.
-        folder: where the module is looked for beside the packages that are installed and the
+        name: name of the encoder; names of other forms require no permission.
+        folder: folder to search for the module, after installed packages, together with the
             working directory.
     """
     if not is_outside(name):
@@ -40,14 +40,14 @@ def permit_encoder(name: str, folder: Path) -> None:
 
 
 def choose_encoders(path: Path) -> None:
-    """Takes the encoders that a file names, for this process, whatever models name.
+    """Selects encoders for this process, overriding those that models name.
 
     Args:
-        path: YAML with one or more of the keys `vision`, `speech` and `audio`; values as in
-            `build_encoder`. Modules are looked for in its folder too.
+        path: YAML file with one or more of the keys `vision`, `speech` and `audio`, and encoder
+            names as in `build_encoder`. Its folder is also searched for modules.
 
     Raises:
-        ValueError: If the file cannot be read or holds something else.
+        ValueError: If the file cannot be read or has other content.
     """
     try:
         names = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def choose_encoders(path: Path) -> None:
 
 
 def chosen_encoder(name: str, sense: str) -> str:
-    """The encoder that `choose_encoders` took instead of this one."""
+    """The encoder that `choose_encoders` selected for a sense, or `name` by default."""
     return _CHOSEN.get(sense, name)
 
 
@@ -70,7 +70,7 @@ def outside_class(name: str, sense: str) -> type[FrozenEncoder]:
     """The class of a permitted `module:Class`.
 
     Raises:
-        ValueError: If it is not permitted, cannot be imported, or is no `FrozenEncoder`.
+        ValueError: If it is not permitted, cannot be imported, or is not a `FrozenEncoder`.
     """
     if name not in _PERMITTED:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where the weights of the paper's encoders are looked for, and how transformers' are read."""
+"""Locating the weights of the paper's encoders, and loading those of transformers models."""
 
 import os
 from abc import ABC, abstractmethod
@@ -14,11 +14,11 @@ FOLDER_VARIABLE = "UNIMOE_ENCODERS"
 
 
 def weights_source(name: str, repository: str) -> str:
-    """A folder or file of `UNIMOE_ENCODERS`, or else the repository of the Hugging Face hub.
+    """Path in the folder `UNIMOE_ENCODERS` if it exists, else the repository name.
 
     Args:
-        name: of the folder or file below the one that the environment variable names.
-        repository: what transformers downloads, or finds in its cache, where there is none.
+        name: name of the folder or file in the folder that the environment variable names.
+        repository: repository on the Hugging Face hub.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder and (Path(folder) / name).exists():
@@ -27,12 +27,12 @@ def weights_source(name: str, repository: str) -> str:
 
 
 class PublishedEncoder(FrozenEncoder, ABC):
-    """A frozen encoder made of a model of transformers, from whose `config` it is built.
+    """A frozen encoder built from the configuration of a transformers model.
 
     Attributes:
-        repository: of the paper's weights on the Hugging Face hub.
-        model_class: of transformers.
-        model_types: that its `config.json` may name.
+        repository: repository of the paper's weights on the Hugging Face hub.
+        model_class: model class of transformers.
+        model_types: values of `model_type` in `config.json` that are supported.
     """
 
     repository: str
@@ -41,24 +41,24 @@ class PublishedEncoder(FrozenEncoder, ABC):
 
     @abstractmethod
     def take_modules(self, model: PreTrainedModel) -> None:
-        """Puts the modules of a `model_class` in place of the encoder's own."""
+        """Replaces the encoder's modules with those of a `model_class`."""
 
     @classmethod
     def pretrained(cls) -> Self:
-        """The encoder of the paper, with OpenAI's weights; see `weights_source`.
+        """Loads OpenAI's weights, which the paper uses; see `weights_source`.
 
         Raises:
-            OSError: If they are neither here nor can be downloaded.
+            OSError: If they are neither on disk nor can be downloaded.
         """
         return cls.from_folder(weights_source(cls.repository.split("/")[-1], cls.repository))
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
-        """The encoder with the weights of a folder in the layout of transformers.
+        """Loads an encoder from a folder in the layout of transformers.
 
         Raises:
             OSError: If the weights are missing or cannot be read.
-            ValueError: If the folder holds no model, or one of another type.
+            ValueError: If the folder has no model, or one of another type.
         """
         cls._require_type(folder)
         model = cls.model_class.from_pretrained(folder)
@@ -70,10 +70,10 @@ class PublishedEncoder(FrozenEncoder, ABC):
 
     @classmethod
     def empty_from_folder(cls, folder: str | Path) -> Self:
-        """The encoder of a folder on the meta device, without weights: for its sizes.
+        """Builds the encoder of a folder on the meta device, without weights.
 
         Raises:
-            ValueError: If the folder holds no model, or one of another type.
+            ValueError: If the folder has no model, or one of another type.
         """
         cls._require_type(folder)
         config = cls.model_class.config_class.from_pretrained(folder)

@@ -16,10 +16,10 @@ _MEL_FRAMES_PER_POSITION = 2
 class WhisperWindowEncoder(PublishedEncoder):
     """The frozen encoder of a Whisper model.
 
-    Built with random weights; :meth:`from_folder` reads those of a model of transformers.
+    Built with random weights; :meth:`from_folder` loads those of a transformers model.
 
     Args:
-        config: sizes; None is Whisper small.
+        config: sizes; by default those of Whisper small.
     """
 
     repository = "openai/whisper-small"
@@ -43,20 +43,20 @@ class WhisperWindowEncoder(PublishedEncoder):
         self.freeze()
 
     def take_modules(self, model: WhisperModel) -> None:
-        """Takes the encoder and leaves the decoder."""
+        """Uses the encoder of the model, without its decoder."""
         self.encoder = model.encoder
 
     def log_mel(self, samples: NDArray[np.float32]) -> Tensor:
-        """Log-mel frames of a recording, window by window; the last one ends in silence.
+        """Log-mel frames of a recording, window by window; the last one is padded with silence.
 
         Args:
             samples: `[samples]` float32 at 16 kHz, in -1..1.
 
         Returns:
-            `[windows, mel bins, frames]` float32; 80 x 3000 a window of 30 s.
+            `[windows, mel bins, frames]` float32; 80 x 3000 per window of 30 s.
 
         Raises:
-            ValueError: If samples are empty, or of another shape or dtype.
+            ValueError: If samples are empty, or have a wrong shape or dtype.
         """
         if samples.ndim != 1 or samples.size == 0 or samples.dtype.kind != "f":
             raise ValueError(
@@ -65,7 +65,7 @@ class WhisperWindowEncoder(PublishedEncoder):
             )
         starts = range(0, samples.size, self.window_samples)
         windows = [samples[start : start + self.window_samples] for start in starts]
-        # One at a time: the extractor pads what it gets at once to a common length.
+        # One at a time: the extractor would pad a list of windows to a common length.
         return torch.cat(
             [
                 self.feature_extractor(
@@ -86,14 +86,18 @@ class WhisperWindowEncoder(PublishedEncoder):
     def encode_recording(
         self, samples: NDArray[np.float32], max_rows: int | None = None
     ) -> list[Tensor]:
-        """Encodes a recording of any length: `[1500, C]` of each window of 30 s.
+        """Encodes a recording of any length in windows of 30 s.
 
         Args:
             samples: `[samples]` float32 at 16 kHz, in -1..1.
-            max_rows: most rows that a window may have; they cannot be fewer than it has.
+            max_rows: maximum rows per window; must be at least the rows of a window, 1500.
+
+        Returns:
+            Features `[1500, C]` of each window.
 
         Raises:
-            ValueError: If samples are empty, or of another shape or dtype, or max_rows is too low.
+            ValueError: If samples are empty, or have a wrong shape or dtype, or `max_rows` is too
+                low.
         """
         rows = self.encoder.config.max_source_positions
         if max_rows is not None and max_rows < rows:

@@ -1,1 +1,1 @@
-"""What a trained model gets right, and the pictures that show it."""
+"""Evaluation of trained models: metrics and routing statistics."""

@@ -1,4 +1,4 @@
-"""answers.jsonl: one line an answer, written as it is given, so that a stopped run goes on."""
+"""The log `answers.jsonl`, appended output by output, from which a stopped run resumes."""
 
 import json
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ _ANSWERS, _RUN = "answers.jsonl", "run.json"
 
 
 class AnswerLog:
-    """The answers of a run, those of an earlier start of it among them.
+    """The outputs of an evaluation run, including those of an interrupted one.
 
-    A context manager: while it is open, no other process can open the same folder's.
-
-    Attributes:
-        answers: those there are, in the order of `ids`, from its start.
+    A context manager: while it is open, no other process can open a log in the same folder.
 
     Args:
-        folder: where `answers.jsonl` is, and `run.json`, which says what they are answers of.
-        run: all that decides the answers; a folder with another run's answers is refused.
-        ids: of the questions, in order. The earlier start may have gone further than these.
+        folder: folder of `answers.jsonl`, and of `run.json`, which identifies the run.
+        run: everything that determines the outputs; a folder with those of another run is refused.
+        ids: ids of the questions, in order. An earlier run may have covered more of them.
+
+    Attributes:
+        answers: outputs so far, for the first questions of `ids`.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], ids: Sequence[str | int]):
@@ -38,7 +38,7 @@ class AnswerLog:
         """Opens the log.
 
         Raises:
-            ValueError: If the folder holds another run's answers, damaged ones, or is in use.
+            ValueError: If the folder holds outputs of another run or a damaged log, or is in use.
         """
         self._lock.__enter__()
         path = self._folder / _ANSWERS
@@ -52,13 +52,13 @@ class AnswerLog:
         return self
 
     def __exit__(self, *_) -> None:
-        """Closes the log, for others to open."""
+        """Closes the log and releases the folder."""
         if self._file:
             self._file.close()
         self._lock.__exit__()
 
     def append(self, answer: str) -> None:
-        """Writes the answer to the first question that has none, out to the file."""
+        """Appends the output for the next question and flushes the file."""
         line = {"id": self._ids[len(self.answers)], "answer": answer}
         self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
@@ -105,6 +105,6 @@ class AnswerLog:
                     " start anew"
                 ) from error
             answers.append(answer)
-        # What a killed process left of a line goes: its question is asked again.
+        # Drops a line truncated by a kill: its question is asked again.
         self._file.truncate(whole)
         return answers

@@ -1,4 +1,4 @@
-"""`unimoe routing`: the JSON and the picture of which expert takes which modality's tokens."""
+"""Routing statistics by modality, run by `unimoe routing`."""
 
 import json
 from pathlib import Path
@@ -18,18 +18,18 @@ def route_file(
     """Routes the prompts of a data file, one by one, and writes `routing.json` and `routing.png`.
 
     Args:
-        model: checkpoint folder of an MoE model.
-        data: file that `read_samples` reads; answers and options are not looked at.
-        output: folder of what is written.
-        reporter: shows progress; a bar if None.
+        model: folder of an MoE model.
+        data: data file in the format of `read_samples`; answers and options are ignored.
+        output: folder to write.
+        reporter: shows progress; a progress bar by default.
 
     Returns:
-        The counts.
+        The counts per layer, expert and modality.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: For a bad data file, a dense model, or naming the line whose media cannot be
-            read; nothing is written then.
+        ValueError: If the data file is invalid, media cannot be read (the message names the line),
+            or the model is dense; nothing is written.
     """
     with needed_by("routing", "eval"):
         from unimoe_model.evaluation.plots import save_routing_plot

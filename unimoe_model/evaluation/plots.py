@@ -1,4 +1,4 @@
-"""A picture of which expert takes which tokens."""
+"""Plot of routed tokens by expert, layer and modality."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,16 +24,16 @@ def save_routing_plot(
     top_k: int = 1,
     tokens: Mapping[str, int] | None = None,
 ) -> None:
-    """Draws which expert takes which modality's tokens, layer by layer, two panels a row.
+    """Draws a heat map per modality: the share of routed rows by layer and expert.
 
     Args:
-        path: PNG that is written.
-        shares: for each modality, `[layers, E]`, rows summing to one (`routing_shares`).
+        path: PNG file to write.
+        shares: for each modality, `[layers, E]`, rows summing to one (`RoutingCounts.shares`).
         experts: name of each expert.
-        layers: number of each row's decoder layer; 0, 1, 2, ... if None.
-        top_k: experts a token is routed to, each to different ones: no expert can take more than
-            the share `1 / top_k`, which is the darkest colour.
-        tokens: number of each modality's tokens, for the titles.
+        layers: index of each row's decoder layer; None for 0, 1, 2, ...
+        top_k: experts per token. The K experts of a token are distinct, so no share exceeds
+            `1 / top_k`, which is drawn in the darkest colour.
+        tokens: number of tokens of each modality, for the titles.
     """
     height = len(next(iter(shares.values())))
     layers = range(height) if layers is None else layers

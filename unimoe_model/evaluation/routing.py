@@ -1,4 +1,4 @@
-"""Which experts the tokens of each modality go to, layer by layer."""
+"""Statistics of the experts that tokens of each modality are routed to, layer by layer."""
 
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -11,14 +11,14 @@ from unimoe_model.modality import MODALITIES, modality_ids_of
 
 @contextmanager
 def recorded_routing(model, on_device: bool = False):
-    """Collects the chosen experts of every MoE layer while the context is open.
+    """Records the selected experts of every MoE layer while the context is open.
 
     Args:
         model: MoE model.
-        on_device: whether ids stay on the model's device, which waits for no copy.
+        on_device: whether to keep ids on the model's device, which avoids synchronisation.
 
     Yields:
-        A dict from layer number to a list of id tensors `[T, K]`, one a forward pass.
+        A dict from layer index to a list of int32 id tensors `[T, K]`, one per forward pass.
     """
     chosen: dict[int, list[torch.Tensor]] = {index: [] for index, _ in model.moe_layers()}
     hooks = [
@@ -37,17 +37,17 @@ def recorded_routing(model, on_device: bool = False):
 
 
 class RoutingCounts:
-    """Adds up, batch by batch, how many tokens of each modality every expert takes.
-
-    Attributes:
-        layers: numbers of the decoder layers that hold experts.
-        tokens: tokens of each modality seen so far, padding not counted.
+    """Accumulates the number of routed rows per expert, layer and modality over batches.
 
     Args:
         model: MoE model in eval mode.
 
+    Attributes:
+        layers: indices of the decoder layers with experts.
+        tokens: number of tokens of each modality so far, without padding.
+
     Raises:
-        ValueError: If no FFN of the model's LLM was made into experts.
+        ValueError: If the model has no layers whose FFN was replaced by experts.
     """
 
     def __init__(self, model):
@@ -66,10 +66,10 @@ class RoutingCounts:
 
     @torch.inference_mode()
     def add(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Runs a batch through the model and counts.
+        """Runs a batch through the model and adds its routed rows.
 
         Args:
-            inputs: `input_ids` and `attention_mask` `[B, S]`, and the media's features.
+            inputs: `input_ids` and `attention_mask` `[B, S]`, and features of the media.
         """
         on_device = {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
         with recorded_routing(self._model) as chosen:
@@ -85,7 +85,7 @@ class RoutingCounts:
             taken = self._taken[modality]
             for row, layer in enumerate(self.layers):
                 ids = chosen[layer][0][mask.flatten()].flatten().long()
-                # Ids past the experts stand for null experts and choices given up.
+                # Ids beyond the experts are null experts and dropped choices.
                 taken[row] += torch.bincount(ids[ids < taken.shape[1]], minlength=taken.shape[1])
 
     def taken(self) -> dict[str, torch.Tensor]:
@@ -93,11 +93,10 @@ class RoutingCounts:
         return {kind: rows for kind, rows in self._taken.items() if self.tokens[kind]}
 
     def shares(self) -> dict[str, torch.Tensor]:
-        """Share of each modality's routed rows that every expert takes.
+        """Each expert's share of the routed rows of a modality.
 
         Returns:
-            For each modality that occurs, `[layers, E]` float64; every row sums to one (each token
-            counts once for each of its K experts, divided by K).
+            For each modality that occurs, `[layers, E]` float64; rows sum to one.
         """
         return {
             modality: taken.double() / taken.sum(1, keepdim=True).clamp(min=1)

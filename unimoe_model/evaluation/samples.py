@@ -1,9 +1,9 @@
-"""Data files of a user's own: a line of JSON a question, with its media and right answers.
+"""Data files of questions: one JSON object per line, with media and reference answers.
 
     {"id": 7, "question": "what is it?", "image": "dog.png", "answers": ["dog", "a dog"]}
 
-`id` is unique. `image`, `video`, `speech` and `audio` are a path or a list of paths, relative to
-the data file; `question` may be left out where there is media. What is right is `answer` or a list
+`id` must be unique. `image`, `video`, `speech` and `audio` are a path or a list of paths, relative
+to the data file; `question` is optional if there are media. The reference is `answer`, or a list
 `answers`; `options` are the texts of a multiple choice.
 """
 
@@ -29,12 +29,12 @@ class Sample:
     """A line of a data file.
 
     Attributes:
-        id: its name, unique in the file.
-        line: its number in the file, from 1.
-        question: what is asked; may be empty where there is media.
-        media: files of each kind that occurs.
-        answers: what is right; empty if the line does not say.
-        options: texts of a multiple choice.
+        id: id of the question, unique in the file.
+        line: line number in the file, from 1.
+        question: text of the question; may be empty if there are media.
+        media: files by media kind.
+        answers: reference answers; empty if the line has none.
+        options: texts of a multiple choice; empty for other questions.
     """
 
     id: str | int
@@ -46,19 +46,18 @@ class Sample:
 
 
 def read_samples(path: Path, check: Callable[[Sample], None] = lambda sample: None) -> list[Sample]:
-    """Reads and checks a data file, all of it, before anything is done with it.
+    """Reads a data file and checks all of it.
 
     Args:
-        path: file of UTF-8 JSON lines, with a byte order mark or without; empty lines are passed
-            over.
-        check: raises ValueError for a sample that it refuses.
+        path: UTF-8 JSON lines file, with or without a byte order mark; empty lines are skipped.
+        check: raises ValueError for samples to reject.
 
     Returns:
-        The samples in their order, at least one.
+        The samples in order, at least one.
 
     Raises:
-        ValueError: Naming file, line and key, for the first line that is not as described above or
-            that `check` refuses; or naming the media files that are missing.
+        ValueError: For the first line that is invalid or rejected by `check`, naming file, line
+            and key; or if media files are missing.
     """
     path = Path(path)
     samples: list[Sample] = []
@@ -87,7 +86,7 @@ def read_samples(path: Path, check: Callable[[Sample], None] = lambda sample: No
 
 @contextmanager
 def data_file(path: Path, expected: str) -> Iterator[TextIO]:
-    """Opens a file of UTF-8 text; raises ValueError, which says `expected`, if it is none."""
+    """Opens a UTF-8 text file; raises ValueError, with `expected` in its message, if it cannot."""
     if not path.is_file():
         raise ValueError(f"data ({path}) must be a file of {expected}; there is no such file")
     try:
@@ -98,12 +97,12 @@ def data_file(path: Path, expected: str) -> Iterator[TextIO]:
 
 
 def filled_lines(file: TextIO) -> Iterator[tuple[int, str]]:
-    """Numbers, from 1, and texts of the lines that are not empty."""
+    """Yields numbers, from 1, and texts of non-empty lines."""
     return ((number, text) for number, text in enumerate(file, start=1) if text.strip())
 
 
 def line_object(text: str) -> dict[str, Any]:
-    """The JSON object that a line holds; raises ValueError if it holds none."""
+    """Parses the JSON object of a line; raises ValueError if it is not one."""
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -114,10 +113,10 @@ def line_object(text: str) -> dict[str, Any]:
 
 
 def sample_of(fields: dict[str, Any], number: int, place: Callable[[str], Any]) -> Sample:
-    """The sample of a line's JSON object; `place` says where the media file of a name is.
+    """Builds the sample of a line's JSON object; `place` returns the file of a media name.
 
     Raises:
-        ValueError: Naming the key that is not as this module describes.
+        ValueError: For the first invalid key, naming it.
     """
     unknown = [key for key in fields if key not in _KEYS]
     if unknown:
@@ -130,7 +129,7 @@ def sample_of(fields: dict[str, Any], number: int, place: Callable[[str], Any]) 
     if not question.strip() and not media:
         raise ValueError(f"question ({shown(question)}) must ask something where there is no media")
     if "answer" in fields and "answers" in fields:
-        raise ValueError("answer and answers must not both be there")
+        raise ValueError("answer and answers exclude each other")
     answers = ()
     if "answer" in fields:
         if not isinstance(fields["answer"], str) or not fields["answer"].strip():
@@ -145,21 +144,21 @@ def sample_of(fields: dict[str, Any], number: int, place: Callable[[str], Any]) 
 
 
 def name_of(value: Any) -> str | int:
-    """The value of `id`; raises ValueError if it is neither a text nor a whole number."""
+    """Returns the value of `id`; raises ValueError if it is neither a string nor an integer."""
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise ValueError(f"id ({shown(value)}) must be a text or a whole number")
     return value
 
 
 def require_unique(sample: Sample, lines: dict[str, int]) -> None:
-    """Raises ValueError for an id that an earlier line has; `lines` is where each id was."""
+    """Raises ValueError if an earlier line has the same id; `lines` maps ids to line numbers."""
     earlier = lines.setdefault(str(sample.id), sample.line)
     if earlier != sample.line:
         raise ValueError(f"id ({shown(sample.id)}) must be unique; line {earlier} has it too")
 
 
 def media_of(fields: dict[str, Any], place: Callable[[str], Any]) -> dict[str, tuple[Any, ...]]:
-    """Files of each kind that an object names; raises ValueError if they are no paths."""
+    """Files of an object by media kind; raises ValueError if a value is not a path."""
     return {
         kind: tuple(place(name) for name in _texts(fields[kind], kind, "path"))
         for kind in MEDIA_KINDS
@@ -169,12 +168,12 @@ def media_of(fields: dict[str, Any], place: Callable[[str], Any]) -> dict[str, t
 
 @lru_cache(maxsize=1 << 16)
 def located(folder: Path, name: str) -> Path:
-    """A file of a folder, one object for all lines: making one takes longer than reading a line."""
+    """A file of a folder, cached because creating a Path takes longer than parsing a line."""
     return folder / name
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: on one line, and not longer than can be read."""
+    """Formats a value for error messages: on one line, truncated if long."""
     return _cut(repr(value), _SHOWN_CHARACTERS)
 
 
@@ -195,19 +194,19 @@ def _texts(value: Any, key: str, noun: str, single: bool = True) -> tuple[str, .
 
 
 def require_files(path: Path, files: Iterable[tuple[str, str, Path]]) -> None:
-    """Checks that all media of a data file are there.
+    """Checks that all media of a data file exist.
 
     Args:
         path: the data file.
-        files: where in it each is named, such as `line 3`, its kind, and its path.
+        files: place in the data file, such as `line 3`, kind, and path of each media file.
 
     Raises:
-        ValueError: Naming the first of the missing and their number.
+        ValueError: If files are missing; the message has their number and names the first ones.
     """
 
     @cache
     def is_there(kind: str, file: Path) -> bool:
-        # A video may be a folder of pictures. A name too long for a file is missing, no OSError.
+        # A video may be a folder of pictures. Unlike stat, these return False for too long names.
         return os.path.exists(file) if kind == "video" else os.path.isfile(file)
 
     missing = [
@@ -225,7 +224,7 @@ def require_files(path: Path, files: Iterable[tuple[str, str, Path]]) -> None:
 
 @contextmanager
 def named(where: str) -> Iterator[None]:
-    """Puts `where` in front of the ValueErrors of what is done inside."""
+    """Prefixes ValueErrors raised inside with `where`."""
     try:
         yield
     except ValueError as error:
@@ -233,16 +232,16 @@ def named(where: str) -> Iterator[None]:
 
 
 def line_named(path: Path, sample: Sample) -> AbstractContextManager[None]:
-    """Puts file, line and id in front of the ValueErrors of what is done with a sample."""
+    """Prefixes ValueErrors raised inside with the file, line and id of a sample."""
     return named(f"{path} line {sample.line} (id {sample.id!r})")
 
 
 def asked_media(sample: Sample) -> list[tuple[str, Path]]:
-    """Kind and path of each item of a sample."""
+    """Kind and path of each media item of a sample."""
     return [(kind, file) for kind, files in sample.media.items() for file in files]
 
 
 def media_arguments(media: Mapping[str, Sequence]) -> dict[str, list]:
-    """Media by kind as keyword arguments of `Answerer.answer` and `UniMoEProcessor.ask`."""
+    """Converts media by kind to keyword arguments of `Answerer.answer`."""
     names = {"image": "images", "video": "videos", "speech": "speech", "audio": "audio"}
     return {names[kind]: list(items) for kind, items in media.items()}

@@ -1,4 +1,4 @@
-"""`unimoe eval`: a checkpoint answers the questions of a data file, and a metric scores it."""
+"""Evaluation of a model on a data file, run by `unimoe eval`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from unimoe_model.training.progress import BarReporter, ProgressReporter
 from unimoe_model.value_types import require_at_least
 
 MAX_NEW_TOKENS = 512
-"""As the published evaluation has it for short answers and captions."""
+"""The limit of the published evaluation for short answers and captions."""
 
 
 def evaluate_file(
@@ -37,31 +37,31 @@ def evaluate_file(
     batch_size: int = 1,
     features: Callable[[str, Path], Any] | None = None,
 ) -> Score:
-    """Answers greedily, scores, and writes `answers.jsonl` and `score.json`.
+    """Generates outputs greedily, scores them, and writes `answers.jsonl` and `score.json`.
 
-    Answers are written one by one; the same call goes on where an earlier one stopped, and
-    `limit` may be another one then.
+    Outputs are written one by one. The same call resumes after an interruption, and may then have
+    another `limit`.
 
     Args:
-        model: checkpoint folder.
-        data: file that `read_samples` reads.
+        model: model folder.
+        data: data file in the format of `read_samples`.
         metric: one of `METRICS`.
-        output: folder of what is written.
-        max_new_tokens: longest answer, in tokens.
-        limit: only the first so many questions; None for all.
-        reporter: shows progress; a bar if None.
-        batch_size: questions that are answered at once.
-        features: gives what the model is shown of a media file, by kind and path, where that was
-            computed before; None reads the files.
+        output: folder to write.
+        max_new_tokens: maximum tokens per output.
+        limit: maximum number of questions; None for all.
+        reporter: shows progress; a progress bar by default.
+        batch_size: number of questions per batch.
+        features: returns precomputed features of a media file, given its kind and path; None reads
+            and encodes the files.
 
     Returns:
-        What `score.json` holds.
+        The score, which is also written to `score.json`.
 
     Raises:
-        ModuleNotFoundError: If the metric needs a package that is not installed.
-        ValueError: For a bad argument or data file, before anything is written; if `output` holds
-            answers of another model, data file or setting; or naming the line whose media cannot
-            be read.
+        ModuleNotFoundError: If the metric requires a package that is not installed.
+        ValueError: If an argument or the data file is invalid (nothing is written), `output` holds
+            outputs of another model, data file or setting, or media cannot be read (the message
+            names the line).
     """
     require_at_least(1, max_new_tokens=max_new_tokens, limit=limit)
     lines = scored_samples(data, metric, limit)
@@ -86,12 +86,16 @@ def evaluate_file(
 
 
 def scored_samples(data: Path, metric: str, limit: int | None = None) -> list[Sample]:
-    """All samples of a data file, checked for a metric that scores the first `limit` of them.
+    """Reads all samples of a data file and checks them for a metric.
+
+    Args:
+        data: data file in the format of `read_samples`.
+        metric: one of `METRICS`.
+        limit: number of samples that will be scored; None for all.
 
     Raises:
-        ModuleNotFoundError: If the metric needs a package that is not installed.
-        ValueError: If there is no such metric, or the file has a line that it cannot score, or too
-            few of them.
+        ModuleNotFoundError: If the metric requires a package that is not installed.
+        ValueError: If the metric is unknown, a line cannot be scored, or there are too few lines.
     """
     if metric not in METRICS:
         raise ValueError(f"metric ({metric!r}) must be one of {', '.join(METRICS)}")

@@ -1,1 +1,1 @@
-"""The stages of Uni-MoE's training, resumable and deterministic."""
+"""Training in stages, resumable and deterministic."""

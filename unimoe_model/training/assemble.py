@@ -1,4 +1,4 @@
-"""From stage 2 to stage 3: FFNs become the experts of an MoE model, and LoRA is merged."""
+"""Assembly of MoE models from dense ones, and merging of LoRA."""
 
 from collections.abc import Iterator, Mapping
 
@@ -14,7 +14,7 @@ FFN_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 def ffn_state(model: UniMoEForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """A copy of the dense FFN weights of every layer: `<layer>.<gate|up|down>_proj.weight`."""
+    """Copies the dense FFN weights of every layer, by `<layer>.<gate|up|down>_proj.weight`."""
     return {
         f"{index}.{name}.weight": getattr(layer.mlp, name).weight.detach().clone()
         for index, layer in enumerate(model.model.language_model.layers)
@@ -28,22 +28,22 @@ def assemble_moe(
     top_k: int,
     **moe_fields,
 ) -> UniMoEForConditionalGeneration:
-    """Builds the MoE model of stage 3 from a dense model and its FFNs, one set a modality.
+    """Builds an MoE model from a dense model and the FFNs of its experts.
 
     Args:
-        dense: the dense model; attention, embeddings and connectors are taken from it, and its own
-            FFN stays in the layers without experts.
-        experts: `ffn_state` of each expert, in expert order; the names are kept in the
-            configuration as `expert_origins`.
-        top_k: experts a token is routed to.
-        **moe_fields: further MoE fields of `UniMoEConfig` (`moe_layers`, loss
-            coefficients).
+        dense: dense model that provides attention, embeddings, connectors, and the FFNs of layers
+            without experts.
+        experts: `ffn_state` of each expert, in expert order; the names become `expert_origins` of
+            the configuration.
+        top_k: number of experts per token.
+        **moe_fields: further MoE fields of `UniMoEConfig`, such as `moe_layers` and loss
+            coefficients.
 
     Returns:
-        A new model with a router that starts at normal(0, initializer_range).
+        A new model on the same device, with routers drawn from normal(0, initializer_range).
 
     Raises:
-        ValueError: If there are no experts, or the model has MoE layers already.
+        ValueError: If there are no experts, or `dense` already has MoE layers.
     """
     if not experts:
         raise ValueError("experts must hold at least one FFN")
@@ -81,7 +81,7 @@ def _fill_experts(moe: MoE, ffns: list[dict[str, torch.Tensor]], top_k: int) -> 
 
 @torch.no_grad()
 def merge_and_unload_lora(model: UniMoEForConditionalGeneration) -> None:
-    """Adds every LoRA product to its weight and removes the LoRA, in place."""
+    """Merges all LoRA into the weights and removes it, in place."""
     for parent, name, child in list(_lora_linears(model)):
         child.merge()
         setattr(parent, name, child.get_base_layer())

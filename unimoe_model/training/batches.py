@@ -1,4 +1,4 @@
-"""Batches of a stage: samples are drawn, tokenised and padded, a pure function of the step."""
+"""Batches of a stage, as a pure function of the step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -18,19 +18,19 @@ from unimoe_model.training.recipe import Stage
 
 Samples = Mapping[str, Sequence[Conversation]]
 _CACHED_SAMPLES = 1 << 14
-"""Tokenized texts of so many samples are kept; of more, few would be met again in time."""
+"""Maximum number of samples whose tokenized texts are cached; with more, few would be reused."""
 
 
 def sample_order(
     stage: Stage, samples: Samples, seed: int, shuffles: Mapping[str, Shuffle] | None = None
 ) -> Mixture | Turns | Epochs:
-    """What says which samples a step has.
+    """Builds the order in which a stage sees its samples.
 
     Args:
-        stage: its data, weights and seed.
-        samples: conversations by the name of their data.
-        seed: of the run.
-        shuffles: data that are shuffled in windows.
+        stage: stage with its data, weights and seed.
+        samples: conversations by data name.
+        seed: seed of the run.
+        shuffles: data that are shuffled in windows, by name.
     """
     own = {name: samples[name] for name in stage.data}
     if stage.epochs is not None:
@@ -44,15 +44,16 @@ def sample_order(
 
 
 class Batches:
-    """Model inputs and labels of each step, in the parts that go through the model at once.
+    """Model inputs and labels of each step, divided into accumulation parts.
 
     Args:
-        processor: tokenises and pads.
+        processor: tokenizes and pads.
         order: `sample_order` of the stage.
-        stage: says how long samples and parts may be, and whether rows are packed.
-        optimization: its batch size and number of parts.
-        features: gives the features of a media file.
-        ranks: the processes that train together, each of which has a share of every part.
+        stage: stage with its maximum lengths and whether rows are packed.
+        optimization: settings with the batch size and the number of parts.
+        features: returns the features of a media file, given its kind and location.
+        ranks: processes that train together, each of which has a share of every part; None for a
+            single process.
     """
 
     def __init__(
@@ -74,11 +75,11 @@ class Batches:
         self._tokenize = cached if order.total <= _CACHED_SAMPLES else processor.tokenize
 
     def samples(self, step: int) -> list[Conversation]:
-        """The samples of a step, of all processes."""
+        """The samples of a step, over all processes."""
         return self._order.batch(step, self._optimization.batch_size)
 
     def places(self, step: int) -> list[tuple[str, int]]:
-        """Data and number in it of each of the samples of a step."""
+        """Data name and index of each sample of a step."""
         return self._order.places(step, self._optimization.batch_size)
 
     def __call__(self, step: int) -> list[dict]:
@@ -100,7 +101,7 @@ class Batches:
         ]
 
     def whole(self, step: int) -> dict:
-        """The whole batch of a step, of all processes, a row a sample."""
+        """The whole batch of a step, over all processes, one sample per row."""
         return self._collate(self._rows(self.samples(step)))
 
     def _rows(self, samples: Sequence[Conversation]) -> list[Row]:
@@ -124,12 +125,12 @@ class Batches:
 
 
 def parts_of(rows: Sequence[Row], tokens: int, least: int) -> list[list[Row]]:
-    """Rows in their order, cut where the padded ones would have more than `tokens`.
+    """Splits the rows of a batch, in order, into parts of at most `tokens` padded tokens.
 
     Args:
-        rows: of a batch.
-        tokens: most tokens of a part, padding included.
-        least: rows that a part has at the least, whatever their length.
+        rows: rows of a batch.
+        tokens: maximum tokens per part, padding included.
+        least: minimum rows per part, whatever their length.
     """
     parts: list[list[Row]] = [[]]
     for row in rows:

@@ -1,4 +1,4 @@
-"""`unimoe train --check`: what a recipe would do, without loading weights."""
+"""Validation and summary of a recipe without loading weights, run by `unimoe train --check`."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,18 +20,19 @@ def check_recipe(
     missing: list[str] | None = None,
     needs: Callable[[Start, dict[str, UniMoEConfig]], Iterable[str]] | None = None,
 ) -> Iterator[str]:
-    """Lines that list stages, their data, and trained and total parameters.
+    """Yields lines that list stages, their data, and trained and total parameters.
 
-    Every model is built on the meta device, where it takes no memory.
+    Models are built on the meta device, without allocating memory.
 
     Args:
-        recipe: what would be trained.
-        data: of the recipe.
-        missing: files and folders that were found missing; more may be added.
-        needs: makes further lines of the start and of the configurations of all stages.
+        recipe: the recipe.
+        data: data of the recipe.
+        missing: missing files and folders found so far; further ones are appended. None raises an
+            error for missing ones.
+        needs: yields further lines, given the start and the configurations of all stages.
 
     Raises:
-        ValueError: For the first thing that is wrong, as training would.
+        ValueError: For the first error in the recipe, as in training.
     """
     counts = data.counts()
     yield f"recipe {recipe.path}"
@@ -85,9 +86,9 @@ def _prompts(start: Start) -> str:
 
 
 def _require_media(recipe: Recipe, stage: Stage, data: RecipeData) -> None:
-    """Raises ValueError if a stage trains a connector and its data hold nothing to pass it."""
+    """Raises ValueError if a stage trains a connector for which its data have no media."""
     if not all(data.samples[name] for name in stage.data):
-        return  # files that are missing are listed as such
+        return  # missing files are listed separately
     held = {kind for name in stage.data for kind in data.kinds[name]}
     read = {"image" if kind == "video" else kind for kind in held}
     for part in stage.train:
@@ -111,7 +112,7 @@ def _require_divisible(recipe: Recipe, stage: Stage, num_experts: int) -> None:
 
 
 def _require_losses_of_tokens(recipe: Recipe, stage: Stage, config: UniMoEConfig) -> None:
-    """Raises ValueError if rows are packed and the model has losses that are means of a row."""
+    """Raises ValueError if rows are packed and the model has losses that are means over a row."""
     for name in ("modality_expert_coef", "modality_kl_coef"):
         value = getattr(config, name)
         if stage.pack and value:
@@ -126,10 +127,10 @@ def stage_config(stage: Stage, configs: dict[str, UniMoEConfig]) -> UniMoEConfig
 
     Args:
         stage: the stage.
-        configs: of the start and of all earlier stages.
+        configs: configurations of the start and of all earlier stages, by name.
 
     Raises:
-        ValueError: If experts are made of a model that has some.
+        ValueError: If experts are assembled from a model that already has experts.
     """
     config = configs[stage.parent]
     fields = config.to_dict()

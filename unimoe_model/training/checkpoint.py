@@ -1,4 +1,4 @@
-"""Checkpoints inside a stage: written whole or not at all, read only if they belong to the run."""
+"""Checkpoints within a stage, written atomically and validated on loading."""
 
 import hashlib
 import json
@@ -16,20 +16,20 @@ from unimoe_model.full_disk import naming_full_disk
 
 
 def fingerprint(settings: Any) -> str:
-    """Short name of everything that decides a stage's result; equal settings, equal name."""
+    """Hash of everything that determines a stage's result, 16 hexadecimal digits."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass
 class Progress:
-    """How far a stage has come.
+    """Progress of a stage.
 
     Attributes:
-        step: optimiser steps done.
-        losses: loss of each of them.
-        tokens: tokens seen, padding not counted.
-        seconds: time spent in them, over all runs.
+        step: number of optimiser steps done.
+        losses: loss of each step.
+        tokens: tokens seen, without padding.
+        seconds: training time in seconds, summed over interruptions.
     """
 
     step: int = 0
@@ -45,22 +45,23 @@ def save_checkpoint(
     parameters: dict[str, torch.nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """Replaces the checkpoint in `folder`; a kill at any moment leaves the old one or the new.
+    """Replaces the checkpoint in `folder`; a kill at any moment leaves the old one or the new one.
 
-    All processes that train together call it (`save_sharded`).
+    All processes that train together must call it (`save_sharded`).
 
     Args:
-        folder: where the checkpoint is.
+        folder: folder of the checkpoint.
         run: fingerprint of the stage.
-        progress: how far it has come.
-        parameters: the parameters being trained, by name.
-        optimizers: the optimisers that hold their state.
+        progress: progress of the stage.
+        parameters: trained parameters by name.
+        optimizers: optimisers of these parameters.
 
     Raises:
-        OSError: If the disk is full, naming what was needed; the old checkpoint is left.
+        OSError: If the disk is full; the message has the bytes required, and the old checkpoint
+            stays intact.
     """
     needed = checkpoint_bytes(parameters, optimizers)
-    left = "the one before it is whole, and the same command goes on from there"
+    left = "the previous one is intact, and the same command resumes from it"
     what = f"the checkpoint of step {progress.step}"
     try:
         with naming_full_disk(folder.parent, what, needed, left):
@@ -76,13 +77,19 @@ def load_checkpoint(
     parameters: dict[str, torch.nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> Progress | None:
-    """Continues from the checkpoint in `folder`, with any number of processes.
+    """Loads the checkpoint in `folder` into parameters and optimisers, on any number of processes.
+
+    Args:
+        folder: folder of the checkpoint.
+        run: fingerprint of the stage.
+        parameters: trained parameters by name, overwritten in place.
+        optimizers: optimisers of these parameters, overwritten in place.
 
     Returns:
-        Its progress, or None if there is no checkpoint; then nothing is changed.
+        Its progress, or None if there is no checkpoint, in which case nothing is changed.
 
     Raises:
-        ValueError: If the checkpoint is of another configuration or cannot be read; then nothing is
+        ValueError: If the checkpoint is of another configuration or cannot be read; nothing is
             changed.
     """
 
@@ -108,7 +115,7 @@ def load_checkpoint(
 def checkpoint_bytes(
     parameters: dict[str, torch.nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
 ) -> int:
-    """Bytes of a checkpoint's tensors."""
+    """Size of a checkpoint's tensors in bytes."""
     states = [v for o in optimizers for values in o.state.values() for v in values.values()]
     tensors = [*parameters.values(), *(v for v in states if isinstance(v, torch.Tensor))]
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -118,7 +125,7 @@ def completed_run(folder: Path, run: str) -> bool:
     """Whether the stage in `folder` is complete.
 
     Raises:
-        ValueError: If it is complete, but of another configuration than `run`, or unreadable.
+        ValueError: If it is complete but its fingerprint differs from `run`, or it is unreadable.
     """
     path = folder / "metrics.json"
     if not path.exists():
@@ -138,7 +145,7 @@ def completed_run(folder: Path, run: str) -> bool:
 
 
 def discard_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint that the stage's result has replaced; one process calls it."""
+    """Removes the checkpoint of a completed stage; called by one process."""
     recover_folder(folder)
     for path in (folder, _fresh(folder)):
         shutil.rmtree(path, ignore_errors=True)

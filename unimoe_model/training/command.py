@@ -1,4 +1,4 @@
-"""`unimoe train`: a recipe from reading to the model folder."""
+"""Training of a recipe from start to finish, run by `unimoe train`."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -37,36 +37,36 @@ def train_recipe(
     tokens_per_second: float | None = None,
     **overrides: Any,
 ) -> Path | None:
-    """Trains what a recipe describes, and prints scores and where the model is.
+    """Trains the model of a recipe; prints evaluation scores and the folder of the model.
 
     Args:
-        path: the recipe.
+        path: recipe file.
         output: folder of the run.
-        features: cache of features; None is `features` in the output.
-        stage: train this one alone.
-        from_stage: train this one and those after it.
-        check: only list what would be done, and what it needs.
-        devices: numbers of devices that the list says what fits on; with `check` alone.
-        device_memory: GiB of one of them, 80 unless given.
-        tokens_per_second: of training, for the hours of the list.
-        **overrides: top-level values that replace the recipe's.
+        features: folder of the feature cache; None for `features` in the output.
+        stage: name of the only stage to train.
+        from_stage: name of the first stage to train.
+        check: whether to check the recipe and print a summary and a forecast instead of training.
+        devices: numbers of devices to forecast memory for; requires `check`.
+        device_memory: memory per device in GiB, 80 by default; requires `check`.
+        tokens_per_second: training speed for the forecast of time; requires `check`.
+        **overrides: top-level values that replace those of the recipe.
 
     Returns:
         The folder of the model; None with `check`, and in processes other than the first.
 
     Raises:
-        ValueError: For a bad recipe, data, or output, before anything is written.
+        ValueError: If the recipe, its data or the output is invalid; nothing is written.
         StoppedError: If a signal ended the run after a checkpoint.
     """
     if not check and (devices or device_memory or tokens_per_second):
-        raise ValueError("devices, device_memory and tokens_per_second are for check alone")
+        raise ValueError("devices, device_memory and tokens_per_second require check")
     own = Devices(tuple(devices), 80.0 if device_memory is None else device_memory)
     require_positive(tokens_per_second=tokens_per_second)
     recipe = load_recipe(path, **overrides)
     for name in recipe.encoder_names:
         permit_encoder(name, path.parent)
     stages = _chosen(recipe, stage, from_stage)
-    disable_progress_bar()  # of transformers, for what takes a moment
+    disable_progress_bar()  # the bars of transformers, for short operations
     reporter = own_reporter() if os.environ.get("RANK", "0") == "0" else SilentReporter()
     if check:
         missing: list[str] = []
@@ -81,7 +81,7 @@ def train_recipe(
         return None
     data = RecipeData(recipe, reporter=reporter)
     for _ in check_recipe(recipe, data):
-        pass  # raises for what does not fit together, before anything is written
+        pass  # raises for inconsistent settings before anything is written
     device = own_device()
     mesh = start_ranks(recipe, device)
     is_first = mesh is None or mesh.get_rank() == 0
@@ -103,7 +103,7 @@ def train_recipe(
             if not is_first:
                 return None
             _print_scores(run, stages)
-        # A stage that is trained alone does not take the place of a later one.
+        # A stage that was trained alone does not replace the model of a later one.
         target = run.publish([s.name for s in recipe.stages if run.is_done(s.name)][-1])
     print(f"model in {target}")
     return target

@@ -1,4 +1,4 @@
-"""Pretrained bodies of connectors: Whisper's decoder for speech, BLIP-2's Q-Former for audio."""
+"""Initialisation of connectors from pretrained models: Whisper (speech) and BLIP-2 (audio)."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.recipe import Recipe
 
 SMALL = "whisper-small"
-"""Has the sizes that `UniMoEConfig` has by itself."""
+"""The Whisper whose sizes are the defaults of `UniMoEConfig`."""
 _DECODER_FIELDS = (
     "d_model",
     "decoder_layers",
@@ -31,14 +31,17 @@ _QFORMER_FIELDS = (
 
 
 def connector_sizes(recipe: Recipe, kind: str) -> dict[str, Any] | None:
-    """Fields of the connector's configuration; None keeps the default ones.
+    """Fields of a connector's configuration, from the recipe or its pretrained model.
 
     Args:
-        recipe: gives sizes, or a pretrained body that has some.
+        recipe: the recipe.
         kind: `"speech"` or `"audio"`.
 
+    Returns:
+        The fields; None for the defaults.
+
     Raises:
-        ValueError: If the pretrained body's configuration cannot be read.
+        ValueError: If the configuration of the pretrained model cannot be read.
     """
     connector = getattr(recipe, kind)
     if connector.pretrained is None:
@@ -59,13 +62,13 @@ def connector_sizes(recipe: Recipe, kind: str) -> dict[str, Any] | None:
 
 
 def load_connector_bodies(model: UniMoEForConditionalGeneration, recipe: Recipe) -> None:
-    """Puts the pretrained bodies into the connectors of a model.
+    """Loads pretrained weights into the connectors of a model, except for their projectors.
 
-    Of a Q-Former that read features of another width, the keys and values of its cross-attention
-    stay as they were drawn.
+    If a Q-Former was trained on features of another width, keys and values of its cross-attention
+    keep their initial weights.
 
     Raises:
-        ValueError: If weights cannot be read or do not fit.
+        ValueError: If weights cannot be read or have wrong shapes.
     """
     if recipe.speech.pretrained is not None:
         model.model.speech_connector.load_decoder(_whisper_decoder(recipe.speech.pretrained))

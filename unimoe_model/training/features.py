@@ -1,4 +1,4 @@
-"""Features of the media that a stage trains on: computed once, kept in stores on disk."""
+"""Features of a stage's media, computed once and cached on disk."""
 
 import hashlib
 import time
@@ -21,21 +21,22 @@ from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.stopping import StoppedError, StopRequest
 
 BATCHES = {"image": 32, "video": 4, "speech": 64, "audio": 16}
-"""Items that go through an encoder at once."""
+"""Items per batch of an encoder, by media kind."""
 _FLUSH_SECONDS = 10.0
 KindAndFile = tuple[str, Media]
 
 
 class MediaFeatures:
-    """Features of media files by kind, from stores that are filled as they are needed.
+    """Features of media files by kind, from feature stores that are filled on demand.
 
     Args:
-        processor: names the encoders and their options.
-        folder: of the stores.
-        device: where encoders run.
+        processor: processor with the names of the encoders and their options.
+        folder: folder of the stores.
+        device: device of the encoders.
         precision: `"bf16"` runs the encoders of pictures and speech in bfloat16.
-        reporter: is told of the progress.
-        ranks: the processes that train together; the first one encodes.
+        reporter: shows progress.
+        ranks: processes that train together, of which the first one encodes; None for a single
+            process.
     """
 
     def __init__(
@@ -60,17 +61,20 @@ class MediaFeatures:
         self._states: dict[str, FeatureStore] = {}
 
     def leave_ranks(self) -> None:
-        """From now on this process encodes for itself: the others have ended."""
+        """Makes this process encode for itself, after the others have ended."""
         self._ranks = Ranks()
 
     def prepare(self, media: Iterable[KindAndFile]) -> None:
-        """Encodes what is not there yet; all processes call it.
+        """Encodes media that are not cached; all processes must call it.
 
-        `item` gives features again, whatever `use_query_states` was told before.
+        Resets `use_query_states`, so that `item` returns encoder features.
+
+        Args:
+            media: kind and location of each media file.
 
         Raises:
-            ValueError: If a file cannot be read, naming it.
-            StoppedError: If a signal came; what was encoded is kept.
+            ValueError: If a file cannot be read; the message names it.
+            StoppedError: If a signal stopped it; features encoded so far are kept.
         """
         self._states = {}
         for kind, paths in _by_kind(media).items():
@@ -83,12 +87,13 @@ class MediaFeatures:
     def use_query_states(
         self, kinds: Sequence[str], model: nn.Module, media: Iterable[KindAndFile]
     ):
-        """Runs the frozen bodies of connectors once over their media, for this stage and like ones.
+        """Runs the frozen bodies of connectors over their media and caches the outputs.
 
         Args:
-            kinds: whose connector bodies are not trained; those of recordings have one.
-            model: holds the connectors; it is put in eval mode, so that states hold no dropout.
-            media: what the stage trains on.
+            kinds: media kinds whose connector bodies are frozen; only `"speech"` and `"audio"` have
+                a body.
+            model: model with the connectors; switched to eval mode, so that dropout is inactive.
+            media: kind and location of each media file of the stage.
         """
         for kind, paths in _by_kind(media).items():
             connector = model.model.connector(kind)
@@ -104,7 +109,7 @@ class MediaFeatures:
             )
 
     def item(self, kind: str, path: Media) -> EncodedMedia:
-        """Features of a file, or its query states where the stage uses them."""
+        """Returns the features of a file, or its query states if the stage uses them."""
         states = self._states.get(kind)
         store = self._stores[kind] if states is None else states
         return EncodedMedia(tuple(store.read(self._key(path))), states is not None)
@@ -124,7 +129,7 @@ class MediaFeatures:
     def _fill_alone(
         self, store, title, paths: Sequence[Media], size: int, encode, *options
     ) -> bool:
-        """Computes what is missing; False if another process is at it."""
+        """Computes missing features; returns False if another process is doing so."""
         if all(self._key(path) in store for path in paths):
             return True
         try:
@@ -212,7 +217,7 @@ def _by_kind(media: Iterable[KindAndFile]) -> dict[str, list[Media]]:
 
 
 def _named(path: Media, read, *arguments):
-    """What is read from a file; its errors name the file."""
+    """Calls `read` and adds the file's path to its ValueErrors."""
     try:
         return read(*arguments)
     except ValueError as error:
@@ -221,7 +226,7 @@ def _named(path: Media, read, *arguments):
 
 
 def _body_digest(connector: nn.Module) -> str:
-    """Hash of what a connector has before its projector."""
+    """Hash of a connector's weights, except for its projector."""
     digest = hashlib.sha256()
     for name, tensor in connector.state_dict().items():
         if not name.startswith("projector."):

@@ -1,4 +1,4 @@
-"""Trains the given parameters of a model for one stage; a stopped stage goes on where it was."""
+"""The training loop of a stage, which resumes from its last checkpoint."""
 
 import json
 import math
@@ -43,34 +43,34 @@ def train_stage(
     ranks: Ranks | None = None,
     workers: int = 0,
 ) -> Progress:
-    """Trains `parameters` and nothing else, from a checkpoint if there is one.
+    """Trains `parameters` and no others, resuming from a checkpoint if there is one.
 
-    The first SIGINT or SIGTERM ends it after the step that is running and a checkpoint.
+    The first SIGINT or SIGTERM ends the stage after the current step and a checkpoint.
 
     Args:
         model: model with `hidden_states(**inputs)` and `lm_head`; changed in place.
-        parameters: what is trained, by name; all else is frozen for the stage.
-        batch_of: inputs and labels of a step, the same whenever it is asked; of this process's
-            share. Several parts go through the model one after the other, and their gradients are
-            added up; all processes have as many.
-        settings: length and optimiser.
-        folder: where the checkpoint is kept while the stage runs.
-        run: fingerprint of everything that decides the result.
-        stage: shown with the progress.
-        reporter: is told of the progress.
+        parameters: trained parameters by name; all others are frozen.
+        batch_of: returns the inputs and labels of this process for a step, as a pure function of
+            the step. For a list of parts, gradients are accumulated; all processes must return the
+            same number of parts.
+        settings: length and optimiser of the stage.
+        folder: folder of the checkpoint while the stage runs.
+        run: fingerprint of everything that determines the result.
+        stage: name shown with the progress.
+        reporter: shows progress.
         precision: `"bf16"` (autocast) or `"fp32"`.
-        checkpoint_seconds: time between checkpoints.
-        ranks: the processes that train the model together; None is this one alone.
-        workers: threads that make batches beside training.
+        checkpoint_seconds: seconds between checkpoints.
+        ranks: processes that train together; None for a single process.
+        workers: number of threads that prepare batches.
 
     Returns:
-        Losses, tokens and seconds of the whole stage. The checkpoint stays until `finish_stage`,
-        and weights are divided among processes until `Ranks.unite`.
+        Losses, tokens and seconds of the whole stage. The checkpoint remains until `finish_stage`,
+        and weights stay distributed over processes until `Ranks.unite`.
 
     Raises:
         ValueError: If the checkpoint is of another run, the loss is not finite, or a batch has no
             labels.
-        OSError: If the disk has no room for a checkpoint.
+        OSError: If there is not enough disk space for a checkpoint.
         StoppedError: If a signal ended the stage.
     """
     model.requires_grad_(False)
@@ -92,13 +92,13 @@ def train_stage(
     with StopRequest() as stop, recomputed(model, settings.gradient_checkpointing):
         for step, batch in zip(steps, batches, strict=True):
             set_learning_rates(optimizers, settings, step)
-            # Dropout of a step is the same, however often the stage was interrupted before it.
+            # Makes dropout of a step independent of earlier interruptions.
             torch.manual_seed(zlib.crc32(f"{run}/{step}".encode()))
             place = f"{stage}, step {step}"
             model.zero_grad(set_to_none=True)
             loss, tokens = add_gradients(model, batch, ranks, device, precision, place)
             ranks.clip(parameters.values(), settings.max_grad_norm)
-            # All processes save when the clock of the first one says so, and stop together.
+            # The clock of the first process decides when all of them save; they stop together.
             due = ranks.is_first and time.monotonic() - saved > checkpoint_seconds
             value, tokens, due, signal = ranks.sums(
                 f"loss of {place}", loss, tokens, due, stop.signal
@@ -136,10 +136,10 @@ def add_gradients(
     precision: str,
     place: str,
 ) -> tuple[float, int]:
-    """Loss and tokens of this process's share of a batch; the gradients are in the parameters."""
+    """Runs forward and backward of this process's share of a batch; returns its loss and tokens."""
     parts = [batch] if isinstance(batch, dict) else list(batch)
     labels = sum(count_labels(part) for part in parts)
-    # Alone with one part, the mean of the part is the mean of the batch.
+    # With one process and one part, the mean over the part is the mean over the batch.
     count = ranks.count(labels)
     if count is None and len(parts) > 1:
         count = labels
@@ -152,7 +152,7 @@ def add_gradients(
             with autocast(device, precision):
                 value = answer_loss(model, inputs, None if count is None else count.to(device))
             if not value.requires_grad:
-                # None of the part's media pass what is trained. Processes count on each backward.
+                # The part uses no trained parameter, but all processes must run a backward.
                 value = value + 0 * next(p for p in model.parameters() if p.requires_grad).sum()
             value.backward()
             loss += value.item()
@@ -162,7 +162,7 @@ def add_gradients(
 
 @contextmanager
 def _aux_losses_of(model: nn.Module, parts: int) -> Iterator[None]:
-    """Router losses, which each part injects whole, count as the mean of the parts."""
+    """Scales router losses, which each part injects in full, to their mean over the parts."""
     layers = [module for module in model.modules() if isinstance(module, MoE)] if parts > 1 else []
     for layer in layers:
         layer.aux_loss_scale /= parts
@@ -175,11 +175,11 @@ def _aux_losses_of(model: nn.Module, parts: int) -> Iterator[None]:
 
 @contextmanager
 def recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing for the block."""
+    """Enables gradient checkpointing in the block if `wanted`."""
     if not wanted:
         yield
         return
-    # Called activation checkpointing from transformers 5.24 on.
+    # Named activation checkpointing in transformers 5.24 and later.
     known = hasattr(model, "activation_checkpointing_enable")
     name = "activation_checkpointing" if known else "gradient_checkpointing"
     getattr(model, f"{name}_enable")({"use_reentrant": False})
@@ -190,7 +190,7 @@ def recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def finish_stage(folder: Path, run: str, settings: Optimization, progress: Progress) -> None:
-    """Writes the stage's `metrics.json`, its mark of completion, and drops the checkpoint."""
+    """Writes `metrics.json`, which marks the stage as complete, and removes the checkpoint."""
     metrics = {
         "run": run,
         "settings": asdict(settings),

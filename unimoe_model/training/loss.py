@@ -1,4 +1,4 @@
-"""The loss of a batch: cross entropy of the labelled tokens."""
+"""Cross entropy of the labelled tokens of a batch."""
 
 import contextlib
 
@@ -9,10 +9,10 @@ from unimoe_model.tokenization import IGNORED
 
 
 def autocast(device: torch.device, precision: str):
-    """Context of the forward pass: bfloat16 autocast, or nothing for `"fp32"`.
+    """Context of the forward pass: bfloat16 autocast for `"bf16"`, no effect for `"fp32"`.
 
     Raises:
-        ValueError: If precision is neither `"bf16"` nor `"fp32"`.
+        ValueError: If `precision` is neither `"bf16"` nor `"fp32"`.
     """
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision ({precision!r}) must be 'bf16' or 'fp32'")
@@ -22,12 +22,12 @@ def autocast(device: torch.device, precision: str):
 
 
 def count_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Number of tokens of a batch that the loss is taken of."""
+    """Number of labelled tokens of a batch, an int64 scalar tensor."""
     return (batch["labels"][:, 1:] != IGNORED).sum()
 
 
 def count_tokens(batch: dict[str, torch.Tensor]) -> int:
-    """Number of tokens of a batch, padding left out."""
+    """Number of tokens of a batch, without padding."""
     mask = batch["token_mask"] if "token_mask" in batch else batch["attention_mask"]
     return int(mask.sum())
 
@@ -35,15 +35,18 @@ def count_tokens(batch: dict[str, torch.Tensor]) -> int:
 def answer_loss(
     model: nn.Module, batch: dict[str, torch.Tensor], count: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mean cross-entropy of the answer tokens; the head runs on their positions alone.
+    """Mean cross entropy of the labelled tokens, computing logits at their positions only.
 
-    The prompt is most of a batch, so this skips most of the largest matmul and its softmax.
+    Most tokens of a batch belong to prompts, so this saves most of the largest matmul and softmax.
 
     Args:
-        model: has `hidden_states(**inputs)` and `lm_head`.
+        model: model with `hidden_states(**inputs)` and `lm_head`.
         batch: inputs and labels.
-        count: what the sum is divided by instead of the number of answer tokens in the batch: that
-            of all parts and processes.
+        count: divisor of the summed loss: the labelled tokens of all parts and processes. None for
+            those of this batch.
+
+    Returns:
+        Scalar, at least float32.
     """
     labels = batch["labels"][:, 1:]
     inputs = {k: v for k, v in batch.items() if k != "labels"}

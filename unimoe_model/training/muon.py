@@ -1,6 +1,6 @@
-"""Muon, which multiplies in a dtype of one's choice and orthogonalises equal shapes together.
+"""Muon with a configurable dtype, which orthogonalises matrices of equal shape in one batch.
 
-`torch.optim.Muon` multiplies in bfloat16 whatever the parameters are, one matrix after the other.
+`torch.optim.Muon` always multiplies in bfloat16, one matrix at a time.
 """
 
 import math
@@ -21,15 +21,15 @@ _EPSILON = 1e-7
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Replaces the singular values of matrices by values near 1.
 
-    Five steps of a quintic Newton-Schulz iteration, whose coefficients bring singular values into
-    about 0.7 to 1.2 quickly rather than to 1 exactly.
+    Runs five steps of a quintic Newton-Schulz iteration, whose coefficients bring singular values
+    quickly to about 0.7 to 1.2 instead of exactly to 1.
 
     Args:
         matrices: `[n, rows, columns]`.
-        dtype: of the multiplications.
+        dtype: dtype of the multiplications.
 
     Returns:
-        `[n, rows, columns]` of `dtype`.
+        `[n, rows, columns]` in `dtype`.
 
     Reference: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
     """
@@ -46,17 +46,18 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalised momentum of each matrix.
+    """The Muon optimiser, which steps along the orthogonalised momentum of each matrix.
 
     Args:
-        params: matrices, `[rows, columns]` each.
+        params: matrices `[rows, columns]`.
         lr: learning rate; a step is `lr * sqrt(max(1, rows / columns))` times an orthogonal matrix.
-        momentum: of the running mean of gradients (Nesterov's form).
-        weight_decay: decoupled; parameters shrink by `lr * weight_decay` a step.
-        dtype: what `orthogonalize` multiplies in.
+        momentum: coefficient of the running mean of gradients (Nesterov momentum).
+        weight_decay: decoupled weight decay: each step scales parameters by
+            `1 - lr * weight_decay`.
+        dtype: dtype of the multiplications of `orthogonalize`.
 
     Raises:
-        ValueError: If a parameter is no matrix.
+        ValueError: If a parameter is not a matrix.
 
     Reference: arXiv 2502.16982.
     """
@@ -80,7 +81,11 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Takes one step; a parameter without gradient stays."""
+        """Performs one step; parameters without gradient are unchanged.
+
+        Args:
+            closure: recomputes and returns the loss; optional.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -109,7 +114,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _whole(direction: Tensor) -> Tensor:
-    """A direction whose parts may lie on several processes, all of it on each."""
+    """Gathers a direction that may be sharded over processes."""
     if not isinstance(direction, DTensor):
         return direction
     with collective("direction of Muon"):
@@ -117,7 +122,7 @@ def _whole(direction: Tensor) -> Tensor:
 
 
 def _part(direction: Tensor, parameter: nn.Parameter) -> Tensor:
-    """The part of a direction for the part of a parameter that lies here."""
+    """Shards a direction like its parameter."""
     if not isinstance(parameter, DTensor):
         return direction
     mesh, placements = parameter.device_mesh, parameter.placements

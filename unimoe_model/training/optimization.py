@@ -15,27 +15,30 @@ SCHEDULES = {
     "linear": lambda done: 1 - done,
     "constant": lambda done: 1.0,
 }
-"""What is left of the learning rate's decay, by the share of the steps that are done."""
+"""Learning rate relative to its peak, as a function of the share of the decay that is done."""
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """Length and optimiser of a stage: linear warm-up, then decay.
+    """Length and optimiser of a stage, with linear warm-up and decay of the learning rate.
 
     Attributes:
-        steps: optimiser steps.
-        batch_size: examples a step.
-        learning_rate: highest learning rate of AdamW.
-        muon_learning_rate: highest learning rate of Muon, which then trains the matrices of the
-            decoder layers; None leaves them to AdamW.
-        schedule: `"cosine"`, `"linear"` or `"constant"`: how the rate decays after the warm-up.
-        final_rate: share of the highest learning rate that it decays to.
-        warmup: share of the steps that warm up.
-        weight_decay: of both.
-        max_grad_norm: gradients are scaled down to this norm.
-        accumulation: parts that a batch is cut into; their gradients are added up.
-        gradient_checkpointing: recomputes the activations of decoder layers in the backward pass
-            instead of keeping them.
+        steps: number of optimiser steps.
+        batch_size: samples per step.
+        learning_rate: peak learning rate of AdamW.
+        muon_learning_rate: peak learning rate of Muon, which then trains the matrices of the
+            decoder layers; None to use AdamW for all parameters.
+        schedule: decay after the warm-up: `"cosine"`, `"linear"` or `"constant"`.
+        final_rate: final learning rate as a share of the peak.
+        warmup: share of the steps used for the warm-up.
+        weight_decay: weight decay of both optimisers.
+        max_grad_norm: maximum norm of the gradients, which are scaled down to it.
+        accumulation: number of parts of a batch whose gradients are accumulated.
+        gradient_checkpointing: whether to recompute the activations of decoder layers in the
+            backward pass.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     steps: int
@@ -72,7 +75,7 @@ class Optimization:
             )
 
     def learning_rate_factor(self, step: int) -> float:
-        """Share of the highest learning rate that step `step`, counted from 0, uses."""
+        """Learning rate of step `step`, counted from 0, as a share of the peak."""
         warmup = max(1, round(self.warmup * self.steps))
         if step < warmup:
             return (step + 1) / warmup
@@ -83,14 +86,17 @@ class Optimization:
 def build_optimizers(
     parameters: dict[str, nn.Parameter], settings: Optimization
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the decoder layers' matrices and AdamW for the rest.
+    """Builds AdamW for all parameters, or Muon for matrices of decoder layers and AdamW for others.
 
-    Muon orthogonalises float32 parameters in bfloat16 where the device has instructions for it, and
-    else in their own dtype.
+    Muon orthogonalises float32 parameters in bfloat16 if the device has instructions for it, and
+    in their own dtype otherwise.
 
     Args:
-        parameters: what is trained, by name.
-        settings: with a `muon_learning_rate`, Muon is used.
+        parameters: trained parameters by name.
+        settings: settings of the stage; Muon is used if `muon_learning_rate` is set.
+
+    Returns:
+        One or two optimisers.
 
     Reference: AdamW, arXiv 1711.05101; Muon, arXiv 2502.16982.
     """
@@ -130,7 +136,7 @@ def build_optimizers(
 def set_learning_rates(
     optimizers: list[torch.optim.Optimizer], settings: Optimization, step: int
 ) -> None:
-    """Gives every group the learning rate of a step."""
+    """Sets the learning rate of every parameter group for a step."""
     factor = settings.learning_rate_factor(step)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

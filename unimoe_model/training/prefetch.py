@@ -1,4 +1,4 @@
-"""Batches made in threads beside training."""
+"""Preparation of batches in background threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,17 +12,16 @@ Batch = TypeVar("Batch")
 def prefetched(
     batch_of: Callable[[int], Batch], first: int, stop: int, workers: int
 ) -> Iterator[Batch]:
-    """The batches of steps `first` to `stop - 1` in order, some made ahead.
+    """Yields the batches of steps `first` to `stop - 1` in order, preparing some in advance.
 
     Args:
-        batch_of: makes the batch of a step; must not depend on which batches were made before.
+        batch_of: returns the batch of a step, independently of earlier calls.
         first: first step.
-        stop: step behind the last one.
-        workers: threads, each of which is at most two batches ahead; 0 makes each when it is
-            asked for.
+        stop: step after the last one.
+        workers: number of threads, each at most two batches ahead; 0 prepares batches on demand.
 
     Raises:
-        Exception: What `batch_of` raised, at the step that it raised for.
+        Exception: The error of `batch_of`, when its step is reached.
     """
     if workers < 1:
         yield from map(batch_of, range(first, stop))

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, lines elsewhere."""
+"""Progress of long operations: bars in a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -10,23 +10,23 @@ from tqdm import tqdm
 
 
 class ProgressReporter(Protocol):
-    """Receives what a stage is doing."""
+    """Receives the progress of stages."""
 
     def start(self, stage: str, total: int, done: int) -> None:
-        """A stage of `total` steps begins, `done` of them are already there."""
+        """Called when a stage of `total` steps begins, `done` of which are complete."""
 
     def advance(self, steps: int, **figures: str) -> None:
-        """Some steps are done; `figures` are shown beside the bar."""
+        """Called after further `steps`; `figures` are displayed with the progress."""
 
     def finish(self) -> None:
-        """The stage has ended."""
+        """Called when the stage has ended."""
 
     def say(self, text: str) -> None:
-        """Something to read, between stages."""
+        """Called with a message for the user."""
 
 
 class BarReporter:
-    """Draws one bar a stage: steps, loss, tokens/s and the time left.
+    """Draws one progress bar per stage: steps, loss, tokens/s and the remaining time.
 
     Args:
         prefix: shown before every stage's name.
@@ -51,7 +51,7 @@ class BarReporter:
         )
 
     def advance(self, steps: int, **figures: str) -> None:
-        """Moves the bar on."""
+        """Advances the bar."""
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update(steps)
 
@@ -65,10 +65,10 @@ class BarReporter:
 
 
 class LineReporter:
-    """Prints lines where there is no terminal: the start and end of a stage, and some in between.
+    """Prints lines, for output that is not a terminal: start, end, and some in between.
 
     Args:
-        seconds: time between lines.
+        seconds: minimum seconds between lines.
     """
 
     def __init__(self, seconds: float = 20.0):
@@ -77,13 +77,13 @@ class LineReporter:
         self._said = 0.0
 
     def start(self, stage: str, total: int, done: int) -> None:
-        """Prints the stage and how far it is."""
+        """Prints the stage and its progress."""
         self._stage, self._total, self._done = stage, total, done
         self._figures: dict[str, str] = {}
         self._print()
 
     def advance(self, steps: int, **figures: str) -> None:
-        """Prints a line if it is time for one."""
+        """Prints a line if the last one was printed long enough ago."""
         self._done += steps
         self._figures = figures
         if self._done == self._total or time.monotonic() - self._said > self._seconds:
@@ -103,24 +103,24 @@ class LineReporter:
 
 
 def own_reporter() -> ProgressReporter:
-    """Bars on a terminal, lines elsewhere."""
+    """A reporter that draws bars in a terminal and prints lines elsewhere."""
     return BarReporter() if sys.stderr.isatty() else LineReporter()
 
 
 _REPORTED_BYTES = 64 << 20
-"""Less than this is read in a moment."""
+"""Files below this size are read without showing progress."""
 
 
 @contextmanager
 def reported_bytes(
     reporter: ProgressReporter | None, title: str, size: int
 ) -> Iterator[Callable[[int], None]]:
-    """Reports in MiB how much of a long file is done; gives what is told the bytes of each piece.
+    """Yields a function to call with the bytes processed, which shows progress in MiB.
 
     Args:
-        reporter: is told; nothing is without one, or where the file is short.
-        title: what is done.
-        size: bytes of the file.
+        reporter: shows progress; nothing is shown if it is None or the file is short.
+        title: name of the operation.
+        size: size of the file in bytes.
     """
     if reporter is None or size < _REPORTED_BYTES:
         yield lambda count: None
@@ -142,7 +142,7 @@ def reported_bytes(
 
 
 class SilentReporter:
-    """Shows nothing: for processes beside the one that has the terminal."""
+    """Shows nothing, for processes other than the first."""
 
     def start(self, stage: str, total: int, done: int) -> None:
         """Does nothing."""

@@ -1,4 +1,4 @@
-"""What a stage does differently when several processes train one model."""
+"""Distribution of a stage over processes."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -25,15 +25,15 @@ Item = TypeVar("Item")
 
 
 class Ranks:
-    """The processes that train one model together; without a mesh, one alone.
-
-    Attributes:
-        rank: number of this process.
-        world_size: number of processes.
+    """The processes that train one model together; a single process without a mesh.
 
     Args:
-        mesh: of the processes.
-        shard: whether each holds a part of every weight, and not only of the experts.
+        mesh: device mesh of the processes.
+        shard: whether all weights are sharded, and not only the experts.
+
+    Attributes:
+        rank: rank of this process.
+        world_size: number of processes.
     """
 
     def __init__(self, mesh: DeviceMesh | None = None, shard: bool = False):
@@ -50,10 +50,10 @@ class Ranks:
         return self.rank == 0
 
     def share(self, batch: Sequence[Item]) -> Sequence[Item]:
-        """This process's examples of a batch of all.
+        """This process's share of a batch.
 
         Raises:
-            ValueError: If the batch has fewer examples than there are processes.
+            ValueError: If the batch has fewer samples than there are processes.
         """
         if len(batch) < self.world_size:
             raise ValueError(
@@ -63,10 +63,14 @@ class Ranks:
         return batch[self.rank :: self.world_size]
 
     def divide(self, model: nn.Module, parameters: dict[str, nn.Parameter]):
-        """Divides a model whose trained parameters require gradients, as `parallelize_moe` does.
+        """Distributes a model, whose trained parameters require gradients, by `parallelize_moe`.
+
+        Args:
+            model: the model, changed in place.
+            parameters: trained parameters by name.
 
         Returns:
-            The trained parameters by name; those that are divided are others than before.
+            The trained parameters by name; distributed ones are new objects.
         """
         if self._mesh is None:
             return parameters
@@ -84,12 +88,12 @@ class Ranks:
         layers = model.model.language_model.layers
         parallelize_moe(model, self._mesh, data="shard", units=layers)
         register_fsdp_forward_method(model, "hidden_states")
-        # Each backward gathers every layer on all processes, also where what is trained, such as a
-        # connector, has no part in this process's samples.
+        # Each backward gathers every layer on all processes, even if this process's samples do not
+        # use a trained part, such as a connector.
         model.get_input_embeddings().register_forward_hook(_require_gradient)
 
     def unite(self, model: nn.Module) -> nn.Module:
-        """A model with whole weights, which only the first process can rely on."""
+        """Returns a model with whole weights, which are valid only on the first process."""
         if self._mesh is None:
             return model
         if not self._shard:
@@ -102,11 +106,11 @@ class Ranks:
         return skeleton
 
     def count(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Adds up a number of answer tokens over all processes; None alone."""
+        """Sums a number of labelled tokens over all processes; None for a single process."""
         return None if self._mesh is None else count_over_ranks(tokens, self._mesh)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-        """Scales gradients down to a norm; parameters that no process used have none then."""
+        """Clips the norm of gradients, after dropping those of parameters that no process used."""
         if self._used is not None:
             self._used.drop_other_gradients()
         if self._mesh is None:
@@ -115,7 +119,7 @@ class Ranks:
             clip_grad_norm(parameters, max_norm)
 
     def sums(self, operation: str, *numbers: float) -> list[float]:
-        """Adds up numbers over all processes."""
+        """Sums numbers over all processes; `operation` names the collective in errors."""
         if self._mesh is None:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
@@ -130,7 +134,7 @@ class Ranks:
 
 
 def _without_weights(model: UniMoEForConditionalGeneration) -> UniMoEForConditionalGeneration:
-    """A copy of a model whose parameters take no memory."""
+    """A copy of a model with its parameters on the meta device."""
     memo = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
         for p in model.parameters()

@@ -1,4 +1,4 @@
-"""The samples that a recipe trains on, all checked before anything is loaded."""
+"""The data of a recipe, checked before any weights are loaded."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,21 +18,21 @@ from unimoe_model.training.recipe.shard_names import shard_files, shard_paths
 class RecipeData:
     """All data of a recipe.
 
-    Attributes:
-        samples: conversations by the name of their data.
-        shuffles: data that are shuffled in windows.
-        held_out: questions by the name of their evaluation.
-
     Args:
-        recipe: names the files.
-        missing: takes the names of files that are not there, instead of an error; their data are
-            empty then.
-        reporter: is told how far the check of long files is.
+        recipe: the recipe.
+        missing: list that missing files are appended to; their data are then empty. None raises an
+            error for missing files.
+        reporter: shows progress for long files.
+
+    Attributes:
+        samples: conversations by data name.
+        shuffles: windows of data that are shuffled in windows, by data name.
+        held_out: questions by evaluation name.
 
     Raises:
-        ValueError: If a file is missing, is not as `read_conversations` describes or cannot be
-            scored, or media are missing.
-        ModuleNotFoundError: If a package that reads media or scores answers is not installed.
+        ValueError: If a file is missing, has an invalid format or cannot be scored, or media are
+            missing.
+        ModuleNotFoundError: If a package that reads media or computes a metric is not installed.
     """
 
     def __init__(
@@ -89,16 +89,16 @@ class RecipeData:
 
     @property
     def kinds(self) -> dict[str, dict[str, int]]:
-        """How many items of each media kind the data hold, by their name."""
+        """Number of media items by data name and kind."""
         return {name: samples.kinds for name, samples in self.samples.items()}
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of the data, by their name: of the samples and the sizes of their media."""
+        """Hashes of the samples and the sizes of their media, by data name."""
         return {name: samples.digest for name, samples in self.samples.items()}
 
     def media(self) -> Iterator[tuple[str, Media]]:
-        """Kind and place of all media, those of held-out questions last."""
+        """Yields kind and location of all media, those of held-out questions last."""
         for samples in self.samples.values():
             for sample in samples:
                 yield from sample.media
@@ -107,11 +107,11 @@ class RecipeData:
                 yield from asked_media(question)
 
     def counts(self) -> dict[str, int]:
-        """Samples of each file."""
+        """Number of samples by data name."""
         return {name: len(samples) for name, samples in self.samples.items()}
 
     def texts(self) -> Iterator[str]:
-        """What is said in all samples, for a tokenizer to be trained on."""
+        """Yields the texts of all samples, to train a tokenizer on."""
         for samples in self.samples.values():
             for sample in samples:
                 for user, answer in sample.turns:

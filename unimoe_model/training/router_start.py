@@ -1,4 +1,4 @@
-"""Where the router starts: drawn to what is particular to each modality's hidden states."""
+"""Initialisation of routers from the mean hidden states of each modality."""
 
 from collections.abc import Iterable
 
@@ -11,10 +11,10 @@ from unimoe_model.modeling import UniMoEForConditionalGeneration
 def mean_ffn_inputs(
     model: UniMoEForConditionalGeneration, batches: Iterable[dict[str, torch.Tensor]]
 ) -> torch.Tensor:
-    """Mean over all real tokens of what every layer's FFN is given.
+    """Mean input of every layer's FFN over all tokens except for padding.
 
     Args:
-        model: dense model; it is put in eval mode.
+        model: dense model; switched to eval mode.
         batches: model inputs with `attention_mask`; labels are ignored.
 
     Returns:
@@ -45,20 +45,20 @@ def mean_ffn_inputs(
 
 
 def router_weights(means: torch.Tensor, strength: float) -> torch.Tensor:
-    """Router weights that send a modality's mean token to its own expert.
+    """Router weights that route a modality's mean token to its own expert.
 
-    Expert e gets the direction in which its modality's mean differs from the mean of all, at right
-    angles to the latter, so that no expert is preferred for what all modalities share. Its length
-    makes the logit of the modality's mean `strength`.
+    The weight of expert e is the difference between its modality's mean and the mean over all
+    modalities, made orthogonal to the latter, so that no expert is preferred for what modalities
+    have in common. Its length is such that the logit of the modality's mean is `strength`.
 
     Args:
-        means: `[E, layers, D]`, one mean a modality and layer.
-        strength: logit of a modality's mean token at its own expert.
+        means: `[E, layers, D]` float32, one mean per modality and layer.
+        strength: logit of a modality's mean token for its own expert.
 
     Returns:
         `[layers, E, D]` float32.
 
-    Reference: the hidden-state gates of mergekit's mixtures of dense models start likewise.
+    Reference: the "hidden" gate mode of mergekit's MoE merging.
     """
     common = means.mean(0, keepdim=True)
     axis = common / common.norm(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""A run: the stages of a recipe in order, each redone only if something that decides it changed."""
+"""Execution of a recipe: a stage is repeated only if something that determines it has changed."""
 
 import os
 import shutil
@@ -36,30 +36,30 @@ from unimoe_model.training.trained import select_trained
 
 _BODIES = ("speech", "audio")
 EVALUATED_AT_ONCE = 32
-"""Held-out questions that a model is asked in one batch."""
+"""Batch size of evaluations."""
 
 
 class Run:
-    """Trains the stages of a recipe in a folder; `FolderLock` keeps other runs out.
+    """Trains the stages of a recipe in a folder, which the caller locks with `FolderLock`.
+
+    Args:
+        recipe: the recipe.
+        data: data of the recipe.
+        output: folder of the run.
+        features: folder of the feature cache.
+        reporter: shows progress.
+        device: device to train on.
+        mesh: mesh of the processes that train together; None for a single process.
+        is_shared: whether the output may hold runs of other recipes.
 
     Attributes:
         ids: hash of each stage, by name (`stage_ids`).
-        processor: of the model.
-        features: of the media.
-
-    Args:
-        recipe: what to train.
-        data: of the recipe.
-        output: folder of the run.
-        features: folder of the encoders' features.
-        reporter: is told of the progress.
-        device: where to train.
-        mesh: of the processes that train together; None is this one alone.
-        is_shared: whether the output may hold runs of other recipes.
+        processor: processor of the model.
+        features: features of the media.
 
     Raises:
-        ValueError: If the output holds another recipe's run and is not shared, or what
-            `describe_start` raises.
+        ValueError: If the output holds the run of another recipe and is not shared, or the starting
+            model is invalid (`describe_start`).
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Run:
         )
 
     def folder(self, stage: str) -> Path:
-        """Where a stage's files are; its model is in `model` below."""
+        """Folder of a stage's files, with its model in the subfolder `model`."""
         return self._output / "stages" / f"{stage}-{self.ids[stage][:8]}"
 
     def is_done(self, stage: str) -> bool:
@@ -101,14 +101,15 @@ class Run:
         )
 
     def encode(self) -> None:
-        """Computes the features of all media that the recipe names; all processes call it."""
+        """Computes the features of all media of the recipe; all processes must call it."""
         self.features.prepare(self._data.media())
 
     def train(self, stages: Sequence[str]) -> Path:
-        """Trains the stages that are not done, in order; returns the model folder of the last.
+        """Trains the stages that are not complete, in order; returns the last one's model folder.
 
         Raises:
-            ValueError: If a stage that one of them starts from is not done, or for bad data.
+            ValueError: If a stage that one of them starts from is not complete, or data are
+                invalid.
             StoppedError: If a signal ended it after a checkpoint.
         """
         for name in stages:
@@ -124,9 +125,9 @@ class Run:
         return self.folder(stages[-1]) / "model"
 
     def evaluate(self, stages: Sequence[str]) -> list[tuple[str, Evaluation, float]]:
-        """Scores of the held-out questions of stages that are done: stage, evaluation, value.
+        """Evaluates completed stages; returns tuples of stage, evaluation and value.
 
-        One process calls it, after the others have ended.
+        Called by one process, after the others have ended.
         """
         self.features.leave_ranks()
         scores = []
@@ -150,7 +151,7 @@ class Run:
         return scores
 
     def publish(self, stage: str) -> Path:
-        """Puts a stage's model at `model` in the output, without taking its space twice."""
+        """Publishes a stage's model as `model` in the output, with hard links where possible."""
         target, fresh = self._output / "model", self._output / "model.new"
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.copytree(self.folder(stage) / "model", fresh, copy_function=_link_or_copy)
@@ -230,7 +231,7 @@ class Run:
         return self._batches(self._recipe.stage(stage), None).whole(step)
 
     def _used(self, stage: Stage, steps: int) -> list[tuple[str, Media]]:
-        """Media of the samples in the first batches of a stage, in the order of their first use."""
+        """Media of the samples in the first batches of a stage, in order of first use."""
         batches = self._batches(stage, None)
         samples = {name: self._data.samples[name] for name in stage.data if self._data.kinds[name]}
         unseen = {name: np.ones(len(held), bool) for name, held in samples.items()}
@@ -246,10 +247,10 @@ class Run:
         return list(media)
 
     def _set_attention(self, model: UniMoEForConditionalGeneration) -> None:
-        """Trains with plain matmuls on CPUs.
+        """Selects eager attention on CPUs.
 
-        The backward of torch's fused attention takes 14 ms a layer there on 64 texts of 31 tokens,
-        the one of matmuls and softmax under 1 ms.
+        There the backward of torch's fused attention takes 14 ms per layer on 64 texts of 31
+        tokens, that of matmuls and softmax less than 1 ms.
         """
         model.set_attn_implementation("eager" if self._device.type == "cpu" else "sdpa")
 
@@ -264,14 +265,14 @@ class Run:
 
 
 def keep_recipe(recipe: Recipe, output: Path, overrides: Mapping[str, Any]) -> None:
-    """Puts a copy of the recipe's file into the folder of its run; comments name overrides."""
+    """Copies the recipe into the folder of its run, with overrides in comments at the top."""
     given = "".join(f"# --{name} {value}\n" for name, value in overrides.items())
     text = Path(recipe.path).read_text(encoding="utf-8")
     write_whole(output / "recipe.yaml", given + text)
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """A second name for a file, or a copy where the file system has no such names."""
+    """Creates a hard link, or a copy if the file system does not support them."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""Names stages by what decides their results, so that a change redoes what depends on it alone."""
+"""Hashes that identify stages by everything that determines their results."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,14 +11,17 @@ from unimoe_model.training.recipe import START, Recipe
 
 
 def stage_ids(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> dict[str, str]:
-    """A short hash for each stage, of itself and of all that it starts from.
+    """A hash for each stage, of its settings and of everything that it starts from.
 
-    How many processes train, and where files lie, is no part of it.
+    It does not depend on the number of processes or the location of files.
 
     Args:
-        recipe: the run.
+        recipe: the recipe.
         precision: `"bf16"` or `"fp32"`.
-        digests: of each data file and its media.
+        digests: hash of each data entry with its media.
+
+    Returns:
+        16 hexadecimal digits by stage name.
     """
     ids = {START: fingerprint(_start_facts(recipe, precision, digests))}
     for stage in recipe.stages:
@@ -48,7 +51,7 @@ def _start_facts(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> 
 
 
 def _content(value: Any) -> Any:
-    """The digest of a file or folder that is named, else the value itself."""
+    """The hash of the file or folder that a value names, else the value itself."""
     if isinstance(value, str) and Path(value).exists():
         path = Path(value)
         return folder_digest(path) if path.is_dir() else file_digest(path)

@@ -1,4 +1,4 @@
-"""The model that a stage trains: what it starts from, with experts made or FFNs widened."""
+"""Construction of the model that a stage trains: loading, widening of FFNs, assembly of experts."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from unimoe_model.training.starting_model import load_whole
 from unimoe_model.training.widening import widen_ffns
 
 ROUTER_BATCHES = 4
-"""Batches of an expert's stage whose mean hidden states draw the router to it."""
+"""Number of batches of an expert's stage whose mean hidden states initialise its router weights."""
 _LAYERS = "model.language_model.layers."
 
 
@@ -26,19 +26,19 @@ def stage_model(
     batch_of: Callable[[str, int], dict],
     device: torch.device,
 ) -> UniMoEForConditionalGeneration:
-    """The model of a stage before it trains, in float32 on `device`.
+    """Builds the model of a stage before training, in float32 on `device`.
 
     Args:
-        recipe: gives the seed.
+        recipe: the recipe, which has the seed.
         stage: the stage.
         start: builds the model that the recipe starts from.
-        folders: model folders of the stages that are done.
-        batch_of: the whole batch of a step of a stage, for the router's start.
-        device: where to train.
+        folders: model folders of completed stages, by name.
+        batch_of: returns the whole batch of a stage and step, to initialise the router.
+        device: device to train on.
 
     Raises:
-        ValueError: If expert stages trained the same part outside their FFNs, and the stage does
-            not say whose is kept.
+        ValueError: If several expert stages trained the same weights outside of their FFNs, and
+            the stage does not select one of them.
     """
     model = load_whole(folders[stage.parent]) if stage.parent in folders else start()
     if stage.widen > 1:
@@ -80,15 +80,18 @@ def _assembled(
 
 
 def kept_parts(recipe: Recipe, stage: Stage, names: Iterable[str]) -> dict[str, str]:
-    """Which stage each weight outside the FFNs is taken from, where it is not the parent.
+    """The stages from which weights outside of FFNs are taken, where it is not the parent.
 
     Args:
-        recipe: has the stages that the experts are made of.
-        stage: makes experts.
-        names: of the parent's weights.
+        recipe: the recipe with the stages of the experts.
+        stage: stage with an `assembly`.
+        names: names of the parent's weights.
+
+    Returns:
+        Stage by weight name.
 
     Raises:
-        ValueError: If several stages trained a weight, and the recipe does not say whose is kept.
+        ValueError: If several stages trained a weight, and the recipe does not select one of them.
     """
     chosen = {f"model.{kind}_connector.": name for kind, name in stage.assembly.connectors.items()}
     experts = [name for name in dict.fromkeys(stage.assembly.experts) if name != START]
@@ -104,8 +107,8 @@ def kept_parts(recipe: Recipe, stage: Stage, names: Iterable[str]) -> dict[str, 
         if len(origins) > 1:
             raise ValueError(
                 f"stages.{stage.name}.assemble: stages {origins[0]} and {origins[1]} both train"
-                f" {name}; connectors must say whose is kept, such as {{image: {origins[1]}}}, and"
-                " nothing but connectors can be trained by several"
+                f" {name}; connectors must select one of them, such as {{image: {origins[1]}}}, and"
+                " only connectors can be trained by several"
             )
         if origins and origins[0] != stage.parent:
             kept[name] = origins[0]
@@ -113,7 +116,7 @@ def kept_parts(recipe: Recipe, stage: Stage, names: Iterable[str]) -> dict[str, 
 
 
 def _ffn_state(folder: Path) -> dict[str, torch.Tensor]:
-    """What `assemble_moe` takes of an expert, read from a model folder."""
+    """Reads the FFN weights of an expert for `assemble_moe` from a model folder."""
     return {
         name.removeprefix(_LAYERS).replace(".mlp.", "."): tensor
         for name, tensor in _tensors(folder, _is_ffn)

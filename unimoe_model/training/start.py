@@ -1,4 +1,4 @@
-"""Starts the processes of a run as its recipe and torchrun say."""
+"""Start of distributed runs, from the recipe and the environment of torchrun."""
 
 import os
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from unimoe_model.training.recipe import Parallel, Recipe
 
 
 def own_device() -> torch.device:
-    """The GPU that torchrun's local rank has, the first one without torchrun, or the CPU."""
+    """The GPU of torchrun's local rank, the first GPU without torchrun, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -22,20 +22,20 @@ def own_device() -> torch.device:
 
 
 def start_ranks(recipe: Recipe, device: torch.device) -> DeviceMesh | None:
-    """The mesh of a recipe's run that torchrun started; None for one process alone.
+    """Builds the mesh of a run started by torchrun; None for a single process.
 
-    Without `parallel` in the recipe, all processes of torchrun share the data.
+    Without `parallel` in the recipe, the run is data parallel over all processes.
 
     Raises:
-        ValueError: If the recipe asks for another number of processes than torchrun started.
-        RuntimeError: If a process does not come in time, or has another recipe.
+        ValueError: If the recipe's number of processes differs from that of torchrun.
+        RuntimeError: If a process times out, or has another recipe.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     parallel = recipe.parallel or Parallel(data=processes)
     wanted = parallel.data * parallel.expert
     if wanted != processes:
         raise ValueError(
-            f"{recipe.path}: parallel (data {parallel.data}, expert {parallel.expert}) needs"
+            f"{recipe.path}: parallel (data {parallel.data}, expert {parallel.expert}) requires"
             f" {wanted} processes, and there {'is' if processes == 1 else 'are'} {processes}: start"
             f" with torchrun --nproc-per-node {wanted} -m unimoe_model.cli train ..."
         )
@@ -52,10 +52,10 @@ def start_ranks(recipe: Recipe, device: torch.device) -> DeviceMesh | None:
 
 
 def share_experts() -> DeviceMesh | None:
-    """A mesh that splits experts over all processes of torchrun; None for one process alone.
+    """A mesh that splits experts over all processes of torchrun; None for a single process.
 
     Raises:
-        RuntimeError: If a process does not come in time.
+        RuntimeError: If a process times out.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return start_parallel(1, processes, device=own_device()) if processes > 1 else None

@@ -1,4 +1,4 @@
-"""The model that a recipe starts from: its configuration, its weights, and its processor."""
+"""The model that a recipe starts from: configuration, weights and processor."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ from unimoe_model.tokenization import load_llama_tokenizer
 from unimoe_model.training.connector_start import connector_sizes, load_connector_bodies
 from unimoe_model.training.recipe import Recipe
 
-# What a configuration says of its file, or the tokenizer says better.
+# Fields that describe the file, or that the tokenizer overrides.
 _LEFT_OUT = (
     "_name_or_path",
     "architectures",
@@ -46,11 +46,11 @@ _DEFAULT_ENCODERS = {
 
 @dataclass(frozen=True)
 class Start:
-    """What the first stages start from, without weights.
+    """The starting model without weights.
 
     Attributes:
-        config: of the model.
-        processor: of the model; None where its tokenizer is missing.
+        config: configuration of the model.
+        processor: processor of the model; None if its tokenizer is missing.
     """
 
     config: UniMoEConfig
@@ -58,18 +58,18 @@ class Start:
 
 
 def describe_start(recipe: Recipe, texts: Iterable[str], missing: list[str] | None = None) -> Start:
-    """Configuration and processor of the model that a recipe starts from; loads no weights.
+    """Builds configuration and processor of the model that a recipe starts from, without weights.
 
     Args:
-        recipe: says where the model and its encoders come from.
-        texts: what a tokenizer is trained on, where the recipe trains one.
-        missing: takes the name of an LLM or tokenizer that is not there, instead of an error,
-            where the recipe gives sizes.
+        recipe: the recipe.
+        texts: texts to train a tokenizer on, if the recipe trains one.
+        missing: list that a missing LLM or tokenizer is appended to, if the recipe has `sizes`;
+            otherwise, or if it is None, missing ones raise an error.
 
     Raises:
-        ValueError: If a folder cannot be read, an encoder is of another width than the model's
-            connector, or sizes do not fit together; naming the key.
-        OSError: If the hub has no model of the name.
+        ValueError: If a folder cannot be read, the width of an encoder differs from that of the
+            model's connector, or sizes are inconsistent; the message names the key.
+        OSError: If the hub has no model with that name.
     """
     with _named(recipe, "model"):
         if recipe.model.folder is not None:
@@ -110,11 +110,11 @@ def describe_start(recipe: Recipe, texts: Iterable[str], missing: list[str] | No
 
 
 def build_start(recipe: Recipe, start: Start) -> UniMoEForConditionalGeneration:
-    """The model that a recipe starts from, in float32; seeds torch's generator.
+    """Builds the model that a recipe starts from, in float32, after seeding torch's generator.
 
     Raises:
-        ValueError: If weights cannot be read or do not fit.
-        OSError: If the hub has no model of the name.
+        ValueError: If weights cannot be read or have wrong shapes.
+        OSError: If the hub has no model with that name.
     """
     torch.manual_seed(recipe.seed)
     if recipe.model.folder is not None:
@@ -124,7 +124,7 @@ def build_start(recipe: Recipe, start: Start) -> UniMoEForConditionalGeneration:
     load_connector_bodies(model, recipe)
     if recipe.model.llm is not None:
         with _named(recipe, "model"):
-            # Those of others may hold more, such as heads for further tokens.
+            # Checkpoints may have further weights, such as heads for multi-token prediction.
             llm = _complete(AutoModelForCausalLM, recipe.model.llm, _UNFIT[1:])
             model.model.language_model.load_state_dict(llm.model.state_dict())
             model.lm_head.load_state_dict(llm.lm_head.state_dict())
@@ -132,16 +132,16 @@ def build_start(recipe: Recipe, start: Start) -> UniMoEForConditionalGeneration:
 
 
 def load_whole(folder: Path) -> UniMoEForConditionalGeneration:
-    """A model of a folder in float32, whose weights are all there.
+    """Loads a model from a folder in float32, and checks that its weights are complete.
 
     Raises:
-        ValueError: If weights are missing, unexpected or of another shape.
+        ValueError: If weights are missing, unexpected or of a wrong shape.
     """
     return _complete(UniMoEForConditionalGeneration, folder, _UNFIT)
 
 
 def _complete(family: type, source: str | Path, unfit: Sequence[str]):
-    """A model in float32, unless transformers found keys that are `unfit`."""
+    """Loads a model in float32; raises ValueError if there are keys of the kinds in `unfit`."""
     model, found = family.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     for kind in unfit:
         if found[kind]:
@@ -160,7 +160,7 @@ def _own_folder(recipe: Recipe) -> Start:
         if getattr(getattr(recipe, kind), name) is not None
     }
     if given:
-        raise ValueError(f"{min(given)} must be left out: the model of the folder decides it")
+        raise ValueError(f"{min(given)} is not supported with a model folder, which determines it")
     own = {sense: getattr(processor, f"{sense}_encoder") for sense in _DEFAULT_ENCODERS}
     fields = _encoder_fields(recipe, own)
     for name, value in fields.items():
@@ -185,7 +185,7 @@ def _own_folder(recipe: Recipe) -> Start:
 
 
 def _absent(recipe: Recipe) -> list[tuple[str, str]]:
-    """Keys and paths of folders that are written as such and are not there."""
+    """Keys and absolute paths of folders that do not exist."""
     named = {"llm": recipe.model.llm, "tokenizer": recipe.model.tokenizer}
     return [
         (key, path)
@@ -236,7 +236,7 @@ def _tokenizer(recipe: Recipe, texts: Iterable[str]) -> PreTrainedTokenizerBase:
 
 
 def _is_llama_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds the sentencepiece model of a LLaMA, and not of another family."""
+    """Whether a folder has the sentencepiece model of a LLaMA rather than of another family."""
     if not (folder / "tokenizer.model").is_file():
         return False
     settings = folder / "tokenizer_config.json"
@@ -272,7 +272,7 @@ def _connector_fields(recipe: Recipe) -> dict[str, Any]:
 
 @contextmanager
 def _named(recipe: Recipe, key: str) -> Iterator[None]:
-    """Puts the recipe's file and key in front of errors of what they name."""
+    """Prefixes errors with the recipe's path and key."""
     try:
         yield
     except (ValueError, OSError) as error:

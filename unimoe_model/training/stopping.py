@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run at its next step, after a checkpoint; a second one at once."""
+"""Handling of SIGINT and SIGTERM: the first ends a run after a checkpoint, a second immediately."""
 
 import signal
 import threading
@@ -8,7 +8,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedError(KeyboardInterrupt):
-    """A run that a signal ended after it wrote a checkpoint.
+    """Raised when a signal ended a run after a checkpoint.
+
+    Args:
+        text: message.
+        number: number of the signal.
 
     Attributes:
         signal: number of the signal.
@@ -20,12 +24,12 @@ class StoppedError(KeyboardInterrupt):
 
 
 class StopRequest:
-    """A context in which the first SIGINT or SIGTERM is only noted.
+    """Context manager that records the first SIGINT or SIGTERM instead of raising.
 
-    Threads other than the main one cannot watch for signals; there it notes none.
+    Outside of the main thread signals cannot be handled, so none are recorded.
 
     Attributes:
-        signal: number of the signal that came, 0 before.
+        signal: number of the signal received, 0 if none.
     """
 
     def __init__(self) -> None:
@@ -33,14 +37,14 @@ class StopRequest:
         self._earlier: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        """Begins to watch."""
+        """Installs the signal handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._earlier[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
-        """Gives the signals back."""
+        """Restores the previous signal handlers."""
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 

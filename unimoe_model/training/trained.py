@@ -1,4 +1,4 @@
-"""Selects what a stage trains: parameters of parts, and LoRA that is attached for the stage."""
+"""Selection of the parameters that a stage trains, and attachment of LoRA."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,14 @@ from unimoe_model.training.recipe.parts import TrainedPart
 def select_trained(
     model: UniMoEForConditionalGeneration, parts: Sequence[TrainedPart]
 ) -> dict[str, nn.Parameter]:
-    """The parameters that a stage trains, by name; LoRA is attached where parts ask for it.
+    """Attaches LoRA as configured and returns the parameters that a stage trains, by name.
 
     Args:
-        model: gets the LoRA; its output stays the same until training.
-        parts: what is trained.
+        model: model to attach LoRA to; its output is unchanged until training.
+        parts: parts to train.
 
     Raises:
-        ValueError: If a part has nothing to train in this model.
+        ValueError: If a part has no parameters in this model, or `layers` exceed its depth.
     """
     for part in parts:
         depth = model.config.text_config.num_hidden_layers
@@ -41,7 +41,7 @@ def select_trained(
         if part.rank:
             _attach(model, part)
     lora = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    # LoRA renames what it lies on, so the names are looked up again.
+    # LoRA renames the parameters that it wraps, so the names are looked up again.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(p)]: p for p in whole.values()} | lora
 
@@ -49,10 +49,10 @@ def select_trained(
 def count_trained(
     model: UniMoEForConditionalGeneration, parts: Sequence[TrainedPart]
 ) -> tuple[int, int]:
-    """Numbers that a stage trains, and those of the whole model; the model may be on meta.
+    """Counts trained parameters and all parameters of a model, which may be on the meta device.
 
     Raises:
-        ValueError: If a part has nothing to train in this model.
+        ValueError: If a part has no parameters in this model.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     return sum(p.numel() for p in select_trained(model, parts).values()), total
@@ -71,5 +71,5 @@ def _attach(model: UniMoEForConditionalGeneration, part: TrainedPart) -> None:
     )
     with torch.device("meta" if model.device.type == "meta" else "cpu"):
         inject_adapter_in_model(config, model, adapter_name=part.part)
-    # peft's mark of a model that has adapters; it warns where it finds one.
+    # peft marks models that have adapters and warns about the mark at the next injection.
     del model.peft_config

@@ -1,4 +1,4 @@
-"""Which parts of a model the samples of a step passed, on any process."""
+"""Tracking of the modules that a step used on any process."""
 
 from collections.abc import Iterable
 
@@ -10,14 +10,14 @@ from unimoe_kernels.distributed import collective
 
 
 class UsedModules:
-    """Notes which modules run forward, so that those that ran nowhere are left as they are.
+    """Records which modules run a forward, so that those used by no process are not updated.
 
-    FSDP2 gives what was not used a gradient of zeros, with which AdamW takes a step by its
-    momentum; a process alone has none, and takes no step.
+    FSDP2 gives unused parameters gradients of zeros, with which AdamW still steps by its momentum.
+    In a single process they have no gradient and are not updated.
 
     Args:
-        parts: modules that a step may leave out, such as connectors of media kinds that no sample
-            of it has. Those of their modules are watched that hold parameters with gradients.
+        parts: modules that a step may not use, such as connectors of media kinds that none of its
+            samples have. Their modules with trained parameters are tracked.
     """
 
     def __init__(self, parts: Iterable[nn.Module]):
@@ -32,7 +32,10 @@ class UsedModules:
             module.register_forward_hook(lambda *_, place=place: self._note(place))
 
     def drop_other_gradients(self) -> None:
-        """Removes the gradients of what no process used since the last call; all call it."""
+        """Drops gradients of modules that no process used since the last call.
+
+        All processes must call it.
+        """
         used = self._used.clone()
         self._used.zero_()
         with collective("parts that a step used"):

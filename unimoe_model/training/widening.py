@@ -1,4 +1,4 @@
-"""A dense model with wider FFNs, which outputs the same."""
+"""Widening of dense FFNs with unchanged outputs."""
 
 import torch
 
@@ -8,14 +8,15 @@ from unimoe_model.modeling import UniMoEForConditionalGeneration
 
 @torch.no_grad()
 def widen_ffns(model: UniMoEForConditionalGeneration, times: int) -> UniMoEForConditionalGeneration:
-    """A dense model whose FFNs are `times` as wide and which outputs the same.
+    """Builds a dense model with FFNs `times` as wide and equal outputs.
 
-    Every FFN stands `times` side by side, each copy's output divided by `times`. The copies of a
-    unit stay alike until something that tells them apart is trained, such as LoRA on `down_proj`.
+    Every FFN is repeated `times` side by side, with outputs divided by `times`. The copies of a
+    unit stay equal until something that distinguishes them is trained, such as LoRA on
+    `down_proj`.
 
     Args:
-        model: dense model; it is left as it is.
-        times: at least 1.
+        model: dense model, which is not changed.
+        times: factor of the width, at least 1.
 
     Returns:
         A new model on the same device, in the same dtype.

@@ -1,6 +1,6 @@
-"""The paper's metrics, by the names that `unimoe eval --metric` takes.
+"""The paper's metrics, by the names that `unimoe eval --metric` accepts.
 
-A metric checks the lines of a data file before anything runs, says what is asked, and scores.
+A metric checks the lines of a data file before the model runs, formats questions, and scores.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,16 +22,16 @@ from unimoe_model.evaluation.samples import Sample
 
 @dataclass(frozen=True)
 class Metric:
-    """How a data file is checked, asked and scored.
+    """How the samples of a data file are checked, formatted and scored.
 
     Attributes:
-        title: name that is printed.
-        unit: what follows a hundred times the value where it is printed.
-        check: raises ValueError, naming key and value, for a sample that it cannot score.
-        score: gives the score of samples and the model's answers to them.
-        question: text that the model is asked.
-        fewest_items: with fewer, the metric says nothing.
-        require: raises ModuleNotFoundError if a package is missing.
+        title: printed name.
+        unit: printed unit of a hundred times the value.
+        check: raises ValueError, naming key and value, for a sample that cannot be scored.
+        score: returns the score of samples and the model's outputs.
+        question: returns the question to ask for a sample.
+        fewest_items: minimum number of samples for a meaningful score.
+        require: raises ModuleNotFoundError if a required package is not installed.
     """
 
     title: str
@@ -111,7 +111,7 @@ def _score_cider(samples: Sequence[Sample], answers: Sequence[str]) -> Score:
 
 def _require_answers(sample: Sample) -> None:
     if not sample.answers:
-        raise ValueError("answer or answers is missing; a score needs what is right")
+        raise ValueError("answer or answers is missing; a score requires a reference answer")
 
 
 def _only_answer(sample: Sample) -> str:

@@ -1,18 +1,18 @@
-"""Multiple choice: which option a free answer names.
+"""Multiple choice: maps a free-form output to the option that it names.
 
-The rules are strict. The first that fits decides; an answer that fits none, or names two options,
-chooses nothing and is wrong:
+The rules are strict. The first one that matches decides; an output that matches none, or names two
+options, selects no option and is wrong:
 
-1. The answer is a letter and nothing else, upper or lower case: `B`, `(b)`, `B.`
-2. It begins with a capital letter set apart, by brackets, `.`, `)`, `:` or the end of the line:
-   `B. two dogs`, `(B) two dogs`. No other letter is set apart in it, as in an echo of all options.
-3. It says which: `answer is B`, `answer: (B)`, `option B`, `choice B`. An A or I before a small
-   letter is a word there: `the answer is A cat`.
-4. It is the text of an option, case, articles and punctuation apart.
-5. The text of one option alone occurs in it, as whole words. A text within a longer one that
+1. The output is a single letter, upper or lower case: `B`, `(b)`, `B.`
+2. It begins with a capital letter set apart by brackets, `.`, `)`, `:` or the end of the line:
+   `B. two dogs`, `(B) two dogs`. No other letter in it is set apart, as in an echo of all options.
+3. It states the option: `answer is B`, `answer: (B)`, `option B`, `choice B`. An A or I before a
+   lower-case letter is a word: `the answer is A cat`.
+4. It equals the text of an option, ignoring case, articles and punctuation.
+5. The text of exactly one option occurs in it, as whole words. A text within a longer one that
    occurs (`dog` in `hot dog`) does not count.
 
-Letters beyond the last option are none. Two options with the same text have only their letters.
+Letters beyond the last option are ignored. Options with equal texts can only be named by letter.
 """
 
 import re
@@ -22,7 +22,7 @@ from string import ascii_uppercase
 from unimoe_model.evaluation.metrics.exact import normalize_text
 
 LETTER_REQUEST = "Answer with the option's letter from the given choices directly."
-"""What LLaVA-v1.5 (arXiv 2310.03744) asks for after the options."""
+"""The request that LLaVA-v1.5 (arXiv 2310.03744) appends to the options."""
 
 _ALONE = re.compile(r"\W*([A-Za-z])\W*")
 _APART = r"""["'*]*(?:[(\[]([A-Z])[)\]]|([A-Z])["'*]*[.):](?=\s|$))"""
@@ -44,7 +44,7 @@ def with_options(question: str, options: Sequence[str]) -> str:
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Checks that there is a choice.
+    """Checks the number of options.
 
     Raises:
         ValueError: Unless there are 2 to 26 options.
@@ -56,10 +56,10 @@ def check_options(options: Sequence[str]) -> None:
 
 
 def right_option(answer: str, options: Sequence[str]) -> int:
-    """Index of the option that the data's own answer means: its letter or its text.
+    """Index of the correct option, which the data name by letter or text.
 
     Raises:
-        ValueError: If it means none, or its letter is one option and its text another.
+        ValueError: If the answer names no option, or one by its letter and another by its text.
     """
     answer = answer.strip()
     letters = ascii_uppercase[: len(options)]
@@ -75,7 +75,7 @@ def right_option(answer: str, options: Sequence[str]) -> int:
 
 
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
-    """Index of the option that a free answer names by the module's rules, or None."""
+    """Index of the option that an output names by the rules of this module, or None."""
     answer = answer.strip()
     letters = ascii_uppercase[: len(options)]
     alone = _ALONE.fullmatch(answer)
@@ -96,7 +96,7 @@ def _only(letters: str, found: Sequence[tuple[str, ...]]) -> int | None:
 
 
 def _comparable(text: str) -> str:
-    # An option such as "A" or "+" would lose everything.
+    # Normalisation would leave nothing of options such as "A" or "+".
     return normalize_text(text) or text.strip().lower()
 
 

@@ -1,12 +1,12 @@
-"""CIDEr-D, what captions are scored with under the name CIDEr.
+"""CIDEr-D, the metric that captioning papers report as CIDEr.
 
 Source: Vedantam et al., CIDEr, arXiv 1411.5726, section 3 and its supplement (CIDEr-D): tf-idf
 vectors of the n-grams of 1 to 4 words, clipped cosine similarity to each reference, a Gaussian
-penalty (sigma 6) on the difference of length, ten times the mean. As in the COCO caption tools,
-document frequencies come from the references of the set that is scored.
+penalty (sigma 6) on the difference in length, ten times the mean. As in the COCO caption tools,
+document frequencies are those of the references that are scored.
 
-Those tools split words with the Penn Treebank tokenizer of a Java program; `caption_words` does the
-same to ordinary captions in a few lines.
+Those tools use a Java implementation of the Penn Treebank tokenizer; `caption_words` splits
+ordinary captions in the same way.
 """
 
 import math
@@ -19,7 +19,7 @@ from unimoe_model.evaluation.metrics.score import Score
 NGRAMS = 4
 SIGMA = 6.0
 FEWEST_ITEMS = 2
-"""The idf of every n-gram of a single item is log(1), which makes any caption's score 0."""
+"""With a single item the idf of every n-gram is log(1), so any caption would score 0."""
 
 _PART = r"(?:(?!n't(?!\w))\w)+"
 _SUFFIX = r"'(?:s|m|d|re|ve|ll)(?!\w)"
@@ -48,11 +48,11 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
     """CIDEr-D of captions.
 
     Args:
-        answers: one caption an item.
-        references: what people wrote, one or more captions an item.
+        answers: the model's captions, one per item.
+        references: reference captions, one or more per item.
 
     Returns:
-        The mean over the items and that of each, 0 to 10; papers print a hundred times the mean.
+        The score of each item, 0 to 10, and their mean; papers report a hundred times the mean.
 
     Raises:
         ValueError: If there are fewer than two items.
@@ -74,7 +74,7 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
 
 
 class _Idf:
-    """Weights of n-grams: the logarithm of the items by those whose references hold it."""
+    """Inverse document frequency: log of all items over items whose references have the n-gram."""
 
     def __init__(self, frequency: Counter, items: int):
         self._frequency = frequency
@@ -96,7 +96,7 @@ def _ngrams(words: list[str]) -> Counter:
 
 
 def _similarity(idf: _Idf, answer: Counter, reference: Counter) -> float:
-    # The published code takes the bigrams of a caption for its length.
+    # The published code measures the length of a caption in bigrams.
     difference = _bigrams(answer) - _bigrams(reference)
     penalty = math.exp(-(difference**2) / (2 * SIGMA**2))
     total = 0.0

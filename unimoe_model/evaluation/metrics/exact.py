@@ -1,4 +1,4 @@
-"""Exact match, after the processing of SQuAD.
+"""Exact match with the normalisation of SQuAD.
 
 Source: Rajpurkar et al., SQuAD, arXiv 1606.05250, section 6.1, and its evaluation script.
 """
@@ -12,10 +12,10 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_text(text: str) -> str:
-    """Lower case, without punctuation (ASCII), articles and superfluous white space."""
+    """Lower-cases a text and removes ASCII punctuation, articles and extra white space."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, answers: Sequence[str]) -> float:
-    """1 if the answer is one of the right ones after `normalize_text`, else 0."""
+    """1 if the output equals one of the reference answers after `normalize_text`, else 0."""
     return float(normalize_text(answer) in {normalize_text(right) for right in answers})

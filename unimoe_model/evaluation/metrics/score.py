@@ -1,4 +1,4 @@
-"""What a metric gives back."""
+"""The result of a metric."""
 
 from dataclasses import dataclass, field
 
@@ -8,9 +8,9 @@ class Score:
     """Result of a metric on a set of items.
 
     Attributes:
-        value: of the whole set; a share in 0..1 where the metric is an accuracy.
-        per_item: of each item, in order.
-        details: counts that explain the value.
+        value: score of the whole set; between 0 and 1 for accuracies.
+        per_item: score of each item, in order.
+        details: counts behind the value.
     """
 
     value: float
@@ -19,5 +19,5 @@ class Score:
 
     @classmethod
     def mean(cls, per_item: list[float], **details: int) -> "Score":
-        """The score whose value is the mean over the items, at least one."""
+        """A score whose value is the mean of `per_item`, which must not be empty."""
         return cls(sum(per_item) / len(per_item), per_item, details)

@@ -1,26 +1,26 @@
-"""VQA accuracy: an answer is right if three of the other people gave it.
+"""VQA accuracy: an output is correct if at least three other annotators gave it.
 
 Source: Antol et al., VQA, arXiv 1505.00468, section 4, and the processing of answers described at
-visualqa.org/evaluation.html. The official script agrees, except that it compares texts as they are
-where all people gave the same answer ("Yes" is wrong where all said "yes"); here, as described, all
-texts are processed.
+visualqa.org/evaluation.html. The official script agrees, except that it compares unprocessed texts
+if all annotators gave the same answer ("Yes" is then wrong for "yes"); here all texts are
+processed, as described.
 """
 
 import re
 from collections.abc import Sequence
 
 FEWEST_ANSWERS = 4
-"""With fewer, not even the answer that everybody gave could score 1."""
+"""With fewer, not even a unanimous answer could score 1."""
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
-# Colon and apostrophe are no punctuation to the official script.
+# The official script does not treat colon and apostrophe as punctuation.
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-# Those that the official script knows in lower case. It leaves out what is another word without
-# its apostrophe, such as she'll and we're.
+# Lower-case contractions of the official script, which omits those that are another word without
+# their apostrophe, such as she'll and we're.
 _CONTRACTIONS = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't"
     " haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't"
@@ -46,14 +46,15 @@ _COMPLETED = {
 
 
 def normalize_answer(answer: str) -> str:
-    """Processes an answer for comparison, as the official script does.
+    """Normalises an answer for comparison, as the official script does.
 
-    Lower case; number words up to ten as digits; articles and periods removed, but not decimal
-    points; a missing apostrophe of a contraction put in. Punctuation becomes a space; it vanishes
-    where a space is beside it, or where the answer has a comma between digits.
+    Lower-cases the text, converts number words up to ten to digits, removes articles and periods
+    (except for decimal points), and restores missing apostrophes of contractions. Punctuation
+    becomes a space, or is removed if it is next to a space or the answer has a comma between
+    digits.
 
     Example:
-        `normalize_answer("The two dogs, dont know.")` gives `"2 dogs don't know"`.
+        `normalize_answer("The two dogs, dont know.")` returns `"2 dogs don't know"`.
     """
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
     has_number = _COMMA_IN_NUMBER.search(answer) is not None
@@ -66,17 +67,18 @@ def normalize_answer(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """Accuracy of one answer: min(matches / 3, 1), averaged over leaving out each person in turn.
+    """Accuracy of one output: min(matches / 3, 1), averaged over leaving out each annotator.
 
     Args:
-        answer: the model's.
-        answers: those that people gave, ten in VQA v2, OK-VQA and A-OKVQA.
+        answer: the model's output.
+        answers: answers of the annotators, ten in VQA v2, OK-VQA and A-OKVQA.
 
     Returns:
-        Between 0 and 1; with ten people 0.3, 0.6, 0.9 and 1 for one, two, three and more matches.
+        Between 0 and 1; with ten annotators 0.3, 0.6, 0.9 and 1 for one, two, three and more
+        matches.
 
     Raises:
-        ValueError: If there are fewer than four people's answers.
+        ValueError: If there are fewer than four answers.
     """
     if len(answers) < FEWEST_ANSWERS:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Word error rate, by jiwer, after Whisper's normalisation of English.
+"""Word error rate (jiwer) with Whisper's normalisation of English.
 
 Source of the normalisation: Radford et al., arXiv 2212.04356, appendix C: lower case, without
-punctuation, fillers and what is in brackets; contractions written out, numbers as digits. Its table
-of British spellings is left out, as transformers keeps it with Whisper's tokenizer.
+punctuation, fillers and text in brackets; contractions expanded, numbers as digits. Its table of
+British spellings is not applied, because transformers stores it with Whisper's tokenizer.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ def normalize_speech(text: str) -> str:
 
 
 def require_jiwer():
-    """The package that counts errors.
+    """Imports and returns jiwer.
 
     Raises:
-        ModuleNotFoundError: If it is not installed; the message says how to install it.
+        ModuleNotFoundError: If it is not installed; the message names the extra to install.
     """
     with needed_by("metric wer", "eval"):
         import jiwer
@@ -29,18 +29,18 @@ def require_jiwer():
 
 
 def word_error_rate(answers: Sequence[str], references: Sequence[str]) -> Score:
-    """Substituted, deleted and inserted words of all answers by the words of all references.
+    """Substituted, deleted and inserted words, divided by the words of all references.
 
     Args:
-        answers: what was heard.
-        references: what was said, one for each.
+        answers: the model's transcripts.
+        references: reference transcripts, one per output.
 
     Returns:
-        The rate (0 is best, it may exceed 1), that of each item, and the counts.
+        The rate over all items (0 is best; it may exceed 1), the rate of each item, and counts.
 
     Raises:
         ModuleNotFoundError: If jiwer is not installed.
-        ValueError: If a reference holds no word after normalisation.
+        ValueError: If a reference has no word after normalisation.
     """
     jiwer = require_jiwer()
     given = [normalize_speech(answer) for answer in answers]

@@ -1,1 +1,1 @@
-"""What a run needs: memory of every stage, devices that it fits on, tokens, hours and disk."""
+"""Forecasts of the memory, devices, tokens, time and disk space that a run requires."""

@@ -1,4 +1,4 @@
-"""Counts the memory of tensors that are never allocated, operator by operator."""
+"""Tracks the memory of fake tensors, operator by operator."""
 
 import weakref
 from collections.abc import Iterable
@@ -18,27 +18,29 @@ from torch.utils._pytree import tree_leaves
 from unimoe_model.training.forecast.layers import LayerBlocks
 
 KINDS = ("weights", "gradients", "optimizer", "activations")
-"""What memory is for. Activations are all that is none of the others, temporaries included."""
+"""Uses of memory. Activations are everything else, temporaries included."""
 _LARGEST_REAL = 1 << 24
-"""Most elements of a tensor that is computed, where it depends on no fake one."""
+"""Maximum number of elements of a tensor that is computed for real."""
 _COMPOSED = frozenset(
     f"unimoe.{name}{direction}.reference"
     for name in ("moe_mlp", "grouped_lora")
     for direction in ("", "_backward")
 )
-"""Operators that are made of others, whose temporaries count."""
+"""Operators composed of others, whose temporaries are counted."""
 _CPU = torch.device("cpu")
 _CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class AllocationLog(TorchDispatchMode):
-    """Runs operators on fake tensors, which have shapes and no memory, and logs their storages.
+    """Dispatch mode that runs operators on fake tensors and logs the life of their storages.
 
-    Tensors that depend on no fake one, such as token ids and labels, are computed, unless they are
-    large: what the model reads of them is right. What it reads of a fake tensor is zero.
+    Fake tensors have shapes but no memory. Tensors that do not depend on fake ones, such as token
+    ids and labels, are computed unless they are large, so that values read from them are correct.
+    Values read from fake tensors are zero.
 
     Attributes:
-        events: a storage's number, counted from 1, where it is made, and minus that where it ends.
+        events: number of a storage, counted from 1, at its allocation, and its negative at its
+            release.
     """
 
     def __init__(self):
@@ -51,7 +53,7 @@ class AllocationLog(TorchDispatchMode):
         self.events: list[int] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Runs an operator and logs what it allocates."""
+        """Runs an operator and logs its allocations."""
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
@@ -72,7 +74,10 @@ class AllocationLog(TorchDispatchMode):
         return output
 
     def materialize(self, model: nn.Module) -> None:
-        """Gives a model on the meta device fake weights, and buffers of zeros; ties stay."""
+        """Replaces weights of a model on the meta device by fake ones, and buffers by zeros.
+
+        Tied weights stay tied.
+        """
         made: dict[int, nn.Parameter] = {}
         for part in model.modules():
             for name, own in part._parameters.items():
@@ -87,20 +92,20 @@ class AllocationLog(TorchDispatchMode):
                     part._buffers[name] = torch.zeros_like(own, device=_CPU)
 
     def empty(self, *shape: int) -> Tensor:
-        """A fake float32 tensor on the CPU."""
+        """Creates a fake float32 tensor on the CPU."""
         made = FakeTensor(self._fake, torch.empty(shape, device="meta"), _CPU)
         self._add(made)
         return made
 
     def mark(self, tensors: Iterable[Tensor], kind: str, of_experts: bool = False) -> None:
-        """Says what tensors are for, over their whole life."""
+        """Sets the use of tensors' memory, one of `KINDS`, for their whole life."""
         for tensor in tensors:
             number = self._live.get(tensor.untyped_storage()._cdata)
             if number is not None:
                 self._kinds[number] = (KINDS.index(kind), of_experts)
 
     def forget(self) -> None:
-        """Starts the log again, with what is live now."""
+        """Restarts the log with the tensors that are live now."""
         self.events = [number + 1 for number in self._live.values()]
 
     def timeline(
@@ -109,14 +114,15 @@ class AllocationLog(TorchDispatchMode):
         """Live bytes after each event of the log.
 
         Args:
-            rows: of the batch.
-            prime: a factor of rows that divides no other size: what it divides grows with the
-                batch.
-            blocks: repeats what layers do that were not simulated.
+            rows: number of rows of the batch.
+            prime: a prime factor of `rows` that divides no other size, so that sizes divisible by
+                it grow with the batch.
+            blocks: repeats the events of layers that were not simulated.
 
         Returns:
-            Bytes that no batch changes and bytes of a row of the batch, `[events, kinds, 2]` each,
-            kinds in the order of `KINDS`; last without experts, and of experts.
+            Bytes independent of the batch, and bytes per row of the batch, `[events, kinds, 2]`
+            float64 each. Kinds are in the order of `KINDS`; the last dimension is without experts,
+            and of experts.
         """
         events = np.array(self.events)
         number = np.abs(events) - 1
@@ -161,7 +167,7 @@ class AllocationLog(TorchDispatchMode):
         self.events.append(-1 - self._live.pop(key))
 
     def _copied(self, source: Tensor, copy: Tensor) -> None:
-        """Notes a copy of weights in another dtype; that of experts lies where they do."""
+        """Records a copy of weights in another dtype; copies of experts are split like experts."""
         number = self._live.get(source.untyped_storage()._cdata)
         if number is None or self._kinds[number][0] != KINDS.index("weights"):
             return
@@ -170,7 +176,7 @@ class AllocationLog(TorchDispatchMode):
 
 
 def _places(indices) -> list[Tensor | None]:
-    """Indices with the positions of True in the place of masks."""
+    """Replaces bool masks in indices by the positions of True."""
     found: list[Tensor | None] = []
     for index in indices:
         is_mask = index is not None and index.dtype == torch.bool

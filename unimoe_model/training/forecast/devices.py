@@ -1,4 +1,4 @@
-"""Memory of one of several devices, from the simulated step of one."""
+"""Memory per device of several devices, derived from the simulated step of one."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,18 @@ from unimoe_model.training.forecast.allocations import KINDS
 from unimoe_model.training.forecast.step import Step
 
 RESERVED = 0.08
-"""Share of a device's memory that is kept free: its context, libraries, and fragmentation."""
+"""Share of a device's memory reserved for its context, libraries and fragmentation."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lies on devices.
+    """How a model is distributed over devices.
 
     Attributes:
-        devices: how many there are; all have samples of their own.
-        expert: devices that share the experts.
-        shard: whether weights, gradients and optimiser states are divided over all devices (FSDP),
-            and one decoder layer at a time is gathered; else all devices hold them whole.
+        devices: number of devices, each with its own samples.
+        expert: number of devices that share the experts.
+        shard: whether weights, gradients and optimiser states are sharded over all devices (FSDP2)
+            and gathered one decoder layer at a time; otherwise they are replicated.
     """
 
     devices: int = 1
@@ -34,26 +34,29 @@ class Layout:
 
 
 def peak(step: Step, rows: float, layout: Layout, has_parts: bool) -> dict[str, float]:
-    """Bytes of each of `KINDS` on one device, at the moment of the most.
+    """Bytes of each of `KINDS` on one device at peak memory.
 
-    Experts, what belongs to them and copies of them in another dtype are divided by
-    `layout.expert`; the same number of rows is assumed to reach every device. `layout.shard`
-    divides weights, gradients and optimiser states by the number of devices. To these come the
-    gathered weights of two decoder layers (one is fetched ahead) and of all that is outside them,
-    and the gradients of a layer before and while they are scattered. Without it the devices add up
-    gradients of whole weights, which are held twice then and, when the backward ends, a third time
-    to travel (`GradientSum`); one time more where a batch has several parts.
+    Experts, their gradients and states, and copies of them in another dtype are divided by
+    `layout.expert`; all devices are assumed to receive the same number of rows. `layout.shard`
+    divides weights, gradients and optimiser states by the number of devices, and adds the gathered
+    weights of two decoder layers (one is prefetched) and of everything outside of them, and the
+    gradients of a layer before and while they are scattered. Without `shard`, gradients are held
+    twice and, at the end of the backward, a third time while they are summed (`GradientSum`); one
+    more time if a batch has several parts.
 
     Args:
-        step: of a device; with experts on several, one that was simulated as `dispatched`.
-        rows: of the part of a batch that goes through a device at once.
-        layout: of the devices.
-        has_parts: whether a batch has several parts, whose gradients are added up.
+        step: simulated step of a device; with split experts, one simulated as `dispatched`.
+        rows: number of rows of a part of the batch on one device.
+        layout: layout of the devices.
+        has_parts: whether gradients of several parts are accumulated.
+
+    Returns:
+        Bytes by kind.
     """
     live = step.live(rows)
     weights, gradients, states = (KINDS.index(n) for n in ("weights", "gradients", "optimizer"))
     if has_parts:
-        # Each gradient of a later part is there beside all of the parts before.
+        # The gradient of a later part exists beside the accumulated ones.
         live[:, gradients] = live[:, gradients].max(0)
         live[:, gradients, 0] += step.largest
     live[:, :, 1] /= layout.expert
@@ -74,7 +77,7 @@ def peak(step: Step, rows: float, layout: Layout, has_parts: bool) -> dict[str, 
 
 
 def most_rows(step: Step, layout: Layout, limit: float, rows: int) -> int:
-    """The most rows of a batch's `rows` that fit at once into `limit` bytes; 0 if none does."""
+    """The largest number of a batch's `rows` per part that fits into `limit` bytes; 0 if none."""
     fits, fails = 0, rows + 1
     while fails - fits > 1:
         middle = (fits + fails) // 2
@@ -86,7 +89,10 @@ def most_rows(step: Step, layout: Layout, limit: float, rows: int) -> int:
 
 
 def layouts(devices: int, num_experts: int) -> list[Layout]:
-    """Layouts of so many devices: data parallel, experts on as many as share them, sharded."""
+    """Layouts for a number of devices: replicated and sharded, each with and without split experts.
+
+    Experts are split over the largest common divisor of `devices` and `num_experts`.
+    """
     share = max(n for n in range(1, devices + 1) if not devices % n and not num_experts % n)
     shares = [1] if share == 1 or not num_experts else [1, share]
     sharded = [False] if devices == 1 else [False, True]

@@ -1,4 +1,4 @@
-"""Bytes that a run leaves on the disk."""
+"""Disk space of a run."""
 
 import torch
 
@@ -10,7 +10,7 @@ from unimoe_model.training.recipe_data import RecipeData
 
 
 def feature_bytes(data: RecipeData, config: UniMoEConfig) -> dict[str, int]:
-    """Bytes of the features of a recipe's media by kind, at one piece a recording."""
+    """Bytes of the cached features of a recipe by media kind, assuming one piece per recording."""
     files = {kind: set() for kind, _ in data.media()}
     for kind, path in data.media():
         files[kind].add(path)
@@ -21,12 +21,12 @@ def feature_bytes(data: RecipeData, config: UniMoEConfig) -> dict[str, int]:
 
 
 def model_bytes(step: Step) -> int:
-    """Bytes of the model folder of a stage; of one that trains LoRA, those before it is merged."""
+    """Bytes of the model folder of a stage, unmerged LoRA included."""
     return _held(step, "weights")
 
 
 def checkpoint_bytes(step: Step) -> int:
-    """Bytes of a checkpoint: what is trained, and its optimiser states."""
+    """Bytes of a checkpoint: trained weights and their optimiser states."""
     return step.trained + _held(step, "optimizer")
 
 

@@ -1,4 +1,4 @@
-"""Simulates a few decoder layers and repeats what they log for the others, which are alike."""
+"""Simulates a few decoder layers and repeats their events for identical ones."""
 
 from collections import Counter
 
@@ -6,27 +6,27 @@ import numpy as np
 from torch import Tensor, nn
 
 _ENDS = 2
-"""Layers at either end that are not repeated: what comes before or after differs there."""
+"""Layers at either end that are not repeated, because their neighbours differ."""
 
 
 class LayerBlocks:
-    """Cuts a model to its first decoder layers, and a log of them into a block for each.
+    """Truncates a model to its first decoder layers, and divides their log into blocks per layer.
 
-    The first two and the last two layers stand for themselves. Each layer between is like a kept
-    one between: of the same modules, shapes, trained weights and attention.
-
-    Attributes:
-        kept: how many layers are kept; all of them if no fewer stand for all.
+    The first two and the last two layers represent themselves. Every other layer is represented by
+    a kept one with the same modules, shapes, trained weights and attention.
 
     Args:
-        layers: of the model, cut in place.
-        whole: whether to keep all.
+        layers: decoder layers of the model, truncated in place.
+        whole: whether to keep all layers.
+
+    Attributes:
+        kept: number of layers that are kept; all if fewer cannot represent them.
     """
 
     def __init__(self, layers: nn.ModuleList, whole: bool = False):
         alike = [_signature(layer) for layer in layers]
         self.kept = len(alike) if whole else _fewest(alike)
-        # Which kept layer each of all stands for.
+        # Index of the kept layer that represents each layer.
         self._stands = [alike.index(own, _ENDS) for own in alike[_ENDS:-_ENDS]]
         self._stands = [*range(_ENDS), *self._stands, *range(self.kept - _ENDS, self.kept)]
         if self.kept == len(alike):
@@ -36,7 +36,7 @@ class LayerBlocks:
         del layers[self.kept :]
 
     def watch(self, layers: nn.ModuleList, events: list) -> None:
-        """Notes where in a growing list of events each layer's forward and backward begin."""
+        """Records the position in `events` at which each layer's forward and backward begin."""
 
         def enter(*_) -> None:
             if len(self._forwards) < self.kept:
@@ -53,7 +53,7 @@ class LayerBlocks:
 
     @property
     def is_cut(self) -> bool:
-        """Whether some layers were left out."""
+        """Whether layers were removed."""
         return self.kept < len(self._stands)
 
     @property
@@ -62,13 +62,16 @@ class LayerBlocks:
         return len(self._forwards) == len(self._backwards) == self.kept
 
     def repeat(self, change: np.ndarray, made: np.ndarray, is_copy: np.ndarray) -> np.ndarray:
-        """What all layers change, of what the kept ones do.
+        """Extends the changes of the kept layers to all layers.
 
         Args:
-            change: by event, `[events, ...]`.
-            made: event in which the storage of each event was made.
-            is_copy: whether that storage is a copy of weights. Those that autocast keeps are
-                released all together behind the last layer.
+            change: change of memory per event, `[events, ...]`.
+            made: event that allocated the storage of each event, `[events]`.
+            is_copy: whether that storage is a copy of weights, `[events]`. Copies kept by autocast
+                are released together after the last layer.
+
+        Returns:
+            Change of memory per event of all layers, `[more events, ...]`.
         """
         starts = [*self._forwards, *self._backwards, len(change)]
         block = np.searchsorted(starts, np.arange(len(change)), side="right") - 1
@@ -85,7 +88,7 @@ class LayerBlocks:
 
 
 def _fewest(alike: list) -> int:
-    """The fewest first layers that end as all do, with a layer between for each kind between."""
+    """The smallest number of first layers that end like all layers and represent all inner ones."""
     inner = set(alike[_ENDS:-_ENDS])
     for count in range(2 * _ENDS + 1, len(alike)):
         ends_alike = alike[count - _ENDS : count] == alike[-_ENDS:]

@@ -1,4 +1,4 @@
-"""Lines of `unimoe train --check` about memory, devices, tokens, hours and disk."""
+"""The forecast printed by `unimoe train --check`: memory, devices, tokens, time and disk."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -35,11 +35,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Devices:
-    """What a recipe is to be trained on.
+    """Devices to forecast memory for.
 
     Attributes:
-        numbers: of devices that a table is made for; empty for none.
-        memory: GiB of one.
+        numbers: numbers of devices to list in a table; empty for no table.
+        memory: memory per device in GiB.
     """
 
     numbers: tuple[int, ...] = ()
@@ -55,15 +55,15 @@ class Devices:
 
 
 class Forecast:
-    """What the stages of a recipe need.
+    """Forecast of the requirements of a recipe's stages.
 
     Args:
-        recipe: what would be trained.
-        data: of the recipe.
-        start: what the first stages start from.
-        configs: of the models of all stages, by name.
-        devices: what it is to be trained on.
-        stages: names of the stages that count.
+        recipe: the recipe.
+        data: data of the recipe.
+        start: configuration and processor of the starting model.
+        configs: configurations of all stages' models, by name.
+        devices: devices to forecast memory for.
+        stages: names of the stages to include.
     """
 
     def __init__(
@@ -84,11 +84,12 @@ class Forecast:
         self._steps: dict[tuple, Step] = {}
 
     def lines(self, tokens_per_second: float | None, output: Path) -> Iterator[str]:
-        """The whole report.
+        """Yields the lines of the report.
 
         Args:
-            tokens_per_second: of training; None takes each stage's own from its `metrics.json`.
-            output: folder of a run.
+            tokens_per_second: training speed; None uses the speed of stages already trained in
+                `output`, from their `metrics.json`.
+            output: folder of the run.
         """
         yield f"  memory of one {'GPU' if self._on_gpu else 'CPU'}, {self._precision}:"
         for stage in self._stages:
@@ -151,7 +152,7 @@ class Forecast:
         return f"{used}, {fitting * length:,}{' (whole batch)' if fitting == batch else ''}"
 
     def _alike(self) -> list[tuple[list[str], Stage]]:
-        """Stages that need the same, each with the names of all of them."""
+        """Groups of stages with the same requirements: their names, and one of the stages."""
         found: dict[tuple, tuple[list[str], Stage]] = {}
         for stage in self._stages:
             key = (*self._key(stage, False, False), self._part(stage, 1))
@@ -181,7 +182,7 @@ class Forecast:
         yield f"  disk: {', '.join(parts)}"
 
     def _part(self, stage: Stage, devices: int) -> tuple[int, bool]:
-        """Rows that go through a device at once, and whether a batch has several such parts."""
+        """Rows per part on one device, and whether a batch has several parts."""
         settings, length = stage.optimization, self._shape(stage)[0].length
         own = -(-self._batch_rows(stage) // devices)
         if stage.part_tokens is None:
@@ -190,13 +191,13 @@ class Forecast:
         return rows, rows < own
 
     def _batch_rows(self, stage: Stage) -> int:
-        """Rows of a whole batch: its samples, or as many as these are packed into."""
+        """Rows of a whole batch: its number of samples, or of packed rows."""
         if not stage.pack or self._shape(stage)[1]:
             return stage.optimization.batch_size
         return packed_rows(self._bounded(stage), self._lengths_of(stage), self._counts)
 
     def _shape(self, stage: Stage) -> tuple[BatchShape, bool]:
-        """The largest batch, and whether it is assumed for want of data."""
+        """The shape of the largest batch, and whether it is assumed because data are missing."""
         config = self._configs[stage.name]
         if self._start.processor is None or not all(self._counts[name] for name in stage.data):
             return assumed_shape(stage, self._max_length(stage), config), True
@@ -204,7 +205,7 @@ class Forecast:
         return batch_shape(self._bounded(stage), lengths, self._counts, config), False
 
     def _bounded(self, stage: Stage) -> Stage:
-        """The stage with the longest rows that it has in this model."""
+        """The stage with `max_length` limited by the model's context."""
         return replace(stage, max_length=self._max_length(stage))
 
     def _lengths_of(self, stage: Stage) -> dict[str, Lengths]:
@@ -241,7 +242,7 @@ class Forecast:
 
 
 def _measured_rate(output: Path, stage: str) -> float | None:
-    """Tokens a second of a stage that was trained in a folder; None if none was."""
+    """Tokens per second of a stage that was trained in a folder; None if it was not."""
     for path in output.glob("stages/*/metrics.json"):
         if path.parent.name.rpartition("-")[0] == stage:
             metrics = json.loads(path.read_text(encoding="utf-8"))

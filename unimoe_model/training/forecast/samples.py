@@ -1,4 +1,4 @@
-"""How long the samples of a stage are: what its batches look like, and how many tokens it sees."""
+"""Lengths of a stage's samples, the shape of its batches, and its number of tokens."""
 
 import math
 from collections import Counter
@@ -16,23 +16,23 @@ from unimoe_model.training.forecast.step import BatchShape
 from unimoe_model.training.recipe import Stage
 
 _TOKENISED, _LONGEST = 2000, 200
-"""Samples of a file that are tokenised: evenly spaced ones, and those with the longest texts."""
+"""Number of samples of a file to tokenize: evenly spaced ones, and those with the longest texts."""
 
 _TURNS = 8
-"""Rows of a batch that tell how much of it is of which file."""
+"""Number of rows that represent the shares of files in a batch."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What is known of the samples of a file.
+    """Statistics of the samples of a file.
 
     Attributes:
-        mean: tokens of a sample, soft ones included.
-        longest: tokens of the longest one.
-        answers: mean of the labelled tokens.
-        spread: their standard deviation.
-        most_answers: the most.
-        media: the most items of each kind in a sample.
+        mean: mean tokens per sample, soft tokens included.
+        longest: tokens of the longest sample.
+        answers: mean labelled tokens per sample.
+        spread: standard deviation of labelled tokens.
+        most_answers: maximum labelled tokens of a sample.
+        media: maximum number of items of each kind in a sample.
     """
 
     mean: float
@@ -49,7 +49,7 @@ def measure(
     config: UniMoEConfig,
     max_length: int,
 ) -> Lengths:
-    """Tokenises some thousand samples of a file. A recording counts as one piece."""
+    """Measures lengths on up to 2,200 samples of a file. A recording counts as one piece."""
     step = math.ceil(len(samples) / _TOKENISED)
     spaced = [samples[at] for at in range(0, len(samples), step)]
     long = nlargest(_LONGEST, samples, key=lambda s: _guess(s, config))
@@ -74,7 +74,7 @@ def measure(
 
 
 def _most_media(samples: Sequence[Conversation]) -> dict[str, int]:
-    """The most items of each kind that a sample has, of the kinds that there are."""
+    """Maximum number of items per sample, for each media kind that occurs."""
     most: Counter[str] = Counter()
     for sample in samples:
         most |= Counter(kind for kind, _ in sample.media)
@@ -84,13 +84,11 @@ def _most_media(samples: Sequence[Conversation]) -> dict[str, int]:
 def batch_shape(
     stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int], config: UniMoEConfig
 ) -> BatchShape:
-    """The largest batch that a stage is likely to have: all rows as long as the longest sample.
+    """The largest likely batch of a stage, with all rows as long as the longest sample.
 
-    Packed rows are as long as `max_length` allows, and hold as many samples as fit in the mean.
-
-    Answers are those of a batch of samples drawn from the data, four standard deviations of their
-    sum above the mean; media are shared out as the data are. Of streams that take turns the one
-    with the longest sample counts.
+    Packed rows have `max_length` tokens and hold as many samples as fit on average. The number of
+    labelled tokens is four standard deviations above the mean of a batch; media are distributed
+    like the data. Of alternating streams, the one with the longest sample is used.
     """
     shapes = []
     held = stage.max_length / _mean(stage, lengths, counts) if stage.pack else 1.0
@@ -115,9 +113,9 @@ def batch_shape(
 
 
 def assumed_shape(stage: Stage, max_length: int, config: UniMoEConfig) -> BatchShape:
-    """A batch where data are missing: rows of `max_length`, an item of each kind it trains on.
+    """The batch assumed for missing data, with rows of `max_length` tokens.
 
-    Half of the text is labelled.
+    Each row has one item of every kind whose connector is trained; half of its text is labelled.
     """
     trained = {part.part.partition(".")[2] for part in stage.train}
     media = {kind: 1 for kind in MEDIA_KINDS if kind in trained}
@@ -127,7 +125,7 @@ def assumed_shape(stage: Stage, max_length: int, config: UniMoEConfig) -> BatchS
 
 
 def tokens_of(stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int]) -> int:
-    """Tokens that a stage sees, padding not counted, as `metrics.json` counts them."""
+    """Number of tokens that a stage sees, without padding, as in its `metrics.json`."""
     if stage.epochs is None:
         samples = stage.optimization.steps * stage.optimization.batch_size
     else:
@@ -136,13 +134,13 @@ def tokens_of(stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int])
 
 
 def packed_rows(stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int]) -> int:
-    """Rows that the samples of a batch are packed into, in the mean."""
+    """Expected number of rows that the samples of a batch are packed into."""
     tokens = stage.optimization.batch_size * _mean(stage, lengths, counts)
     return min(stage.optimization.batch_size, math.ceil(tokens / stage.max_length))
 
 
 def _mean(stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int]) -> float:
-    """Tokens of a sample of a stage in the mean, soft ones included."""
+    """Mean tokens per sample of a stage, soft tokens included."""
     means = [
         sum(share * lengths[name].mean for name, share in _shares(stage, stream, counts).items())
         for stream in stage.streams
@@ -151,7 +149,7 @@ def _mean(stage: Stage, lengths: dict[str, Lengths], counts: dict[str, int]) -> 
 
 
 def _shares(stage: Stage, stream: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
-    """Shares of the data in the samples of a stream."""
+    """Share of each data entry in the samples of a stream."""
     size = {
         name: weight * (1 if stage.epochs is None else counts[name])
         for name, weight in stream.items()
@@ -162,7 +160,7 @@ def _shares(stage: Stage, stream: dict[str, float], counts: dict[str, int]) -> d
 def _fitting(
     length: int, answers: int, media: Sequence[dict[str, int]], config: UniMoEConfig
 ) -> BatchShape:
-    """Without the media that a row of so many tokens has no room for."""
+    """A batch of rows of `length` tokens, without media that do not fit."""
     rows = []
     for held in media:
         room, kept = length - 1, {}
@@ -176,6 +174,6 @@ def _fitting(
 
 
 def _guess(sample: Conversation, config: UniMoEConfig) -> float:
-    """About the tokens of a sample, without tokenising it."""
+    """Estimates the tokens of a sample without tokenizing it."""
     text = sum(len(user) + len(answer) for user, answer in sample.turns)
     return text / 4 + sum(config.num_soft_tokens(kind) for kind, _ in sample.media)

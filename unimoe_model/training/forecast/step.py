@@ -1,4 +1,4 @@
-"""One step of a stage on fake tensors, and the memory that it takes at any number of rows."""
+"""Simulation of one training step on fake tensors, and its memory for any number of rows."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ from unimoe_model.training.recipe.parts import trains_body
 from unimoe_model.training.trained import select_trained
 
 AUDIO_ROWS = 500
-"""Feature rows that a piece of audio counts with: about 10 s of BEATs."""
+"""Feature rows assumed per piece of audio: about 10 s of BEATs."""
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A batch whose rows are equally long.
+    """Shape of a batch with rows of equal length.
 
     Attributes:
-        length: tokens of a row, soft ones included.
-        answers: labelled tokens of a row.
-        media: pieces of each media kind in a row; several such rows take turns.
+        length: tokens per row, soft tokens included.
+        answers: labelled tokens per row.
+        media: number of pieces of each media kind in a row; several entries alternate.
     """
 
     length: int
@@ -45,11 +45,12 @@ class Step:
     """Memory of a training step.
 
     Attributes:
-        fixed: live bytes that no batch changes, `[events, kinds, 2]` as `AllocationLog.timeline`.
-        per_row: live bytes of a row of the batch, likewise.
-        layer: weights and trained weights of the largest decoder layer, `[2, 2]`: last without
-            experts, and of experts.
-        outside: bytes of the weights outside decoder layers.
+        fixed: live bytes independent of the batch, `[events, kinds, 2]`; see
+            `AllocationLog.timeline`.
+        per_row: live bytes per row of the batch, `[events, kinds, 2]`.
+        layer: bytes of weights and of trained weights of the largest decoder layer, `[2, 2]`; the
+            last dimension is without experts, and of experts.
+        outside: bytes of weights outside of decoder layers.
         largest: bytes of the largest trained weight.
         trained: bytes of all trained weights.
     """
@@ -62,7 +63,7 @@ class Step:
     trained: int
 
     def live(self, rows: float) -> np.ndarray:
-        """Live bytes after each event with so many rows, `[events, kinds, 2]`."""
+        """Live bytes after each event for a number of rows, `[events, kinds, 2]`."""
         return self.fixed + rows * self.per_row
 
 
@@ -76,20 +77,20 @@ def simulate_step(
     dispatched: bool = False,
     every_layer: bool = False,
 ) -> Step:
-    """Runs one step of training without memory: forward, backward, clipping and optimiser.
+    """Simulates one training step without memory: forward, backward, clipping and optimiser.
 
-    The loop's own functions run, on the CPU's operators. The step is one after the first, which
-    finds the optimiser's states made. Of decoder layers that are alike a few run.
+    The functions of the training loop run on CPU operators. The simulated step is the second one,
+    in which optimiser states exist. Of identical decoder layers only a few run.
 
     Args:
-        config: of the model.
-        train: what is trained.
-        settings: optimiser and gradient checkpointing; the batch goes through in one part.
-        shape: of the batch.
+        config: configuration of the model.
+        train: parts that are trained.
+        settings: optimiser and gradient checkpointing; the batch is one part.
+        shape: shape of the batch.
         precision: `"bf16"` or `"fp32"`.
-        attention: `"eager"`, as on CPUs, or `"sdpa"`, as on GPUs, where the fused kernel counts.
-        dispatched: whether experts lie on several processes: adds the rows that travel.
-        every_layer: whether all decoder layers run. They do, too, where Muon orthogonalises
+        attention: `"eager"`, as on CPUs, or `"sdpa"`, the fused kernel, as on GPUs.
+        dispatched: whether experts are split over processes, which adds transferred rows.
+        every_layer: whether to run all decoder layers. Always done for Muon, which orthogonalises
             matrices of all layers together.
     """
     log = AllocationLog()
@@ -113,7 +114,7 @@ def simulate_step(
     prime = _prime(model, shape)
     rows = prime * len(shape.media)
     batch = _batch(log, train, model, shape, rows)
-    # Compiled kernels would read the memory that there is none of.
+    # Compiled kernels would access memory that fake tensors do not have.
     with use_backend("reference"), log:
         optimizers = build_optimizers(parameters, settings)
         _make_states(log, optimizers, parameters, experts)
@@ -168,7 +169,7 @@ def _batch(
     shape: BatchShape,
     rows: int,
 ) -> dict[str, Tensor]:
-    """Inputs and labels; one row is shorter than the others, as hardly any batch is without."""
+    """Inputs and labels; one row is padded, as in nearly all real batches."""
     tokens = model.config.media_token_ids
     ids = torch.full((rows, shape.length), min(set(range(len(tokens) + 1)) - {*tokens.values()}))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -191,7 +192,7 @@ def _batch(
 def _media(
     train: tuple[TrainedPart, ...], model: UniMoEForConditionalGeneration, kind: str
 ) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of what the model is given of a piece; a frozen body has run before."""
+    """Name and shape of the model's input for a piece: query states if the body is frozen."""
     connector = model.model.connector(kind)
     if hasattr(connector, "hidden_states") and not trains_body(train, kind):
         return "query_states", (
@@ -202,7 +203,7 @@ def _media(
 
 
 def feature_shape(config: UniMoEConfig, kind: str) -> tuple[int, ...]:
-    """Shape of the encoder's features of a piece: of speech the longest, of audio `AUDIO_ROWS`."""
+    """Shape of the features of a piece: `speech_max_frames` for speech, `AUDIO_ROWS` for audio."""
     picture = (config.vision_num_tokens, config.vision_feature_size)
     return {
         "image": picture,
@@ -239,9 +240,9 @@ def _weights(layer: nn.Module, experts: set[int]) -> np.ndarray:
 
 
 def _dispatch(answer: Callable[..., Tensor], x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
-    """What `ExpertDispatcher` holds where each process receives as many rows as it sends.
+    """Allocates what `ExpertDispatcher` does if each process receives as many rows as it sends.
 
-    A product with 1 stands for a transfer: both ways it makes a tensor of the rows.
+    Multiplication by 1 represents a transfer: it allocates the rows in forward and backward.
     """
     sort = expert_sort(ids, int(ids.shape[1]))
     received = permute(x, sort, ids.shape[1]) * 1

@@ -1,4 +1,4 @@
-"""Recipes: a run described in one YAML file, read and checked before anything is loaded."""
+"""Recipes: descriptions of training runs in YAML, validated before anything is loaded."""
 
 from unimoe_model.training.recipe.reading import load_recipe
 from unimoe_model.training.recipe.schema import (

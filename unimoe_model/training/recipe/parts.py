@@ -1,11 +1,11 @@
-"""What a stage trains: parts of the model by name, each whole or as LoRA."""
+"""Parts of the model that a stage trains, each whole or with LoRA."""
 
 import re
 from dataclasses import dataclass
 
 _LAYER = r"model\.language_model\.layers\.\d+\."
 CONNECTORS = ("image", "speech", "audio")
-"""Videos are read by the connector of images."""
+"""Kinds of connectors; videos use the connector of images."""
 
 PARTS = {
     "connectors": r"model\.\w+_connector\..*",
@@ -20,13 +20,13 @@ PARTS = {
     "language_model": r"model\.language_model\..*|lm_head\..*",
     "all": r".*",
 }
-"""Parameters of each part, as a regular expression of their full names."""
+"""Parameters of each part, as a regular expression for their full names."""
 
 LORA_LINEARS = {
     "ffn": rf"{_LAYER}mlp\.(gate|up|down)_proj",
     "attention": rf"{_LAYER}self_attn\.[qkvo]_proj",
 }
-"""Linear maps that LoRA goes on, by part; that of `experts` goes on their stacked weights."""
+"""Linear modules that LoRA is attached to, by part; LoRA of `experts` uses stacked weights."""
 LORA_PARTS = (*LORA_LINEARS, "experts")
 
 
@@ -35,11 +35,14 @@ class TrainedPart:
     """A part of the model that a stage trains.
 
     Attributes:
-        part: one of `PARTS`.
-        rank: of LoRA; 0 trains the part whole.
-        alpha: LoRA's product is scaled by `alpha / rank`.
-        dropout: of what LoRA reads.
-        layers: decoder layers that LoRA goes on; None is all of them.
+        part: name of the part, one of `PARTS`.
+        rank: rank of LoRA; 0 trains the part whole.
+        alpha: LoRA is scaled by `alpha / rank`.
+        dropout: dropout probability of LoRA's input.
+        layers: indices of the decoder layers that get LoRA; None for all.
+
+    Raises:
+        ValueError: If a value is out of range, or the part does not support LoRA or `layers`.
     """
 
     part: str
@@ -54,7 +57,9 @@ class TrainedPart:
         if self.rank < 0:
             raise ValueError(f"lora ({self.rank}) must be at least 1")
         if self.rank and self.part not in LORA_PARTS:
-            raise ValueError(f"{self.part} takes no LoRA; {', '.join(LORA_PARTS)} do")
+            raise ValueError(
+                f"lora is not supported for {self.part}; it is for {', '.join(LORA_PARTS)}"
+            )
         if self.rank and not self.alpha > 0:
             raise ValueError(f"alpha ({self.alpha}) must be above 0")
         if not 0 <= self.dropout < 1:
@@ -67,12 +72,12 @@ class TrainedPart:
             raise ValueError(f"layers ({list(self.layers)}) must be different numbers from 0")
 
     def matches(self, name: str) -> bool:
-        """Whether a parameter of this full name belongs to the part."""
+        """Whether the parameter with this full name belongs to the part."""
         return re.fullmatch(self._of_layers(PARTS[self.part]), name) is not None
 
     @property
     def linears(self) -> str:
-        """Linear maps that LoRA goes on, as a regular expression of their full names."""
+        """Linear modules that LoRA is attached to, as a regular expression for their full names."""
         return self._of_layers(LORA_LINEARS[self.part])
 
     def _of_layers(self, pattern: str) -> str:
@@ -83,7 +88,7 @@ class TrainedPart:
 
 
 def trains_body(parts: tuple[TrainedPart, ...], kind: str) -> bool:
-    """Whether a stage trains what the connector of a media kind has before its projector."""
+    """Whether a stage trains a connector's body, which is everything except for its projector."""
     kind = "image" if kind == "video" else kind
     name = f"model.{kind}_connector.query_tokens"
     return any(part.matches(name) for part in parts)

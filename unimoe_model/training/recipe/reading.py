@@ -1,4 +1,4 @@
-"""Reads a recipe and checks all that can be known from the file alone."""
+"""Reads a recipe and checks everything that depends on the file alone."""
 
 import json
 import re
@@ -33,15 +33,15 @@ _LORA_KEYS = ("lora", "alpha", "dropout", "layers")
 
 
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
-    """Reads a recipe; `docs/training.md` explains the keys.
+    """Reads and checks a recipe; `docs/training.md` documents its keys.
 
     Args:
-        path: a YAML file. Files that it names are relative to its folder.
-        **overrides: top-level values that replace the file's, such as `seed=1`.
+        path: YAML file. Paths in it are relative to its folder.
+        **overrides: top-level values that replace those of the file, such as `seed=1`.
 
     Raises:
-        ValueError: If the file is missing or no YAML, or a key is unknown, missing or wrong; naming
-            file, key, value and what was expected.
+        ValueError: If the file is missing or not YAML, or a key is unknown, missing or invalid; the
+            message names file, key, value and what was expected.
     """
     path = Path(path)
     try:
@@ -73,7 +73,7 @@ def _recipe(raw: dict[str, Any], path: Path) -> Recipe:
     for kind, value in connectors.items():
         connector = _build(ConnectorRecipe, value, f"connectors.{kind}")
         if kind == "audio" and connector.max_frames is not None:
-            raise ValueError("connectors.audio.max_frames must be left out; speech alone has it")
+            raise ValueError("connectors.audio.max_frames is not supported; it is for speech")
         if connector.pretrained is not None:
             place = _local(connector.pretrained, path.parent)
             connector = replace(connector, pretrained=place)
@@ -98,7 +98,7 @@ def _language_model(raw: Any, folder: Path) -> LanguageModel:
 
 
 def _model_type(name: str, folder: Path) -> str:
-    """`"folder"` for a Uni-MoE, `"llm"` for another model or a name of the hub."""
+    """Returns `"folder"` for a Uni-MoE, `"llm"` for another model or a hub name."""
     place = Path(_local(name, folder))
     if not place.exists():
         return "llm"
@@ -116,7 +116,7 @@ def _encoders(raw: Any, folder: Path) -> EncoderNames:
 
 
 def _local(name: str, folder: Path) -> str:
-    """A path from the recipe's folder where there is one, else the name as it is."""
+    """The path relative to the recipe's folder if it exists, else the name unchanged."""
     path = (folder / name).resolve()
     return str(path) if name.startswith(".") or path.exists() else name
 
@@ -204,7 +204,7 @@ def _parent(assembly: Assembly | None, earlier: list[Stage], where: str) -> str:
     if len(parents) > 1:
         raise ValueError(
             f"{where}.from is missing: the experts start from several stages {sorted(parents)}, so"
-            " it must say whose attention and embeddings are taken"
+            " it must name the one whose attention and embeddings are used"
         )
     return parents.pop()
 
@@ -258,7 +258,8 @@ def _trained(raw: Any, where: str) -> tuple[TrainedPart, ...]:
     whole = {part.part for part in parts if not part.rank} & {"all", "language_model"}
     if adapted and whole:
         raise ValueError(
-            f"{where}: {whole.pop()} is trained whole, so {adapted.pop()} takes no LoRA"
+            f"{where}: lora for {adapted.pop()} is not supported with {whole.pop()}, which is"
+            " trained whole"
         )
     return tuple(parts)
 
@@ -311,7 +312,7 @@ def _evaluations(raw: Any, folder: Path, names: list[str]) -> tuple[Evaluation, 
 
 
 def _build(cls: type, raw: Any, where: str):
-    """A dataclass of the values under a key, whose types are checked."""
+    """Builds a dataclass from the values of a key, after checking their types."""
     raw = _mapping(raw, where)
     _refuse_unknown(raw, [f.name for f in fields(cls)], where)
     prefix = f"{where}." if where else ""
@@ -329,7 +330,7 @@ def _build(cls: type, raw: Any, where: str):
 
 
 def _is_built(value: Any) -> bool:
-    """Whether a value was made here, and not by the writer of the file."""
+    """Whether a value was built here rather than read from the file."""
     if isinstance(value, dict):
         return any(is_dataclass(item) for item in value.values())
     return is_dataclass(value) or isinstance(value, tuple)

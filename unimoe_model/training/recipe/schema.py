@@ -1,4 +1,4 @@
-"""What a recipe says: where a model starts, its encoders, its stages and their data."""
+"""Dataclasses of a recipe: starting model, encoders, data, stages and evaluations."""
 
 import math
 from collections.abc import Mapping
@@ -12,26 +12,29 @@ from unimoe_model.training.recipe.parts import TrainedPart
 from unimoe_model.value_types import require_at_least, require_positive
 
 START = "model"
-"""What `from` of a stage calls the model that the recipe starts from."""
+"""Name in `from` and `experts` of the model that the recipe starts from."""
 
 
 @dataclass(frozen=True)
 class LanguageModel:
     """The model that the first stage starts from.
 
-    One of `folder`, `llm` and `sizes` is given, or `llm` with the `sizes` that it is expected to
-    have, so that a recipe can be checked while the LLM is not there.
+    Exactly one of `folder`, `llm` and `sizes` is given, or `llm` together with its expected
+    `sizes`, so that a recipe can be checked while the LLM is missing.
 
     Attributes:
-        folder: a Uni-MoE in the layout of transformers.
-        llm: an LLM of transformers, as a folder or a name of the Hugging Face hub;
-            `unimoe_model.llm_families` has the model types.
-        sizes: fields of the LLM's configuration, of a LLaMA without `model_type`; without `llm`
-            for weights drawn anew.
-        tokenizer: folder or hub name of the tokenizer; None is that of the folder or LLM.
-        vocab_size: entries of a tokenizer that is trained on the texts of the recipe.
-        prompt_format: `"vicuna"` or `"chat"`, see `UniMoEProcessor`; None is that of the folder, or
-            `"chat"` where the tokenizer has a chat template.
+        folder: folder of a Uni-MoE.
+        llm: an LLM of transformers, as a folder or a name on the Hugging Face hub;
+            `unimoe_model.llm_families` lists the model types.
+        sizes: fields of the LLM's configuration (`model_type` defaults to `"llama"`); without
+            `llm`, weights are initialised randomly.
+        tokenizer: folder or hub name of the tokenizer; None for that of the folder or LLM.
+        vocab_size: number of entries of a tokenizer trained on the texts of the recipe.
+        prompt_format: `"vicuna"` or `"chat"`, see `UniMoEProcessor`; None for that of the folder,
+            or `"chat"` if the tokenizer has a chat template.
+
+    Raises:
+        ValueError: If the combination is not supported.
     """
 
     folder: str | None = None
@@ -62,7 +65,13 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class EncoderNames:
-    """The frozen encoders, each by name, folder or `module:Class`; None keeps the model's own."""
+    """The frozen encoders, each by name, folder or `module:Class`; None for those of the model.
+
+    Attributes:
+        vision: encoder of images and video frames.
+        speech: encoder of speech.
+        audio: encoder of other sounds.
+    """
 
     vision: str | None = None
     speech: str | None = None
@@ -74,12 +83,12 @@ class ConnectorRecipe:
     """The speech or audio connector.
 
     Attributes:
-        queries: soft tokens of a piece; None keeps the default of `UniMoEConfig`.
-        max_frames: feature rows of a piece of speech.
+        queries: soft tokens per piece; None for the default of `UniMoEConfig`.
+        max_frames: maximum number of feature frames per piece of speech.
         sizes: fields of `WhisperConfig` (speech) or `Blip2QFormerConfig` (audio).
-        pretrained: where the connector's body starts: a Whisper (speech) or a BLIP-2 (audio) of
-            transformers as a folder or hub name; for speech also the `module:Class` of an encoder
-            with class methods `decoder_config` and `pretrained_decoder`; None is random.
+        pretrained: initialisation of the connector's body: a Whisper (speech) or a BLIP-2 (audio),
+            as a folder or hub name; for speech also the `module:Class` of an encoder with class
+            methods `decoder_config` and `pretrained_decoder`. None for random weights.
     """
 
     queries: int | None = None
@@ -91,20 +100,20 @@ class ConnectorRecipe:
         require_at_least(1, queries=self.queries, max_frames=self.max_frames)
         if self.sizes is not None and self.pretrained is not None:
             raise ValueError(
-                "sizes and pretrained exclude each other: pretrained decides the sizes"
+                "sizes and pretrained exclude each other: pretrained determines the sizes"
             )
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """Training samples in a file or in shards, one of which is given.
+    """Training samples in a file or in shards, exactly one of which is given.
 
     Attributes:
-        file: the file, relative to the recipe; `read_conversations` says which formats there are.
-        media: folder that media paths are relative to; None is that of the file.
-        shards: uncompressed tars (`data/shards.py`), as patterns of `glob`.
-        shuffle: samples of a window within which they are shuffled (`WindowOrder`); None draws from
-            all of them at random.
+        file: path of the file, in a format of `read_conversations`.
+        media: folder that media paths are relative to; None for the folder of the file.
+        shards: uncompressed tars (`data/shards.py`), as `glob` patterns.
+        shuffle: window size in samples for shuffling within windows (`WindowOrder`); None draws
+            from all samples at random.
     """
 
     file: str | None = None
@@ -122,17 +131,17 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Assembly:
-    """How experts are made of stages.
+    """How an MoE model is assembled from earlier stages.
 
     Attributes:
-        experts: stages whose FFNs become the experts, in order; `START` is among them for the FFNs
-            of the model that the recipe starts from.
-        top_k: experts a token is routed to.
-        layers: which layers hold experts, as `moe_layers` of `UniMoEConfig`.
-        router_strength: logit of a modality's mean token at its own expert; 0 draws the router at
-            random.
-        connectors: stage that the connector of a kind is taken from, by kind; what is not named is
-            taken from the one expert stage that trained it.
+        experts: stages whose FFNs become the experts, in order; `START` stands for the FFNs of the
+            model that the recipe starts from.
+        top_k: number of experts per token.
+        layers: layers with experts, as `moe_layers` of `UniMoEConfig`.
+        router_strength: initial logit of a modality's mean token for its own expert; 0 initialises
+            the router randomly.
+        connectors: stage to take the connector of each kind from; by default the only expert stage
+            that trained it.
         options: further fields of `UniMoEConfig`, such as `load_balancing_coef`.
     """
 
@@ -156,24 +165,28 @@ class Assembly:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
+    """A stage of training.
 
     Attributes:
-        name: names it in the recipe and its folder.
+        name: name of the stage and prefix of its folder.
         parent: stage that it starts from, or `START`.
-        train: what is trained.
-        streams: weights of the data in the batches; several streams take turns, a step each.
-        optimization: length, batches and optimiser; with `epochs`, `optimization_for` says how many
-            steps there are.
-        epochs: passes over the data instead of steps, every sample as often as the weight of its
-            data says, which must be a whole number then.
-        part_tokens: most tokens, padding included, that go through the model at once; a batch with
-            more is cut into parts whose gradients are added up. None leaves it whole.
-        max_length: most tokens of a sample, soft ones included; what is beyond is cut off.
-        pack: puts samples together into rows of at most `max_length` tokens.
-        assembly: makes experts before training; None leaves the model as it is.
-        widen: makes every dense FFN so many times as wide before training, with equal outputs.
-        seed: of the data order; stages with equal seeds and data see the same batches.
+        train: parts that are trained.
+        streams: weights of the data in the batches, by name; several streams alternate step by
+            step.
+        optimization: length, batches and optimiser; with `epochs`, `optimization_for` computes the
+            number of steps.
+        epochs: number of passes over the data, instead of steps; each sample is seen as many times
+            as the weight of its data, which must be an integer.
+        part_tokens: maximum tokens per forward pass, padding included; larger batches are split
+            into parts whose gradients are accumulated. None for no limit.
+        max_length: maximum tokens per sample, soft tokens included; longer samples are truncated.
+        pack: whether to pack samples into rows of at most `max_length` tokens.
+        assembly: how to assemble experts before training; None keeps the model.
+        widen: factor by which dense FFNs are widened before training, with equal outputs.
+        seed: seed of the data order; stages with equal seeds and data see the same batches.
+
+    Raises:
+        ValueError: If a value is out of range, or options exclude each other.
     """
 
     name: str
@@ -196,7 +209,7 @@ class Stage:
         if self.part_tokens and self.optimization.accumulation > 1:
             raise ValueError("accumulation and part_tokens exclude each other")
         if self.pack and self.max_length is None:
-            raise ValueError("pack requires max_length, the most tokens of a row")
+            raise ValueError("pack requires max_length, the maximum tokens per row")
         if self.assembly and self.widen > 1:
             raise ValueError("assemble and widen exclude each other")
         if self.epochs is None:
@@ -210,7 +223,7 @@ class Stage:
                 raise ValueError(f"data.{name} ({weight}) must be whole where there are epochs")
 
     def optimization_for(self, samples: Mapping[str, int]) -> Optimization:
-        """The optimisation with the steps that it has over data of so many samples each."""
+        """The optimisation with its number of steps, given the number of samples by data name."""
         if self.epochs is None:
             return self.optimization
         passed = sum(samples[name] * int(weight) for name, weight in self.streams[0].items())
@@ -219,7 +232,7 @@ class Stage:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Stages (or `START`) that must be there before this one can begin."""
+        """Stages (or `START`) that this one requires."""
         experts = self.assembly.experts if self.assembly else ()
         kept = self.assembly.connectors.values() if self.assembly else ()
         return tuple(dict.fromkeys((self.parent, *experts, *kept)))
@@ -232,15 +245,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out questions that a stage's model is asked when it is done.
+    """An evaluation on held-out questions after some stages.
 
     Attributes:
-        name: names its folder.
-        data: file of JSON lines, as `unimoe eval` reads it.
-        metric: of `unimoe eval`.
-        stages: after which; empty is the last one.
-        max_new_tokens: longest output.
-        limit: only the first so many questions.
+        name: name of the evaluation and of its folder.
+        data: JSON lines file in the format of `unimoe eval`.
+        metric: metric of `unimoe eval`.
+        stages: stages to evaluate; empty for the last one.
+        max_new_tokens: maximum tokens per output.
+        limit: maximum number of questions; None for all.
     """
 
     name: str
@@ -253,14 +266,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Processes that train one model together; they decide how fast, not what, is computed.
+    """Layout of processes that train one model together; it does not affect the result.
 
     Attributes:
-        data: groups of processes that hold all experts together.
-        expert: processes that share the experts of a group.
-        shard: whether weights, gradients and optimiser states are divided among all processes
-            (FSDP2), those of experts among the groups, and gathered one decoder layer at a time.
-        timeout: seconds after which processes give up waiting for one that does not come.
+        data: number of groups, each of which holds all experts.
+        expert: number of processes per group, which share its experts.
+        shard: whether weights, gradients and optimiser states are sharded over all processes
+            (FSDP2), those of experts over the groups, and gathered one decoder layer at a time.
+        timeout: timeout of collectives in seconds.
     """
 
     data: int = 1
@@ -275,23 +288,23 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run; `load_recipe` reads one.
+    """A training run, as read by `load_recipe`.
 
     Attributes:
-        path: the file, for errors.
-        seed: of initial weights and data order.
-        precision: `"bf16"`, `"fp32"`, or `"auto"`: bf16 where the device has instructions for it.
-        model: where the first stage starts.
+        path: path of the recipe, for error messages.
+        seed: seed of initial weights and data order.
+        precision: `"bf16"`, `"fp32"`, or `"auto"` for bf16 on devices with instructions for it.
+        model: the model that the first stage starts from.
         encoders: the frozen encoders.
         speech: the speech connector.
         audio: the audio connector.
-        video_frames: frames of a video; None keeps the model's own number.
-        data: files by name.
-        stages: in order.
-        evaluations: held-out questions.
-        parallel: processes; None is one.
-        checkpoint_seconds: time between checkpoints.
-        workers: threads that read and tokenise batches beside training.
+        video_frames: frames per video; None for the model's own number.
+        data: training data by name.
+        stages: stages in order.
+        evaluations: evaluations on held-out questions.
+        parallel: layout of processes; None for data parallelism over all processes.
+        checkpoint_seconds: seconds between checkpoints.
+        workers: number of threads that read and tokenize batches.
     """
 
     path: str
@@ -318,16 +331,16 @@ class Recipe:
 
     @property
     def encoder_names(self) -> tuple[str, ...]:
-        """Encoders that the recipe names, those that connectors start from included."""
+        """Names of the recipe's encoders, and of the one that initialises the speech connector."""
         own = self.encoders
         named = (own.vision, own.speech, own.audio, self.speech.pretrained)
         return tuple(name for name in named if name is not None)
 
     def stage(self, name: str) -> Stage:
-        """The stage of a name.
+        """The stage with a name.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is no such stage.
         """
         for stage in self.stages:
             if stage.name == name:

@@ -1,4 +1,4 @@
-"""Names of shards: ranges in braces and patterns, made into paths."""
+"""Expansion of shard names, which may have ranges in braces and glob patterns."""
 
 import glob
 import os
@@ -10,14 +10,14 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def shard_patterns(names: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """Patterns of `glob`, relative to no folder, for names with ranges such as `{000..011}`.
+    """Expands ranges such as `{000..011}` and returns `glob` patterns with their folder.
 
     Args:
-        names: as a recipe has them.
-        folder: that the names are relative to.
+        names: names from a recipe.
+        folder: folder that the names are relative to.
 
     Raises:
-        ValueError: If a range goes down, or there is no name.
+        ValueError: If a range is descending, or there are no names.
     """
     if not names:
         raise ValueError("shards ([]) must name at least one tar")
@@ -26,15 +26,15 @@ def shard_patterns(names: Sequence[str], folder: Path) -> tuple[str, ...]:
 
 
 def shard_files(pattern: str) -> list[Path]:
-    """The files that a pattern names, sorted by name."""
+    """Files that match a pattern, sorted by name."""
     return sorted(Path(name) for name in glob.glob(pattern) if os.path.isfile(name))
 
 
 def shard_paths(patterns: Sequence[str]) -> list[Path]:
-    """The files that patterns name, in the order of the patterns.
+    """Files that match patterns, in the order of the patterns.
 
     Raises:
-        ValueError: If two name the same one.
+        ValueError: If two patterns match the same file.
     """
     paths: list[Path] = []
     for pattern in patterns:
