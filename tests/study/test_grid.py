@@ -207,7 +207,7 @@ def test_only_what_a_change_concerns_is_trained_again(finished, tmp_path, capsys
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"speed": 1}, "speed is an unknown key; the keys are title, recipe, seeds"),
+        ({"speed": 1}, "unknown key 'speed'; there are title, recipe, seeds"),
         ({"seeds": 0}, r"seeds \(0\) must be at least 1"),
         ({"seeds": "x"}, r"seeds \('x'\) must be of type int"),
         ({"alpha": 2.0}, r"alpha \(2\.0\) must be between 0 and 1"),

@@ -1,30 +1,12 @@
 """The recipe of an arm: that of the study with the arm's changes."""
 
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from unimoe_model.study.plan import Arm, Study
 from unimoe_model.training.checkpoint import fingerprint
 from unimoe_model.training.recipe import Recipe, load_recipe
-
-
-def raw_recipe(path: Path, what: str = "recipe") -> dict[str, Any]:
-    """What a YAML file holds.
-
-    Raises:
-        ValueError: If the file is missing, or is no mapping in YAML.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{what} ({path}) must be a readable YAML file: {reason}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{what} ({path}) must be a mapping, got {type(raw).__name__}")
-    return raw
+from unimoe_model.yaml_values import read_mapping
 
 
 def arm_recipe(study: Study, arm: Arm, seed: int) -> Recipe:
@@ -52,13 +34,13 @@ def arm_settings(study: Study, arm: Arm, seed: int) -> str:
     own, recipe = _own_keys(study, arm), arm_recipe(study, arm, seed)
     needed = needed_stages(recipe, arm.stage)
     stages = [stage for stage in own["stages"] if stage["name"] in needed]
-    connectors = raw_recipe(study.recipe).get("connectors")
+    connectors = read_mapping(study.recipe, "recipe").get("connectors")
     return fingerprint([stages, own["evaluate"], connectors, seed, study.routed])
 
 
 def _own_keys(study: Study, arm: Arm) -> dict[str, Any]:
     """Keys of the recipe that differ between arms."""
-    raw = raw_recipe(study.recipe)
+    raw = read_mapping(study.recipe, "recipe")
     stages = deepcopy(raw.get("stages") or [])
     by_name = {stage.get("name"): stage for stage in stages if isinstance(stage, dict)}
     for name in (arm.stage, *arm.changes):

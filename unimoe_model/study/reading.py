@@ -1,14 +1,15 @@
 """Reads a study and checks all that can be known from its file and the recipe."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from unimoe_model.study.arm_recipe import arm_recipe, raw_recipe
+from unimoe_model.study.arm_recipe import arm_recipe
 from unimoe_model.study.measures import check_measure
 from unimoe_model.study.plan import Arm, Claim, Measure, Study, Table
 from unimoe_model.value_types import fits_type
+from unimoe_model.yaml_values import build, read_mapping, refuse_unknown, require_mapping
 
 _PATHS = ("recipe", "metrics", "page")
 
@@ -24,7 +25,7 @@ def load_study(path: str | Path) -> Study:
             is no valid recipe; naming file, key, value and what was expected.
     """
     path = Path(path)
-    raw = raw_recipe(path, "study")
+    raw = read_mapping(path, "study")
     try:
         study = _study(raw, path)
         for arm in study.arms.values():
@@ -36,6 +37,7 @@ def load_study(path: str | Path) -> Study:
 
 
 def _study(raw: dict[str, Any], path: Path) -> Study:
+    refuse_unknown(raw, [f.name for f in fields(Study) if f.name != "path"], "")
     values = dict(raw)
     for key in _PATHS:
         if values.get(key) is not None:
@@ -45,7 +47,7 @@ def _study(raw: dict[str, Any], path: Path) -> Study:
     if not raw.get("arms"):
         raise ValueError("arms is missing; a study must have arms")
     values["arms"] = {
-        name: _arm(name, value) for name, value in _mapping(raw["arms"], "arms").items()
+        name: _arm(name, value) for name, value in require_mapping(raw["arms"], "arms").items()
     }
     arms = values["arms"]
     values["claims"] = tuple(_listed(raw, "claims", lambda own, at: _claim(own, at, arms)))
@@ -54,41 +56,41 @@ def _study(raw: dict[str, Any], path: Path) -> Study:
         values[key] = tuple(_named(raw.get(key) or [], key, arms))
     if len({claim.name for claim in values["claims"]}) < len(values["claims"]):
         raise ValueError("claims must have different names")
-    return _build(Study, values | {"path": str(path)}, "")
+    return build(Study, values | {"path": str(path)}, "")
 
 
 def _arm(name: Any, raw: Any) -> Arm:
     where = f"arms.{name}"
     if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
         raise ValueError(f"arms ({name!r}) must be named by letters, digits, '-' and '_'")
-    values = {**_mapping(raw, where), "name": name}
-    changes = _mapping(values.get("changes") or {}, f"{where}.changes")
+    values = {**require_mapping(raw, where), "name": name}
+    changes = require_mapping(values.get("changes") or {}, f"{where}.changes")
     for stage, own in changes.items():
-        _mapping(own, f"{where}.changes.{stage}")
-    return _build(Arm, values | {"changes": changes}, where)
+        require_mapping(own, f"{where}.changes.{stage}")
+    return build(Arm, values | {"changes": changes}, where)
 
 
 def _claim(raw: Any, where: str, arms: Collection[str]) -> Claim:
-    values = dict(_mapping(raw, where))
-    measure = dict(_mapping(values.get("measure"), f"{where}.measure"))
+    values = dict(require_mapping(raw, where))
+    measure = dict(require_mapping(values.get("measure"), f"{where}.measure"))
     kind = measure.pop("kind", None)
     check_measure(kind, measure, arms, f"{where}.measure")
     values["measure"] = Measure(kind, measure)
     _named(values.get("arms"), f"{where}.arms", arms)
-    return _build(Claim, values, where)
+    return build(Claim, values, where)
 
 
 def _table(raw: Any, where: str, arms: Collection[str]) -> Table:
-    values = _mapping(raw, where)
+    values = require_mapping(raw, where)
     _named(values.get("arms"), f"{where}.arms", arms)
-    return _build(Table, values, where)
+    return build(Table, values, where)
 
 
-def _listed(raw: Mapping[str, Any], key: str, build) -> list:
+def _listed(raw: Mapping[str, Any], key: str, read: Callable[[Any, str], Any]) -> list:
     found = raw.get(key) or []
     if not isinstance(found, list):
         raise ValueError(f"{key} ({found!r}) must be a list")
-    return [build(own, f"{key}[{number}]") for number, own in enumerate(found)]
+    return [read(own, f"{key}[{number}]") for number, own in enumerate(found)]
 
 
 def _named(raw: Any, where: str, arms: Collection[str]) -> list[str]:
@@ -97,32 +99,4 @@ def _named(raw: Any, where: str, arms: Collection[str]) -> list[str]:
     unknown = [name for name in raw if name not in arms]
     if unknown:
         raise ValueError(f"{where} ({unknown[0]!r}) must be among the arms: {', '.join(arms)}")
-    return raw
-
-
-def _build(cls: type, raw: Mapping[str, Any], where: str):
-    prefix = f"{where}." if where else ""
-    known = {f.name: f for f in fields(cls)}
-    unknown = [str(key) for key in raw if key not in known]
-    if unknown:
-        names = ", ".join(name for name in known if name != "path")
-        raise ValueError(f"{prefix}{unknown[0]} is an unknown key; the keys are {names}")
-    for name, own in known.items():
-        if own.default is MISSING and own.default_factory is MISSING and name not in raw:
-            raise ValueError(f"{prefix}{name} is missing")
-    for name, wanted in get_type_hints(cls).items():
-        if wanted in (str, int, float, bool, list[str] | None, int | None, list[str]):
-            value = raw.get(name)
-            if name in raw and not fits_type(value, wanted):
-                expected = getattr(wanted, "__name__", str(wanted))
-                raise ValueError(f"{prefix}{name} ({value!r}) must be of type {expected}")
-    try:
-        return cls(**raw)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from error
-
-
-def _mapping(raw: Any, where: str) -> dict:
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where} ({raw!r}) must be a mapping")
     return raw

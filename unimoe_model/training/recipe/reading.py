@@ -2,12 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
-
-import yaml
+from typing import Any
 
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.training.optimization import Optimization
@@ -26,6 +23,13 @@ from unimoe_model.training.recipe.schema import (
 )
 from unimoe_model.training.recipe.shard_names import shard_patterns
 from unimoe_model.value_types import fits_type
+from unimoe_model.yaml_values import (
+    build,
+    read_mapping,
+    refuse_unknown,
+    require_mapping,
+    shortened,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _STAGE_KEYS = ("name", "from", "train", "data", "data_in_turn", "assemble", "widen", "seed", "pack")
@@ -44,14 +48,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
             message names file, key, value and what was expected.
     """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"recipe ({path}) must be a readable YAML file: {reason}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"recipe ({path}) must be a mapping, got {type(raw).__name__}")
-    raw |= overrides
+    raw = read_mapping(path, "recipe") | overrides
     try:
         return _recipe(raw, path)
     except ValueError as error:
@@ -61,17 +58,17 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
 def _recipe(raw: dict[str, Any], path: Path) -> Recipe:
     own = ("connectors", "evaluate")
     known = {f.name for f in fields(Recipe)} - {"path", "speech", "audio", "evaluations"}
-    _refuse_unknown(raw, (*sorted(known), *own), "")
+    refuse_unknown(raw, (*sorted(known), *own), "")
     values = {key: value for key, value in raw.items() if key not in own}
     for key in ("model", "data", "stages"):
         if not raw.get(key):
             raise ValueError(f"{key} is missing; a recipe must have model, data and stages")
     values["model"] = _language_model(raw["model"], path.parent)
     values["encoders"] = _encoders(raw.get("encoders"), path.parent)
-    connectors = _mapping(raw.get("connectors") or {}, "connectors")
-    _refuse_unknown(connectors, ("speech", "audio"), "connectors")
+    connectors = require_mapping(raw.get("connectors") or {}, "connectors")
+    refuse_unknown(connectors, ("speech", "audio"), "connectors")
     for kind, value in connectors.items():
-        connector = _build(ConnectorRecipe, value, f"connectors.{kind}")
+        connector = build(ConnectorRecipe, value, f"connectors.{kind}")
         if kind == "audio" and connector.max_frames is not None:
             raise ValueError("connectors.audio.max_frames is not supported; it is for speech")
         if connector.pretrained is not None:
@@ -83,18 +80,18 @@ def _recipe(raw: dict[str, Any], path: Path) -> Recipe:
     names = [stage.name for stage in values["stages"]]
     values["evaluations"] = _evaluations(raw.get("evaluate") or {}, path.parent, names)
     if raw.get("parallel") is not None:
-        values["parallel"] = _build(Parallel, raw["parallel"], "parallel")
-    return _build(Recipe, {**values, "path": str(path)}, "")
+        values["parallel"] = build(Parallel, raw["parallel"], "parallel")
+    return build(Recipe, {**values, "path": str(path)}, "")
 
 
 def _language_model(raw: Any, folder: Path) -> LanguageModel:
     if isinstance(raw, str):
         raw = {_model_type(raw, folder): raw}
-    raw = dict(_mapping(raw, "model"))
+    raw = dict(require_mapping(raw, "model"))
     for key in ("folder", "llm", "tokenizer"):
         if isinstance(raw.get(key), str):
             raw[key] = _local(raw[key], folder)
-    return _build(LanguageModel, raw, "model")
+    return build(LanguageModel, raw, "model")
 
 
 def _model_type(name: str, folder: Path) -> str:
@@ -110,7 +107,7 @@ def _model_type(name: str, folder: Path) -> str:
 
 
 def _encoders(raw: Any, folder: Path) -> EncoderNames:
-    names = _build(EncoderNames, raw or {}, "encoders")
+    names = build(EncoderNames, raw or {}, "encoders")
     found = {f.name: getattr(names, f.name) for f in fields(names)}
     return EncoderNames(**{sense: name and _local(name, folder) for sense, name in found.items()})
 
@@ -123,12 +120,12 @@ def _local(name: str, folder: Path) -> str:
 
 def _data(raw: Any, folder: Path) -> dict[str, DataFile]:
     found = {}
-    for name, value in _mapping(raw, "data").items():
+    for name, value in require_mapping(raw, "data").items():
         where = f"data.{name}"
-        value = {"file": value} if isinstance(value, str) else dict(_mapping(value, where))
+        value = {"file": value} if isinstance(value, str) else dict(require_mapping(value, where))
         if "shards" in value:
             value["shards"] = _shards(value["shards"], folder, where)
-        file = _build(DataFile, value, where)
+        file = build(DataFile, value, where)
         places = {key: getattr(file, key) for key in ("file", "media")}
         places = {key: path and str(folder / path) for key, path in places.items()}
         found[str(name)] = replace(file, **places)
@@ -138,7 +135,9 @@ def _data(raw: Any, folder: Path) -> dict[str, DataFile]:
 def _shards(raw: Any, folder: Path, where: str) -> tuple[str, ...]:
     names = [raw] if isinstance(raw, str) else raw
     if not fits_type(names, list[str]):
-        raise ValueError(f"{where}.shards ({_short(raw)}) must be a name of tars or a list of them")
+        raise ValueError(
+            f"{where}.shards ({shortened(raw)}) must be a name of tars or a list of them"
+        )
     try:
         return shard_patterns(names, folder)
     except ValueError as error:
@@ -147,11 +146,11 @@ def _shards(raw: Any, folder: Path, where: str) -> tuple[str, ...]:
 
 def _stages(raw: Any, data: tuple[str, ...]) -> tuple[Stage, ...]:
     if not isinstance(raw, list):
-        raise ValueError(f"stages ({_short(raw)}) must be a list of stages")
+        raise ValueError(f"stages ({shortened(raw)}) must be a list of stages")
     stages: list[Stage] = []
     for number, value in enumerate(raw):
         where = f"stages[{number}]"
-        value = _mapping(value, where)
+        value = require_mapping(value, where)
         name = value.get("name")
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name == START:
             raise ValueError(
@@ -170,7 +169,7 @@ def _stage(
     where = f"stages.{name}"
     lengths = ("steps", "epochs", "part_tokens", "max_length")
     settings = [f.name for f in fields(Optimization) if f.name not in lengths]
-    _refuse_unknown(raw, (*_STAGE_KEYS, *lengths, *settings), where)
+    refuse_unknown(raw, (*_STAGE_KEYS, *lengths, *settings), where)
     names = [stage.name for stage in earlier]
     assembly = _assembly(raw.get("assemble"), f"{where}.assemble", names)
     parent = raw.get("from")
@@ -191,10 +190,10 @@ def _stage(
         "parent": parent,
         "train": _trained(raw.get("train"), f"{where}.train"),
         "streams": _streams(raw, where, data),
-        "optimization": _build(Optimization, optimization, where),
+        "optimization": build(Optimization, optimization, where),
         "assembly": assembly,
     }
-    return _build(Stage, {"seed": number + 1} | values, where)
+    return build(Stage, {"seed": number + 1} | values, where)
 
 
 def _parent(assembly: Assembly | None, earlier: list[Stage], where: str) -> str:
@@ -212,7 +211,7 @@ def _parent(assembly: Assembly | None, earlier: list[Stage], where: str) -> str:
 def _assembly(raw: Any, where: str, names: list[str]) -> Assembly | None:
     if raw is None:
         return None
-    raw = dict(_mapping(raw, where))
+    raw = dict(require_mapping(raw, where))
     experts = raw.get("experts")
     if not isinstance(experts, list) or not experts:
         raise ValueError(f"{where}.experts ({experts!r}) must be a list of earlier stages")
@@ -222,13 +221,13 @@ def _assembly(raw: Any, where: str, names: list[str]) -> Assembly | None:
         raise ValueError(
             f"{where}.experts ({unknown[0]!r}) must be an earlier stage or {START!r}: {names}"
         )
-    for kind, name in _mapping(raw.get("connectors", {}), f"{where}.connectors").items():
+    for kind, name in require_mapping(raw.get("connectors", {}), f"{where}.connectors").items():
         if kind not in CONNECTORS or name not in names:
             raise ValueError(
                 f"{where}.connectors ({kind}: {name}) must give each of {', '.join(CONNECTORS)} an"
                 f" earlier stage: {names}"
             )
-    return _build(Assembly, raw, where)
+    return build(Assembly, raw, where)
 
 
 def _trained(raw: Any, where: str) -> tuple[TrainedPart, ...]:
@@ -237,23 +236,23 @@ def _trained(raw: Any, where: str) -> tuple[TrainedPart, ...]:
     if isinstance(raw, list):
         raw = dict.fromkeys(raw, "whole")
     if not isinstance(raw, dict) or not raw:
-        raise ValueError(f"{where} ({_short(raw)}) must name the parts that are trained")
+        raise ValueError(f"{where} ({shortened(raw)}) must name the parts that are trained")
     parts = []
     for part, how in raw.items():
         place = f"{where}.{part}"
         if how != "whole":
-            how = _mapping(how, place)
-            _refuse_unknown(how, _LORA_KEYS, place)
+            how = require_mapping(how, place)
+            refuse_unknown(how, _LORA_KEYS, place)
             if not fits_type(how.get("lora"), int) or how["lora"] < 1:
                 raise ValueError(f"{place}.lora ({how.get('lora')!r}) must be a rank of at least 1")
             alpha = how.get("alpha", how["lora"])
             layers = how.get("layers", [])
             if not fits_type(layers, list[int]):
-                raise ValueError(f"{place}.layers ({_short(layers)}) must be a list of layers")
+                raise ValueError(f"{place}.layers ({shortened(layers)}) must be a list of layers")
             limited = {"layers": tuple(layers)} if "layers" in how else {}
             dropout = how.get("dropout", 0.0)
             how = {"rank": how["lora"], "alpha": alpha, "dropout": dropout, **limited}
-        parts.append(_build(TrainedPart, {"part": part, **({} if how == "whole" else how)}, where))
+        parts.append(build(TrainedPart, {"part": part, **({} if how == "whole" else how)}, where))
     adapted = {part.part for part in parts if part.rank}
     whole = {part.part for part in parts if not part.rank} & {"all", "language_model"}
     if adapted and whole:
@@ -270,7 +269,7 @@ def _streams(raw: dict[str, Any], where: str, known: tuple[str, ...]) -> tuple[d
     key = "data" if "data" in raw else "data_in_turn"
     streams = [raw["data"]] if key == "data" else raw[key]
     if not isinstance(streams, list) or not streams:
-        raise ValueError(f"{where}.{key} ({_short(streams)}) must be a list of mixtures")
+        raise ValueError(f"{where}.{key} ({shortened(streams)}) must be a list of mixtures")
     found = []
     for stream in streams:
         if isinstance(stream, str):
@@ -278,7 +277,7 @@ def _streams(raw: dict[str, Any], where: str, known: tuple[str, ...]) -> tuple[d
         if isinstance(stream, list):
             stream = dict.fromkeys(stream, 1)
         if not isinstance(stream, dict) or not stream:
-            raise ValueError(f"{where}.{key} ({_short(stream)}) must name data with weights")
+            raise ValueError(f"{where}.{key} ({shortened(stream)}) must name data with weights")
         for name, weight in stream.items():
             if name not in known:
                 raise ValueError(f"{where}.{key} ({name!r}) must be among data: {list(known)}")
@@ -292,63 +291,20 @@ def _evaluations(raw: Any, folder: Path, names: list[str]) -> tuple[Evaluation, 
     from unimoe_model.evaluation.metrics import METRICS
 
     found = []
-    for name, value in _mapping(raw, "evaluate").items():
+    for name, value in require_mapping(raw, "evaluate").items():
         where = f"evaluate.{name}"
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"evaluate ({name!r}) must be letters, digits, '.', '-' and '_'")
-        value = dict(_mapping(value, where))
+        value = dict(require_mapping(value, where))
         after = value.get("stages") or names[-1:]
         value["stages"] = tuple([after] if isinstance(after, str) else after)
         unknown = [stage for stage in value["stages"] if stage not in names]
         if unknown:
             raise ValueError(f"{where}.stages ({unknown[0]!r}) must be among {names}")
-        evaluation = _build(Evaluation, {**value, "name": name}, where)
+        evaluation = build(Evaluation, {**value, "name": name}, where)
         if evaluation.metric not in METRICS:
             raise ValueError(
                 f"{where}.metric ({evaluation.metric!r}) must be one of {', '.join(METRICS)}"
             )
         found.append(replace(evaluation, data=str(folder / evaluation.data)))
     return tuple(found)
-
-
-def _build(cls: type, raw: Any, where: str):
-    """Builds a dataclass from the values of a key, after checking their types."""
-    raw = _mapping(raw, where)
-    _refuse_unknown(raw, [f.name for f in fields(cls)], where)
-    prefix = f"{where}." if where else ""
-    for f in fields(cls):
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in raw:
-            raise ValueError(f"{prefix}{f.name} is missing")
-    for name, wanted in get_type_hints(cls).items():
-        if name in raw and not _is_built(raw[name]) and not fits_type(raw[name], wanted):
-            expected = getattr(wanted, "__name__", str(wanted))
-            raise ValueError(f"{prefix}{name} ({_short(raw[name])}) must be of type {expected}")
-    try:
-        return cls(**raw)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from error
-
-
-def _is_built(value: Any) -> bool:
-    """Whether a value was built here rather than read from the file."""
-    if isinstance(value, dict):
-        return any(is_dataclass(item) for item in value.values())
-    return is_dataclass(value) or isinstance(value, tuple)
-
-
-def _refuse_unknown(raw: Mapping[str, Any], known, where: str) -> None:
-    unknown = [str(key) for key in raw if key not in known]
-    if unknown:
-        place = f"{where} has an unknown key" if where else "unknown key"
-        raise ValueError(f"{place} {unknown[0]!r}; there are {', '.join(known)}")
-
-
-def _mapping(raw: Any, where: str) -> dict:
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where or 'recipe'} ({_short(raw)}) must be a mapping")
-    return raw
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
