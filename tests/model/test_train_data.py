@@ -185,7 +185,7 @@ def test_check_lists_missing_shards(recipe, run, tmp_path):
         ({"data": {"shards": "*.tar", "media": "media"}}, "shards and media exclude each other"),
         ({"data": {"shards": "*.tar", "shuffle": 0}}, "shuffle (0) must be at least 1"),
         ({"data": {"shards": "*.tar", "shuffle": "x"}}, "data.pictures.shuffle ('x') must be of"),
-        ({"align": {"pack": True}}, "stages.align: pack requires max_length, the most tokens"),
+        ({"align": {"pack": True}}, "stages.align: pack requires max_length, the maximum tokens"),
         ({"align": {"pack": 2, "max_length": 9}}, "stages.align.pack (2) must be of type bool"),
         (
             {"tune": {"pack": True, "max_length": 9}, "options": {"modality_kl_coef": 0.1}},
