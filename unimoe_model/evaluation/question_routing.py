@@ -1,4 +1,4 @@
-"""Which experts the tokens of held-out questions go to, where features of media are at hand."""
+"""Routing statistics of held-out questions whose media features are cached."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
@@ -9,21 +9,21 @@ from unimoe_model.evaluation.samples import Sample, media_arguments
 from unimoe_model.generation import Answerer
 
 BATCH = 64
-"""Questions that go through the model at once."""
+"""Batch size."""
 
 
 def route_questions(
     answerer: Answerer, questions: Iterable[Sample], features: Callable[[str, Any], Any]
 ) -> RoutingCounts:
-    """Routes questions in batches.
+    """Counts routed rows of questions.
 
     Args:
-        answerer: of an MoE model.
-        questions: their answers and options are not looked at.
-        features: returns what the model is shown of a media file, by kind and path.
+        answerer: an MoE model with its processor.
+        questions: questions; answers and options are ignored.
+        features: returns the features of a media file by kind and path.
 
     Returns:
-        The counts, over all questions together.
+        The counts over all questions.
 
     Raises:
         ValueError: If the model has no MoE layers.

@@ -1,4 +1,4 @@
-"""How far routing depends on the modality: entropy of experts, information about modalities."""
+"""Dependence of routing on the modality: entropy and mutual information."""
 
 from collections.abc import Mapping
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def expert_entropy(taken: Mapping[str, Tensor]) -> Tensor:
-    """Entropy of the expert of a routed row, all modalities together.
+    """Entropy of the expert of a routed row, over all modalities.
 
     Args:
-        taken: routed rows of every expert, by modality: `[layers, E]`.
+        taken: number of routed rows per expert, `[layers, E]`, by modality.
 
     Returns:
         `[layers]` float64, bits: 0 if one expert takes all rows, `log2(E)` if all take the same
@@ -22,13 +22,13 @@ def expert_entropy(taken: Mapping[str, Tensor]) -> Tensor:
 def mutual_information(taken: Mapping[str, Tensor]) -> Tensor:
     """Mutual information of the modality of a token and the expert of one of its routed rows.
 
-    Every modality counts the same, however many tokens it has: with `p(e | m)` the share of the
-    rows of modality `m` that expert `e` takes and `p(m) = 1 / M`,
+    All modalities have equal weight, regardless of their number of tokens: with `p(e | m)` the
+    share of the rows of modality `m` that expert `e` takes and `p(m) = 1 / M`,
     `I = H(sum_m p(m) p(e | m)) - sum_m p(m) H(p(e | m))`.
 
     Args:
-        taken: routed rows of every expert, by modality: `[layers, E]`. Modalities without rows are
-            left out.
+        taken: number of routed rows per expert, `[layers, E]`, by modality. Modalities without rows
+            are ignored.
 
     Returns:
         `[layers]` float64, bits: 0 if routing does not depend on the modality, at most `log2(M)`.
@@ -47,15 +47,15 @@ def mutual_information(taken: Mapping[str, Tensor]) -> Tensor:
 
 
 def top_experts(taken: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """The expert that takes most rows of each modality, by layer.
+    """Index of the expert with the most rows of each modality, by layer.
 
     Args:
-        taken: routed rows of every expert, by modality: `[layers, E]`.
+        taken: number of routed rows per expert, `[layers, E]`, by modality.
     """
     return {modality: rows.argmax(1).tolist() for modality, rows in taken.items() if rows.sum() > 0}
 
 
 def _entropy(counts: Tensor) -> Tensor:
-    """Of the last dimension, in bits."""
+    """Entropy over the last dimension, in bits."""
     p = counts / counts.sum(-1, keepdim=True)
     return torch.special.entr(p).sum(-1) / torch.log(torch.tensor(2.0, dtype=p.dtype))

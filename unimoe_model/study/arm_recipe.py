@@ -1,4 +1,4 @@
-"""The recipe of an arm: that of the study with the arm's changes."""
+"""Recipes of arms: the recipe of the study with the changes of an arm."""
 
 from copy import deepcopy
 from typing import Any
@@ -10,9 +10,9 @@ from unimoe_model.yaml_values import read_mapping
 
 
 def arm_recipe(study: Study, arm: Arm, seed: int) -> Recipe:
-    """The recipe of an arm.
+    """Builds the recipe of an arm.
 
-    It has all stages of the study's recipe; `needed_stages` are those that are trained.
+    The recipe has all stages of the study's recipe; `needed_stages` lists those to train.
 
     Raises:
         ValueError: If a change or evaluation names nothing in the recipe, or the result is no valid
@@ -26,7 +26,7 @@ def arm_recipe(study: Study, arm: Arm, seed: int) -> Recipe:
 
 
 def arm_settings(study: Study, arm: Arm, seed: int) -> str:
-    """Names what the study's files say of a run, without its data and models.
+    """Hash of the settings of a run in the files of the study, without its data and models.
 
     Raises:
         ValueError: As `arm_recipe`.
@@ -39,7 +39,7 @@ def arm_settings(study: Study, arm: Arm, seed: int) -> str:
 
 
 def _own_keys(study: Study, arm: Arm) -> dict[str, Any]:
-    """Keys of the recipe that differ between arms."""
+    """Top-level keys of the recipe that depend on the arm."""
     raw = read_mapping(study.recipe, "recipe")
     stages = deepcopy(raw.get("stages") or [])
     by_name = {stage.get("name"): stage for stage in stages if isinstance(stage, dict)}
@@ -63,7 +63,7 @@ def _own_keys(study: Study, arm: Arm) -> dict[str, Any]:
 
 
 def needed_stages(recipe: Recipe, last: str) -> list[str]:
-    """The stages that one starts from, directly or not, and itself, in the recipe's order."""
+    """Names of a stage and of all stages that it depends on, in the order of the recipe."""
     names = [stage.name for stage in recipe.stages]
     needed, pending = set(), [last]
     while pending:

@@ -1,4 +1,4 @@
-"""`unimoe study`: a grid of runs, and the report on its claims."""
+"""The command `unimoe study`: trains the runs of a study and writes its report."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -21,18 +21,18 @@ def run_study(
     check: bool = False,
     report_only: bool = False,
 ) -> None:
-    """Runs what is not done of a study, and writes the report on all that is.
+    """Trains the runs of a study that are not complete, and writes the report on those that are.
 
     Args:
-        path: the study.
+        path: YAML file of the study.
         output: folder of runs and report.
-        seeds: train these alone; None is all.
-        check: only list the runs and whether they are done.
-        report_only: train nothing, and read no data.
+        seeds: train only these seeds; None for all.
+        check: only list the runs and whether they are complete.
+        report_only: only write the report; reads no data and no models.
 
     Raises:
-        ValueError: For a bad study, recipe, data or metrics, before anything is trained.
-        StoppedError: If a signal ended it after a checkpoint; the same call goes on.
+        ValueError: If the study, its recipe, data or metrics are invalid, before any training.
+        StoppedError: If a signal stopped the study after a checkpoint; the same call resumes it.
     """
     study = load_study(path)
     if seeds is not None:

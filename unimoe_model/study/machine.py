@@ -1,4 +1,4 @@
-"""What a run was computed on."""
+"""Name of the machine that trained a run."""
 
 import platform
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 
 def machine_name(device: torch.device) -> str:
-    """Name of the GPU, or of the CPU with the number of threads."""
+    """Name of the GPU, or of the CPU and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""Numbers that are computed from the runs of a seed."""
+"""Measures: numbers computed from the runs of a seed."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ Runs = Mapping[str, Record]
 
 
 def steps_to_loss(runs: Runs, arm: str, loss: float, window: int = 20) -> float:
-    """Steps after which the mean loss of the last `window` steps is at most `loss`.
+    """First step at which the mean loss of the last `window` steps is at most `loss`.
 
-    A run that never gets there has one more than its steps.
+    If there is none, the number of steps plus one.
     """
     means = _trailing_means(runs[arm].losses, window)
     reached = np.flatnonzero(means <= loss)
@@ -33,14 +33,14 @@ def final_loss(runs: Runs, arm: str, window: int = 20) -> float:
 def loss_spread(runs: Runs, arm: str, window: int = 20, last: int | None = None) -> float:
     """Standard deviation of the loss within windows of `window` steps, nats a token.
 
-    The root of the mean variance over all windows, a straight line taken out of each, so that the
-    decrease of the loss does not count as spread.
+    The root mean square of the residuals of a straight line fitted to each window, so that the
+    decrease of the loss does not count as spread; each window has `window - 2` degrees of freedom.
 
     Args:
-        runs: of a seed.
-        arm: which of them.
-        window: steps of a window, at least 3.
-        last: only so many steps, the last ones; None is all.
+        runs: runs of a seed.
+        arm: the arm to measure.
+        window: number of steps of a window, at least 3.
+        last: use only the last steps; None for all.
     """
     losses = np.asarray(runs[arm].losses, dtype=np.float64)[-(last or 0) :]
     if len(losses) < window:
@@ -53,18 +53,18 @@ def loss_spread(runs: Runs, arm: str, window: int = 20, last: int | None = None)
 
 
 def accuracy(runs: Runs, arm: str, tasks: list[str] | None = None) -> float:
-    """Mean score of the evaluations, each counting the same, 0 to 1."""
+    """Unweighted mean score of the evaluations, 0 to 1."""
     scores = runs[arm].accuracy
     return float(np.mean([scores[task] for task in (tasks or scores)]))
 
 
 def accuracy_drop(runs: Runs, arm: str, alone: dict[str, str]) -> float:
-    """How much lower an arm scores than arms that were trained on one task each, mean over tasks.
+    """Mean over tasks of the score of an arm trained on that task alone, minus the arm's score.
 
     Args:
-        runs: of a seed.
-        arm: which of them.
-        alone: the arm that was trained on a task alone, by the name of the evaluation.
+        runs: runs of a seed.
+        arm: the arm to measure.
+        alone: for each evaluation, the arm trained on its task alone.
     """
     drops = [runs[own].accuracy[task] - runs[arm].accuracy[task] for task, own in alone.items()]
     return float(np.mean(drops))
@@ -85,12 +85,12 @@ class Kind:
     """A kind of measure.
 
     Attributes:
-        compute: of the runs of a seed, the arm and the options.
-        title: what tables call it.
-        scale: factor of the shown value.
-        digits: of the shown value.
-        options: types of its options.
-        required: options that must be given.
+        compute: function of the runs of a seed, the arm and the options.
+        title: name in tables.
+        scale: factor of the displayed value.
+        digits: decimals of the displayed value.
+        options: types of the options.
+        required: options without a default.
     """
 
     compute: Callable[..., float]
@@ -121,7 +121,7 @@ KINDS = {
 
 
 def check_measure(kind: Any, options: Mapping[str, Any], arms: Collection[str], where: str) -> None:
-    """Raises ValueError, naming the key, if there is no such measure or an option is wrong."""
+    """Raises ValueError, naming the key, if the measure is unknown or an option is invalid."""
     if kind not in KINDS:
         raise ValueError(f"{where}.kind ({kind!r}) must be one of {', '.join(KINDS)}")
     own = KINDS[kind]
@@ -144,7 +144,7 @@ def check_measure(kind: Any, options: Mapping[str, Any], arms: Collection[str], 
 
 
 def arms_of(options: Mapping[str, Any]) -> list[str]:
-    """Further arms that a measure with these options reads."""
+    """Arms that a measure with these options reads besides the measured one."""
     return list(options.get("alone", {}).values())
 
 
@@ -156,7 +156,7 @@ def _taken(runs: Runs, arm: str) -> dict[str, torch.Tensor]:
 
 
 def _trailing_means(losses: list[float], window: int) -> np.ndarray:
-    """Of every `window` steps in a row."""
+    """Means of all windows of consecutive steps."""
     if len(losses) < window:
         raise ValueError(f"window ({window}) must be at most the number of steps ({len(losses)})")
     return np.convolve(losses, np.full(window, 1 / window), mode="valid")

@@ -1,4 +1,4 @@
-"""What a study consists of: a recipe, its variants, their seeds, and the claims to be tested."""
+"""The parts of a study: a recipe, its arms and their seeds, and the claims to test."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,13 @@ class Arm:
     """A variant of the recipe.
 
     Attributes:
-        name: names it in claims and files.
-        title: what tables call it; the name if empty.
-        stage: stage that it ends with; the stages that this one starts from are trained before.
-        changes: keys of stages that differ from the recipe, by the name of the stage. Mappings are
-            merged; a value of None removes the key.
-        evaluate: held-out questions that it is asked; None is all of the recipe.
-        seeds: its own number of seeds; None is that of the study.
+        name: name in claims and files.
+        stage: last stage to train; the stages that it depends on are trained first.
+        title: name in tables; `name` if empty.
+        changes: keys that differ from the recipe, by stage. Mappings are merged; None removes a
+            key.
+        evaluate: names of the recipe's evaluations to run; None for all.
+        seeds: number of seeds; None for that of the study.
     """
 
     name: str
@@ -35,17 +35,17 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Name in tables."""
         return self.title or self.name
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that is computed from each run; `measures.KINDS` has what there is.
+    """A number computed from the runs of a seed.
 
     Attributes:
-        kind: of `measures.KINDS`.
-        options: its options.
+        kind: key of `measures.KINDS`.
+        options: options of the kind.
     """
 
     kind: str
@@ -54,16 +54,16 @@ class Measure:
 
 @dataclass(frozen=True)
 class Claim:
-    """That the first of two arms has a lower or a higher measure than the second.
+    """A claim that the measure of one arm is lower or higher than that of another.
 
     Attributes:
-        name: names it in tables.
-        claim: the sentence that is tested.
-        paper: what the paper reports, for the table.
-        measure: what is compared.
-        arms: two names.
-        expect: `"less"` or `"greater"`.
+        name: unique name.
+        claim: the claim as a sentence.
+        measure: the measure to compare.
+        arms: names of two arms.
+        expect: `"less"` if the first arm's measure is claimed to be lower, else `"greater"`.
         least: smallest difference that counts as an effect.
+        paper: what the paper reports, for the table.
     """
 
     name: str
@@ -85,12 +85,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Table:
-    """Arms that are shown beside each other, without a test.
+    """A table of arms, without a test.
 
     Attributes:
         title: heading.
-        arms: names, in order; differences are to the first.
-        text: explains the table.
+        arms: names of the arms, one per row.
+        text: explanation of the table.
     """
 
     title: str
@@ -103,21 +103,21 @@ class Study:
     """A whole study; `load_study` reads one.
 
     Attributes:
-        path: the file, for errors.
+        path: YAML file, for errors.
         title: heading of the report.
-        recipe: the recipe that all arms vary.
-        seeds: every arm is trained with seeds 0 to `seeds - 1`.
-        arms: by name.
-        claims: in order.
-        tables: arms that are shown without a test.
-        curves: arms whose loss is drawn.
-        maps: arms whose routing is drawn.
-        alpha: probability of any wrong verdict, over all claims.
-        routed: held-out questions of each kind whose tokens are followed through the routers.
-        metrics: folder of the small files that finished runs leave; None is in the output.
-        page: Markdown file that is written besides the report; None is none.
-        introduction: Markdown that the page begins with.
-        limits: Markdown that the page ends with.
+        recipe: recipe that the arms vary.
+        seeds: number of seeds; arms are trained with seeds 0 to `seeds - 1`.
+        arms: arms by name.
+        claims: claims to test.
+        tables: tables of the report.
+        curves: arms whose loss is plotted.
+        maps: arms whose routing is plotted.
+        alpha: probability that any claim is wrongly supported.
+        routed: number of questions per evaluation whose routing is recorded.
+        metrics: folder of the records of runs; None for `metrics` in the output.
+        page: Markdown file to write besides the report; None for none.
+        introduction: Markdown at the start of the report.
+        limits: Markdown of its section on limits.
     """
 
     path: str
@@ -142,12 +142,12 @@ class Study:
             raise ValueError(f"alpha ({self.alpha}) must be between 0 and 1")
 
     def seeds_of(self, arm: str) -> range:
-        """The seeds that an arm is trained with."""
+        """Seeds of an arm."""
         own = self.arms[arm].seeds
         return range(self.seeds if own is None else own)
 
     def runs(self) -> list[tuple[int, str]]:
-        """Every seed and arm, seed by seed: comparisons of the first seeds are complete first."""
+        """Seed and arm of every run, ordered by seed, so that comparisons are complete early."""
         most = max(len(self.seeds_of(arm)) for arm in self.arms)
         return [
             (seed, arm) for seed in range(most) for arm in self.arms if seed in self.seeds_of(arm)

@@ -1,4 +1,4 @@
-"""Pictures of a study: loss curves with bands over seeds, and maps of routing."""
+"""Plots of a study: loss curves with bands over seeds, and routing maps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,12 +22,12 @@ _COLORS = ("#3b6fb6", "#c8743a", "#4f9a6b", "#8a5aa8", "#b04a5a", "#7a7a7a", "#b
 def save_loss_curves(
     path: Path, curves: Mapping[str, Sequence[Sequence[float]]], window: int = 15
 ) -> None:
-    """Draws the mean loss of each arm, with a band of one standard deviation over seeds.
+    """Plots the mean loss of each arm, with a band of one standard deviation over seeds.
 
     Args:
-        path: PNG that is written.
-        curves: for each arm, the losses of its runs.
-        window: steps of the moving average.
+        path: PNG file to write.
+        curves: losses of the runs of each arm.
+        window: number of steps of the moving average.
     """
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axis = figure.subplots()
@@ -47,10 +47,10 @@ def save_loss_curves(
 
 
 def save_routing_map(path: Path, records: Sequence[Record]) -> None:
-    """Draws which expert takes which modality's tokens, all seeds together.
+    """Plots the share of each modality's routed rows per expert and layer, over all seeds.
 
     Args:
-        path: PNG that is written.
+        path: PNG file to write.
         records: runs of an arm with MoE layers.
     """
     first = records[0].routing

@@ -1,4 +1,4 @@
-"""Progress of a study: how many runs are done, above the stage that is at work."""
+"""Progress of a study: the number of complete runs, and the current stage."""
 
 import sys
 from typing import Protocol
@@ -9,47 +9,47 @@ from unimoe_model.training.progress import BarReporter, LineReporter, ProgressRe
 
 
 class StudyReporter(ProgressReporter, Protocol):
-    """Receives what a study is doing, besides its stages."""
+    """A `ProgressReporter` that also receives the runs of a study."""
 
     def begin(self, total: int, done: int) -> None:
-        """There are `total` runs, `done` of them are already there."""
+        """Starts a study of `total` runs, of which `done` are complete."""
 
     def name(self, run: str) -> None:
-        """The stages that follow are those of a run."""
+        """Starts a run, to which the following stages belong."""
 
     def done(self) -> None:
-        """A run is done."""
+        """Completes a run."""
 
 
 class StudyBars(BarReporter):
-    """A bar of all runs, and one of the stage below it."""
+    """Progress bars of all runs and of the current stage."""
 
     def __init__(self):
         super().__init__(position=1)
         self._runs: tqdm | None = None
 
     def begin(self, total: int, done: int) -> None:
-        """Opens the bar of the runs."""
+        """Opens the bar of runs."""
         self._runs = tqdm(
             total=total, initial=done, desc="runs", position=0, dynamic_ncols=True, unit="run"
         )
 
     def name(self, run: str) -> None:
-        """Shows the run before its stages."""
+        """Prefixes stages with the run."""
         self._prefix = f"{run} "
 
     def done(self) -> None:
-        """Moves the bar of the runs on."""
+        """Advances the bar of runs."""
         self._runs.update(1)
         if self._runs.n == self._runs.total:
             self._runs.close()
 
 
 class StudyLines(LineReporter):
-    """Prints lines where there is no terminal."""
+    """Progress lines, for output that is not a terminal."""
 
     def begin(self, total: int, done: int) -> None:
-        """Prints how many runs there are."""
+        """Prints the number of runs."""
         self._runs, self._all = done, total
         self.say(f"runs {done}/{total}")
 
@@ -58,7 +58,7 @@ class StudyLines(LineReporter):
         self.say(f"run {run}")
 
     def done(self) -> None:
-        """Prints how many runs are done."""
+        """Prints the number of complete runs."""
         self._runs += 1
         self.say(f"runs {self._runs}/{self._all}")
 

@@ -1,4 +1,4 @@
-"""Reads a study and checks all that can be known from its file and the recipe."""
+"""Reads a study and checks everything that depends on its file and recipe alone."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
@@ -15,14 +15,14 @@ _PATHS = ("recipe", "metrics", "page")
 
 
 def load_study(path: str | Path) -> Study:
-    """Reads a study; `docs/studies.md` explains the keys.
+    """Reads and checks a study; `docs/studies.md` documents its keys.
 
     Args:
-        path: a YAML file. Files that it names are relative to its folder.
+        path: YAML file. Paths in it are relative to its folder.
 
     Raises:
-        ValueError: If the file is missing or no YAML, a key is unknown, missing or wrong, or an arm
-            is no valid recipe; naming file, key, value and what was expected.
+        ValueError: If the file is missing or not YAML, a key is unknown, missing or invalid, or the
+            recipe of an arm is invalid; the message names file, key, value and what was expected.
     """
     path = Path(path)
     raw = read_mapping(path, "study")

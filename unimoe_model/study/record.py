@@ -1,4 +1,4 @@
-"""What a finished run of a study leaves: one small JSON file, which counts as done by its hash."""
+"""Records of complete runs: small JSON files, identified by hashes."""
 
 import json
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ MOST_BYTES = 50_000
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """Which expert took whose tokens, in the held-out questions.
+    """Routing of held-out questions.
 
     Attributes:
-        layers: decoder layers that hold experts.
+        layers: indices of the decoder layers with experts.
         experts: names of the experts.
-        top_k: experts a token is routed to.
-        taken: routed rows of every expert, by modality: `[layers][E]`.
+        top_k: number of experts per token.
+        taken: number of routed rows per expert, `[layers][E]`, by modality.
     """
 
     layers: list[int]
@@ -31,22 +31,22 @@ class RoutingRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """The results of one arm with one seed.
+    """Results of one arm with one seed.
 
     Attributes:
         arm: name of the arm.
         seed: the seed.
-        hash: of everything that decides the results, precision and machine apart.
-        settings: hash of the part of it that the files of the study hold (`arm_settings`).
-        stage: the stage that was measured.
-        losses: loss of each of its steps, nats a token.
+        hash: hash of everything that determines the results, except precision and machine.
+        settings: hash of the settings in the files of the study (`arm_settings`).
+        stage: the last stage, which is measured.
+        losses: loss of each step of that stage, nats per token.
         accuracy: score of each evaluation, 0 to 1.
-        items: questions of each evaluation.
-        routing: of the MoE layers; None for a dense model.
-        seconds: of each stage that was trained for this arm.
+        items: number of questions of each evaluation.
+        routing: routing of the MoE layers; None for a dense model.
+        seconds: training time of each stage.
         precision: `"bf16"` or `"fp32"`.
-        machine: processor, and cores of a CPU.
-        version: of unimoe.
+        machine: name of the GPU, or of the CPU and the number of threads.
+        version: version of unimoe.
     """
 
     arm: str
@@ -65,15 +65,15 @@ class Record:
 
 
 def record_path(folder: Path, arm: str, seed: int) -> Path:
-    """The file of a run."""
+    """Path of the record of a run."""
     return folder / f"{arm}-{seed}.json"
 
 
 def write_record(folder: Path, record: Record) -> Path:
-    """Writes the file of a run, whole or not at all.
+    """Writes the record of a run atomically.
 
     Raises:
-        ValueError: If it would have more than `MOST_BYTES`.
+        ValueError: If it is larger than `MOST_BYTES`.
         OSError: If it cannot be written.
     """
     facts = asdict(record)
@@ -91,10 +91,10 @@ def write_record(folder: Path, record: Record) -> Path:
 
 
 def read_record(path: Path) -> Record:
-    """Reads the file of a run.
+    """Reads the record of a run.
 
     Raises:
-        ValueError: If it is not as `write_record` leaves it, naming the file and the key.
+        ValueError: If the file is missing or not a record, naming the file and the key.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The report of a study: the same content as Markdown for a documentation and as HTML."""
+"""The report of a study, in HTML and in Markdown."""
 
 import base64
 import html
@@ -24,13 +24,13 @@ img { max-width: 100%; height: auto }
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the report: a heading, paragraphs, a table or a picture.
+    """A section of the report.
 
     Attributes:
-        heading: of level 2; empty for none.
+        heading: heading; empty for none.
         text: Markdown paragraphs.
-        rows: a table.
-        picture: a PNG, and what it shows.
+        rows: a table, or None.
+        picture: a PNG file and its description, or None.
     """
 
     heading: str = ""
@@ -40,18 +40,18 @@ class Part:
 
 
 def write_report(study: Study, results: Results, output: Path) -> list[Path]:
-    """Writes `report.html` and its pictures, and the page of the study if it names one.
+    """Writes `report.html` with its plots, and the page of the study if it has one.
 
     Args:
         study: the study.
-        results: its runs that are there.
+        results: complete runs.
         output: folder of the report.
 
     Returns:
-        The files.
+        Paths of the report and the page.
 
     Raises:
-        ValueError: If there are no results.
+        ValueError: If no run is complete.
         ModuleNotFoundError: If matplotlib is not installed.
     """
     if not results:
@@ -73,12 +73,12 @@ def write_report(study: Study, results: Results, output: Path) -> list[Path]:
 
 
 def page_of(study: Study, results: Results, pictures: Path) -> str:
-    """The page of a study, in Markdown.
+    """Returns the page of a study in Markdown.
 
     Args:
         study: the study.
-        results: its runs that are there.
-        pictures: folder that the pictures are drawn into.
+        results: complete runs.
+        pictures: folder for the plots.
     """
     return _markdown(study.title, list(_parts(study, results, pictures)))
 
@@ -185,7 +185,7 @@ def _paragraph(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Escaped text with emphasis."""
+    """Escapes text and converts emphasis."""
     pieces = html.escape(text).split("*")
     if len(pieces) % 2 == 0:
         return "*".join(pieces)

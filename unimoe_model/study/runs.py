@@ -1,4 +1,4 @@
-"""Trains the runs of a study that are not done, and keeps what they leave."""
+"""Trains the runs of a study and records their results."""
 
 import json
 import shutil
@@ -34,15 +34,15 @@ from unimoe_model.training.start import own_device
 
 
 class Grid:
-    """The runs of a study, in folders `OUTPUT/seed-N` that share what arms have in common.
+    """The runs of a study, in folders `OUTPUT/seed-N`, where arms share their common stages.
 
     Args:
         study: the study.
-        output: folder of everything that is written.
-        reporter: is told of the progress.
+        output: folder of the runs.
+        reporter: shows progress.
 
     Raises:
-        ValueError: If the data of the recipe are missing or bad.
+        ValueError: If the data of the recipe are missing or invalid.
     """
 
     def __init__(self, study: Study, output: Path, reporter: StudyReporter):
@@ -58,7 +58,7 @@ class Grid:
         self._questions = {e.name: file_digest(Path(e.data)) for e in whole.evaluations}
 
     def hash_of(self, arm: Arm, recipe: Recipe) -> str:
-        """Names everything that decides the results of an arm, the machine apart."""
+        """Hash of everything that determines the results of an arm, except the machine."""
         ids = stage_ids(recipe, recipe.precision, self._data.digests)
         asked = [
             (e.name, self._questions[e.name], e.metric, e.max_new_tokens, e.limit)
@@ -67,7 +67,7 @@ class Grid:
         return fingerprint([ids[arm.stage], asked, self.study.routed])
 
     def is_done(self, seed: int, arm: str) -> bool:
-        """Whether the results of a run are there, and are those of the study as it is now."""
+        """Whether the record of a run exists and has the current hash."""
         path = record_path(self.metrics, arm, seed)
         if not path.exists():
             return False
@@ -75,14 +75,14 @@ class Grid:
         return read_record(path).hash == self.hash_of(own, arm_recipe(self.study, own, seed))
 
     def run(self, seeds: Iterable[int] | None = None) -> None:
-        """Trains and evaluates what is not done, seed by seed.
+        """Trains and evaluates the runs that are not complete, ordered by seed.
 
         Args:
-            seeds: only these; None is all.
+            seeds: only these seeds; None for all.
 
         Raises:
-            FolderInUseError: If another process trains one of the seeds.
-            StoppedError: If a signal ended it after a checkpoint; the same call goes on.
+            FolderInUseError: If another process is training one of the seeds.
+            StoppedError: If a signal stopped training after a checkpoint; the same call resumes.
         """
         wanted = None if seeds is None else set(seeds)
         runs = [own for own in self.study.runs() if wanted is None or own[0] in wanted]
@@ -146,7 +146,7 @@ class Grid:
         return RoutingRecord(counts.layers, list(experts), config.num_experts_per_tok, taken)
 
     def _forget(self, folder: Path, run: Run, arm: Arm, seed: int) -> None:
-        """Removes the model of an arm's last stage unless another arm starts from it."""
+        """Removes the last stage of an arm unless another arm depends on it."""
         own = run.folder(arm.stage).name
         for other in self.study.arms.values():
             if other == arm or seed not in self.study.seeds_of(other.name):
@@ -161,11 +161,11 @@ class Grid:
 
 
 def read_results(study: Study, folder: Path) -> tuple[Results, list[Path]]:
-    """The runs of a study whose files are in a folder.
+    """Reads the records of a study from a folder.
 
     Returns:
-        The runs by arm and seed, and the files that are left out because they are of other settings
-        than the study has now.
+        The records by arm and seed, and the files that were left out because their settings differ
+        from those of the study.
 
     Raises:
         ValueError: If a file is damaged.

@@ -1,4 +1,4 @@
-"""Exact tests of paired differences, and their correction for the number of claims."""
+"""Exact tests of paired differences, and correction for multiple claims."""
 
 import math
 from collections.abc import Sequence

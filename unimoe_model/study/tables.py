@@ -1,4 +1,4 @@
-"""The tables of a study, as rows of text."""
+"""Tables of a study as rows of text."""
 
 import math
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ class Rows:
     """A table.
 
     Attributes:
-        head: titles of the columns.
-        body: rows of as many cells.
+        head: column titles.
+        body: rows, with one cell per column.
     """
 
     head: Sequence[str]
@@ -26,7 +26,7 @@ class Rows:
 
 
 def claims_table(study: Study, found: Sequence[Finding]) -> Rows:
-    """A row for each claim: verdict, both arms, difference with interval, p, the paper's figure."""
+    """One row per claim: verdict, both arms, difference with interval, p, the paper's figure."""
     percent = f"{100 * (1 - study.alpha):g} %"
     head = ["claim", "verdict", "measure", "first arm", "second arm", f"difference ({percent})"]
     head += ["p", "adjusted p", "pairs", "the paper"]
@@ -34,7 +34,7 @@ def claims_table(study: Study, found: Sequence[Finding]) -> Rows:
 
 
 def arms_table(study: Study, table: Table, results: Results) -> Rows:
-    """A row for each arm: accuracy by task, final loss and mutual information, mean and spread."""
+    """One row per arm: mean and standard deviation of accuracies, loss and mutual information."""
     tasks = list(
         dict.fromkeys(
             task

@@ -26,17 +26,17 @@ Results = Mapping[str, Mapping[int, Record]]
 
 @dataclass(frozen=True)
 class Finding:
-    """What the runs say about a claim.
+    """Result of testing a claim.
 
     Attributes:
         claim: the claim.
-        values: measures of both arms, one for each pair of runs.
-        difference: mean of the first arm's measure less the second's; NaN without pairs.
+        values: measures of both arms, one per pair of runs.
+        difference: mean difference, first arm minus second; NaN without pairs.
         ends: confidence interval of the difference.
-        p: of the paired test in the claimed direction.
-        adjusted: p, adjusted for the number of claims.
-        verdict: the verdict.
-        missing: seeds that are not there yet.
+        p: p of the paired test in the claimed direction.
+        adjusted: p adjusted for the number of claims.
+        verdict: `"supported"`, `"not supported"` or `"not decided"`.
+        missing: number of pairs that are not complete.
     """
 
     claim: Claim
@@ -50,7 +50,7 @@ class Finding:
 
 
 def measured(results: Results, measure: Measure, arm: str) -> dict[int, float]:
-    """The measure of an arm by seed, where all runs that it needs are there."""
+    """Measure of an arm by seed, for seeds with all required runs."""
     needed = [arm, *arms_of(measure.options)]
     seeds = set.intersection(*(set(results.get(name, {})) for name in needed))
     compute = KINDS[measure.kind].compute
@@ -61,7 +61,7 @@ def measured(results: Results, measure: Measure, arm: str) -> dict[int, float]:
 
 
 def findings(study: Study, results: Results) -> list[Finding]:
-    """Tests all claims of a study on the runs that are there."""
+    """Tests the claims of a study on its complete runs."""
     pairs = [_pairs(claim, results) for claim in study.claims]
     p_values = [
         sign_flip_p(_sign(claim) * np.subtract(*own)) if own[0] else 1.0
