@@ -144,6 +144,9 @@ def _add_conversation(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, help="the same draws every time")
     command.add_argument("--frame-seed", type=int, help="draw a video's frames at random")
     command.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    command.add_argument(
+        "--quantize", choices=("int8", "int4"), help="round the experts of a float model first"
+    )
     command.add_argument("--max-new-tokens", type=int, default=512, help="of a reply; default 512")
     _add_encoders(command)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
-from unimoe_kernels import load_quantized
+from unimoe_kernels import load_quantized, quantize_experts
 from unimoe_model.auto import register_auto_classes
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.data.encoded_media import Row
@@ -18,6 +18,7 @@ from unimoe_model.parallel_generation import generate_in_parallel, load_in_paral
 from unimoe_model.precision import PRECISIONS, resolve_dtype
 from unimoe_model.processing import UniMoEProcessor
 
+_FORMATS = ("int8", "int4")
 _UNFIT = {
     "missing_keys": "are missing",
     "unexpected_keys": "are of no use",
@@ -46,7 +47,11 @@ class Answerer:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, mesh: DeviceMesh | None = None, precision: str = "auto"
+        cls,
+        folder: str | Path,
+        mesh: DeviceMesh | None = None,
+        precision: str = "auto",
+        quantize: str | None = None,
     ) -> "Answerer":
         """Loads model and processor.
 
@@ -54,19 +59,26 @@ class Answerer:
             folder: as training, `convert` and `assemble` leave it.
             mesh: of the ranks that share the experts, all of which call; None for one process.
             precision: of the model; `"auto"`, `"bf16"` or `"fp32"`, see `resolve_dtype`.
+            quantize: format that the experts of a float model are rounded to, `"int8"` or
+                `"int4"`, as `unimoe quantize` does by default; None leaves them as they are.
 
         Raises:
-            ValueError: If `precision` is another value, the folder is no checkpoint of a Uni-MoE,
-                its files are cut short or do not fit, or ranks are to share quantised experts.
+            ValueError: If `precision` or `quantize` is another value, the folder is no checkpoint
+                of a Uni-MoE, its files are cut short or do not fit, its experts cannot be
+                quantised, or ranks are to share quantised experts.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision ({precision!r}) must be one of {', '.join(PRECISIONS)}")
+        if quantize is not None and quantize not in _FORMATS:
+            raise ValueError(f"quantize ({quantize!r}) must be one of {', '.join(_FORMATS)}")
         folder = Path(folder)
         _check_model_type(folder)
+        quantized = _is_quantized(folder)
+        if quantize is not None:
+            _check_quantizable(folder, quantize, quantized, mesh)
         register_auto_classes()  # transformers warns of model types that it does not know
         with _reading(folder):
             processor = UniMoEProcessor.from_pretrained(folder)
-        quantized = _is_quantized(folder)
         if mesh is not None:
             if quantized:
                 raise ValueError(f"model ({folder}) has quantised experts: ranks cannot share them")
@@ -75,6 +87,8 @@ class Answerer:
             return cls(model.to(dtype), processor, is_parallel=True)
         with _reading(folder):
             model = load_quantized(folder) if quantized else _load_whole(folder)
+        if quantize is not None:
+            quantize_experts(model, quantize)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = resolve_dtype(precision, model.dtype, device)
         return cls(model.eval().to(device, dtype), processor)
@@ -196,6 +210,20 @@ def _load_whole(folder: Path) -> UniMoEForConditionalGeneration:
 def _is_quantized(folder: Path) -> bool:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return "quantization_config" in config
+
+
+def _check_quantizable(
+    folder: Path, format: str, is_quantized: bool, mesh: DeviceMesh | None
+) -> None:
+    if is_quantized:
+        raise ValueError(
+            f"quantize ({format!r}) must not be given: model ({folder}) is quantised already"
+        )
+    if mesh is not None:
+        raise ValueError(
+            f"quantize ({format!r}) must not be given with several processes: ranks cannot share"
+            " quantised experts"
+        )
 
 
 def _check_model_type(folder: Path) -> None:
