@@ -45,6 +45,7 @@ def replies(server):
     ]
 
 
+@pytest.mark.slow
 def test_replies_are_those_of_one_process_and_errors_leave_the_ranks_alive(folder):
     with closing(Live(folder / "model")) as alone:
         expected = replies(alone)
