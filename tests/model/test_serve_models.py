@@ -70,12 +70,12 @@ def wide(tiny_model, tokenizer, tmp_path, encoders):
 def test_a_folder_that_was_quantised(wide, run, tmp_path, format):
     folder = tmp_path / format
     assert run("quantize", "--model", wide, "--to", folder, "--format", format)[0] == 0
-    with closing(Live(folder)) as server:
+    with closing(Live(folder, max_new_tokens=TOKENS)) as server:
         assert is_quantized(server.answerer)
         of_quantized = check_replies(server, Answerer.from_pretrained(folder), folder.name)
         assert server.ask("what?", model=format).json()["unimoe"]["routing"]["layers"] == [0, 1]
     if format == "int4":
-        with closing(Live(wide)) as server:
+        with closing(Live(wide, max_new_tokens=TOKENS)) as server:
             assert check_replies(server, Answerer.from_pretrained(wide), "model") != of_quantized
 
 
@@ -108,5 +108,5 @@ def test_llms_with_a_chat_template(tiny_config, encoders, tmp_path, family, temp
     ).eval()
     processor = UniMoEProcessor.from_config(model.config, tokenizer, prompt_format="chat")
     folder = save(model, processor, tmp_path / family)
-    with closing(Live(folder)) as server:
+    with closing(Live(folder, max_new_tokens=TOKENS)) as server:
         check_replies(server, Answerer.from_pretrained(folder), family)
