@@ -37,7 +37,7 @@ $(STAMPS)/venv: $(STAMPS)/python constraints.txt
 $(STAMPS)/install: $(STAMPS)/venv pyproject.toml
 	@echo "Installing the packages that unimoe needs"
 	$(PIP) setuptools wheel ninja pybind11
-	UNIMOE_SKIP_EXT=1 UNIMOE_CUDA= $(PIP) --no-build-isolation -e '.[convert,eval,test,dev]'
+	UNIMOE_SKIP_EXT=1 UNIMOE_CUDA= $(PIP) --no-build-isolation -e '.[convert,serve,test,dev]'
 	@touch $@
 
 $(STAMPS)/extension: $(STAMPS)/install $(SOURCES)
@@ -65,6 +65,11 @@ $(STAMPS)/peers: $(STAMPS)/install
 	-$(PIP) zentorch==2.13.0.2
 	@touch $@
 
+# What talks to `unimoe serve` in slow tests; a browser is the system's own (apt install chromium).
+$(STAMPS)/clients: $(STAMPS)/install
+	$(PIP) openai playwright
+	@touch $@
+
 build: $(STAMPS)/extension ## virtual environment, packages and the compiled extension
 
 demo: build $(STAMPS)/assets ## train a small Uni-MoE and show what it learned; ARGS=--quick is short
@@ -84,7 +89,7 @@ test test-all sanitize: export OMP_WAIT_POLICY ?= passive
 test: build $(STAMPS)/assets ## every test that needs no GPU and is not slow
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --dist worksteal $(ARGS)
 
-test-all: build $(STAMPS)/assets ## every test that this machine can run
+test-all: build $(STAMPS)/assets $(STAMPS)/clients ## every test that this machine can run
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # The sanitized extension lies in a folder of its own; -P keeps the source tree off the path, -s lets

@@ -100,7 +100,9 @@ def _chat(options: argparse.Namespace) -> None:
     from unimoe_model.generation import Answerer
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
-    answerer = Answerer.from_pretrained(options.model, precision=options.precision)
+    answerer = Answerer.from_pretrained(
+        options.model, precision=options.precision, quantize=options.quantize
+    )
     conversation = Conversation(
         answerer.model,
         answerer.processor,
@@ -132,6 +134,7 @@ def _serve(options: argparse.Namespace) -> None:
             hosts=options.allow_host,
             limits=Limits(queue=options.queue, reply_seconds=options.reply_seconds),
             precision=options.precision,
+            quantize=options.quantize,
             system=options.system,
             max_new_tokens=options.max_new_tokens,
             sampling=Sampling(options.temperature, options.top_p, options.seed),

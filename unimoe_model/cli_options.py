@@ -189,6 +189,9 @@ def _add_conversation(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-new-tokens", type=int, default=512, help="maximum tokens per reply; default 512"
     )
+    command.add_argument(
+        "--quantize", choices=("int8", "int4"), help="quantise the experts of a float model"
+    )
     _add_encoders(command)
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
-from unimoe_kernels import load_quantized
+from unimoe_kernels import load_quantized, quantize_experts
 from unimoe_model.auto import register_auto_classes
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.data.encoded_media import Row
@@ -18,6 +18,7 @@ from unimoe_model.parallel_generation import generate_in_parallel, load_in_paral
 from unimoe_model.precision import PRECISIONS, resolve_dtype
 from unimoe_model.processing import UniMoEProcessor
 
+_FORMATS = ("int8", "int4")
 _UNFIT = {
     "missing_keys": "are missing",
     "unexpected_keys": "are of no use",
@@ -47,7 +48,11 @@ class Answerer:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, mesh: DeviceMesh | None = None, precision: str = "auto"
+        cls,
+        folder: str | Path,
+        mesh: DeviceMesh | None = None,
+        precision: str = "auto",
+        quantize: str | None = None,
     ) -> "Answerer":
         """Loads model and processor, on a GPU if there is one.
 
@@ -56,20 +61,26 @@ class Answerer:
             mesh: mesh of ranks that share the experts, all of which must call; None for a single
                 process.
             precision: `"auto"`, `"bf16"` or `"fp32"`; see `resolve_dtype`.
+            quantize: format to round the experts of a float model to, `"int8"` or `"int4"`, with
+                the defaults of `unimoe quantize`; None leaves them unchanged.
 
         Raises:
-            ValueError: If `precision` is invalid, the folder is not that of a Uni-MoE, its files
-                are damaged or do not match its configuration, or `mesh` is given for quantised
-                experts.
+            ValueError: If `precision` or `quantize` is invalid, the folder is not that of a
+                Uni-MoE, its files are damaged or do not match its configuration, its experts cannot
+                be quantised, or `mesh` is given for quantised experts.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision ({precision!r}) must be one of {', '.join(PRECISIONS)}")
+        if quantize is not None and quantize not in _FORMATS:
+            raise ValueError(f"quantize ({quantize!r}) must be one of {', '.join(_FORMATS)}")
         folder = Path(folder)
         _check_model_type(folder)
+        quantized = _is_quantized(folder)
+        if quantize is not None:
+            _check_quantizable(folder, quantize, quantized, mesh)
         register_auto_classes()  # transformers warns about model types that it does not know
         with _reading(folder):
             processor = UniMoEProcessor.from_pretrained(folder)
-        quantized = _is_quantized(folder)
         if mesh is not None:
             if quantized:
                 raise ValueError(f"model ({folder}) has quantised experts: ranks cannot share them")
@@ -78,6 +89,8 @@ class Answerer:
             return cls(model.to(dtype), processor, is_parallel=True)
         with _reading(folder):
             model = load_quantized(folder) if quantized else _load_whole(folder)
+        if quantize is not None:
+            quantize_experts(model, quantize)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = resolve_dtype(precision, model.dtype, device)
         return cls(model.eval().to(device, dtype), processor)
@@ -207,6 +220,20 @@ def _load_whole(folder: Path) -> UniMoEForConditionalGeneration:
 def _is_quantized(folder: Path) -> bool:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return "quantization_config" in config
+
+
+def _check_quantizable(
+    folder: Path, format: str, is_quantized: bool, mesh: DeviceMesh | None
+) -> None:
+    if is_quantized:
+        raise ValueError(
+            f"quantize ({format!r}) must not be given: model ({folder}) is quantised already"
+        )
+    if mesh is not None:
+        raise ValueError(
+            f"quantize ({format!r}) must not be given with several processes: ranks cannot share"
+            " quantised experts"
+        )
 
 
 def _check_model_type(folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import GenerationConfig
 
 from unimoe_kernels.distributed import attributed, load_weights, parallelize_moe
 from unimoe_model.configuration import UniMoEConfig
@@ -39,6 +40,8 @@ def load_in_parallel(folder: str | Path, mesh: DeviceMesh) -> UniMoEForCondition
     model.eval().requires_grad_(False)
     parallelize_moe(model, mesh)
     load_weights(model, folder)
+    if (Path(folder) / "generation_config.json").is_file():  # as `from_pretrained` does
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(mesh.device_type)
 
 

@@ -106,17 +106,35 @@ def text_of(chunks):
 
 
 class Process:
-    """`unimoe serve` in a process of its own."""
+    """`unimoe serve` in a process of its own.
 
-    def __init__(self, folder, *options):
+    Args:
+        folder: holds the model and the file with its encoders.
+        options: of the command.
+        launcher: what starts it, such as torchrun, as arguments of Python.
+        program: the command as arguments of Python, or of the launcher.
+        environment: more variables.
+        tells: whether it tells its address, which is waited for.
+    """
+
+    def __init__(
+        self,
+        folder,
+        *options,
+        launcher=(),
+        program=("-m", "unimoe_model.cli"),
+        environment=None,
+        tells=True,
+    ):
         paths = [Path(unimoe_model.__file__).parents[1], Path(__file__).parent]
-        environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths))}
-        command = [sys.executable, "-m", "unimoe_model.cli", "serve", "--model", "model"]
+        own = {"PYTHONPATH": ":".join(map(str, paths)), "PYTHONUNBUFFERED": "1"}
+        own |= {"OMP_NUM_THREADS": "1"} | (environment or {})
+        command = [sys.executable, *launcher, *map(str, program), "serve", "--model", "model"]
         command += ["--encoders", "encoders.yaml", "--port", "0", *options]
         self._process = subprocess.Popen(
             command,
             cwd=folder,
-            env=environment | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | own,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -130,11 +148,14 @@ class Process:
             said.put("")
 
         threading.Thread(target=read, daemon=True).start()
+        self.client = None
         found = None
-        while found is None:
+        while found is None and tells:
             line = said.get(timeout=2 * PATIENCE)
             assert line, f"the server ended: {self.lines}"
             found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+        if found is None:
+            return
         self.port = int(found[1])
         self.address = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.address, timeout=PATIENCE)
@@ -147,7 +168,28 @@ class Process:
     def is_up(self):
         return self._process.poll() is None and self.client.get("/health").status_code == 200
 
+    @property
+    def pid(self):
+        return self._process.pid
+
+    def children(self):
+        """Numbers of the processes that it started, such as ranks."""
+        return Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+
+    def send(self, number):
+        """Sends a signal."""
+        self._process.send_signal(number)
+
+    def wait(self):
+        """The exit code; it must end by itself."""
+        return self._process.wait(PATIENCE)
+
     def close(self):
-        self.client.close()
+        """Ends it; gives the exit code."""
+        if self.client is not None:
+            self.client.close()
         self._process.terminate()
-        self._process.wait(PATIENCE)
+        try:
+            return self.wait()
+        finally:
+            self._process.kill()

@@ -233,7 +233,7 @@ def test_quit_ends_before_the_input(piped):
     ("options", "message"),
     [
         (("--max-new-tokens", "0"), "max_new_tokens (0) must be at least 1"),
-        (("--temperature", "-1"), "temperature (-1.0) must be positive"),
+        (("--temperature", "-1"), "temperature (-1.0) must be from 1e-6 to 1e6"),
         (("--top-p", "0.5"), "top_p (0.5) requires a temperature"),
     ],
 )

@@ -307,8 +307,11 @@ def test_draws_follow_the_probabilities():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, r"temperature \(0.0\) must be positive"),
-        ({"temperature": float("nan")}, r"temperature \(nan\) must be positive"),
+        ({"temperature": 0.0}, r"temperature \(0.0\) must be from 1e-6 to 1e6"),
+        ({"temperature": 1e-7}, r"temperature \(1e-07\) must be from 1e-6 to 1e6"),
+        ({"temperature": float("inf")}, r"temperature \(inf\) must be from 1e-6 to 1e6"),
+        ({"seed": 2**63}, r"seed \(9223372036854775808\) must be from -2\*\*63 to 2\*\*63 - 1"),
+        ({"temperature": float("nan")}, r"temperature \(nan\) must be from 1e-6 to 1e6"),
         ({"temperature": 1.0, "top_p": 0.0}, r"top_p \(0.0\) must be in \(0, 1\]"),
         ({"temperature": 1.0, "top_p": 1.5}, r"top_p \(1.5\) must be in \(0, 1\]"),
         ({"top_p": 0.9}, r"top_p \(0.9\) requires a temperature"),

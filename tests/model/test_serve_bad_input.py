@@ -141,7 +141,7 @@ def test_a_port_that_is_taken_is_named_before_the_model_is_loaded(run, tmp_path)
         (("--queue", "0"), "queue (0) must be at least 1"),
         (("--max-new-tokens", "0"), "max_new_tokens (0) must be at least 1"),
         (("--reply-seconds", "0"), "reply_seconds (0.0) must be positive"),
-        (("--temperature", "-1"), "temperature (-1.0) must be positive"),
+        (("--temperature", "-1"), "temperature (-1.0) must be from 1e-6 to 1e6"),
         (("--host", "203.0.113.9"), "host and port (203.0.113.9:0) must be free"),
     ],
 )

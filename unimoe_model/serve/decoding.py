@@ -27,6 +27,7 @@ class MediaDecoder:
         self._lock = threading.Lock()
         self._process = None
         self._connection = None
+        self._is_closed = False
 
     def start(self) -> None:
         """Starts the process, unless it runs; the first item waits until it is ready."""
@@ -42,7 +43,15 @@ class MediaDecoder:
         self._is_ready = False
 
     def close(self) -> None:
-        """Kills the process."""
+        """Kills the process for good, also while it decodes; from any thread."""
+        self._is_closed = True
+        process = self._process
+        if process is not None:
+            process.kill()
+        with self._lock:  # what was being decoded has failed by now
+            self._kill()
+
+    def _kill(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -82,6 +91,8 @@ class MediaDecoder:
             return self._ask(kind, request, content)
 
     def _ask(self, kind: str, request: dict, content: bytes | Path) -> np.ndarray:
+        if self._is_closed:
+            raise ValueError(f"{kind} is not decoded: the server is ending")
         self.start()
         try:
             if not self._is_ready:
@@ -91,7 +102,7 @@ class MediaDecoder:
             if isinstance(content, bytes):
                 self._connection.send_bytes(content)
             if not self._connection.poll(self._limits.decoding_seconds):
-                self.close()
+                self._kill()
                 raise ValueError(
                     f"{kind} must be decoded within {self._limits.decoding_seconds:g} s; it took"
                     " longer"
@@ -101,7 +112,7 @@ class MediaDecoder:
                 raise ValueError(found["error"])
             pixels_or_samples = self._connection.recv_bytes()
         except (EOFError, OSError) as error:
-            self.close()
+            self._kill()
             raise ValueError(f"{kind} could not be decoded: its decoder ended") from error
         array = np.frombuffer(pixels_or_samples, found["dtype"]).reshape(found["shape"])
         return array.copy()  # torch refuses memory that is read only

@@ -91,7 +91,7 @@ class Page:
             gr.HTML(page_html.header(self._name, self._replies.model), padding=False)
             with gr.Row(elem_id="um-body"):
                 with gr.Column(scale=3, min_width=320, elem_id="um-talk"):
-                    with gr.Column(elem_id="um-transcript"):
+                    with gr.Column(elem_id="um-transcript"), gr.Column(elem_id="um-turns"):
                         self._past = gr.HTML(page_html.EMPTY, padding=False)
                         self._live = gr.HTML("", padding=False, elem_id="um-live")
                     self._compose()

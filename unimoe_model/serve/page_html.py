@@ -150,7 +150,7 @@ def _layer(found: RoutingMap, index: int) -> str:
         cells = ""
         for share in found.share(name, index):
             strength = share / most if most else 0
-            shade = "um-dark" if strength > 0.55 else ""
+            shade = "um-dark" if strength > 0.8 else ""
             cells += f'<td class="{shade}" style="--s:{strength:.3f}">{100 * share:.0f}</td>'
         label = f'<th scope="row"><span></span>{escape(name)}</th>'
         rows += f'<tr class="um-{escape(name)}">{label}{cells}</tr>'

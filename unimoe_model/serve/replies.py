@@ -115,6 +115,7 @@ class Replies:
         self._generate = generate
         self._decoder = MediaDecoder(self.processor, limits, frame_seed)
         self._executor = ThreadPoolExecutor(1, "reply")
+        self._job: _Job | None = None
         self.conversation()  # refuses options that are out of range
 
     def start(self) -> None:
@@ -122,9 +123,15 @@ class Replies:
         self._decoder.start()
 
     def close(self) -> None:
-        """Ends the process that decodes."""
+        """Stops the reply that is generated, waits for its end, and ends the process that decodes.
+
+        Twice does no harm.
+        """
+        job = self._job
+        if job is not None:
+            job.stop()
         self._decoder.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
     def conversation(
         self,
@@ -174,6 +181,7 @@ class Replies:
             stopped = stopped or threading.Event()
             job = _Job(self, conversation, message, earlier, asyncio.get_running_loop(), stopped)
             running = asyncio.get_running_loop().run_in_executor(self._executor, job.run)
+            self._job = job
             first = None
             while (event := await job.events.get()) is not None:
                 now = time.monotonic()
@@ -196,11 +204,15 @@ class Replies:
             self.metrics.ended("gone")
             raise
         finally:
-            if job is not None:
-                job.stop()
-                with suppress(Exception):
-                    await asyncio.shield(running)
-            ticket.leave()
+            try:
+                if job is not None:
+                    job.stop()
+                    with suppress(Exception):
+                        await asyncio.shield(running)
+            finally:  # also where the wait is cancelled once more
+                if self._job is job:
+                    self._job = None  # which holds keys and values
+                ticket.leave()
 
     def _require_length(self, texts: Sequence[str]) -> None:
         length = sum(map(len, texts))

@@ -4,7 +4,8 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from unimoe_model.chat.sampling import Sampling
@@ -12,8 +13,10 @@ from unimoe_model.extras import needed_by
 from unimoe_model.generation import Answerer
 from unimoe_model.serve.app import build_app
 from unimoe_model.serve.limits import Limits
+from unimoe_model.serve.ranks import Ranks
 from unimoe_model.serve.replies import Replies
 from unimoe_model.serve.security import is_loopback
+from unimoe_model.training.stopping import StopRequest
 
 with needed_by("serving", "serve"):
     import uvicorn
@@ -51,13 +54,14 @@ def serve(
     hosts: Sequence[str] = (),
     limits: Limits | None = None,
     precision: str = "auto",
+    quantize: str | None = None,
     system: str | None = None,
     max_new_tokens: int = 512,
     sampling: Sampling | None = None,
     frame_seed: int | None = None,
     on_ready: Callable[[str], None] = print,
 ) -> None:
-    """Serves a model until it is interrupted.
+    """Serves a model until SIGINT or SIGTERM, which end it as they should.
 
     Args:
         model: checkpoint folder.
@@ -67,6 +71,7 @@ def serve(
         hosts: names beside `localhost` that requests may come for.
         limits: of requests.
         precision: as in `Answerer.from_pretrained`.
+        quantize: likewise.
         system: what stands before the first turn; None is the model's.
         max_new_tokens: longest reply.
         sampling: unless a request says otherwise.
@@ -77,7 +82,6 @@ def serve(
         ValueError: If the port is taken, an option is out of range, or the folder is no checkpoint.
     """
     from unimoe_kernels.distributed import attributed, finish_parallel
-    from unimoe_model.serve.ranks import Ranks
     from unimoe_model.training.start import share_experts
 
     is_first = int(os.environ.get("RANK", "0")) == 0
@@ -86,7 +90,7 @@ def serve(
     with closing(listen(host, port)) if is_first else nullcontext() as listening:
         mesh = share_experts()
         with attributed("serving"):
-            answerer = Answerer.from_pretrained(model, mesh, precision)
+            answerer = Answerer.from_pretrained(model, mesh, precision, quantize)
             ranks = Ranks(answerer.model) if mesh is not None else None
             if not is_first:
                 ranks.take_part()
@@ -104,14 +108,28 @@ def serve(
                 )
                 name = model.resolve().name
                 app = build_app(replies, name, [host, socket.gethostname(), *hosts], token)
-                _run(app, listening, host, token, name, on_ready)
+                try:
+                    _run(app, listening, host, token, name, on_ready, ranks)
+                finally:
+                    replies.close()
+                if ranks is not None and ranks.failure is not None:
+                    raise ranks.failure
             finally:
                 if ranks is not None:
                     ranks.end()
             finish_parallel()
 
 
-def _run(app, listening: socket.socket, host: str, token, name: str, on_ready) -> None:
+def _run(
+    app,
+    listening: socket.socket,
+    host: str,
+    token: str | None,
+    name: str,
+    on_ready: Callable[[str], None],
+    ranks: Ranks | None,
+) -> None:
+    """Serves until SIGINT or SIGTERM, or until the ranks are out of step."""
     shown = f"[{host}]" if ":" in host else host
     query = f"?token={token}" if token else ""
     address = f"http://{shown}:{listening.getsockname()[1]}/{query}"
@@ -131,4 +149,9 @@ def _run(app, listening: socket.socket, host: str, token, name: str, on_ready) -
         timeout_graceful_shutdown=5,
         ws="none",
     )
-    Server(config).run(sockets=[listening])
+    server = Server(config)
+    if ranks is not None:
+        ranks.on_failure = partial(setattr, server, "should_exit", True)
+    # uvicorn raises the signals that it took once more when it has ended.
+    with StopRequest(), suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])

@@ -1,7 +1,6 @@
 """Files that the page uploads: where they lie, and that nothing stays of them."""
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable
@@ -18,7 +17,9 @@ class Uploads:
     """A folder of its own for what Gradio writes; it is gone when the server ends."""
 
     def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="unimoe-serve-")).resolve()
+        # Python deletes it at its end where `close` is not called.
+        self._kept = tempfile.TemporaryDirectory(prefix="unimoe-serve-", ignore_cleanup_errors=True)
+        self.folder = Path(self._kept.name).resolve()
 
     def make_default(self) -> None:
         """Gradio, which reads the variable, writes there; before any of its components is made."""
@@ -86,4 +87,4 @@ class Uploads:
 
     def close(self) -> None:
         """Deletes everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._kept.cleanup()
