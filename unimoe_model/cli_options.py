@@ -82,6 +82,10 @@ def command_parser() -> argparse.ArgumentParser:
         "--group-size", type=int, help="32, 64 or 128; default one a row (int8), 64 (int4)"
     )
     quantize.add_argument("--zero-points", action="store_true", help="of int4, for skewed weights")
+    quantize.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="JSON lines of text or of training data"
+    )
+    _add_encoders(quantize)
 
     assemble = commands.add_parser("assemble", help="an MoE out of dense models, for stage 3")
     assemble.add_argument("--base", type=Path, required=True, help="dense; all but the experts")

@@ -119,8 +119,8 @@ class Calibration:
         hooks = [one.register_forward_pre_hook(check) for one in self._names]
         hooks += [one.register_forward_hook(check) for one in self._names]
         try:
-            for number, batch in enumerate(self._inputs):
-                _call(self._model, batch)
+            for number in range(len(self._inputs)):
+                _call(self._model, self._inputs[number])
         finally:
             for hook in hooks:
                 hook.remove()

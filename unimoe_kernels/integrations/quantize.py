@@ -136,6 +136,11 @@ def convert(
 ) -> None:
     """Quantises experts in place, on the meta device too; see `quantize_in_place`."""
     quantize_in_place(experts, projections(experts), format, group_size, zero_points, quantize)
+    take_up(experts)
+
+
+def take_up(experts: nn.Module) -> None:
+    """Makes experts whose two weights are quantised compute from them."""
     if isinstance(experts, GroupedExperts):
         # Hooks, LoRA and other references to the module stay.
         experts.__class__ = QuantizedExperts
