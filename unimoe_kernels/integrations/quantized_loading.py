@@ -9,9 +9,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from unimoe_kernels.integrations import upcycle
 from unimoe_kernels.integrations.model_experts import all_experts
 from unimoe_kernels.integrations.quantize import (
     METHOD,
+    RECORD,
     check_quantizable,
     mark,
     projections,
@@ -21,6 +23,7 @@ from unimoe_kernels.integrations.quantized_folder import class_of
 from unimoe_kernels.integrations.transformers import register_with_transformers
 from unimoe_kernels.layers import GroupedExperts
 from unimoe_kernels.layers.quantized_experts import quantize_in_place
+from unimoe_kernels.quantization.formats import check_options
 from unimoe_kernels.quantization.rounding import quantize_weight
 from unimoe_kernels.quantization.weight import QuantizedWeight
 
@@ -53,9 +56,15 @@ def load_and_quantize(
 
     register_with_transformers()
     config = transformers.AutoConfig.from_pretrained(folder)
+    record = getattr(config, RECORD, None)
+    if record is not None:
+        raise ValueError(f"model ({folder}) is quantised already: {record}")
+    check_options(format, group_size, zero_points)
     own, options = class_of(config), (format, group_size, zero_points)
+    upcycled = getattr(config, upcycle.RECORD, None)
+    base = own if upcycled is None else upcycle.upcycled_class(own, upcycled)
     with _one_by_one():
-        model, report = _rounding_class(own, options).from_pretrained(
+        model, report = _rounding_class(base, options).from_pretrained(
             folder, config=config, dtype="auto", output_loading_info=True
         )
     wrong = {
