@@ -59,9 +59,9 @@ def quantize_experts(
         calibration: None to round to nearest, or inputs of the model, a few hundred tokens or more:
             mappings of keyword arguments, tuples of positional ones, or single arguments. Weights
             are then rounded so that the outputs of each expert on the rows routed to it change
-            least (`quantize_weight_by_inputs`), layer by layer, each behind the quantised layers
-            before it. Experts that see fewer than 16 rows are rounded to nearest, and named in a
-            warning. Formats and speed of the result are the same.
+            least (GPTQ, arXiv 2210.17323), layer by layer, each behind the quantised layers before
+            it. Experts that see fewer than 16 rows are rounded to nearest, and named in a warning.
+            Formats and speed of the result are the same.
 
     Returns:
         The same model.
