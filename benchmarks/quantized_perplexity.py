@@ -25,7 +25,7 @@ from unimoe_kernels import quantize_experts, register_with_transformers, upcycle
 
 LENGTH, BATCH = 128, 16
 # Format and whether calibrated; groups of 64, symmetric.
-VARIANTS = (("int8", False), ("int4", False), ("int8", True), ("int4", True))
+VARIANTS = (("int8", False), ("int8", True), ("int4", False), ("int4", True))
 
 
 def language_reference() -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_each_layer_sees_what_the_quantized_ones_before_it_give(make, monkeypatc
     """And at any time, rows of one layer alone are held."""
     model = make()
     inputs = [{"input_ids": torch.randint(3, 60, (4, 32))} for _ in range(3)]
-    held, seen = [], []
+    held, seen, recorders = [], [], []
     original = calibration_module.Calibration.rows_of
 
     def rows_of(self, experts, pending):
@@ -164,7 +165,9 @@ def test_each_layer_sees_what_the_quantized_ones_before_it_give(make, monkeypatc
             if hasattr(one, "gate_up_proj") and hasattr(one, "down_proj")
         ]
         held.append(sum(is_quantized))
+        assert not any(one() is not None for one in recorders)
         recorder = original(self, experts, pending)
+        recorders.append(weakref.ref(recorder))
         seen.append([len(recorder.first), len(recorder.down)])
         return recorder
 

@@ -97,7 +97,7 @@ class Calibration:
             warnings.warn(
                 f"experts that saw fewer than {FEWEST_ROWS} rows of the calibration are rounded to"
                 f" nearest: {'; '.join(parts)}",
-                stacklevel=3,
+                stacklevel=4,  # past no_grad, to the caller of quantize_experts
             )
 
     def _check(self) -> list[nn.Module]:

@@ -168,17 +168,21 @@ def mark(model: nn.Module, format: str, group_size: int | None, zero_points: boo
 def _convert_calibrated(calibration: Calibration, options: tuple) -> None:
     """Quantises the experts that calibration reaches, each behind those before it."""
     pending = list(calibration.order)
-    for experts in calibration.order:
-        seen = calibration.rows_of(experts, pending)
-        pending.remove(experts)
-        rows = dict(zip(projections(experts), (seen.first, seen.down), strict=True))
+    while pending:
+        # In a function of its own, so that rows of one layer are held at a time.
+        _calibrate_first(calibration, pending, options)
+        pending.pop(0)
 
-        def quantize(
-            name: str, weight: Tensor, experts: nn.Module = experts, rows: dict = rows
-        ) -> QuantizedWeight:
-            return calibration.quantize(experts, name, weight, rows.pop(name), *options)
 
-        convert(experts, *options, quantize)
+def _calibrate_first(calibration: Calibration, pending: list[nn.Module], options: tuple) -> None:
+    experts = pending[0]
+    seen = calibration.rows_of(experts, pending)
+    rows = dict(zip(projections(experts), (seen.first, seen.down), strict=True))
+
+    def quantize(name: str, weight: Tensor) -> QuantizedWeight:
+        return calibration.quantize(experts, name, weight, rows[name], *options)
+
+    convert(experts, *options, quantize)
 
 
 def _check_implementation(experts: nn.Module, _inputs: tuple) -> None:
