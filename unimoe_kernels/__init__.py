@@ -10,6 +10,7 @@ from unimoe_kernels._backends import available_backends, use_backend
 from unimoe_kernels._files import atomic_write, recover_folder, replace_folder
 from unimoe_kernels.integrations import (
     add_expert_lora,
+    load_and_quantize,
     load_expert_lora,
     load_quantized,
     load_upcycled,
@@ -79,6 +80,7 @@ __all__ = [
     "grouped_mm",
     "grouped_mm_quantized",
     "inject_aux_loss",
+    "load_and_quantize",
     "load_expert_lora",
     "load_quantized",
     "load_upcycled",

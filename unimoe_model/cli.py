@@ -191,7 +191,12 @@ def _quantize(options: argparse.Namespace) -> None:
     from unimoe_model.quantizing import quantize_folder
 
     before, after = quantize_folder(
-        options.model, options.target, options.format, options.group_size, options.zero_points
+        options.model,
+        options.target,
+        options.format,
+        options.group_size,
+        options.zero_points,
+        options.calibrate,
     )
     print(f"{before / 1e6:.1f} MB of weights became {after / 1e6:.1f} MB in {options.target}")
 

@@ -112,6 +112,10 @@ def command_parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--zero-points", action="store_true", help="int4 only: asymmetric, for skewed weights"
     )
+    quantize.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="JSON lines of text or of training data"
+    )
+    _add_encoders(quantize)
 
     assemble = commands.add_parser("assemble", help="build an MoE model from dense models")
     assemble.add_argument(

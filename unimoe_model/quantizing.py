@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from unimoe_kernels import quantize_experts, register_with_transformers
+from unimoe_kernels import load_and_quantize, quantize_experts, register_with_transformers
 from unimoe_model.auto import register_auto_classes
+from unimoe_model.calibration_data import calibration_inputs
+from unimoe_model.checkpoints.files import shards
 from unimoe_model.checkpoints.writing import refuse_existing, whole_folder
 
 # What save_pretrained writes; all else of a folder, such as the tokenizer, is copied.
@@ -20,8 +22,12 @@ def quantize_folder(
     format: str,
     group_size: int | None = None,
     zero_points: bool = False,
+    calibrate: Path | None = None,
 ) -> tuple[int, int]:
     """Writes a model with its experts quantised; all else of the folder is copied.
+
+    Weights are read one after the other, and the float experts are never held. With calibration
+    data the model has to run, and all of it is held.
 
     Args:
         source: a Uni-MoE, or a model of transformers with experts whose implementation can be
@@ -30,37 +36,48 @@ def quantize_folder(
         format: see `quantize_experts`.
         group_size: likewise.
         zero_points: likewise.
+        calibrate: None to round to nearest, or a file as `calibration_inputs` reads it.
 
     Returns:
-        Bytes of the weights before and after.
+        Bytes of the files of weights before, and of the weights after.
 
     Raises:
         ValueError: If target exists, source is no such model, or it cannot be quantised so.
     """
-    from transformers import AutoModelForCausalLM
-
     refuse_existing(target)
     if not (source / "config.json").is_file():
         raise ValueError(f"model ({source}) must be a folder with a config.json")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in config:
         raise ValueError(f"model ({source}) is quantised already: {config['quantization_config']}")
+    before = sum(path.stat().st_size for path in shards(source))
     register_auto_classes()
-    register_with_transformers()
-    model, found = AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", output_loading_info=True
-    )
-    if found["missing_keys"]:
-        missing = min(found["missing_keys"])
-        raise ValueError(f"model ({source}) must hold the weights of its config, such as {missing}")
-    before = _bytes(model)
-    quantize_experts(model, format, group_size, zero_points=zero_points)
+    if calibrate is None:
+        model = load_and_quantize(source, format, group_size, zero_points)
+    else:
+        model = _calibrated(source, calibrate, format, group_size, zero_points)
     with whole_folder(target) as partial:
         for path in source.iterdir():
             if path.is_file() and not any(path.match(name) for name in _WRITTEN):
                 shutil.copyfile(path, partial / path.name)
         model.save_pretrained(partial)
     return before, _bytes(model)
+
+
+def _calibrated(source: Path, file: Path, *options: object) -> torch.nn.Module:
+    """The model, quantised by what its experts see of a file."""
+    from transformers import AutoModelForCausalLM
+
+    register_with_transformers()
+    inputs = calibration_inputs(source, file)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", output_loading_info=True
+    )
+    if found["missing_keys"]:
+        missing = min(found["missing_keys"])
+        raise ValueError(f"model ({source}) must hold the weights of its config, such as {missing}")
+    format, group_size, zero_points = options
+    return quantize_experts(model, format, group_size, zero_points=zero_points, calibration=inputs)
 
 
 def _bytes(model: torch.nn.Module) -> int:

@@ -3,6 +3,7 @@
 import copy
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -113,3 +114,49 @@ def test_the_command_writes_a_folder_that_answers(checkpoint, run, tmp_path, enc
         assert code == 1
         assert re.search(message, line), line
         assert not (tmp_path / "b").exists()
+
+
+def test_the_command_calibrates(checkpoint, run, data, lines, tmp_path):
+    source = checkpoint(text_config={"intermediate_size": 64})
+    texts = [{"text": "what shape is it? a red circle, yes no yes"}] * 20
+    talks = [{"question": "what shape is it?", "answer": "a red circle"}, *lines[:2]]
+    values = {}
+    options = ("--model", source, "--format", "int4", "--group-size", 32)
+    for name, calibration in {
+        "plain": (),
+        "texts": ("--calibrate", data(texts, "texts.jsonl")),
+        "talks": ("--calibrate", data([{**line, "id": i} for i, line in enumerate(talks)])),
+        "again": ("--calibrate", data(texts, "texts.jsonl")),
+    }.items():
+        target = tmp_path / name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code, _, line = run("quantize", *options, "--to", target, *calibration)
+        assert code == 0, line
+        values[name] = load_file(target / "model.safetensors")
+    key = next(name for name in values["plain"] if name.endswith("down_proj.values"))
+    assert torch.equal(values["texts"][key], values["again"][key])
+    for one, other in (("plain", "texts"), ("plain", "talks"), ("texts", "talks")):
+        assert values[one].keys() == values[other].keys()
+        assert any(not torch.equal(values[one][k], values[other][k]) for k in values[one])
+    for content, message in [
+        ([], "must hold at least one conversation|at least one text"),
+        ([texts[0], {"question": "a"}], "line 2 must be .*text.* as the lines before"),
+        ([{"nothing": 1}], "nothing"),
+    ]:
+        code, _, line = run(
+            "quantize",
+            *options,
+            "--to",
+            tmp_path / "bad",
+            "--calibrate",
+            data(content, "bad.jsonl"),
+        )
+        assert code == 1
+        assert re.search(message, line), line
+        assert not (tmp_path / "bad").exists()
+    code, _, line = run(
+        "quantize", *options, "--to", tmp_path / "bad", "--calibrate", tmp_path / "gone.jsonl"
+    )
+    assert code == 1
+    assert "gone.jsonl) must be a file of JSON lines; there is no such file" in line

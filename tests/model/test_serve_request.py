@@ -77,7 +77,7 @@ def test_defaults_of_the_format_are_taken():
         ({"stream": "yes"}, "stream (yes) must be true or false", "stream"),
         ({"max_tokens": 0}, "max_tokens (0) must be at least 1", "max_tokens"),
         ({"max_tokens": True}, "max_tokens (true) must be an integer", "max_tokens"),
-        ({"temperature": -1}, "temperature (-1.0) must be positive", "temperature"),
+        ({"temperature": -1}, "temperature (-1.0) must be from 1e-6 to 1e6", "temperature"),
         ({"temperature": 1, "top_p": 2}, "top_p (2.0) must be in (0, 1]", "top_p"),
         ({"messages": []}, "messages ([]) must be a list of messages", "messages"),
         ({"messages": ["hi"]}, "messages[0] (hi) must be an object", "messages[0]"),

@@ -11,11 +11,13 @@ from unimoe_kernels.integrations.expert_lora import (
 )
 from unimoe_kernels.integrations.quantize import quantize_experts
 from unimoe_kernels.integrations.quantized_folder import load_quantized
+from unimoe_kernels.integrations.quantized_loading import load_and_quantize
 from unimoe_kernels.integrations.transformers import register_with_transformers
 from unimoe_kernels.integrations.upcycle import load_upcycled, upcycle
 
 __all__ = [
     "add_expert_lora",
+    "load_and_quantize",
     "load_expert_lora",
     "load_quantized",
     "load_upcycled",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unimoe_kernels import _checks
+from unimoe_kernels.integrations.calibration import Calibration, evaluating
 from unimoe_kernels.integrations.model_experts import all_experts, innermost
 from unimoe_kernels.integrations.transformers import register_with_transformers
 from unimoe_kernels.layers import GroupedExperts, QuantizedExperts
@@ -13,6 +17,7 @@ from unimoe_kernels.layers.quantized_experts import quantize_in_place
 from unimoe_kernels.layers.quantized_projection import quantized_parts
 from unimoe_kernels.quantization.formats import check_options, group_of
 from unimoe_kernels.quantization.rounding import check_finite
+from unimoe_kernels.quantization.weight import QuantizedWeight
 
 # The key of a configuration that transformers reads before it loads a folder. A record without
 # `quant_method` makes it raise; with an unknown one it would only warn, and draw the experts anew.
@@ -27,6 +32,7 @@ def quantize_experts(
     group_size: int | None = None,
     *,
     zero_points: bool = False,
+    calibration: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Rounds the weights of all experts of a model to few bits, one stacked weight after the other.
 
@@ -50,13 +56,20 @@ def quantize_experts(
         group_size: numbers along the sum that share a scale, 32, 64 or 128; None is one scale an
             output row for `"int8"` and 64 for `"int4"`.
         zero_points: whether groups have zero points besides, for `"int4"`.
+        calibration: None to round to nearest, or inputs of the model, a few hundred tokens or more:
+            mappings of keyword arguments, tuples of positional ones, or single arguments. Weights
+            are then rounded so that the outputs of each expert on the rows routed to it change
+            least (GPTQ, arXiv 2210.17323), layer by layer, each behind the quantised layers before
+            it. Experts that see fewer than 16 rows are rounded to nearest, and named in a warning.
+            Formats and speed of the result are the same.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: If the model has no experts, the format is unknown, a width is no multiple of
-            the group, weights hold NaN or infinity, or are sharded. Nothing is changed then.
+            the group, weights hold NaN or infinity, or are sharded; if calibration is empty or
+            gives NaN or infinity in a layer of experts. Nothing is changed then.
         TypeError: If experts are of a subclass of `GroupedExperts`.
         RuntimeError: If experts are quantised already, or LoRA is merged into their weights.
     """
@@ -69,9 +82,22 @@ def quantize_experts(
     foreign = [experts for _, experts in found if not isinstance(experts, GroupedExperts)]
     if foreign:
         register_with_transformers()
+        before = foreign[0].config._experts_implementation
         innermost(model).set_experts_implementation(METHOD)
+    options = (format, group_size, zero_points)
+    if calibration is not None:
+        with evaluating(model):
+            try:
+                calibrated = Calibration(model, found, calibration)
+            except BaseException:
+                if foreign:
+                    innermost(model).set_experts_implementation(before)
+                raise
+            _convert_calibrated(calibrated, options)
+        calibrated.warn()
     for _, experts in found:
-        convert(experts, format, group_size, zero_points)
+        if not quantized_parts(experts):
+            convert(experts, *options)
     mark(model, format, group_size, zero_points)
     return model
 
@@ -101,9 +127,20 @@ def projections(experts: nn.Module) -> tuple[str, str]:
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"
 
 
-def convert(experts: nn.Module, format: str, group_size: int | None, zero_points: bool) -> None:
-    """Quantises experts in place, on the meta device too."""
-    quantize_in_place(experts, projections(experts), format, group_size, zero_points)
+def convert(
+    experts: nn.Module,
+    format: str,
+    group_size: int | None,
+    zero_points: bool,
+    quantize: Callable[[str, Tensor], QuantizedWeight] | None = None,
+) -> None:
+    """Quantises experts in place, on the meta device too; see `quantize_in_place`."""
+    quantize_in_place(experts, projections(experts), format, group_size, zero_points, quantize)
+    take_up(experts)
+
+
+def take_up(experts: nn.Module) -> None:
+    """Makes experts whose two weights are quantised compute from them."""
     if isinstance(experts, GroupedExperts):
         # Hooks, LoRA and other references to the module stay.
         experts.__class__ = QuantizedExperts
@@ -126,6 +163,26 @@ def mark(model: nn.Module, format: str, group_size: int | None, zero_points: boo
     # Weights are saved under their own names: what transformers would turn into one weight an
     # expert is not there.
     inner._weight_conversions = []
+
+
+def _convert_calibrated(calibration: Calibration, options: tuple) -> None:
+    """Quantises the experts that calibration reaches, each behind those before it."""
+    pending = list(calibration.order)
+    while pending:
+        # In a function of its own, so that rows of one layer are held at a time.
+        _calibrate_first(calibration, pending, options)
+        pending.pop(0)
+
+
+def _calibrate_first(calibration: Calibration, pending: list[nn.Module], options: tuple) -> None:
+    experts = pending[0]
+    seen = calibration.rows_of(experts, pending)
+    rows = dict(zip(projections(experts), (seen.first, seen.down), strict=True))
+
+    def quantize(name: str, weight: Tensor) -> QuantizedWeight:
+        return calibration.quantize(experts, name, weight, rows[name], *options)
+
+    convert(experts, *options, quantize)
 
 
 def _check_implementation(experts: nn.Module, _inputs: tuple) -> None:

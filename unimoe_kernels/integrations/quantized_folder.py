@@ -52,7 +52,7 @@ def load_quantized(folder: str | Path, **kwargs: Any) -> nn.Module:
     options = (record["format"], record["group_size"], record["zero_points"])
     # With it transformers would look for a quantiser of its own.
     delattr(config, RECORD)
-    own = _class_of(config)
+    own = class_of(config)
     upcycled = getattr(config, upcycle.RECORD, None)
     base = own if upcycled is None else upcycle.upcycled_class(own, upcycled)
     model, report = _quantized_class(base, options).from_pretrained(
@@ -68,7 +68,7 @@ def load_quantized(folder: str | Path, **kwargs: Any) -> nn.Module:
     return model
 
 
-def _class_of(config: Any) -> type[nn.Module]:
+def class_of(config: Any) -> type[nn.Module]:
     """The class that a configuration says was saved."""
     import transformers
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from unimoe_kernels.layers.experts import GroupedExperts
 from unimoe_kernels.layers.quantized_projection import QuantizedProjection, quantized_parts
 from unimoe_kernels.ops import ExpertWeights
 from unimoe_kernels.quantization.rounding import quantize_weight
+from unimoe_kernels.quantization.weight import QuantizedWeight
 
 
 class QuantizedExperts(GroupedExperts):
@@ -116,18 +119,23 @@ def quantize_in_place(
     format: str,
     group_size: int | None,
     zero_points: bool,
+    quantize: Callable[[str, torch.Tensor], QuantizedWeight] | None = None,
 ) -> None:
     """Replaces stacked parameters of experts by `QuantizedProjection`, one after the other.
 
     Where they are stored transposed, as `is_transposed` of transformers tells, the quantised ones
-    are `[E, out, in]` all the same.
+    are `[E, out, in]` all the same. `quantize` takes the place of rounding to nearest; it gets a
+    name and `[E, out, in]`.
     """
     for name in names:
         weight_EOI = experts.get_parameter(name).detach()
         if getattr(experts, "is_transposed", False):
             weight_EOI = weight_EOI.transpose(1, 2)
-        quantized = quantize_weight(
-            weight_EOI, format, group_size, zero_points=zero_points, name=name
-        )
+        if quantize is not None:
+            quantized = quantize(name, weight_EOI)
+        else:
+            quantized = quantize_weight(
+                weight_EOI, format, group_size, zero_points=zero_points, name=name
+            )
         delattr(experts, name)
         experts.add_module(name, QuantizedProjection(quantized))

@@ -71,7 +71,7 @@ def quantize_weight(
         grouped_OGI = exact.reshape(rows, groups, group)
         scale_OG, zero_OG = _scales(grouped_OGI, format, zero_points, scales.dtype)
         scales[e] = scale_OG
-        integers_OGI = _round(grouped_OGI, scale_OG, zero_OG, format)
+        integers_OGI = round_to_scales(grouped_OGI, scale_OG, zero_OG, format)
         if zeros is not None:
             zeros[e] = zero_OG
         integers_OI = integers_OGI.reshape(rows, width).to(found.dtype)
@@ -140,9 +140,22 @@ def _scales(
     return scale, zero
 
 
-def _round(grouped: Tensor, scale: Tensor, zero: Tensor | int, format: str) -> Tensor:
-    """Returns the integers as they are stored, in the dtype of `grouped`."""
+def round_to_scales(
+    grouped: Tensor, scale: Tensor, zero: Tensor | int | None, format: str
+) -> Tensor:
+    """Rounds numbers to the nearest multiples of scales that are given.
+
+    Args:
+        grouped: `[..., group]`.
+        scale: `[...]`, as stored.
+        zero: `[...]`, or None for the zero point of a format without them.
+        format: name of a format.
+
+    Returns:
+        The integers as they are stored, in the dtype of `grouped`.
+    """
     found = FORMATS[format]
+    zero = INT4_OFFSET if zero is None else zero
     integers = (grouped / _divisor(scale, grouped.dtype).unsqueeze(-1)).round()
     if format == "int8":
         return integers.clamp(found.lowest, found.highest)
