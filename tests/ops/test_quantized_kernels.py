@@ -141,7 +141,7 @@ def test_tiles_fit_and_parts_fill(device):
                     held += quantized_launch._block_bytes(problem, tile)
                     assert held <= device.shared_bytes, (problem, tile)
                     parts = quantized_launch.num_parts(problem, tile, 8, device)
-                    assert parts == (4 if rows <= 32 else 1), (problem, tile, parts)
+                    assert parts in ((2, 4) if rows <= 32 else (1,)), (problem, tile, parts)
                     length = quantized_launch.part_length(2048, tile, parts)
                     assert length % tile.block_k == 0
                     assert length * parts >= 2048

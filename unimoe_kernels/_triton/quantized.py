@@ -232,7 +232,8 @@ def add_quantized(
         scales_RC = spread(scales_RG, integers_RC.shape[0], integers_RC.shape[1])
         weight_RC = (integers_RC.to(ACC) * scales_RC).to(x_MK.dtype)
     else:
-        weight_RC = integers_RC.to(x_MK.dtype)
+        # The interpreter turns no integers into bfloat16.
+        weight_RC = integers_RC.to(ACC if UPCAST else x_MK.dtype)
     weight_KN = weight_RC if TRANSPOSED else weight_RC.T
     if SCALES == "sums":
         part_MN = tl.zeros(acc_MN.shape, dtype=ACC)

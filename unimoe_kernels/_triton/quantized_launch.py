@@ -75,7 +75,7 @@ def choose(problem: Problem, weight: Stored, device: Device) -> Tile:
     few, width = problem.rows <= FEW_ROWS, problem.width
     if problem.dtype.itemsize > 2:
         side = 64 if problem.dtype == torch.float32 else 32
-        shape = (16 if few else side, side, 32, 4)
+        shape = (16 if few else side, side, 16, 4)
     elif few:
         shape = (16 if problem.rows <= 16 else 32, 64, 128, 4)
     elif problem.rows <= 64:
@@ -87,9 +87,8 @@ def choose(problem: Problem, weight: Stored, device: Device) -> Tile:
         block_k = min(block_k, weight.group)
     if problem.kind == "gated":
         block_n //= 2  # of each half
-    # Half of a block of packed bytes is at least 16 wide.
-    block_n = min(block_n, max(32, triton.next_power_of_2(width)))
-    block_k = min(block_k, max(32, triton.next_power_of_2(problem.inner)))
+    block_n = min(block_n, max(16, triton.next_power_of_2(width)))
+    block_k = min(block_k, max(16, triton.next_power_of_2(problem.inner)))
     tile = Tile(block_m, block_n, block_k, GROUP_M, num_warps, MAX_STAGES)
     held = device.shared_bytes - RESERVED_BYTES - _block_bytes(problem, tile)
     stages = max(1, min(MAX_STAGES, held // _stage_bytes(problem, weight, tile)))
