@@ -76,6 +76,9 @@ def choose(problem: Problem, weight: Stored, device: Device) -> Tile:
     if problem.dtype.itemsize > 2:
         side = 64 if problem.dtype == torch.float32 else 32
         shape = (16 if few else side, side, 16, 4)
+    elif problem.inner % 16 or width % 16:
+        # Numbers are read one by one, so that addresses take the registers.
+        shape = (16 if few else 64, 64, 32, 4)
     elif few:
         shape = (16 if problem.rows <= 16 else 32, 64, 128, 4)
     elif problem.rows <= 64:
@@ -92,7 +95,7 @@ def choose(problem: Problem, weight: Stored, device: Device) -> Tile:
     tile = Tile(block_m, block_n, block_k, GROUP_M, num_warps, MAX_STAGES)
     held = device.shared_bytes - RESERVED_BYTES - _block_bytes(problem, tile)
     stages = max(1, min(MAX_STAGES, held // _stage_bytes(problem, weight, tile)))
-    aligned = problem.inner % 16 == 0
+    aligned = problem.inner % 16 == 0 and width % 16 == 0
     descriptors = block_m >= 64 and aligned and problem.dtype.itemsize == 2
     descriptors = descriptors and 90 <= device.capability < 120
     return permitted(tile._replace(num_stages=stages, descriptors=descriptors))
