@@ -78,7 +78,7 @@ def choose(problem: Problem, weight: Stored, device: Device) -> Tile:
         shape = (16 if few else side, side, 16, 4)
     elif problem.inner % 16 or width % 16:
         # Numbers are read one by one, so that addresses take the registers.
-        shape = (16 if few else 64, 64, 32, 4)
+        shape = (16 if few else 64, 32 if problem.kind == "rows" else 64, 32, 4)
     elif few:
         shape = (16 if problem.rows <= 16 else 32, 64, 128, 4)
     elif problem.rows <= 64:
