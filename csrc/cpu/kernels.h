@@ -75,6 +75,8 @@ struct Kernels {
                          const uint16_t* left, const float* left_sums, float* sums);
   // Numbers of one row as floats, from an even one on.
   void (*dequantize)(const QuantizedRows& row, int64_t first, int64_t count, float* to);
+  // The same as bfloat16, rounded to nearest even.
+  void (*dequantize_bfloat16)(const QuantizedRows& row, int64_t first, int64_t count, uint16_t* to);
 };
 
 const Kernels* portable_kernels();

@@ -170,6 +170,53 @@ struct PairedInt4 {
   }
 };
 
+// `dequantize_bfloat16` by the instruction that rounds. Panels of columns begin and end within
+// groups: halves of 16 numbers keep them off the scalar loop.
+void dequantize_rounded(const QuantizedRows& row, int64_t first, int64_t count, uint16_t* to) {
+  for (int64_t k = first; k < first + count;) {
+    const int64_t group = k / row.group;
+    const int64_t until = std::min(first + count, (group + 1) * row.group);
+    const float scale = row.narrow_scales
+                            ? unimoe::to_float(static_cast<const uint16_t*>(row.scales)[group])
+                            : static_cast<const float*>(row.scales)[group];
+    const float shift = zero_shift(row, group);
+    const __m512 factor = _mm512_set1_ps(scale), more = _mm512_set1_ps(shift);
+    const auto pairs = [&](__m128i bytes) __attribute__((always_inline)) {
+      uint8_t numbers[16];
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(numbers), bytes);
+      __m512 even, odd;
+      Simd::load_nibbles(numbers, even, odd);
+      const __m256i low = (__m256i)_mm512_cvtneps_pbh((even + more) * factor);
+      const __m256i high = (__m256i)_mm512_cvtneps_pbh((odd + more) * factor);
+      return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                             _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+    };
+    if (row.four_bits) {
+      for (; k + 32 <= until; k += 32, to += 32) {
+        const auto* from = reinterpret_cast<const __m128i*>(row.values + k / 2);
+        _mm512_storeu_si512(to, pairs(_mm_loadu_si128(from)));
+      }
+      for (; k + 16 <= until; k += 16, to += 16) {
+        const auto* from = reinterpret_cast<const __m128i*>(row.values + k / 2);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                            _mm512_castsi512_si256(pairs(_mm_loadl_epi64(from))));
+      }
+    } else {
+      const auto* values = reinterpret_cast<const int8_t*>(row.values);
+      for (; k + 32 <= until; k += 32, to += 32) {
+        const __m512 low = Simd::load(values + k) * factor;
+        const __m512 high = Simd::load(values + k + 16) * factor;
+        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      }
+      for (; k + 16 <= until; k += 16, to += 16) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                            (__m256i)_mm512_cvtneps_pbh(Simd::load(values + k) * factor));
+      }
+    }
+    for (; k < until; ++k) *to++ = to_bfloat16_bits((number_at(row, k) + shift) * scale);
+  }
+}
+
 template <int kRows, int kVectors>
 void multiply_pairs(int64_t steps, const uint32_t* left, const uint32_t* right, bool add,
                     float* sums, const char* ahead, int64_t every) {
@@ -201,6 +248,7 @@ constexpr Kernels bfloat16_table() {
   table.multiply_pairs = multiply_pairs<8, 3>;
   table.dot_bfloat16 = dot_pairs;
   table.dot_int4_pairs = dot_numbers<PairedInt4>;
+  table.dequantize_bfloat16 = dequantize_rounded;
   return table;
 }
 

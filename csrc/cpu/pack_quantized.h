@@ -20,14 +20,12 @@ void pack_quantized(const Kernels& kernels, const QuantizedRows& weight, bool tr
                     int64_t first, int64_t held, int64_t depth, U* to) {
   using T = std::conditional_t<std::is_same_v<U, float>, float, BFloat16>;
   constexpr int64_t kNumbers = sizeof(U) / sizeof(T);
-  thread_local float numbers[kQuantizedSteps];
   alignas(64) thread_local T lines[kMaxWidth * kQuantizedSteps];
   const auto read = [&](int64_t row, int64_t from, int64_t count, T* into) {
     if constexpr (std::is_same_v<T, float>) {
       kernels.dequantize(weight.from(row), from, count, into);
     } else {
-      kernels.dequantize(weight.from(row), from, count, numbers);
-      kernels.to_bfloat16(count, numbers, bits_of(into));
+      kernels.dequantize_bfloat16(weight.from(row), from, count, bits_of(into));
     }
   };
   for (int64_t k = 0; k < depth; k += kQuantizedSteps) {

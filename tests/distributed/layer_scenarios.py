@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 from op_group import D, E, gathered, layer, message
 
-from unimoe_kernels.distributed import count_traffic, parallelize_moe
+from unimoe_kernels import MoE, quantize_experts
+from unimoe_kernels.distributed import count_traffic, parallelize_moe, unparallelize_moe
 from unimoe_kernels.testing import relative_error
 
 
@@ -107,6 +108,47 @@ def recomputation(r):
     return relative_error(x.grad, grad)
 
 
+def quantized(r):
+    """Quantised experts with LoRA: output, gradients of x and of LoRA, and the parts held here."""
+    torch.manual_seed(0)
+    moe = MoE(32, 64, E, 3)
+    quantize_experts(moe, "int4", group_size=32, zero_points=True)
+    moe.experts.add_lora(3)
+    with torch.no_grad():
+        for adapter in moe.experts.expert_lora.values():
+            adapter.lora_B.normal_()
+    torch.manual_seed(100 + r.rank)
+    x = torch.randn(5 + 3 * r.rank, 32, requires_grad=True)
+    before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
+    expected = moe(x)
+    expected.square().sum().backward()
+    x_grad, x.grad = x.grad, None
+    grads = {}
+    for name, parameter in moe.named_parameters():
+        if parameter.requires_grad:
+            grads[name] = sum(gathered(parameter.grad, r))
+    moe.zero_grad()
+    parallelize_moe(moe, r.mesh)
+    held = moe.experts.gate_up_proj.weight.nbytes
+    y = moe(x)
+    y.square().sum().backward()
+    errors = [relative_error(y, expected), relative_error(x.grad, x_grad)]
+    for name, parameter in moe.named_parameters():
+        if parameter.requires_grad:
+            grad = parameter.grad
+            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            errors.append(relative_error(grad, grads[name]))
+    unparallelize_moe(moe)
+    same = all(torch.equal(tensor, before[name]) for name, tensor in moe.state_dict().items())
+    return [max(errors), held * r.world / moe.experts.gate_up_proj.weight.nbytes, same]
+
+
+def quantized_shards(r):
+    moe = MoE(32, 64, E, 3)
+    quantize_experts(moe, "int8")
+    return message(lambda: parallelize_moe(moe, r.data_mesh, data="shard"))
+
+
 def second_derivatives(r):
     moe, x = layer(r)
     parallelize_moe(moe, r.mesh)
@@ -129,6 +171,8 @@ def frozen_on_one_rank(r):
 
 SCENARIOS = (
     sentinels,
+    quantized,
+    quantized_shards,
     lora,
     merged_lora,
     autocast,

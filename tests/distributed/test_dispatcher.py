@@ -25,6 +25,23 @@ def test_lora_is_merged_but_not_added_on_several_ranks(ops):
         )
 
 
+def test_quantised_experts_with_lora(ops):
+    for error, share, same in ops["quantized"]:
+        assert error < 1e-5
+        assert share == 1
+        assert same
+
+
+def test_quantised_experts_are_not_sharded_by_fsdp(ops):
+    assert all(
+        text.startswith(
+            "ValueError: data ('shard') must be 'replicate' where experts are quantised"
+        )
+        and "their weights are buffers" in text
+        for text in ops["quantized_shards"]
+    )
+
+
 def test_autocast_sends_sixteen_bits(ops):
     assert all(error < 1e-2 and difference == 0 for error, difference in ops["autocast"])
 

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from unimoe_kernels._triton import launch, tiles
+from unimoe_kernels._triton import launch, quantized_launch, tiles
 
 # Processors and the bytes of shared memory that one block may have.
 DEVICES = {
@@ -37,6 +37,8 @@ TYPES = {
     torch.float64: "fp64",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
+    torch.uint8: "u8",
     torch.bool: "i1",
 }
 INSTRUCTIONS = {
@@ -156,9 +158,9 @@ def print_variants(counts):
 
 def force_descriptors(wanted):
     """Lets every tile ask for descriptors, or none, whatever the choice for the GPU is."""
-    for name in ("analytic", "_measured"):
-        chosen = getattr(tiles, name)
-        setattr(tiles, name, partial(_with_descriptors, chosen, wanted))
+    for module, name in ((tiles, "analytic"), (tiles, "_measured"), (quantized_launch, "choose")):
+        chosen = getattr(module, name)
+        setattr(module, name, partial(_with_descriptors, chosen, wanted))
 
 
 def _with_descriptors(chosen, wanted, *args):

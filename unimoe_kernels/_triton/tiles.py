@@ -44,9 +44,12 @@ def choose(problem: Problem, device: Device) -> Tile:
     """
     if device.capability == 0:
         return Tile(*INTERPRETED)
-    table = _table()
-    tile = _measured(table, problem, device) or analytic(problem, device)
-    return tile if table.descriptors else tile._replace(descriptors=False)
+    return permitted(_measured(_table(), problem, device) or analytic(problem, device))
+
+
+def permitted(tile: Tile) -> Tile:
+    """Returns a tile, without descriptors where the table switches them off."""
+    return tile if _table().descriptors else tile._replace(descriptors=False)
 
 
 @functools.cache

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from unimoe_kernels.quantization.formats import SCALE_DTYPES
+from unimoe_kernels.layers._inputs import local_part
+from unimoe_kernels.quantization.formats import FORMATS, SCALE_DTYPES
 from unimoe_kernels.quantization.rounding import quantize_weight
 from unimoe_kernels.quantization.weight import QuantizedWeight
 
@@ -72,13 +73,15 @@ class QuantizedProjection(nn.Module):
 
     @property
     def weight(self) -> QuantizedWeight:
-        """The buffers as operators take them."""
-        return QuantizedWeight(self.values, self.scales, self.zeros, self.format, self.group_size)
+        """The buffers as operators take them: of those split between ranks, what is held here."""
+        parts = map(local_part, (self.values, self.scales, self.zeros))
+        return QuantizedWeight(*parts, self.format, self.group_size)
 
     @property
     def shape(self) -> torch.Size:
-        """`(E, out, in)`."""
-        return self.weight.shape
+        """`(E, out, in)`, of all ranks."""
+        *leading, width = self.values.shape
+        return torch.Size((*leading, width * FORMATS[self.format].numbers))
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,8 @@
 
 import torch
 
-from cases import Case, scores_of
+from cases import SHAPES, Case, empty, scores_of
+from cases.grouped_mm_quantized import formats, parts_of
 from unimoe_kernels import moe_mlp_quantized, quantize_weight
 
 WIDTH, EXPERT_WIDTH, MOST_EXPERTS = 32, 64, 4
@@ -52,3 +53,33 @@ CASES = [
     Case("int4", experts(weights_of("int4", "int4"), "gelu"), shapes),
     Case("mixed", experts(weights_of("int4", "int8"), "swiglu_clamped"), shapes),
 ]
+
+
+def launches(everything):
+    for shape in SHAPES if everything else SHAPES[:2]:
+        for format in formats(shape, everything):
+            yield f"{shape.name} {format}", lambda shape=shape, format=format: launch(shape, format)
+
+
+def launch(shape, format="int4-64"):
+    """Inference and training; of few rows also one token, whose sums are cut into parts."""
+    from unimoe_kernels.ops.moe_mlp_quantized import fused
+
+    size, dtype = (shape.experts, shape.width, shape.expert_width), shape.dtype
+    experts, width, expert_width = size
+    weights = (
+        *parts_of(format, experts, 2 * expert_width, width, dtype),
+        format[:4],
+        *parts_of(format, experts, width, expert_width, dtype),
+        format[:4],
+    )
+    has_bias = shape.name == "odd"
+    biases = [empty(experts, n, dtype=dtype) for n in (2 * expert_width, width)]
+    gate = ("swiglu_clamped" if has_bias else "silu", 7.0, 1.702)
+    few = shape.name.endswith("decode")
+    for tokens, keep_hidden in ((shape.tokens, few), (1 if few else shape.tokens, not few)):
+        x = empty(tokens, width, dtype=dtype)
+        scores = empty(tokens, shape.top_k, dtype=shape.score_dtype)
+        ids = empty(tokens, shape.top_k, dtype=torch.int32)
+        flat = (*weights, *(biases if has_bias else (None, None)), *gate, keep_hidden)
+        fused.forward(x, ids, scores, *flat)

@@ -18,6 +18,7 @@ from unimoe_kernels.distributed.dispatch.replicate import GradientSum
 from unimoe_kernels.distributed.running.failure import CollectiveError, collective
 from unimoe_kernels.distributed.running.start import MESH_DIMS
 from unimoe_kernels.layers import GroupedExperts, MoE, QuantizedExperts
+from unimoe_kernels.layers.quantized_projection import QuantizedProjection
 
 DATA_MODES = ("replicate", "shard")
 
@@ -70,8 +71,9 @@ def parallelize_moe(
 
     Raises:
         ValueError: If the mesh has other dimensions, data is unknown, E is not a multiple of `ep`,
-            experts are parallel already or quantised, a buffer that no checkpoint holds is on the
-            meta device, or FSDP2 cannot split an expert evenly. Nothing is changed then.
+            experts are parallel already, a buffer that no checkpoint holds is on the meta device,
+            or FSDP2 cannot split an expert evenly, or at all as it is quantised. Nothing is changed
+            then.
         CollectiveError: If a rank has another model, by names, shapes, dtypes and which parameters
             require gradients. Nothing is changed then.
     """
@@ -84,7 +86,8 @@ def parallelize_moe(
     everyone = _everyone(mesh)
     _check_buffers(model)
     if data == "shard":
-        for _, moe in layers:
+        for name, moe in layers:
+            _refuse_quantized(name, moe)
             for parameter in moe.experts.parameters():
                 _placement(parameter, mesh.size(0))
     _check_same(model, mesh, everyone)
@@ -134,6 +137,10 @@ def unparallelize_moe(model: nn.Module) -> nn.Module:
                 with collective(f"gathering {name} of {path}"):
                     whole = nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
                 part.register_parameter(name, whole)
+            for name, buffer in part.named_buffers(recurse=False):
+                if isinstance(buffer, DTensor):
+                    with collective(f"gathering {name} of {path}"):
+                        setattr(part, name, buffer.full_tensor())
         moe.experts.dispatcher = moe.router.sum_over_ranks = None
     return model
 
@@ -188,10 +195,17 @@ def _dispatcher(
     name = f"{name}.experts" if name else "experts"
     if moe.experts.dispatcher is not None:
         raise ValueError(f"{name} must not be parallel already")
-    if isinstance(moe.experts, QuantizedExperts):
-        raise ValueError(f"{name} must not be quantised ({moe.experts.format}) to be split")
     group, num_experts = mesh.get_group("ep"), moe.experts.num_experts
     return ExpertDispatcher(group, num_experts, name, num_chunks, max_rows)
+
+
+def _refuse_quantized(name: str, moe: MoE) -> None:
+    if isinstance(moe.experts, QuantizedExperts):
+        path = f"{name}.experts" if name else "experts"
+        raise ValueError(
+            f"data ('shard') must be 'replicate' where {path} are quantised "
+            f"({moe.experts.format}): FSDP2 shards parameters, and their weights are buffers"
+        )
 
 
 def _everyone(mesh: DeviceMesh) -> dist.ProcessGroup:
@@ -241,14 +255,19 @@ def _materialise(model: nn.Module, device_type: str) -> None:
             if not parameter.is_meta:
                 continue
             if parameter not in fresh:
-                room = torch.empty_like(_local_part(parameter), device=device)
-                if isinstance(parameter, DTensor):
-                    room = DTensor.from_local(room, parameter.device_mesh, parameter.placements)
-                fresh[parameter] = nn.Parameter(room, parameter.requires_grad)
+                fresh[parameter] = nn.Parameter(_room(parameter, device), parameter.requires_grad)
             part.register_parameter(name, fresh[parameter])
         for name, buffer in list(part.named_buffers(recurse=False)):
             if buffer.is_meta:
-                setattr(part, name, torch.empty_like(buffer, device=device))
+                setattr(part, name, _room(buffer, device))
+
+
+def _room(tensor: Tensor, device: torch.device) -> Tensor:
+    """Memory for what a rank holds of a tensor."""
+    room = torch.empty_like(_local_part(tensor), device=device)
+    if isinstance(tensor, DTensor):
+        return DTensor.from_local(room, tensor.device_mesh, tensor.placements)
+    return room
 
 
 def _local_part(tensor: Tensor) -> Tensor:
@@ -272,11 +291,15 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _split_experts(experts: GroupedExperts, mesh: DeviceMesh) -> None:
     for part in experts.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            split = distribute_tensor(
-                parameter.detach(), mesh["ep"], [Shard(0)], src_data_rank=None
-            )
-            split = nn.Parameter(split, requires_grad=parameter.requires_grad)
+            split = nn.Parameter(_split(parameter.detach(), mesh), parameter.requires_grad)
             part.register_parameter(name, split)
+        if isinstance(part, QuantizedProjection):
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, _split(buffer, mesh))
+
+
+def _split(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    return distribute_tensor(tensor, mesh["ep"], [Shard(0)], src_data_rank=None)
 
 
 def _replicate(model: nn.Module, mesh: DeviceMesh, everyone: dist.ProcessGroup) -> None:

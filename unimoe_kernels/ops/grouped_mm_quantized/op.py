@@ -131,14 +131,21 @@ def _backward(backend, ctx, grad):
     return grad_x, None, None, None, None, grad_bias, None, None
 
 
+def _triton(x, values, scales, zeros, expert_offsets, bias, format, transposed):
+    from unimoe_kernels.ops.grouped_mm_quantized.kernel import grouped_mm_quantized
+
+    return grouped_mm_quantized(x, values, scales, zeros, expert_offsets, bias, transposed)
+
+
 _backends.declare(
     "grouped_mm_quantized",
     "(Tensor x, Tensor values, Tensor scales, Tensor? zeros, Tensor expert_offsets, Tensor? bias, "
     "str format, bool transposed) -> Tensor",
     reference=partial(composition.forward, "reference"),
     native=partial(composition.forward, "default"),
-    triton=partial(composition.forward, "triton"),
+    triton=_triton,
     parts=composition.PARTS,
+    fused=True,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

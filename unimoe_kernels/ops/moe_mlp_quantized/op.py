@@ -136,6 +136,12 @@ def _backward_fake(grad, x, scores, hidden, row_order, inverse_order, expert_off
     )
 
 
+def _triton(*args):
+    from unimoe_kernels.ops.moe_mlp_quantized import fused
+
+    return fused.forward(*args)
+
+
 _backends.declare(
     "moe_mlp_quantized_backward",
     "(Tensor grad, Tensor x, Tensor scores, Tensor gate_up_rows, Tensor row_order, "
@@ -156,8 +162,9 @@ _backends.declare(
     "Tensor expert_offsets)",
     reference=partial(composition.forward, "reference"),
     native=partial(composition.forward, "default"),
-    triton=partial(composition.forward, "triton"),
+    triton=_triton,
     parts=composition.PARTS,
+    fused=True,
     fake=_fake,
     setup_context=_setup_context,
     num_outputs=1,
