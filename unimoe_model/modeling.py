@@ -277,12 +277,12 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
 
     def hidden_states(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Last hidden states `[B, S, D]`, without the head; takes the inputs of `forward`."""
-        media = {
-            kind: (inputs.pop(f"{kind}_features", None), inputs.pop(f"{kind}_query_states", None))
-            for kind in MEDIA_KINDS
-        }
-        mask = inputs.pop("audio_features_mask", None)
+        media, mask = _pop_media(inputs)
         return self._decode(media, mask, use_cache=False, **inputs).last_hidden_state
+
+    def input_embeddings(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """What the LLM reads, `[B, S, D]`: embedded text with the soft tokens in their places."""
+        return self.model.splice(input_ids, self._soft_tokens(*_pop_media(inputs)))
 
     def _decode(self, media: dict[str, tuple], audio_features_mask=None, **inputs):
         return self.model(media=self._soft_tokens(media, audio_features_mask), **inputs)
@@ -332,6 +332,15 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
                 f"{kind}_query_states (shape {list(shape)}) must have shape"
                 f" [*, {expected[0]}, {expected[1]}]"
             )
+
+
+def _pop_media(inputs: dict) -> tuple[dict[str, tuple], torch.Tensor | None]:
+    """Takes features and query states by kind, and the mask of audio, out of a batch."""
+    media = {
+        kind: (inputs.pop(f"{kind}_features", None), inputs.pop(f"{kind}_query_states", None))
+        for kind in MEDIA_KINDS
+    }
+    return media, inputs.pop("audio_features_mask", None)
 
 
 def _continues(cache: Cache | None, input_ids: torch.Tensor) -> bool:

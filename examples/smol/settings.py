@@ -67,7 +67,7 @@ def _dense(recipe: dict[str, Any]) -> dict[str, Any]:
     tune = stages["tune"]
     del tune["assemble"]
     tune["from"] = "experts"
-    own = {"align": stages["align"], "experts": experts, "tune": tune}
+    own = {"words": stages["words"], "align": stages["align"], "experts": experts, "tune": tune}
     recipe["stages"] = [
         stage | {"name": name} | changes["stages"][name] for name, stage in own.items()
     ]

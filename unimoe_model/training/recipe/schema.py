@@ -11,6 +11,8 @@ from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.recipe.parts import TrainedPart
 from unimoe_model.value_types import require_at_least, require_positive
 
+OBJECTIVES = ("answers", "words")
+"""What a stage may learn from its data."""
 START = "model"
 """What `from` of a stage calls the model that the recipe starts from."""
 
@@ -172,6 +174,9 @@ class Stage:
         max_length: most tokens of a sample, soft ones included; what is beyond is cut off.
         pack: puts samples together into rows of at most `max_length` tokens.
         assembly: makes experts before training; None leaves the model as it is.
+        objective: `"answers"`, what the model says, or `"words"`: soft tokens come near the
+            embeddings of the answer's words (`word_loss`); the LLM does not run, and the stage
+            trains connectors.
         widen: makes every dense FFN so many times as wide before training, with equal outputs.
         seed: of the data order; stages with equal seeds and data see the same batches.
     """
@@ -186,6 +191,7 @@ class Stage:
     max_length: int | None = None
     pack: bool = False
     assembly: Assembly | None = None
+    objective: str = "answers"
     widen: int = 1
     seed: int = 0
 
@@ -199,6 +205,7 @@ class Stage:
             raise ValueError("pack requires max_length, the most tokens of a row")
         if self.assembly and self.widen > 1:
             raise ValueError("assemble and widen exclude each other")
+        self._check_objective()
         if self.epochs is None:
             return
         if not 0 < self.epochs < math.inf:
@@ -208,6 +215,25 @@ class Stage:
         for name, weight in self.streams[0].items():
             if weight != int(weight):
                 raise ValueError(f"data.{name} ({weight}) must be whole where there are epochs")
+
+    def _check_objective(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective ({self.objective!r}) must be one of {', '.join(OBJECTIVES)}"
+            )
+        if self.objective == "answers":
+            return
+        if self.pack:
+            raise ValueError("objective: words and pack exclude each other")
+        others = [
+            part.part
+            for part in self.train
+            if part.part.split(".")[0] not in ("connectors", "projectors")
+        ]
+        if others:
+            raise ValueError(
+                f"objective: words trains connectors and projectors; train has {others[0]}"
+            )
 
     def optimization_for(self, samples: Mapping[str, int]) -> Optimization:
         """The optimisation with the steps that it has over data of so many samples each."""
@@ -315,6 +341,12 @@ class Recipe:
         seconds = self.checkpoint_seconds
         require_at_least(0, seed=self.seed, checkpoint_seconds=seconds, workers=self.workers)
         require_at_least(1, video_frames=self.video_frames)
+        words = [stage.name for stage in self.stages if stage.objective == "words"]
+        if words and self.parallel:
+            raise ValueError(
+                f"stages.{words[0]}.objective (words) and parallel exclude each other; train the"
+                " stage by a run of one process"
+            )
 
     @property
     def encoder_names(self) -> tuple[str, ...]:
