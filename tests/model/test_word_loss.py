@@ -1,5 +1,7 @@
 """The objective `words`: soft tokens come near the embeddings of the answer's words."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ from unimoe_kernels.testing import relative_error
 from unimoe_model.training.loop import add_gradients, train_stage
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.ranks import Ranks
+from unimoe_model.training.recipe import LanguageModel, Parallel, Recipe, Stage, TrainedPart
+from unimoe_model.training.recipe.schema import DataFile
+from unimoe_model.training.stage_ids import stage_ids
 from unimoe_model.training.word_loss import LENGTH_WEIGHT, SHARPNESS, word_loss
 
 
@@ -129,3 +134,43 @@ def test_trained_soft_tokens_point_at_the_words(model, batch, tmp_path):
     assert set(nearest.tolist()) == {60, 61}
     lengths = (table - table.mean(0)).norm(dim=1).mean().item()
     assert soft.norm(dim=1).mean().item() == pytest.approx(lengths, rel=0.3)
+
+
+def stage(parts=("connectors",), **options):
+    trained = tuple(TrainedPart(part) for part in parts)
+    settings = Optimization(steps=1, batch_size=1, learning_rate=1e-3)
+    return Stage("start", "model", trained, ({"own": 1.0},), settings, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "sounds"}, r"objective \('sounds'\) must be one of answers, words"),
+        ({"pack": True, "max_length": 9}, "objective: words and pack exclude each other"),
+        ({"parts": ("projectors", "ffn")}, "words trains connectors and projectors; train has ffn"),
+    ],
+)
+def test_what_does_not_go_with_the_objective_is_refused(options, message):
+    stage(("projectors.image",), objective="words")
+    with pytest.raises(ValueError, match=message):
+        stage(**{"objective": "words", **options})
+
+
+def recipe(own, **options):
+    return Recipe("r.yaml", LanguageModel(llm="m"), {"own": DataFile("f")}, (own,), **options)
+
+
+def test_several_processes_are_refused():
+    recipe(stage(), parallel=Parallel(data=2))
+    with pytest.raises(
+        ValueError, match=r"stages\.start\.objective \(words\) and parallel exclude"
+    ):
+        recipe(stage(objective="words"), parallel=Parallel(data=2))
+
+
+def test_the_objective_names_a_stage_only_where_it_is_not_the_usual_one():
+    usual, words = stage(), stage(objective="words")
+    ids = [stage_ids(recipe(own), "fp32", {"own": "d"})["start"] for own in (usual, words)]
+    assert ids[0] != ids[1]
+    again = stage_ids(recipe(replace(words, objective="answers")), "fp32", {"own": "d"})
+    assert again["start"] == ids[0]
