@@ -41,14 +41,15 @@ def text_kept(
         ValueError: If a text has fewer than two tokens.
     """
     tokenizer = AutoTokenizer.from_pretrained(language_model)
-    blocks = {kind: token_blocks(tokenizer, text) for kind, text in texts.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    blocks = {kind: token_blocks(tokenizer, text).to(device) for kind, text in texts.items()}
     found = {}
     # One after the other, so that only one is in memory.
     for name, family, folder in (
         ("before", AutoModelForCausalLM, language_model),
         ("after", UniMoEForConditionalGeneration, trained),
     ):
-        model = family.from_pretrained(folder, dtype=torch.float32).eval()
+        model = family.from_pretrained(folder, dtype=torch.float32).to(device).eval()
         found[name] = _measured(model, tokenizer, blocks, prompts)
         del model
     before, after = found["before"], found["after"]
