@@ -290,12 +290,12 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
         Args:
             **inputs: inputs of `forward`.
         """
-        media = {
-            kind: (inputs.pop(f"{kind}_features", None), inputs.pop(f"{kind}_query_states", None))
-            for kind in MEDIA_KINDS
-        }
-        mask = inputs.pop("audio_features_mask", None)
+        media, mask = _pop_media(inputs)
         return self._decode(media, mask, use_cache=False, **inputs).last_hidden_state
+
+    def input_embeddings(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Computes the inputs of the LLM `[B, S, D]`: text embeddings and soft tokens in place."""
+        return self.model.splice(input_ids, self._soft_tokens(*_pop_media(inputs)))
 
     def _decode(self, media: dict[str, tuple], audio_features_mask=None, **inputs):
         return self.model(media=self._soft_tokens(media, audio_features_mask), **inputs)
@@ -345,6 +345,15 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
                 f"{kind}_query_states (shape {list(shape)}) must have shape"
                 f" [*, {expected[0]}, {expected[1]}]"
             )
+
+
+def _pop_media(inputs: dict) -> tuple[dict[str, tuple], torch.Tensor | None]:
+    """Removes the features and query states of each kind and the audio mask from a batch."""
+    media = {
+        kind: (inputs.pop(f"{kind}_features", None), inputs.pop(f"{kind}_query_states", None))
+        for kind in MEDIA_KINDS
+    }
+    return media, inputs.pop("audio_features_mask", None)
 
 
 def _continues(cache: Cache | None, input_ids: torch.Tensor) -> bool:

@@ -10,36 +10,47 @@ was stopped goes on from where it was.
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from examples.demo.baseline import blind_accuracy, exact_accuracy
 from examples.demo.exit_code import exit_code_of
 from examples.demo.machine import Machine
 from examples.demo.parts import keep_memory, open_run
+from examples.smol.cached import cached
 from examples.smol.data import Examples, counts, write_data
 from examples.smol.debian import unpack_packages
 from examples.smol.language_model import FFN_WIDTH, write_language_model
-from examples.smol.settings import ARMS, DENSE_WIDTH, write_recipe
+from examples.smol.probe import probe_tasks
+from examples.smol.report import Report, shown_examples, write_report
+from examples.smol.results import (
+    LEARNED_FROM,
+    PROBED,
+    RANKED,
+    START_ITEMS,
+    accuracies,
+    ask_start,
+    table,
+    top_shares,
+)
+from examples.smol.settings import ARMS, DENSE_WIDTH, arm_recipe, write_recipe
 from examples.smol.sizes import QUICK, Sizes
-from unimoe_kernels import atomic_write
+from examples.smol.speed import forecast, training_speed
+from examples.smol.text_kept import CHAT_PROMPTS, text_kept, text_lines
+from unimoe_kernels import atomic_write, replace_folder
 from unimoe_model.folder_lock import FolderLock
+from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.progress import ProgressReporter, own_reporter
-
-LEARNED_FROM = {
-    "drawing": "picture",
-    "stamp": "picture",
-    "digit": "word",
-    "human_word": "word",
-    "new_instruction": "instruction",
-}
-"""Training task that a held-out one asks about, where it has another name."""
+from unimoe_model.training.recipe import Recipe
+from unimoe_model.training.recipe_data import RecipeData
+from unimoe_model.training.run import Run
+from unimoe_model.training.starting_model import build_start, describe_start
 
 
-def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str, dict]:
-    """Prepares, trains and evaluates; what an earlier run has finished is not done again.
+def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str, Any]:
+    """Prepares, trains, evaluates and reports; what an earlier run has finished is not done again.
 
     Args:
         output: folder of data, features and runs.
@@ -48,7 +59,9 @@ def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str
         quick: goes the whole way on little data.
 
     Returns:
-        Of each held-out task its items, and the accuracy of the model and of the blind baseline.
+        `"tasks"`: of each held-out task its items, and the accuracy of the model, of the blind
+        baseline, of the untrained start and of a linear probe; `"text"`: see `text_kept`;
+        `"stages"`: seconds and tokens of each.
 
     Raises:
         ValueError: If the output holds other data.
@@ -57,27 +70,35 @@ def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str
     """
     output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(Machine.detect(device, processes=1), flush=True)
+    machine = Machine.detect(device, processes=1)
+    print(machine, flush=True)
     reporter = own_reporter()
-    print("1/3  Language model and data", flush=True)
+    print("1/4  Language model and data", flush=True)
     examples = prepare(output, arm, Sizes() if not quick else QUICK, reporter)
     print(counts(examples), flush=True)
-    recipe = write_recipe(output, arm, seed, quick)
-    print("2/3  Features of the frozen encoders, training, held-out questions", flush=True)
     keep_memory()
+    share = 1.0
+    if not quick:
+        speed = training_speed(output / "language_model", output / "speed.json")
+        expected = forecast(arm_recipe(arm), speed)
+        share = expected.share
+        print(expected, flush=True)
+    recipe = write_recipe(output, arm, seed, quick, share)
+    print("2/4  Features of the frozen encoders, training", flush=True)
     own = recipe.with_suffix("")
     with FolderLock(own):
         found, run = open_run(recipe, seed, output / "features", reporter)
         names = [stage.name for stage in found.stages]
         run.train(names)
-        run.evaluate(names[-1:])
         run.publish(names[-1])
-    print("3/3  Results", flush=True)
-    answers = run.folder(names[-1]) / "eval"
-    results = collect(answers, [own.name for own in found.evaluations], examples)
+        print("3/4  Held-out questions", flush=True)
+        results = measure(found, run, output, examples, reporter)
     with atomic_write(own / "results.json") as partial:
-        partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    print(table(results))
+        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    print("4/4  Report", flush=True)
+    report = _report(arm, seed, str(machine), run, results, examples, output)
+    print(f"\n{report.table}\n\n{report.text}\n")
+    print(f"Everything is in {own}; open {write_report(report, own)} in a browser.")
     return results
 
 
@@ -92,33 +113,107 @@ def prepare(output: Path, arm: str, sizes: Sizes, reporter: ProgressReporter) ->
     return write_data(output / "data", debian, language_model, sizes, reporter)
 
 
-def collect(answers: Path, tasks: Sequence[str], examples: Examples) -> dict[str, dict]:
-    """Accuracy of held-out tasks.
+def measure(
+    recipe: Recipe, run: Run, output: Path, examples: Examples, reporter: ProgressReporter
+) -> dict[str, Any]:
+    """Asks the last stage's model the held-out questions, and measures what it stands beside.
 
     Args:
-        answers: folder of the evaluations of a stage.
-        tasks: which of them.
-        examples: what was asked, and what was learned.
+        recipe: of the run.
+        run: whose stages are done.
+        output: folder of the data and of the language model.
+        examples: of the data.
+        reporter: shows the progress.
+
+    Returns:
+        As `run_smol`.
     """
-    found = {}
-    for task in tasks:
-        asked = examples["test"][task]
-        learned = examples["train"][LEARNED_FROM.get(task, task)]
-        found[task] = {
-            "items": len(asked),
-            "accuracy": exact_accuracy(answers / task, asked),
-            "blind": blind_accuracy(learned, asked),
-        }
-    return found
+    last = [stage.name for stage in recipe.stages][-1]
+    folder = run.folder(last)
+    run.evaluate([last])
+    tasks = accuracies(folder / "eval", [own.name for own in recipe.evaluations], examples)
+    start = _start_folder(recipe, output)
+    asked = output / "start" / "eval"
+    ask_start(start, recipe.evaluations, asked, run.features.item, reporter)
+    for task, own in accuracies(asked, list(tasks), examples, START_ITEMS).items():
+        tasks[task]["start"] = own["accuracy"]
+    learned = {task: LEARNED_FROM.get(task, task) for task in PROBED if task in tasks}
+    probes = cached(output / "probes.json", lambda: probe_tasks(run.features, examples, learned))
+    for task, (first, among) in probes.items():
+        tasks[task]["probe"] = first
+        if task in RANKED:
+            tasks[task]["probe_top5"] = among
+    for task, share in cached(
+        folder / "top5.json", lambda: _top_shares(run, last, examples)
+    ).items():
+        tasks[task]["top5"] = share
+    texts = {
+        path.stem: path.read_text(encoding="utf-8")
+        for path in sorted((output / "data" / "text").glob("*.txt"))
+    }
+    prompts = [example.question for example in examples["test"]["chat"][:CHAT_PROMPTS]]
+    text = cached(
+        folder / "text.json",
+        lambda: text_kept(output / "language_model", folder / "model", texts, prompts),
+    )
+    stages = {}
+    for stage in recipe.stages:
+        metrics = json.loads((run.folder(stage.name) / "metrics.json").read_text(encoding="utf-8"))
+        stages[stage.name] = {key: metrics[key] for key in ("seconds", "tokens", "losses")}
+    return {"tasks": tasks, "text": text, "stages": stages}
 
 
-def table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """The results as lines."""
-    lines = [f"{'task':<16}{'items':>6}{'model':>9}{'blind':>9}"]
-    for task, own in results.items():
-        shares = [f"{100 * own[name]:.1f} %" for name in ("accuracy", "blind")]
-        lines.append(f"{task:<16}{own['items']:>6}{shares[0]:>9}{shares[1]:>9}")
-    return "\n".join(lines)
+def _start_folder(recipe: Recipe, output: Path) -> Path:
+    """The model before training, as the seed that came first drew it."""
+    folder = output / "start" / "model"
+    if not folder.exists():
+        start = describe_start(recipe, RecipeData(recipe).texts())
+        made = folder.with_name(".model.tmp")
+        build_start(recipe, start).save_pretrained(made)
+        start.processor.save_pretrained(made)
+        replace_folder(folder, made)
+    return folder
+
+
+def _top_shares(run: Run, stage: str, examples: Examples) -> dict[str, float]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = run.folder(stage) / "model"
+    model = UniMoEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return top_shares(model.to(device).eval(), run.processor, run.features.item, examples)
+
+
+def _report(
+    arm: str,
+    seed: int,
+    machine: str,
+    run: Run,
+    results: Mapping[str, Any],
+    examples: Examples,
+    output: Path,
+) -> Report:
+    answers = {
+        task: _answers(run.folder(list(results["stages"])[-1]) / "eval" / task)
+        for task in results["tasks"]
+        if task in (*RANKED, "kind")
+    }
+    stages = results["stages"]
+    return Report(
+        arm,
+        seed,
+        machine,
+        table(results["tasks"]),
+        text_lines(results["text"]),
+        {name: own["losses"] for name, own in stages.items()},
+        {name: own["seconds"] for name, own in stages.items()},
+        {name: own["tokens"] for name, own in stages.items()},
+        shown_examples(examples, answers, list(answers)) if answers else [],
+        sorted(path.name for path in (output / "debian").glob("*")),
+    )
+
+
+def _answers(folder: Path) -> list[str]:
+    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["answer"] for line in lines]
 
 
 def main() -> int:

@@ -14,7 +14,9 @@ EXPERTS = ("pictures", "speech", "sounds", "text")
 _QUICK_STEPS = 3
 
 
-def write_recipe(folder: Path, arm: str, seed: int, quick: bool = False) -> Path:
+def write_recipe(
+    folder: Path, arm: str, seed: int, quick: bool = False, share: float = 1.0
+) -> Path:
     """Writes the recipe of an arm into the folder of the run, beside the data.
 
     Data and held-out questions whose file is not there are left out.
@@ -24,6 +26,7 @@ def write_recipe(folder: Path, arm: str, seed: int, quick: bool = False) -> Path
         arm: `"moe"` or `"dense"`.
         seed: is in the name of the file, which the folder of the run is named like.
         quick: takes a few steps of each stage.
+        share: of the steps of each stage that are taken.
 
     Raises:
         ValueError: If a stage is left without data.
@@ -32,7 +35,7 @@ def write_recipe(folder: Path, arm: str, seed: int, quick: bool = False) -> Path
         split: {path.stem for path in (folder / "data" / split).glob("*.jsonl")}
         for split in ("train", "test")
     }
-    recipe = arm_recipe(arm)
+    recipe = arm_recipe(arm, share)
     recipe = _with_data(recipe, there["train"], there["test"])
     if quick:
         for stage in recipe["stages"]:
@@ -44,8 +47,12 @@ def write_recipe(folder: Path, arm: str, seed: int, quick: bool = False) -> Path
     return path
 
 
-def arm_recipe(arm: str) -> dict[str, Any]:
+def arm_recipe(arm: str, share: float = 1.0) -> dict[str, Any]:
     """The recipe of an arm with all data.
+
+    Args:
+        arm: `"moe"` or `"dense"`.
+        share: of the steps of each stage that are taken; at least one is.
 
     Raises:
         ValueError: If there is no such arm.
@@ -53,6 +60,8 @@ def arm_recipe(arm: str) -> dict[str, Any]:
     if arm not in ARMS:
         raise ValueError(f"arm ({arm!r}) must be one of {', '.join(ARMS)}")
     recipe = yaml.safe_load((HERE / "smol.yaml").read_text(encoding="utf-8"))
+    for stage in recipe["stages"]:
+        stage["steps"] = max(1, round(share * stage["steps"]))
     return recipe if arm == "moe" else _dense(recipe)
 
 
@@ -67,7 +76,7 @@ def _dense(recipe: dict[str, Any]) -> dict[str, Any]:
     tune = stages["tune"]
     del tune["assemble"]
     tune["from"] = "experts"
-    own = {"align": stages["align"], "experts": experts, "tune": tune}
+    own = {"words": stages["words"], "align": stages["align"], "experts": experts, "tune": tune}
     recipe["stages"] = [
         stage | {"name": name} | changes["stages"][name] for name, stage in own.items()
     ]

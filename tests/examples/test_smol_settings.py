@@ -1,6 +1,4 @@
-"""The recipes of examples/smol, and the results of a run."""
-
-import json
+"""The recipes of examples/smol."""
 
 import pytest
 
@@ -8,8 +6,7 @@ pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 import yaml
 
-from examples.demo.example import Example
-from examples.smol.run import LEARNED_FROM, collect, table
+from examples.smol.results import LEARNED_FROM
 from examples.smol.settings import ARMS, EXPERTS, arm_recipe, write_recipe
 from unimoe_model.training.recipe import load_recipe
 
@@ -30,10 +27,11 @@ def folder(tmp_path):
 
 def test_both_arms_see_the_same_batches(folder):
     moe, dense = (load_recipe(write_recipe(folder, arm, 3), seed=3) for arm in ARMS)
-    assert [stage.name for stage in moe.stages] == ["align", *EXPERTS, "tune"]
-    assert [stage.name for stage in dense.stages] == ["align", "experts", "tune"]
+    assert [stage.name for stage in moe.stages] == ["words", "align", *EXPERTS, "tune"]
+    assert [stage.name for stage in dense.stages] == ["words", "align", "experts", "tune"]
     assert dense.model.llm.endswith("language_model-2048")
-    assert dense.stage("align") == moe.stage("align")
+    for name in ("words", "align"):
+        assert dense.stage(name) == moe.stage(name)
     experts = dense.stage("experts")
     assert experts.streams == tuple(moe.stage(name).streams[0] for name in EXPERTS)
     assert experts.seed == moe.stage(EXPERTS[0]).seed
@@ -86,16 +84,3 @@ def test_every_held_out_task_is_learned_from_one():
     recipe = arm_recipe("moe")
     for task in recipe["evaluate"]:
         assert LEARNED_FROM.get(task, task) in recipe["data"]
-
-
-def test_results_have_accuracy_and_the_blind_baseline(tmp_path):
-    asked = [Example("digit", "q", answer) for answer in ("one", "two", "two", "three")]
-    learned = [Example("word", "q", answer) for answer in ("two", "two", "one")]
-    (tmp_path / "digit").mkdir()
-    lines = [json.dumps({"answer": answer}) for answer in ("one", "two", "four", "five")]
-    (tmp_path / "digit/answers.jsonl").write_text("\n".join(lines))
-    examples = {"train": {"word": learned}, "test": {"digit": asked}}
-    results = collect(tmp_path, ["digit"], examples)
-    assert results == {"digit": {"items": 4, "accuracy": 0.5, "blind": 0.5}}
-    assert "digit" in table(results)
-    assert "50.0 %" in table(results)

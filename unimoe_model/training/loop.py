@@ -25,8 +25,11 @@ from unimoe_model.training.prefetch import prefetched
 from unimoe_model.training.progress import ProgressReporter
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.stopping import StoppedError, StopRequest
+from unimoe_model.training.word_loss import word_loss
 
 Batch = dict[str, torch.Tensor]
+LOSSES = {"answers": answer_loss, "words": word_loss}
+"""Loss of a batch by the objective of its stage."""
 
 
 def train_stage(
@@ -42,6 +45,7 @@ def train_stage(
     checkpoint_seconds: float = 20.0,
     ranks: Ranks | None = None,
     workers: int = 0,
+    objective: str = "answers",
 ) -> Progress:
     """Trains `parameters` and no others, resuming from a checkpoint if there is one.
 
@@ -62,6 +66,7 @@ def train_stage(
         checkpoint_seconds: seconds between checkpoints.
         ranks: processes that train together; None for a single process.
         workers: number of threads that prepare batches.
+        objective: key of `LOSSES`.
 
     Returns:
         Losses, tokens and seconds of the whole stage. The checkpoint remains until `finish_stage`,
@@ -96,7 +101,7 @@ def train_stage(
             torch.manual_seed(zlib.crc32(f"{run}/{step}".encode()))
             place = f"{stage}, step {step}"
             model.zero_grad(set_to_none=True)
-            loss, tokens = add_gradients(model, batch, ranks, device, precision, place)
+            loss, tokens = add_gradients(model, batch, ranks, device, precision, place, objective)
             ranks.clip(parameters.values(), settings.max_grad_norm)
             # The clock of the first process decides when all of them save; they stop together.
             due = ranks.is_first and time.monotonic() - saved > checkpoint_seconds
@@ -135,6 +140,7 @@ def add_gradients(
     device: torch.device,
     precision: str,
     place: str,
+    objective: str = "answers",
 ) -> tuple[float, int]:
     """Runs forward and backward of this process's share of a batch; returns its loss and tokens."""
     parts = [batch] if isinstance(batch, dict) else list(batch)
@@ -150,7 +156,8 @@ def add_gradients(
         for part in parts:
             inputs = {key: value.to(device) for key, value in part.items()}
             with autocast(device, precision):
-                value = answer_loss(model, inputs, None if count is None else count.to(device))
+                total = None if count is None else count.to(device)
+                value = LOSSES[objective](model, inputs, total)
             if not value.requires_grad:
                 # The part uses no trained parameter, but all processes must run a backward.
                 value = value + 0 * next(p for p in model.parameters() if p.requires_grad).sum()

@@ -191,6 +191,7 @@ class Run:
             self._recipe.checkpoint_seconds,
             self._ranks,
             self._recipe.workers,
+            stage.objective,
         )
         model = self._ranks.unite(model)
         if self._ranks.is_first:

@@ -32,7 +32,18 @@ from unimoe_model.yaml_values import (
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_STAGE_KEYS = ("name", "from", "train", "data", "data_in_turn", "assemble", "widen", "seed", "pack")
+_STAGE_KEYS = (
+    "name",
+    "from",
+    "train",
+    "objective",
+    "data",
+    "data_in_turn",
+    "assemble",
+    "widen",
+    "seed",
+    "pack",
+)
 _LORA_KEYS = ("lora", "alpha", "dropout", "layers")
 
 
@@ -184,7 +195,7 @@ def _stage(
     optimization = {key: raw[key] for key in settings if key in raw}
     optimization["steps"] = raw.get("steps", 1)
     values = {key: raw[key] for key in ("epochs", "part_tokens", "max_length") if key in raw}
-    values |= {key: raw[key] for key in ("widen", "seed", "pack") if key in raw}
+    values |= {key: raw[key] for key in ("objective", "widen", "seed", "pack") if key in raw}
     values |= {
         "name": name,
         "parent": parent,

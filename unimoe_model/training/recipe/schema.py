@@ -11,6 +11,8 @@ from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.recipe.parts import TrainedPart
 from unimoe_model.value_types import require_at_least, require_positive
 
+OBJECTIVES = ("answers", "words")
+"""Objectives of a stage."""
 START = "model"
 """Name in `from` and `experts` of the model that the recipe starts from."""
 
@@ -182,6 +184,9 @@ class Stage:
         max_length: maximum tokens per sample, soft tokens included; longer samples are truncated.
         pack: whether to pack samples into rows of at most `max_length` tokens.
         assembly: how to assemble experts before training; None keeps the model.
+        objective: `"answers"`, the loss of the answers, or `"words"`, which brings soft tokens near
+            the embeddings of the answers' words without running the LLM (`word_loss`); the stage
+            then trains connectors only.
         widen: factor by which dense FFNs are widened before training, with equal outputs.
         seed: seed of the data order; stages with equal seeds and data see the same batches.
 
@@ -199,6 +204,7 @@ class Stage:
     max_length: int | None = None
     pack: bool = False
     assembly: Assembly | None = None
+    objective: str = "answers"
     widen: int = 1
     seed: int = 0
 
@@ -212,6 +218,7 @@ class Stage:
             raise ValueError("pack requires max_length, the maximum tokens per row")
         if self.assembly and self.widen > 1:
             raise ValueError("assemble and widen exclude each other")
+        self._check_objective()
         if self.epochs is None:
             return
         if not 0 < self.epochs < math.inf:
@@ -221,6 +228,25 @@ class Stage:
         for name, weight in self.streams[0].items():
             if weight != int(weight):
                 raise ValueError(f"data.{name} ({weight}) must be whole where there are epochs")
+
+    def _check_objective(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective ({self.objective!r}) must be one of {', '.join(OBJECTIVES)}"
+            )
+        if self.objective == "answers":
+            return
+        if self.pack:
+            raise ValueError("objective: words and pack exclude each other")
+        others = [
+            part.part
+            for part in self.train
+            if part.part.split(".")[0] not in ("connectors", "projectors")
+        ]
+        if others:
+            raise ValueError(
+                f"objective: words trains connectors and projectors; train has {others[0]}"
+            )
 
     def optimization_for(self, samples: Mapping[str, int]) -> Optimization:
         """The optimisation with its number of steps, given the number of samples by data name."""
@@ -328,6 +354,12 @@ class Recipe:
         seconds = self.checkpoint_seconds
         require_at_least(0, seed=self.seed, checkpoint_seconds=seconds, workers=self.workers)
         require_at_least(1, video_frames=self.video_frames)
+        words = [stage.name for stage in self.stages if stage.objective == "words"]
+        if words and self.parallel:
+            raise ValueError(
+                f"stages.{words[0]}.objective (words) and parallel exclude each other; train the"
+                " stage by a run of one process"
+            )
 
     @property
     def encoder_names(self) -> tuple[str, ...]:

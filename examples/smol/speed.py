@@ -1,0 +1,111 @@
+"""How fast this machine trains the language model, and how long the recipe takes at that speed."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from examples.smol.cached import cached
+from unimoe_model.precision import resolve_precision
+from unimoe_model.training.loss import autocast
+
+ROWS, LENGTH, PASSES = 4, 256, 3
+STEP_TOKENS = {
+    "words": 0,
+    "align": 990,
+    "pictures": 940,
+    "speech": 1130,
+    "sounds": 800,
+    "text": 1600,
+    "experts": 1120,
+    "tune": 1110,
+}
+"""Tokens of a step, measured on the whole data."""
+WORK = {"align": 1.3, "tune": 1.8}
+"""Time of a token beside one of the language model alone: speech connectors, experts with LoRA."""
+WORDS_STEP_TOKENS = 300
+"""Tokens that would take the time of a step of `words`, which runs connectors alone."""
+MOST_SECONDS = 100 * 60
+"""Of training: with data, features and questions a run then ends within two hours."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What training takes.
+
+    Attributes:
+        tokens_per_second: of the language model, forward and backward.
+        seconds: by stage, of the steps that are taken.
+        share: of the recipe's steps that are taken.
+    """
+
+    tokens_per_second: float
+    seconds: dict[str, float]
+    share: float
+
+    def __str__(self) -> str:
+        minutes = ", ".join(f"{name} {value / 60:.1f}" for name, value in self.seconds.items())
+        text = (
+            f"Training will take about {sum(self.seconds.values()) / 60:.0f} minutes at"
+            f" {self.tokens_per_second:.0f} tokens/s: {minutes}"
+        )
+        if self.share < 1:
+            text += (
+                f"\nThis machine is too slow for the whole recipe: {100 * self.share:.0f} % of its"
+                " steps are taken, and the model will be worse for it"
+            )
+        return text
+
+
+def forecast(recipe: Mapping[str, Any], tokens_per_second: float) -> Forecast:
+    """Time of the stages of a recipe, and the share of their steps that there is time for.
+
+    Args:
+        recipe: `arm_recipe` of an arm.
+        tokens_per_second: see `Forecast`.
+    """
+    seconds = {}
+    for stage in recipe["stages"]:
+        name = stage["name"]
+        tokens = WORDS_STEP_TOKENS if name == "words" else STEP_TOKENS[name] * WORK.get(name, 1.0)
+        seconds[name] = stage["steps"] * tokens / tokens_per_second
+    share = min(1.0, MOST_SECONDS / sum(seconds.values()))
+    return Forecast(
+        tokens_per_second, {name: share * value for name, value in seconds.items()}, share
+    )
+
+
+def training_speed(language_model: Path, file: Path) -> float:
+    """Tokens a second of forward and backward, kept in a file: a run goes on with what it began.
+
+    Args:
+        language_model: folder of transformers; only its sizes matter.
+        file: JSON that is read if it is there.
+    """
+    return cached(file, lambda: {"tokens_per_second": _measured(language_model)})[
+        "tokens_per_second"
+    ]
+
+
+def _measured(language_model: Path) -> float:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = "eager" if device.type == "cpu" else "sdpa"
+    config = AutoConfig.from_pretrained(language_model, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.to(device)
+    model.requires_grad_(False)
+    precision = resolve_precision("auto", device)
+    embeddings = torch.randn(ROWS, LENGTH, config.hidden_size, device=device, requires_grad=True)
+    times = []
+    for _ in range(PASSES):
+        started = time.perf_counter()
+        with autocast(device, precision):
+            hidden = model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        # Reading a value waits for the device.
+        hidden.float().square().mean().backward()
+        embeddings.grad.sum().item()
+        times.append(time.perf_counter() - started)
+    return ROWS * LENGTH / min(times)

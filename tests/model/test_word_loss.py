@@ -1,0 +1,176 @@
+"""The objective `words`: soft tokens come near the embeddings of the answer's words."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unimoe_kernels.testing import relative_error
+from unimoe_model.training.loop import add_gradients, train_stage
+from unimoe_model.training.optimization import Optimization
+from unimoe_model.training.ranks import Ranks
+from unimoe_model.training.recipe import LanguageModel, Parallel, Recipe, Stage, TrainedPart
+from unimoe_model.training.recipe.schema import DataFile
+from unimoe_model.training.stage_ids import stage_ids
+from unimoe_model.training.word_loss import LENGTH_WEIGHT, SHARPNESS, word_loss
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model(num_experts=0)
+
+
+@pytest.fixture
+def batch(model):
+    """Two samples: a picture with an answer of two tokens, a picture and a sound with one of one.
+
+    Both answers end with the token that ends a turn.
+    """
+    generator = torch.Generator().manual_seed(0)
+    image, audio = (model.config.media_token_ids[kind] for kind in ("image", "audio"))
+    end = model.config.text_config.eos_token_id
+    ids = torch.tensor(
+        [
+            [41, image, image, image, 42, 60, 61, end, 0],
+            [image, image, image, audio, audio, 43, 62, end, 0],
+        ]
+    )
+    labels = torch.full_like(ids, -100)
+    labels[0, 5:8], labels[1, 6:8] = ids[0, 5:8], ids[1, 6:8]
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "labels": labels,
+        "image_features": torch.randn(2, 3, 12, generator=generator),
+        "audio_features": torch.randn(1, 5, 10, generator=generator),
+        "audio_features_mask": torch.ones(1, 5, dtype=torch.bool),
+    }
+
+
+def reference(model, batch):
+    """The loss by loops in float64."""
+    table = model.get_input_embeddings().weight.double()
+    mean = table.mean(0)
+    images = model.model.image_connector(batch["image_features"].double())
+    sounds = model.model.audio_connector(
+        batch["audio_features"].double(), batch["audio_features_mask"]
+    )
+    rows = [images[0], torch.cat([images[1], sounds[0]])]
+    total = torch.zeros((), dtype=torch.float64)
+    for soft, answer in zip(rows, ([60, 61], [62]), strict=True):
+        logits = []
+        for embedding in table:
+            cosines = [torch.cosine_similarity(t - mean, embedding - mean, dim=0) for t in soft]
+            logits.append(SHARPNESS * torch.stack(cosines).mean())
+        share = torch.stack(logits).log_softmax(0)
+        total = total - sum(share[token] for token in answer)
+    lengths = (table - mean).norm(dim=1).mean()
+    away = (torch.cat(rows) - mean).norm(dim=1) / lengths - 1
+    return total / 5 + LENGTH_WEIGHT * away.square().mean()
+
+
+def test_loss_and_gradients_are_those_of_loops_in_float64(model, batch):
+    connectors = [p for n, p in model.named_parameters() if "_connector" in n]
+    loss = word_loss(model, batch)
+    found = torch.autograd.grad(loss, connectors, allow_unused=True)
+    model.double()
+    doubles = [p for n, p in model.named_parameters() if "_connector" in n]
+    expected = reference(model, batch)
+    wanted = torch.autograd.grad(expected, doubles, allow_unused=True)
+    assert expected > 1
+    assert relative_error(loss, expected) < 1e-5
+    compared = 0
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs.abs().max() > 1e-9:
+            assert relative_error(ours, theirs) < 1e-4
+            compared += 1
+    assert compared > 5
+
+
+def test_the_count_divides_the_sum(model, batch):
+    batch["image_features"] = batch["image_features"].double()
+    batch["audio_features"] = batch["audio_features"].double()
+    model.double()
+    whole = word_loss(model, batch)
+    halved = word_loss(model, batch, torch.tensor(10))
+    rest = 2 * halved - whole
+    assert 0 < rest < whole  # the part about lengths, which no count divides
+
+
+def test_the_embeddings_and_the_llm_get_no_gradient(model, batch):
+    model.requires_grad_(True)
+    add_gradients(model, batch, Ranks(), model.device, "fp32", "stage", "words")
+    for name, parameter in model.named_parameters():
+        trained = name.startswith(("model.image_connector", "model.audio_connector"))
+        assert trained or parameter.grad is None or not parameter.grad.any(), name
+    assert model.model.image_connector.projector[0].weight.grad.any()
+
+
+def test_a_sample_without_media_is_refused(model, batch):
+    ids = batch["input_ids"]
+    ids[0, 1:4] = 40
+    batch["image_features"] = batch["image_features"][1:]
+    with pytest.raises(ValueError, match=r"objective \(words\) requires media .* row 0 has none"):
+        word_loss(model, batch)
+
+
+def test_trained_soft_tokens_point_at_the_words(model, batch, tmp_path):
+    """And are as long as embeddings: the LLM has met such inputs."""
+    parameters = {n: p for n, p in model.named_parameters() if "_connector" in n}
+
+    class Silent:
+        def start(self, *_): ...
+        def advance(self, *_, **__): ...
+        def finish(self): ...
+
+    settings = Optimization(steps=150, batch_size=2, learning_rate=1e-2)
+    options = (lambda step: batch, settings, tmp_path, "r", "words", Silent())
+    progress = train_stage(model, parameters, *options, objective="words")
+    assert progress.losses[-1] < 0.2 * progress.losses[0]
+    table = model.get_input_embeddings().weight
+    soft = model.model.image_connector(batch["image_features"][:1])[0] - table.mean(0)
+    nearest = (soft.mean(0) @ (table - table.mean(0)).T).topk(2).indices
+    assert set(nearest.tolist()) == {60, 61}
+    lengths = (table - table.mean(0)).norm(dim=1).mean().item()
+    assert soft.norm(dim=1).mean().item() == pytest.approx(lengths, rel=0.3)
+
+
+def stage(parts=("connectors",), **options):
+    trained = tuple(TrainedPart(part) for part in parts)
+    settings = Optimization(steps=1, batch_size=1, learning_rate=1e-3)
+    return Stage("start", "model", trained, ({"own": 1.0},), settings, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "sounds"}, r"objective \('sounds'\) must be one of answers, words"),
+        ({"pack": True, "max_length": 9}, "objective: words and pack exclude each other"),
+        ({"parts": ("projectors", "ffn")}, "words trains connectors and projectors; train has ffn"),
+    ],
+)
+def test_what_does_not_go_with_the_objective_is_refused(options, message):
+    stage(("projectors.image",), objective="words")
+    with pytest.raises(ValueError, match=message):
+        stage(**{"objective": "words", **options})
+
+
+def recipe(own, **options):
+    return Recipe("r.yaml", LanguageModel(llm="m"), {"own": DataFile("f")}, (own,), **options)
+
+
+def test_several_processes_are_refused():
+    recipe(stage(), parallel=Parallel(data=2))
+    with pytest.raises(
+        ValueError, match=r"stages\.start\.objective \(words\) and parallel exclude"
+    ):
+        recipe(stage(objective="words"), parallel=Parallel(data=2))
+
+
+def test_the_objective_names_a_stage_only_where_it_is_not_the_usual_one():
+    usual, words = stage(), stage(objective="words")
+    ids = [stage_ids(recipe(own), "fp32", {"own": "d"})["start"] for own in (usual, words)]
+    assert ids[0] != ids[1]
+    again = stage_ids(recipe(replace(words, objective="answers")), "fp32", {"own": "d"})
+    assert again["start"] == ids[0]
