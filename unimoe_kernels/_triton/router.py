@@ -128,7 +128,7 @@ def sigmoid_of(logits_TE, mask_e):
 
 
 def program_shape(num_experts: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Returns the number of experts rounded up to a power of 2, and a program's tokens and warps."""
+    """Returns the experts rounded up to a power of 2, and the tokens and warps of a program."""
     block_e = triton.next_power_of_2(num_experts)
     block_t = max(1, min(64, BLOCK_ELEMENTS // block_e))
     words = block_e * block_t * (2 if dtype == torch.float64 else 1)
