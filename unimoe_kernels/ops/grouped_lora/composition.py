@@ -32,7 +32,7 @@ def backward(
     scale: float,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x (empty unless it is needed), A and B."""
+    """Returns the gradients of x (empty unless required), A and B."""
     grouped_mm = partial(_backends.run, backend, "grouped_mm")
     wgrad = partial(_backends.run, backend, "grouped_mm_wgrad")
     grad_B, _ = wgrad(grad_NF, low_NR * scale, offsets, False)
