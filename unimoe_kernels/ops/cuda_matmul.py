@@ -185,7 +185,7 @@ def choose_layer_backward(
     activation: str,
     has_bias: bool,
 ) -> Choice:
-    """Chooses the kernel for `moe_mlp_backward`; arguments as in `choose_layer`, `grad` `[T, D]`."""
+    """Chooses the kernel for `moe_mlp_backward`; see `choose_layer`, `grad` is `[T, D]`."""
     reason = _rows_reason("grad", grad) or _layer_reason(
         gpu, x, gate_up, down, top_k, activation, has_bias
     )

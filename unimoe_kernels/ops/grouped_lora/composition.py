@@ -14,10 +14,10 @@ PARTS = ("grouped_mm",)
 def forward(
     backend: str, x: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns the update of each row and the narrow products `A x` that the backward keeps."""
+    """Returns the update of each row and the products `A x`, which are kept for the backward."""
     grouped_mm = partial(_backends.run, backend, "grouped_mm")
     low_NR = grouped_mm(x, lora_A, offsets, None)
-    # The scale goes to the narrow product: r columns instead of F.
+    # The scale is applied to the product of width r rather than F.
     return grouped_mm(low_NR * scale, lora_B, offsets, None), low_NR
 
 

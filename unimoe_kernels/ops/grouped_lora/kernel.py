@@ -222,16 +222,16 @@ def grouped_lora_kernel(
 
 
 def covers(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Returns whether the kernels take these sizes: few rows, ranks that fit into registers.
+    """Returns whether the kernels support these sizes: few rows, ranks that fit into registers.
 
-    With many rows two grouped matmuls are faster: on an H100, with 256 and 2048 rows an expert,
-    torch's took 0.6 to 0.7 of the time forward and half of it in training. A backward has the
-    transposes, which are covered if and only if these are.
+    With many rows, two grouped matmuls are faster: on an H100, with 256 and 2048 rows per expert,
+    torch's took 0.6 to 0.7 of the time in the forward and half of it in training. The backward uses
+    the transposes, which are supported if and only if these are.
     """
     if rows_bucket(x.shape[0], lora_A.shape[0]) > MOST_ROWS:
         return False
-    # Compiled for all GPUs, none of these spills registers in a loop or takes more shared memory
-    # than there is. Float32 on the ordinary units begins to spill at 64.
+    # Compiled for all GPUs, none of these spills registers in a loop or exceeds the available
+    # shared memory. float32 without tensor cores begins to spill at 64.
     widest = 128 if x.dtype.itemsize == 2 else 32
     if precision(x.dtype) == "tf32":
         widest = 64

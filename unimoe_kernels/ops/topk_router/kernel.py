@@ -120,7 +120,7 @@ def topk_router_kernel(
         if MODE == "sigmoid_renorm":
             scores_TK = scores_TK / (tl.sum(scores_TK, axis=1) + TINY)[:, None]
         elif MODE == "topk_softmax" or MODE == "softmax_topk_renorm":
-            # Softmax over all experts, renormalised over the chosen, equals softmax over the chosen.
+            # The softmax over all experts, renormalised over the chosen, is that over the chosen.
             scores_TK, _ = softmax_of(scores_TK, offs_k < TOP_K)
         choices_offs_tk = offs_t.to(tl.int64)[:, None] * TOP_K + offs_k[None, :]
         mask_tk = mask_t[:, None] & (offs_k < TOP_K)[None, :]

@@ -38,7 +38,7 @@ def count_choices_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Adds to `counts[e]` the counted choices of expert e, and to `counts[E]` the tokens."""
+    """Adds the counted choices of expert e to `counts[e]`, and the tokens to `counts[E]`."""
     offs_e = tl.arange(0, BLOCK_E)
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     counted_T = counted_tokens(mask_ptr, offs_t, num_tokens, HAS_MASK)
@@ -46,7 +46,7 @@ def count_choices_kernel(
     for k in range(CHOICES):
         chosen_T = tl.load(ids_ptr + offs_t.to(tl.int64) * TOP_K + k, mask=counted_T, other=-1)
         count_E += tl.sum((offs_e[None, :] == chosen_T[:, None]).to(tl.int32), axis=0)
-    # Integers: the sum is the same in any order.
+    # Integer atomics are deterministic: the sum is the same in any order.
     tl.atomic_add(counts_ptr + offs_e, count_E, mask=(offs_e < num_experts) & (count_E > 0))
     tl.atomic_add(counts_ptr + num_experts, tl.sum(counted_T.to(tl.int32), axis=0))
 
