@@ -181,9 +181,7 @@ def refuse_second_derivatives(name: str) -> None:
     Call it first in the backward of a `torch.autograd.Function`, before anything is sent.
     """
     if torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"{name} does not support second derivatives (create_graph=True)"
-        )
+        raise NotImplementedError(f"{name} does not support second derivatives (create_graph=True)")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

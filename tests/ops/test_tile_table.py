@@ -126,7 +126,9 @@ def test_malformed_field(path, value, message, tmp_path, monkeypatch):
 def test_problem_that_is_there_twice():
     content = changed(("note",), "")
     content["entries"] *= 2
-    with pytest.raises(ValueError, match=r"entries\[1\].problem is a duplicate of an earlier record"):
+    with pytest.raises(
+        ValueError, match=r"entries\[1\].problem is a duplicate of an earlier record"
+    ):
         table.parse(content)
 
 
