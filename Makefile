@@ -35,7 +35,8 @@ $(STAMPS)/venv: $(STAMPS)/python constraints.txt
 
 # The editable install leaves the extension out: pip would compile it in a temporary folder, all of
 # it at every change. In place only what changed is compiled.
-$(STAMPS)/install: $(STAMPS)/venv pyproject.toml
+# unimoe_kernels/__init__.py has the version, which the installed metadata repeats.
+$(STAMPS)/install: $(STAMPS)/venv pyproject.toml unimoe_kernels/__init__.py
 	@echo "Installing the packages that unimoe needs"
 	$(PIP) setuptools wheel ninja pybind11
 	UNIMOE_SKIP_EXT=1 UNIMOE_CUDA= $(PIP) --no-build-isolation -e '.[convert,eval,test,dev]'
