@@ -63,7 +63,7 @@ def test_expert_lora_that_peft_froze_warns_and_names_the_call():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.eval()(input_ids=IDS)
-    with pytest.warns(UserWarning, match=r"train_expert_lora\(model\) lets it train"):
+    with pytest.warns(UserWarning, match=r"call train_expert_lora\(model\) to train it"):
         model.train()(input_ids=IDS)
     train_expert_lora(model)
     with warnings.catch_warnings():
