@@ -1,4 +1,4 @@
-// Grouped matmuls for few rows an expert, plain and with a gated activation.
+// Grouped matmuls for few rows per expert, plain and with a gated activation.
 #include <algorithm>
 
 #include "few_rows.h"
@@ -11,7 +11,7 @@ namespace {
 constexpr int kElementwiseThreads = 256;
 constexpr int64_t kMostSize = int64_t{1} << 30;
 
-// Of device and host pointers alike: what 16-byte copies ask of an address.
+// Alignment that 16-byte copies require of an address.
 void check_aligned(const Tensor& tensor, const char* name) {
   UNIMOE_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kChunkBytes == 0, name,
                " must start at a multiple of ", kChunkBytes, " bytes");
