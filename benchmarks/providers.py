@@ -78,7 +78,7 @@ def _ours_packed(problem: Problem) -> Candidate:
         raise UnavailableError("packed weights support inference only")
     unpacked_rows = _extension.build_info().get("unpacked_rows", 0)
     if problem.case.tokens * problem.layer.K <= unpacked_rows * problem.layer.E:
-        raise UnavailableError(f"up to {unpacked_rows} rows an expert read the weights themselves")
+        raise UnavailableError(f"up to {unpacked_rows} rows per expert read the unpacked weights")
     layer = own_gradients(problem.moe)
     try:
         unimoe_kernels.pack_weights(layer)

@@ -11,7 +11,7 @@
 namespace unimoe {
 
 constexpr int kSumWarps = 4;       // of a block; each sums every fourth step
-constexpr int kStepElements = 64;  // of a sum, which a warp reads at a time: 128 bytes a row
+constexpr int kStepElements = 64;  // of a sum, which a warp reads at a time: 128 bytes per row
 constexpr int kGroupRows = 16;     // rows of a weight in one matrix instruction
 constexpr int kWeightRows = 32;    // rows of a weight in an item: two groups
 constexpr int kPairRows = 16;      // rows of x in two matrix instructions
