@@ -9,7 +9,8 @@ BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 # Relative VENV or not, tools that pip put there (ninja) must be found.
 export PATH := $(abspath $(BIN)):$(PATH)
-PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PIP_INSTALL := -m pip --disable-pip-version-check install -q -c constraints.txt
+PIP    := $(BIN)/python $(PIP_INSTALL)
 
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 FORMATTED := $(filter csrc/%,$(SOURCES)) benchmarks/limits.c
@@ -34,7 +35,8 @@ $(STAMPS)/venv: $(STAMPS)/python constraints.txt
 
 # The editable install leaves the extension out: pip would compile it in a temporary folder, all of
 # it at every change. In place only what changed is compiled.
-$(STAMPS)/install: $(STAMPS)/venv pyproject.toml
+# unimoe_kernels/__init__.py has the version, which the installed metadata repeats.
+$(STAMPS)/install: $(STAMPS)/venv pyproject.toml unimoe_kernels/__init__.py
 	@echo "Installing the packages that unimoe needs"
 	$(PIP) setuptools wheel ninja pybind11
 	UNIMOE_SKIP_EXT=1 UNIMOE_CUDA= $(PIP) --no-build-isolation -e '.[convert,serve,test,dev]'
@@ -105,11 +107,26 @@ sanitize: build ## CPU tests of operators and layers under Address- and Undefine
 bench: build $(STAMPS)/peers ## benchmarks against dense and peers; fails on a regression, saves
 	$(BIN)/python -m pytest benchmarks/ --compare --save $(ARGS)
 
-lint: $(STAMPS)/install ## ruff, clang-format and mypy, without changing anything
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/python -m mypy
-	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+# The linters have an environment of their own: they need no torch, and VENV is left as it is. Types
+# are those of the torch in VENV; without torch mypy would take every tensor for Any.
+LINTERS := build/lint
+
+$(LINTERS)/installed: constraints.txt
+	@echo "Installing the linters into $(LINTERS)"
+	$(PYTHON) -m venv $(LINTERS)
+	$(LINTERS)/bin/python $(PIP_INSTALL) clang-format mypy ruff
+	@touch $@
+
+lint: $(LINTERS)/installed ## ruff, clang-format and (if torch is installed) mypy; changes nothing
+	$(LINTERS)/bin/ruff check .
+	$(LINTERS)/bin/ruff format --check .
+	$(LINTERS)/bin/clang-format --dry-run -Werror $(FORMATTED)
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
+		echo "$(LINTERS)/bin/mypy --python-executable $(BIN)/python"; \
+		$(LINTERS)/bin/mypy --python-executable $(BIN)/python; \
+	else \
+		echo "mypy was skipped: $(BIN)/python cannot import torch. To check types, run: make build lint"; \
+	fi
 
 # NO_MKDOCS_2_WARNING leaves out a notice of the theme about its successor.
 docs: $(STAMPS)/docs ## the documentation as a site in build/docs, which needs no server

@@ -1,11 +1,11 @@
-"""Builds the one extension, `unimoe_kernels._C`; everything else is in pyproject.toml.
+"""Builds the extension `unimoe_kernels._C`; everything else is in pyproject.toml.
 
 Environment:
     UNIMOE_SKIP_EXT=1     pure-Python install; torch is not imported.
-    UNIMOE_CUDA=1 | 0     demand or refuse the CUDA sources (default: where torch and nvcc allow).
+    UNIMOE_CUDA=1 | 0     require or disable the CUDA sources (default: if torch and nvcc allow).
     TORCH_CUDA_ARCH_LIST  architectures to compile for, such as "8.0+PTX;9.0a".
     UNIMOE_SANITIZE=1     with AddressSanitizer and UndefinedBehaviorSanitizer; see `make sanitize`.
-    CXX, MAX_JOBS         the C++ compiler; how many files to compile at a time.
+    CXX, MAX_JOBS         C++ compiler; number of files to compile in parallel.
 """
 
 import os
@@ -20,24 +20,24 @@ from typing import NamedTuple
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-# The oldest torch whose stable ABI the binary may use; both compilers must see it.
+# The oldest torch whose stable ABI the binary may use; passed to both compilers.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 MINIMUM_TORCH = (2, 11)
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0a", "10.0", "12.0")
-# Capabilities that have instructions of their own (wgmma), under the name that compiles them. Such
-# code runs on every device of that capability, and its PTX on no other.
+# Capabilities with specific instructions (wgmma), and the architecture to compile for. Such code
+# runs on every device of this capability, and its PTX on no other.
 OWN_ARCHS = {"9.0": "9.0a"}
-# No contraction: a multiply and an add round as they do in the plain torch reference.
+# No contraction: multiplications and additions are rounded as in the plain torch reference.
 CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-ffp-contract=off"]
-# Whatever is undefined ends the process.
+# Undefined behaviour aborts the process.
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo", "--fmad=false"]
-# Commands that compile nothing. An sdist takes csrc from MANIFEST.in, so it needs no torch either.
+# Commands that compile nothing. An sdist lists csrc in MANIFEST.in, so it does not require torch.
 COMMANDS_WITHOUT_EXTENSION = {"egg_info", "sdist", "clean"}
 
 
 class Decision(NamedTuple):
-    """What is built, and why."""
+    """Which parts to build, and the reason."""
 
     extension: bool
     cuda: bool
@@ -64,7 +64,7 @@ def find_cxx(environ):
 
 
 def nvcc_version(cuda_home):
-    """Returns nvcc's (major, minor), or None where nvcc cannot be run."""
+    """Returns nvcc's (major, minor), or None if nvcc cannot be run."""
     try:
         output = subprocess.run(
             [Path(cuda_home) / "bin" / "nvcc", "--version"],
@@ -79,18 +79,18 @@ def nvcc_version(cuda_home):
 
 
 def decide_cuda(switch, torch_cuda, cuda_home, nvcc):
-    """Decides whether the CUDA sources are built.
+    """Decides whether to build the CUDA sources.
 
-    Whether a GPU is visible plays no part: wheels are built on machines without one.
+    The decision does not depend on a visible GPU: wheels are built on machines without one.
 
     Args:
         switch: value of UNIMOE_CUDA: "", "0" or "1".
         torch_cuda: `torch.version.cuda`, None for a CPU build of torch.
-        cuda_home: the toolkit's folder, or None.
+        cuda_home: folder of the CUDA toolkit, or None.
         nvcc: (major, minor) of its nvcc, or None.
 
     Returns:
-        (build, reason). Exits where UNIMOE_CUDA=1 cannot be met.
+        (build, reason). Exits if UNIMOE_CUDA=1 cannot be satisfied.
     """
     if switch == "0":
         return False, "UNIMOE_CUDA=0"
@@ -110,7 +110,7 @@ def decide_cuda(switch, torch_cuda, cuda_home, nvcc):
 
 
 def decide(environ):
-    """Decides what to build, from the environment and (unless it is skipped) from torch."""
+    """Decides what to build from the environment and, unless skipped, from torch."""
     skip = read_switch(environ, "UNIMOE_SKIP_EXT") == "1"
     cuda_switch = read_switch(environ, "UNIMOE_CUDA")
     reason = None
@@ -136,7 +136,7 @@ def import_torch():
         import torch
     except ImportError as error:
         sys.exit(
-            f"unimoe: the extension is compiled against the torch you run, which cannot be "
+            f"unimoe: the extension is compiled against the installed torch, which cannot be "
             f"imported here ({error}): install torch, then `pip install --no-build-isolation .` "
             f"(or UNIMOE_SKIP_EXT=1 for a pure-Python install)"
         )
@@ -146,11 +146,11 @@ def import_torch():
 
 
 def choose_archs(visible, supported):
-    """Returns a TORCH_CUDA_ARCH_LIST: the visible devices' own, else what nvcc has of the default.
+    """Returns a TORCH_CUDA_ARCH_LIST: that of visible devices, else the defaults nvcc supports.
 
     Args:
-        visible: capabilities of the devices, such as ["9.0"]; empty on a machine without.
-        supported: what `nvcc --list-gpu-arch` names, such as ["8.0", "9.0"].
+        visible: capabilities of the devices, such as ["9.0"]; empty on a machine without GPUs.
+        supported: capabilities that `nvcc --list-gpu-arch` lists, such as ["8.0", "9.0"].
     """
     if visible:
         capabilities = sorted(set(visible), key=float)
@@ -181,16 +181,16 @@ def extension(with_cuda):
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
-    # Paths relative to the root: setuptools refuses absolute ones in an sdist's file list.
+    # Paths are relative to the root: setuptools rejects absolute ones in an sdist's file list.
     sanitize = SANITIZE_FLAGS if read_switch(os.environ, "UNIMOE_SANITIZE") == "1" else []
     sources = [ROOT / "csrc" / "library.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     archs = ""
     if with_cuda:
         sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        defines.append("-DUSE_CUDA")  # the C shim for the current stream is behind it
+        defines.append("-DUSE_CUDA")  # enables the C shim for the current stream
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs(torch, CUDA_HOME))
-    # nvcc gets no flag of ours with "arch" in it: torch would then drop every -gencode.
+    # Flags for nvcc must not contain "arch": torch would then drop every -gencode.
     record = {
         "UNIMOE_BUILD_FLAGS": " ".join(CXX_FLAGS + sanitize),
         "UNIMOE_BUILD_CUDA": torch.version.cuda if with_cuda else "",
@@ -214,7 +214,7 @@ def extension(with_cuda):
 
 
 def pybind11_include():
-    """Returns pybind11's own headers; without the package, those inside torch are used."""
+    """Returns the include folder of pybind11; without the package, torch's copy is used."""
     try:
         import pybind11
     except ImportError:
@@ -232,7 +232,7 @@ def main():
     if COMMANDS_WITHOUT_EXTENSION & set(sys.argv):
         setup()
         return
-    # A virtual environment that is used without being activated has its ninja here.
+    # The ninja of a virtual environment that is not activated is here.
     os.environ["PATH"] = os.environ.get("PATH", "") + os.pathsep + str(Path(sys.executable).parent)
     decision = decide(os.environ)
     what = "Python only" if not decision.extension else "C++ and CUDA" if decision.cuda else "C++"

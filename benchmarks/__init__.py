@@ -1,1 +1,1 @@
-"""Benchmarks; README.md says how to run and read them."""
+"""Benchmarks; README.md describes how to run and read them."""

@@ -1,4 +1,4 @@
-"""A training step of LoRA on frozen experts, beside peft's `target_parameters` and a dense FFN."""
+"""A training step of LoRA on frozen experts, compared with peft and a dense FFN."""
 
 from collections.abc import Callable
 
@@ -35,10 +35,10 @@ def bench_expert_lora(record, lora_case, device, dtype):
 
 
 class LoraProblem:
-    """A layer with LoRA of rank 16 on all experts, and its answers in higher precision.
+    """A layer with LoRA of rank 16 on all experts, and its outputs in higher precision.
 
     Attributes:
-        work: of a step. The weights are frozen: they are multiplied with twice, not three times.
+        work: work of a step. Frozen weights take part in two matmuls rather than three.
     """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
@@ -62,7 +62,7 @@ class LoraProblem:
         return self._candidate("ours", self._layer, lambda: _gradients(self._adapters()))
 
     def peft(self, implementation: str) -> Candidate:
-        """peft on Mixtral's block of transformers, with the same numbers."""
+        """peft on Mixtral's block of transformers, with the same weights."""
         try:
             import peft
         except ImportError as error:
@@ -82,7 +82,7 @@ class LoraProblem:
         }
         with torch.no_grad():
             for target, lora in self._adapters().items():
-                # peft keeps A of all experts in one matrix, and B with experts running fastest.
+                # peft stores A of all experts in one matrix, and B with the expert index fastest.
                 wrapper = wrappers[target]
                 wrapper.lora_A["default"].weight.copy_(lora.lora_A.flatten(0, 1))
                 wrapper.lora_B["default"].weight.copy_(lora.lora_B.permute(1, 2, 0).flatten(1))
@@ -131,7 +131,7 @@ class LoraProblem:
         )
 
     def _reference(self) -> dict[str, torch.Tensor]:
-        """Answers of the published layer whose experts hold `W + B @ A`, in float64."""
+        """Outputs of the published layer with expert weights `W + B @ A`, in float64."""
         base = self._base
         merged = MoE(*base.layer, device=base.x.device, dtype=torch.float64)
         merged.load_state_dict(base.moe.state_dict())

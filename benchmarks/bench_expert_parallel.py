@@ -1,7 +1,7 @@
-"""A layer whose experts lie in 2 and 4 processes (gloo), beside the same layer in one.
+"""A layer with its experts in 2 and 4 processes (gloo), compared with one process.
 
-`python -m benchmarks.bench_expert_parallel` prints what rows cannot hold: the time spent waiting
-for transfers, and the bytes moved beside those of the formula in docs/expert_parallelism.md.
+`python -m benchmarks.bench_expert_parallel` prints additional figures: the time spent waiting for
+transfers, and the bytes sent compared with the formula in docs/expert_parallelism.md.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def bench_expert_parallel(record, ranks_case, device, dtype):
         "one-process": lambda: problem.candidate("one-process", problem.moe),
         "ours": lambda: processes(2, CHUNKS),
     }
-    # Where nothing is timed, starting eight processes would be most of the smoke run.
+    # In a smoke run, starting eight processes would take most of the time.
     if ranks_case not in SETS["smoke"].ranks:
         candidates |= {
             "ours-no-overlap": lambda: processes(2, 1),
@@ -55,9 +55,9 @@ def bench_expert_parallel(record, ranks_case, device, dtype):
 
 
 def formula_bytes(case: Case, world: int, dtype: torch.dtype) -> int:
-    """Bytes of rows that all processes send: each row that leaves, and its answer coming back.
+    """Bytes of rows that all processes send in a forward: rows to other ranks, and their outputs.
 
-    The backward moves as many again.
+    The backward sends the same number again.
     """
     problem = Problem(case, torch.device("cpu"), dtype)
     D, _, E, _ = problem.layer
@@ -87,7 +87,7 @@ def main() -> None:
         }
         for group in groups.values():
             group.check()
-        # In turns, so that a slow second of the machine hits all of them.
+        # Interleaved, so that a slow second of the machine affects all of them.
         rounds = [
             {key: group.profile() for key, group in groups.items()} for _ in range(options.rounds)
         ]

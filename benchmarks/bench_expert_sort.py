@@ -1,4 +1,4 @@
-"""Grouping rows by expert, beside torch's stable sort."""
+"""Grouping of rows by expert, compared with torch's stable sort."""
 
 import torch
 

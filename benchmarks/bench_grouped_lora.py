@@ -1,7 +1,7 @@
-"""LoRA of every expert on its rows, beside one LoRA of all rows and two of torch's grouped matmuls.
+"""LoRA of every expert on its rows, compared with one LoRA of all rows and torch's grouped matmuls.
 
-What is counted as read and written is x, y and the weights of experts with rows; a backward is
-twice that, as it reads the gradient of y for that of x and again for that of B.
+Bytes read and written are those of x, y and the weights of experts with rows; those of a backward
+are twice as many, because it reads the gradient of y both for that of x and for that of B.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Matmul of every group of rows with its expert's weight, beside one matmul of all rows."""
+"""Matmul of every group of rows with its expert's weight, compared with one matmul of all rows."""
 
 import torch
 from torch.nn import functional as F

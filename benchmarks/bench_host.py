@@ -1,9 +1,9 @@
-"""What a call costs the host: layers so small that nothing else takes time.
+"""Host time of a call, for layers so small that everything else is negligible.
 
-The anchor is Mixtral's block of transformers on torch's grouped matmul. `gate` is the router of
-that block alone, which `ours-transformers`, the same block on `"unimoe"`, runs as well.
+The anchor is Mixtral's block of transformers with torch's grouped matmul. `gate` is the router of
+that block alone, which `ours-transformers`, the same block with `"unimoe"`, runs as well.
 
-`bench_layer_call` is `moe_mlp` alone, in CUDA C++ beside Triton.
+`bench_layer_call` is `moe_mlp` alone, in CUDA C++ and in Triton.
 """
 
 import functools
@@ -29,7 +29,7 @@ from .providers import mixtral_block
 from .shapes import LAYERS
 
 CALLS = 50
-"""Calls of a layer that are timed together: letting a GPU be stood in for takes longer than one."""
+"""Calls of a layer that are timed together: setting up the GPU stand-in takes longer than one."""
 
 
 def bench_host(record, host_case, device, dtype):
@@ -85,9 +85,9 @@ def _gate(problem: Problem) -> Candidate:
 
 
 def bench_layer_call(record, launch_case, device):
-    """The host's time of `moe_mlp` without gradients; without a GPU, launches do nothing.
+    """Host time of `moe_mlp` without gradients; without a GPU, launches have no effect.
 
-    The anchor is Triton with sort and sum in CUDA C++, `triton-alone` all of it in Triton.
+    The anchor is Triton with sort and sum in CUDA C++; `triton-alone` is Triton only.
     """
     if launch_case.mode == "training":
         pytest.skip("of inference alone")
@@ -126,5 +126,5 @@ def _on_device(device: torch.device, way: str) -> Callable[[], AbstractContextMa
         load_host_code()
         return functools.partial(stand_in_layer, way)
     if way not in available_backends("moe_mlp", device):
-        raise UnavailableError(f"{way} is no backend of moe_mlp here")
+        raise UnavailableError(f"{way} is not a backend of moe_mlp here")
     return functools.partial(use_backend, way)

@@ -1,8 +1,8 @@
-"""What it costs the host to launch the Triton kernels of a layer, forward and backward.
+"""Host time of launching the Triton kernels of a layer, forward and backward.
 
-The anchor, `jit`, is the front door of Triton's JIT: `kernel[grid](...)` with all arguments, in the
-place of compiled kernels that are looked up. Without a GPU, kernels are compiled for an H100
-and the driver's launch does nothing.
+The anchor, `jit`, launches through Triton's JIT: `kernel[grid](...)` with all arguments, rather
+than a lookup of compiled kernels. Without a GPU, kernels are compiled for an H100 and the driver's
+launch has no effect.
 """
 
 from collections.abc import Callable, Iterator

@@ -28,7 +28,7 @@ def bench_model(record, model_case, device, dtype):
         def check() -> None:
             with torch.no_grad():
                 difference = model(**inputs).logits.float() - expected.float()
-            # By norm: where two choices of a token are equally good, right models may differ.
+            # By norm: if two choices of a token are equally good, correct models may differ.
             error = (difference.norm() / expected.float().norm()).item()
             assert error < TOLERANCE[dtype], f"logits have relative error {error:.2g}"
 
@@ -149,7 +149,7 @@ def _inputs(
 def _work(
     case: Case, dense: UniMoEForConditionalGeneration, ours: UniMoEForConditionalGeneration
 ) -> Work:
-    """Matmuls of decoder layers and head; attention scores are left out. Weights are read once a
+    """Matmuls of decoder layers and head, without attention scores. Weights are read once per
     pass."""
     sizes = MODELS[case.layer]
     active = sum(p.numel() for p in dense.model.language_model.layers.parameters())

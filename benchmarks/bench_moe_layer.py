@@ -1,4 +1,4 @@
-"""The whole layer, router included, against a dense FFN, the published loop and transformers."""
+"""The whole layer with its router, compared with a dense FFN, the published loop and peers."""
 
 from .problem import problems_of
 from .providers import layer_providers

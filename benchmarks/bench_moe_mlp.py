@@ -1,4 +1,4 @@
-"""The experts without their router, beside one dense network of the same multiplications."""
+"""The experts without their router, compared with a dense network with the same FLOPs."""
 
 import torch
 from torch.func import functional_call

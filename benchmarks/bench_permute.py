@@ -1,4 +1,4 @@
-"""Copying tokens into expert order, beside torch and beside the same copies in token order."""
+"""Copying tokens into expert order, compared with torch and with copies in token order."""
 
 import torch
 

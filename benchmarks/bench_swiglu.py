@@ -1,4 +1,4 @@
-"""The gate of a feed-forward network, beside torch's silu and product."""
+"""The gate of a feed-forward network, compared with torch's silu and product."""
 
 from torch.nn import functional as F
 

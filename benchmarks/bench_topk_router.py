@@ -1,4 +1,4 @@
-"""Choice of experts from logits, beside torch's top-k and softmax, which give no losses."""
+"""Top-k routing with losses, compared with torch's top-k and softmax without losses."""
 
 from unimoe_kernels import topk_router
 

@@ -1,4 +1,4 @@
-"""Weighted sum of each token's expert rows, beside torch and the same over rows in token order."""
+"""Weighted sum of each token's rows, compared with torch and with rows in token order."""
 
 from torch.nn import functional
 

@@ -1,4 +1,4 @@
-"""What is measured: a function to time, and the check that it must pass before."""
+"""Candidates: a function to time, and a check that it must pass first."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +10,11 @@ from torch import nn
 
 
 class UnavailableError(Exception):
-    """Why a provider does not run here."""
+    """A provider cannot run here; the message is the reason."""
 
 
 class Work(NamedTuple):
-    """The least that a case needs: floating point operations, and bytes read and written."""
+    """The minimum work of a case: floating-point operations, and bytes read and written."""
 
     flops: float
     bytes: float
@@ -25,13 +25,13 @@ class Candidate:
     """One provider of one case.
 
     Attributes:
-        run: what is timed. If it returns a number, it has timed itself, in seconds.
-        check: raises AssertionError where the answer is wrong; None where nothing else can be
-            compared with it, such as a dense layer.
-        forward: forward pass with gradients on, to count what it keeps; None where it cannot be
-            seen or there is no backward.
-        weights: tensors that are not counted as kept.
-        in_process: whether memory can be seen from here.
+        run: the function to time. If it returns a number, this is its own time in seconds.
+        check: raises AssertionError if the output is wrong; None if the output is not comparable,
+            such as that of a dense layer.
+        forward: forward pass with gradients, to measure what it saves for the backward; None if
+            this cannot be measured or there is no backward.
+        weights: tensors that are not counted as saved.
+        in_process: whether memory can be measured in this process.
     """
 
     run: Callable[[], float | None]
@@ -42,15 +42,15 @@ class Candidate:
 
 
 Provider = Callable[[], Candidate]
-"""Makes a candidate, or raises `UnavailableError` with the reason."""
+"""Creates a candidate, or raises `UnavailableError` with the reason."""
 
 
 def in_turns(candidates: Sequence[Candidate], turns: Iterator[int]) -> Candidate:
-    """The first candidate, whose calls run one of them after the other.
+    """Returns a candidate whose calls cycle through several.
 
     Args:
-        candidates: the same on other memory.
-        turns: counts calls; where providers share memory, one for all of them.
+        candidates: the same candidate on different memory.
+        turns: counter of calls; shared by all providers that share memory.
     """
     if len(candidates) == 1:
         return candidates[0]
@@ -58,6 +58,6 @@ def in_turns(candidates: Sequence[Candidate], turns: Iterator[int]) -> Candidate
 
 
 def own_gradients(layer: nn.Module) -> nn.Module:
-    """A copy of a layer with parameters of its own on the same memory."""
+    """Returns a copy of a layer with new parameters that share the memory."""
     memo = {id(p): nn.Parameter(p.detach()) for p in layer.parameters()}
     return copy.deepcopy(layer, memo)

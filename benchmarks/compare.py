@@ -1,4 +1,4 @@
-"""This run beside the last committed one of the same machine class, by ratios within each run."""
+"""Comparison with the last committed run of the same machine class, by ratios within each run."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from .history import Row
 
 NOISY = 0.07
-"""Noise of our ratio above which a row says nothing."""
+"""Noise of our ratio above which a row is not conclusive."""
 DRIFT = 0.10
-"""What ratios of unchanged code differ by from one hour to the next, whatever their noise."""
+"""Difference of ratios of unchanged code from one hour to the next, regardless of noise."""
 
 
 def is_noisy(row: Row, limit: float = NOISY) -> bool:
-    """Whether our ratio is known too badly."""
+    """Whether our ratio is too noisy."""
     return row["providers"]["ours"]["noise"] > limit
 
 
@@ -25,16 +25,16 @@ def is_slower(row: Row, baseline: Row | None) -> bool:
 
 
 def tolerance(noise: float, noise_before: float) -> float:
-    """Relative change of a ratio that is no regression: `DRIFT`, or the noise of both runs.
+    """Relative change of a ratio that is not a regression: `DRIFT`, or the noise of both runs.
 
-    Each is counted up to `NOISY` at most, so that a slowdown of 15 % is always beyond it.
+    Each noise is capped at `NOISY`, so that a slowdown of 15 % always exceeds the limit.
     """
     return max(DRIFT, min(noise, NOISY) + min(noise_before, NOISY))
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one row.
+    """The outcome of comparing one row.
 
     Attributes:
         key: the row.
@@ -50,15 +50,15 @@ class Change:
 def compare(
     rows: Iterable[Row], baseline: Mapping[str, Row], expected: Iterable[str]
 ) -> list[Change]:
-    """Judges every row.
+    """Compares every row with the baseline.
 
     Args:
-        rows: of this run.
+        rows: rows of this run.
         baseline: rows of the committed result, by key.
         expected: keys of the rows that this run should have measured.
 
     Returns:
-        One change a row that is slower, faster, noisy, new or missing.
+        One change for each row that is slower, faster, noisy, new or missing.
     """
     rows = {row["key"]: row for row in rows}
     changes = [Change(k, "was not measured", True) for k in expected if k not in rows]

@@ -29,7 +29,7 @@ SETS_OF = {
 }
 
 VALUE = ("moe_layer", "topk_router", "permute", "unpermute", "model", "host")
-"""Benchmarks whose rows come first, where time runs out."""
+"""Benchmarks whose rows run first, in case time runs out."""
 
 
 def pytest_addoption(parser):
@@ -38,7 +38,7 @@ def pytest_addoption(parser):
         "--shapes",
         metavar="SET[:TEXT]",
         help=f"one of {', '.join(shapes.SETS)} (default: goals on a GPU, small on a CPU), and"
-        " optionally a text that the name of a case must hold, such as small:mixtral",
+        " optionally a text that the name of a case must contain, such as small:mixtral",
     )
     group.addoption(
         "--smoke", action="store_true", help="the smallest shapes, checked and not timed"
@@ -51,14 +51,14 @@ def pytest_addoption(parser):
     group.addoption(
         "--save",
         action="store_true",
-        help="write benchmarks/results/<machine class>-<date>.json, row by row, and its pictures;"
-        " rows of the same commit that it holds already are not measured again",
+        help="write benchmarks/results/<machine class>-<date>.json, row by row, and its plots;"
+        " rows of the same commit that it already has are not measured again",
     )
     group.addoption(
         "--minutes",
         type=float,
-        help="start no row after so many minutes; the most valuable rows come first, and with"
-        " --save the same command goes on",
+        help="start no row after this many minutes; the most important rows run first, and with"
+        " --save the same command resumes",
     )
     group.addoption("--visit", type=Path, help=argparse.SUPPRESS)
 
@@ -128,7 +128,7 @@ def dtype(request, pytestconfig):
 
 @pytest.fixture
 def record(benchmark, request, pytestconfig, dtype):
-    """Checks all providers of a row, times them in turns and keeps the row."""
+    """Checks all providers of a row, times them interleaved and stores the row."""
     run = pytestconfig.stash[STATE]
     name = request.node.originalname.removeprefix("bench_")
     forget_cases()
@@ -148,7 +148,7 @@ def record(benchmark, request, pytestconfig, dtype):
             return
         run.begin()
         if run.file is not None and _key(request.node) in run.file.rows:
-            pytest.skip("measured already at this commit; its row is in the results file")
+            pytest.skip("already measured at this commit; its row is in the results file")
         row, ours = run.recorder.measure(name, case, dtype, providers, work)
         _print(pytestconfig, tables.row_table(row))
         benchmark.extra_info.update(row)

@@ -1,4 +1,4 @@
-"""Results of earlier runs: who ran, where they are kept, and which one is compared with."""
+"""Results files: description of the machine, location, and the baseline to compare with."""
 
 import datetime
 import json
@@ -31,7 +31,7 @@ def machine_class(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader must know of the machine and its software; no names of hosts or folders."""
+    """Returns facts about the machine and its software, without names of hosts or folders."""
     facts: dict[str, Any] = {
         "class": machine_class(device),
         "processor": _processor(),
@@ -49,7 +49,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, `+` after it if files differ, or `"unknown"`.
+    """Returns the checked-out commit, with `+` appended if files differ, or `"unknown"`.
 
     `UNIMOE_BENCH_COMMIT` names it for a copy of the files without their git folder.
     """
@@ -65,8 +65,8 @@ def commit() -> str:
 def committed_rows(of_class: str) -> tuple[str, dict[str, Row]]:
     """Rows of all committed results of a machine class, by key, and the file of the newest.
 
-    Of a row that several files hold, the newest counts. Outside a git checkout the files of the
-    folder stand in for committed ones.
+    If several files have a row, the newest is used. Outside a git checkout, the files in the folder
+    are used instead of committed ones.
     """
     names = _git("ls-tree", "--name-only", "HEAD", "benchmarks/results/").split()
     if names:
@@ -82,12 +82,12 @@ def committed_rows(of_class: str) -> tuple[str, dict[str, Row]]:
 
 
 class ResultsFile:
-    """One file that rows are added to as they come; a run that was cut short goes on in it.
+    """A results file to which rows are added as they finish; an interrupted run is continued.
 
     Args:
-        path: the file; rows that it holds already are kept if they are of the same commit, one
-            whose files are unchanged, and of the same machine.
-        head: everything but the rows. The file's `commands` are all that rows in it came from.
+        path: the file; rows that it already has are kept if they are of the same commit, with
+            unchanged files, and of the same machine.
+        head: everything but the rows. `commands` in the file lists the commands of all its rows.
 
     Attributes:
         rows: by key.
@@ -109,12 +109,12 @@ class ResultsFile:
                 self.limits = best_of(self.limits, Limits(**held["limits"]))
 
     def add(self, row: Row) -> None:
-        """Writes the file anew with this row, whole or not at all."""
+        """Rewrites the file with this row, atomically."""
         self.rows[row["key"]] = row
         self._write()
 
     def finish(self, limits: Limits, rows: Iterable[Row]) -> None:
-        """Writes rows, and the limits that their shares are of, for the last time."""
+        """Writes the final rows, and the limits that their shares refer to."""
         self.limits = limits
         self.rows |= {row["key"]: row for row in rows}
         self._write()
@@ -139,7 +139,7 @@ def _processor() -> str:
         return platform.machine()
     facts = dict(re.findall(r"^([^\t\n]+?)\s*: (.+)$", text, re.MULTILINE))
     name = facts.get("model name", platform.machine()).strip()
-    # Virtual machines often give no more than the maker's name.
+    # Virtual machines often report only the manufacturer's name.
     numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model") if key in facts]
     return f"{name} ({', '.join(numbers)})" if numbers else name
 

@@ -1,7 +1,7 @@
-"""What the machine can do at most, measured: multiply-adds a second by dtype, and memory.
+"""Measured limits of the machine: FLOP/s by dtype, and memory bandwidth.
 
-A CPU is measured by `limits.c`, compiled on the spot for the processor at hand, a GPU by torch's
-largest matmuls and copies.
+A CPU is measured by `limits.c`, compiled for the processor at run time, a GPU by large matmuls and
+copies in torch.
 """
 
 import ctypes
@@ -21,18 +21,18 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDS = 7
 MEMORY_BYTES = 1 << 29
-"""Of the arrays that are read and copied; no cache holds them."""
+"""Size of the arrays that are read and copied: larger than any cache."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Highest rates seen.
+    """Highest measured rates.
 
     Attributes:
-        flops: floating point operations a second by dtype name.
-        read: bytes a second that can be read from memory.
-        copy: bytes a second, read and written together, of a copy.
-        missing: why a figure could not be measured, or "".
+        flops: floating-point operations per second, by dtype name.
+        read: bytes per second read from memory.
+        copy: bytes per second of a copy, read and written together.
+        missing: reason why a figure could not be measured, or "".
     """
 
     flops: dict[str, float]
@@ -41,14 +41,14 @@ class Limits:
     missing: str = ""
 
     def least_seconds(self, flops: float, bytes_moved: float, dtype: str) -> float:
-        """Time that work takes at least, by arithmetic or by memory; 0 if neither was measured."""
+        """Minimum time of work, by arithmetic or by memory; 0 if neither was measured."""
         peak = self.flops.get(dtype, 0)
         seconds = [flops / peak] if peak else []
         return max([*seconds, bytes_moved / self.read] if self.read else seconds, default=0.0)
 
 
 def best_of(*limits: Limits) -> Limits:
-    """The highest of each rate: another program takes from a machine and never adds to it."""
+    """The maximum of each rate, because other programs can only reduce it."""
     names = dict.fromkeys(name for one in limits for name in one.flops)
     return Limits(
         {name: max(one.flops.get(name, 0.0) for one in limits) for name in names},
@@ -93,7 +93,7 @@ def _cpu_limits() -> Limits:
 def _compile(folder: Path) -> ctypes.CDLL:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        raise RuntimeError("peak and read bandwidth need a C compiler, and there is none")
+        raise RuntimeError("peak and read bandwidth require a C compiler, and none was found")
     target = folder / "limits.so"
     source = Path(__file__).with_name("limits.c")
     native = ["-mcpu=native"] if os.uname().machine == "aarch64" else ["-march=native"]

@@ -1,4 +1,4 @@
-"""Memory that a call takes: at its peak beyond what was there, and kept between its passes."""
+"""Memory of a call: its peak beyond what was already allocated, and what a forward saves."""
 
 import ctypes
 import gc
@@ -24,9 +24,9 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Hands what is free back to the system, as between one row and the next.
+    """Returns free memory to the system, between one row and the next.
 
-    Rows of other sizes leave gaps that the next one does not fit into, until memory runs out.
+    Otherwise rows of different sizes fragment the memory until it runs out.
     """
     gc.collect()
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -35,9 +35,9 @@ def give_back_freed_memory() -> None:
 
 
 def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that tensors made during a call held at one time.
+    """Returns the peak size in bytes of tensors allocated during a call.
 
-    A GPU's allocator is asked; on a CPU torch's profiler sees every allocation.
+    Measured by the allocator of a GPU, or by torch's profiler on a CPU.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -63,11 +63,11 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> in
 
 
 def saved_bytes(forward: Callable[[], object], ignored: Iterable[torch.Tensor]) -> int:
-    """Bytes that a forward pass keeps for its backward.
+    """Returns the bytes that a forward pass saves for its backward.
 
     Args:
-        forward: a forward pass with gradients on; its result may be dropped.
-        ignored: tensors that are there anyhow, such as weights.
+        forward: a forward pass with gradients; its result may be discarded.
+        ignored: tensors that are not counted, such as weights.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in ignored}
     kept: dict[int, int] = {}

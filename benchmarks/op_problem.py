@@ -1,4 +1,4 @@
-"""One operator with inputs, and the answer in higher precision that every provider has to give."""
+"""One operator with inputs, and the output in higher precision that every provider must match."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,7 +17,7 @@ Operator = Callable[..., torch.Tensor]
 
 
 class Routed:
-    """Choices of a case and what `expert_sort` makes of them.
+    """Choices of a case and their `expert_sort`.
 
     Attributes:
         logits: `[T, E]`, float32.
@@ -41,7 +41,7 @@ class OpProblem:
     """Providers of one operator on the same inputs.
 
     Args:
-        case: its mode decides whether gradients are taken.
+        case: the case; its mode determines whether gradients are computed.
         inputs: floating point tensors that the operator and its gradient are functions of.
         reference: plain torch; it is run in float64, or in float32 for shorter inputs.
         work: of the forward; a backward is counted as twice as much.
@@ -75,11 +75,11 @@ class OpProblem:
         )
 
     def dense(self, operator: Operator, **inputs: torch.Tensor) -> Provider:
-        """Makes a candidate of what a model without experts does with as much data.
+        """Creates a candidate for the operation of a model without experts on as much data.
 
         Args:
-            operator: its output has the shape of the others'.
-            inputs: take the place of the others' inputs; none keeps them.
+            operator: an operator whose output has the same shape.
+            inputs: inputs that replace those of the problem; none keeps them.
         """
         given = inputs or self._inputs
         return lambda: Candidate(
@@ -118,7 +118,7 @@ class OpProblem:
 
 
 def normal(*shape: int, like: torch.Tensor, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Normal numbers on the device of `like`; weights `[..., F, D]` are scaled for unit outputs."""
+    """Draws normal values on the device of `like`; weights `[..., F, D]` give unit outputs."""
     generator = torch.Generator(like.device).manual_seed(seed)
     scale = shape[-1] ** -0.5 if len(shape) > 2 else 1.0
     x = torch.randn(*shape, generator=generator, device=like.device, dtype=dtype)

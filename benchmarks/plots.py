@@ -1,4 +1,4 @@
-"""Pictures of a results file: bars against peers, and cost against token count."""
+"""Plots of a results file: bars for peers, and time against token count."""
 
 import json
 import re
@@ -27,7 +27,7 @@ COLORS = {
 def draw(path: Path) -> list[Path]:
     """Draws `<class>-<shapes>-peers.svg` and `-tokens.svg` beside a results file.
 
-    Nothing is drawn where matplotlib is missing.
+    Nothing is drawn if matplotlib is not installed.
     """
     try:
         import matplotlib

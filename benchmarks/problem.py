@@ -1,4 +1,4 @@
-"""One mixture-of-experts layer with inputs, and the answer every provider has to give."""
+"""One mixture-of-experts layer with inputs, and the output that every provider must match."""
 
 import copy
 
@@ -14,10 +14,10 @@ from .shapes import COLD_TOKENS, LAYERS, Case
 # Of the largest entry, as rounding in each dtype and sums over D and F give it, with room.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 CACHED_BYTES = 1 << 27
-"""Four times what the third-level cache of a usual processor holds."""
+"""Four times the size of a typical L3 cache."""
 EVEN = 8.0
-"""Logit of a choice that is made on purpose: far beyond what normal logits reach, yet small enough
-not to magnify rounding."""
+"""Logit of a forced choice: far larger than normal logits, but small enough not to magnify rounding
+errors."""
 
 
 MOST_COPIES = 32
@@ -25,10 +25,10 @@ MOST_COPIES = 32
 
 
 def problems_of(case: Case, device: torch.device, dtype: torch.dtype) -> list["Problem"]:
-    """What calls of a case go through one after the other: one problem, or copies of it.
+    """Returns the problems that calls of a case cycle through: one problem, or copies of it.
 
-    A few tokens cost what it takes to read their experts' weights, and in a model other layers come
-    in between. So there are as many copies as leave every cache before it is their turn again.
+    With a few tokens, reading their experts' weights dominates, and in a model other layers run in
+    between. There are enough copies for each to have left every cache before it is used again.
     """
     first = Problem(case, device, dtype)
     if case.tokens > COLD_TOKENS:
@@ -38,10 +38,11 @@ def problems_of(case: Case, device: torch.device, dtype: torch.dtype) -> list["P
 
 
 class Problem:
-    """Weights, inputs and reference answers of a case.
+    """Weights, inputs and reference outputs of a case.
 
-    Routing is `natural` (normal logits), `uniform` (token t takes experts tK, tK+1, ... modulo E),
-    `zipf` (expert e is preferred by `-log(e + 1)`) or `same` (all tokens take experts 0 to K-1).
+    Routing is `natural` (normal logits), `uniform` (token t selects experts tK, tK+1, ... modulo
+    E), `zipf` (expert e is preferred by `-log(e + 1)`) or `same` (all tokens select experts 0 to
+    K-1).
 
     Attributes:
         case: the case.
@@ -49,9 +50,9 @@ class Problem:
         moe: the layer; providers share the memory of its weights.
         x: `[1, T, D]`.
         grad: `[1, T, D]`, gradient of the output. Zero for tokens whose K-th and next choice are
-            nearer than the rounding of the dtype, because there two right layers may differ.
-        clear: `[T]`, bool, the tokens that are not so.
-        work: of a call in the case's mode.
+            closer than the rounding of the dtype, because two correct layers may differ there.
+        clear: `[T]`, bool, all other tokens.
+        work: work of a call in the case's mode.
     """
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
@@ -141,7 +142,7 @@ class Problem:
         T, size = self.case.tokens, self.x.element_size()
         passes = 3 if self.case.mode == "training" else 1
         flops = passes * T * (6 * K * D * F + 2 * D * E)
-        # Weights of the experts that are hit are read once a pass; gradients are written once.
+        # Weights of experts with rows are read once per pass; gradients are written once.
         weights = size * 3 * D * F * ids_TK.unique().numel()
         return Work(flops, passes * (weights + 2 * size * T * D))
 

@@ -1,4 +1,4 @@
-"""Who is measured as a whole layer: each provider turns a problem into a candidate.
+"""Providers of whole layers: each creates a candidate from a problem.
 
 A provider that cannot run raises `UnavailableError` with the reason.
 """
@@ -18,11 +18,11 @@ from .problem import Problem
 from .remote import RemoteLayer
 
 BATCHED_ROWS = 64
-"""Rows above which `batched_mm` is left out: it copies an expert's weights for every row."""
+"""Rows above which `batched_mm` is omitted: it copies an expert's weights for every row."""
 
 
 def layer_providers(problems: Sequence[Problem]) -> dict[str, Provider]:
-    """All providers of a case, the anchor first; their calls take one problem after the other."""
+    """Returns all providers of a case, the anchor first; their calls cycle through the problems."""
     makers: dict[str, Callable[[Problem], Candidate]] = {
         "dense": _dense,
         "looped": _looped,
@@ -53,7 +53,7 @@ def _of_all(
 
 
 def _dense(problem: Problem) -> Candidate:
-    """One SwiGLU FFN as wide as K experts: the same multiplications a token, nothing to route."""
+    """One SwiGLU FFN as wide as K experts: the same FLOPs per token, without routing."""
     D, F, _, K = problem.layer
     layer = SwiGLUFFN(D, K * F, device=problem.x.device, dtype=problem.x.dtype)
     for weight in layer.parameters():
@@ -67,18 +67,18 @@ def _looped(problem: Problem) -> Candidate:
 
 
 def _ours(problem: Problem, backend: str | None = None) -> Candidate:
-    """`MoE`, on the backend that the dispatcher picks, or on one that is asked for."""
+    """`MoE` on the default backend, or on a given one."""
     layer = own_gradients(problem.moe)
     return problem.candidate("ours", layer if backend is None else _OnBackend(layer, backend))
 
 
 def _ours_packed(problem: Problem) -> Candidate:
-    """`MoE` whose weights were packed before."""
+    """`MoE` with weights packed in advance."""
     if problem.case.mode != "forward":
-        raise UnavailableError("packed weights serve inference")
+        raise UnavailableError("packed weights support inference only")
     unpacked_rows = _extension.build_info().get("unpacked_rows", 0)
     if problem.case.tokens * problem.layer.K <= unpacked_rows * problem.layer.E:
-        raise UnavailableError(f"up to {unpacked_rows} rows an expert read the weights themselves")
+        raise UnavailableError(f"up to {unpacked_rows} rows per expert read the unpacked weights")
     layer = own_gradients(problem.moe)
     try:
         unimoe_kernels.pack_weights(layer)
@@ -106,13 +106,13 @@ def _transformers(problem: Problem, implementation: str) -> Candidate:
 
 
 def mixtral_block(problem: Problem, implementation: str) -> nn.Module:
-    """Mixtral's block of transformers, on one of its own ways to run the experts.
+    """Mixtral's block of transformers, with one of its experts implementations.
 
     Raises:
         UnavailableError: If transformers does not import.
     """
     try:
-        # Without this module experts are not stacked and cannot take our weights.
+        # Without this module experts are not stacked and cannot use our weights.
         import transformers.integrations.moe  # noqa: F401
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock

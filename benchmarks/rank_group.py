@@ -1,4 +1,4 @@
-"""Processes that run one layer together, told what to do through pipes.
+"""Processes that run one layer together, controlled through pipes.
 
 `python -m benchmarks.rank_group '<json>'` is one of them.
 """
@@ -37,13 +37,13 @@ ROOT = Path(__file__).resolve().parents[1]
 class RankGroup:
     """`world` processes with gloo that share the experts of a case's layer, and its tokens.
 
-    The machine's threads are shared out between them.
+    The machine's threads are divided among them.
 
     Args:
-        case: the case; its tokens are all processes' together.
+        case: the case; its tokens are those of all processes together.
         dtype: of weights and inputs.
         world: number of processes.
-        chunks: pieces of a dispatch, 1 for no overlap.
+        chunks: chunks of a dispatch, 1 for no overlap.
         peer: `"deepspeed"` runs DeepSpeed's layer on the same numbers instead of ours.
 
     Raises:
@@ -56,7 +56,7 @@ class RankGroup:
         if peer and importlib.util.find_spec(peer) is None:
             raise UnavailableError(f"{peer} is not installed")
         if peer and LAYERS[case.layer].K != 2:
-            raise UnavailableError(f"{peer} weighs choices as we do for two experts a token only")
+            raise UnavailableError(f"{peer} has the same scores only for two experts per token")
         self._folder = tempfile.TemporaryDirectory()
         threads = max(1, torch.get_num_threads() // world)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -91,12 +91,12 @@ class RankGroup:
         return max(self.ask("run"))
 
     def check(self) -> None:
-        """Raises AssertionError unless all processes have the answers of one."""
+        """Raises AssertionError unless the outputs equal those of one process."""
         for error in self.ask("check"):
             assert error < 1, f"{error:.2g} times the error that rounding explains"
 
     def profile(self) -> list[dict]:
-        """Runs the case once; returns what each process sent, and how long it waited."""
+        """Runs the case once; returns the bytes that each process sent and the time it waited."""
         return self.ask("profile")
 
     def trace(self, path: Path) -> None:
@@ -104,7 +104,7 @@ class RankGroup:
         self.ask(f"trace {path}")
 
     def ask(self, command: str) -> list:
-        """Sends a command to all processes and returns their answers."""
+        """Sends a command to all processes and returns their replies."""
         for rank in self._ranks:
             rank.stdin.write(command + "\n")
             rank.stdin.flush()
@@ -165,7 +165,7 @@ class _Rank:
         return time.perf_counter() - start
 
     def check(self) -> float:
-        """The largest error, by what rounding allows."""
+        """Returns the largest error, relative to that of rounding."""
         answers = self._step(self._moe, self._x, self._grad)
         limit = TOLERANCE[self._x.dtype]
         return max(
@@ -200,7 +200,7 @@ class _Rank:
 def deepspeed_layer(problem: Problem, rank: int, world: int) -> nn.Module:
     """DeepSpeed's layer with this process's experts of the problem; nothing is dropped."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world)}
-    # It writes to the stream that carries the answers.
+    # It writes to the stream that carries the replies.
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed
         from deepspeed.moe.layer import MoE as DeepSpeedMoE

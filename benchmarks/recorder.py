@@ -17,16 +17,16 @@ from .time_limit import within
 from .timing import FEWEST_SAMPLES, Timing, seconds_of_a_call, time_in_turns
 
 SLOW_HOOK = "UNIMOE_BENCH_SLOW"
-"""Environment variable `<benchmark>:<share>`: makes `ours` wait for that share of its time, so that
-anybody can see a regression being caught."""
+"""Environment variable `<benchmark>:<share>`: slows `ours` down by this share of its time, to test
+the detection of regressions."""
 
 
 class LimitsOfTime(NamedTuple):
-    """How long a peer may take; one that takes longer is left out of the row, with the reason.
+    """Time limits of a peer; one that exceeds them is omitted from the row, with the reason.
 
     Attributes:
-        ready: seconds until it is made and checked, or None.
-        rounds: seconds that the fewest rounds would take it, or None.
+        ready: limit in seconds for creating and checking it, or None.
+        rounds: limit in seconds for the minimum number of rounds, or None.
     """
 
     ready: float | None = None
@@ -35,7 +35,7 @@ class LimitsOfTime(NamedTuple):
 
 NO_LIMITS = LimitsOfTime()
 GPU_LIMITS = LimitsOfTime(ready=20, rounds=30)
-"""A peer that autotunes for minutes must not take the table's time on a lent machine."""
+"""On a GPU: a peer that autotunes for minutes must not use up the time of the table."""
 
 
 @dataclass
@@ -43,11 +43,11 @@ class Recorder:
     """Measures rows one after the other.
 
     Attributes:
-        device: where providers run.
-        limits: of the machine.
+        device: device on which providers run.
+        limits: limits of the machine.
         seconds: time spent on the rounds of a row.
-        limits_of_time: of providers.
-        rows: what was measured.
+        limits_of_time: time limits of providers.
+        rows: the measured rows.
     """
 
     device: torch.device
@@ -64,20 +64,20 @@ class Recorder:
         providers: Mapping[str, Provider],
         work: Work,
     ) -> tuple[Row, Callable[[], float | None]]:
-        """Checks every provider, then times all that run in turns.
+        """Checks every provider, then times those that run, interleaved.
 
         Args:
             benchmark: name of the operator, `moe_layer` or `model`.
-            case: what is measured.
-            dtype: of the inputs.
-            providers: who takes part, the anchor first.
-            work: the least that has to be done.
+            case: the case.
+            dtype: dtype of the inputs.
+            providers: the providers, the anchor first.
+            work: the minimum work.
 
         Returns:
-            The row, and what was timed as ours.
+            The row, and the function timed as ours.
 
         Raises:
-            AssertionError: If an answer is wrong; nothing is timed then.
+            AssertionError: If an output is wrong; nothing is timed in this case.
         """
         candidates, unavailable = checked(providers, self.limits_of_time.ready)
         functions = {name: candidate.run for name, candidate in candidates.items()}
@@ -161,11 +161,11 @@ def set_shares(row: Row, limits: Limits) -> None:
 def checked(
     providers: Mapping[str, Provider], ready: float | None = None
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Makes and checks all candidates that run here; the others' reasons come second.
+    """Creates and checks candidates; returns those that run here, and the others' reasons.
 
     Args:
-        providers: by name.
-        ready: seconds that each but `ours` may take for it, or None.
+        providers: providers by name.
+        ready: time limit in seconds of each except `ours`, or None.
     """
     candidates: dict[str, Candidate] = {}
     unavailable: dict[str, str] = {}
@@ -186,7 +186,7 @@ def checked(
 def revisited(
     benchmark: str, providers: Mapping[str, Provider], anchor: str, device: torch.device
 ) -> float:
-    """Our ratio to the anchor, timed without anybody else."""
+    """Returns our ratio to the anchor, timed without other providers."""
     functions = {anchor: providers[anchor]().run}
     functions["ours"] = slowed(providers["ours"]().run, benchmark)
     timings, _ = time_in_turns(functions, anchor, device, seconds=0.8, min_rounds=7)
@@ -194,7 +194,7 @@ def revisited(
 
 
 def slowed(function, benchmark: str):
-    """The function, made to wait after it ran if the environment asks for that."""
+    """Returns the function, slowed down if the environment variable requests it."""
     name, _, share = os.environ.get(SLOW_HOOK, "").partition(":")
     if name != benchmark:
         return function

@@ -1,4 +1,4 @@
-"""Peers that cannot share a process: one of their own each, told over a pipe when to run."""
+"""Peers that cannot share a process: each runs in its own, controlled through a pipe."""
 
 import atexit
 import contextlib
@@ -26,12 +26,12 @@ class RemoteLayer:
 
     Args:
         peer: name in `_LAYERS`.
-        case: what to run.
-        dtype: of weights and inputs.
+        case: the case to run.
+        dtype: dtype of weights and inputs.
 
     Raises:
-        UnavailableError: If the peer cannot be imported or does not run this case.
-        AssertionError: If its answer is wrong.
+        UnavailableError: If the peer cannot be imported or does not support this case.
+        AssertionError: If its output is wrong.
     """
 
     def __init__(self, peer: str, case: Case, dtype: torch.dtype) -> None:
@@ -41,19 +41,19 @@ class RemoteLayer:
         self._worker.ask(("prepare", case, dtype))
 
     def time_one_call(self) -> float:
-        """Seconds of one call, as the other process sees it."""
+        """Returns the time of one call in seconds, measured in the other process."""
         return self._worker.ask(("run",))
 
 
 def forget_cases() -> None:
-    """Lets the processes of all peers give back the memory of the case they ran last."""
+    """Makes the processes of all peers free the memory of their last case."""
     for worker in _workers.values():
         with contextlib.suppress(UnavailableError):
             worker.ask(("forget",))
 
 
 def stop_workers() -> None:
-    """Ends the processes of all peers, and with them what they hold in memory."""
+    """Ends the processes of all peers, which frees their memory."""
     while _workers:
         _workers.popitem()[1].stop()
 
@@ -62,7 +62,7 @@ class _Worker:
     def __init__(self, peer: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        # Threads that wait by spinning would take the cores from whoever is timed meanwhile.
+        # Spinning threads would occupy the cores while other providers are timed.
         previous = os.environ.get("OMP_WAIT_POLICY")
         os.environ["OMP_WAIT_POLICY"] = "passive"
         try:
@@ -131,7 +131,7 @@ def _serve(peer: str, pipe: Connection, threads: int) -> None:
         except AssertionError as error:
             pipe.send(("wrong", str(error)))
         except Exception as error:
-            # A peer may fail in any way; that is its row's reason and not the end of the run.
+            # A peer may fail in any way: report the reason and continue the run.
             reason = traceback.format_exception_only(error)[-1].strip()
             pipe.send(("unavailable", reason.splitlines()[0]))
 

@@ -1,4 +1,4 @@
-"""One call of pytest: what it measures, and what becomes of the rows at its end."""
+"""One call of pytest: which cases it measures, and comparison and output of its rows."""
 
 import datetime
 import os
@@ -19,21 +19,21 @@ from .remote import stop_workers
 from .visits import VisitFile, visit
 
 RERUNS = (4, 8, 16)
-"""Fresh processes that visit a row which is noisy or looks slower than before, time after time.
+"""Numbers of new processes that visit a row that is noisy or looks slower, in each round.
 
-More each time: what is left then are few rows, and a neighbour's busy minute has to be outvoted.
+They increase: fewer rows remain in later rounds, and a busy minute of the machine is outvoted.
 """
 
 
 class Run:
-    """What one call of pytest measures."""
+    """The measurements of one call of pytest."""
 
     def __init__(self, config):
         chosen = config.getoption("shapes")
         self.device = _device()
         self.shapes = chosen or ("goals" if self.device.type == "cuda" else "small")
         self.smoke = config.getoption("smoke")
-        # What is asked for is checked later, where pytest reports it.
+        # Options are checked later, where pytest reports errors.
         if (chosen := shapes.SETS.get(self.shapes.partition(":")[0])) and chosen.threads:
             torch.set_num_threads(chosen.threads)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -48,16 +48,16 @@ class Run:
         self.visit = VisitFile(asked) if asked else None
 
     def dtype_of(self, case):
-        """What a case is measured in: its own dtype, or the device's."""
+        """Returns the dtype of a case: its own, or the default of the device."""
         return getattr(torch, case.dtype) if case.dtype else self.dtype
 
     def check_time(self):
         """Skips a row that would start after the minutes that the run was given."""
         if self.stop is not None and time.monotonic() > self.stop:
-            pytest.skip("the minutes are over; the same command goes on")
+            pytest.skip("the time limit was reached; the same command resumes")
 
     def begin(self):
-        """Measures the machine; done at the first row, so that collecting costs nothing."""
+        """Measures the machine; called at the first row, so that collection takes no time."""
         if self.recorder is not None:
             return
         source, baseline = history.committed_rows(history.machine_class(self.device))
@@ -82,10 +82,10 @@ class Run:
     def finish(self, say):
         """Visits again the rows that need it, and compares all of them."""
         compares, saves = self.config.getoption("compare"), self.file is not None
-        # Places in memory and neighbours are a CPU's trouble; the GPU targets have to be quick.
+        # Memory placement and other load matter on CPUs only, and the GPU targets must be quick.
         thorough = saves and self.device.type == "cpu"
         rows = self._rows()
-        # Visits need the memory as much as this process did.
+        # Visits need as much memory as this process did.
         stop_workers()
         give_back_freed_memory()
         for processes in RERUNS if compares or saves else ():
@@ -106,7 +106,7 @@ class Run:
         self.changes = compare(rows.values(), self.baseline, sorted(self._expected_rows()))
 
     def _measure_limits_again(self, rows):
-        """A run takes minutes, and whoever else used the machine at its start may be gone."""
+        """Measures the limits again, because other load at the start may have ended."""
         held = [self.file.limits] if self.file is not None else []
         limits = best_of(*held, self.recorder.limits, measure_limits(self.device))
         self.recorder.limits = limits
@@ -116,7 +116,7 @@ class Run:
             self.file.finish(limits, rows)
 
     def _rows(self):
-        """What this run measured, and what an earlier one left in the same file."""
+        """Returns the rows of this run and those of an earlier one in the same file."""
         rows = {row["key"]: row for row in self.recorder.rows}
         if self.file is not None:
             expected = self._expected_rows()
@@ -140,15 +140,15 @@ def _cases_of(chosen):
         raise pytest.UsageError(f"--shapes ({name}) must be one of {', '.join(shapes.SETS)}")
     cases = shapes.every_case(name)
     if not any(text in str(case) for case in cases):
-        raise pytest.UsageError(f"--shapes ({chosen}): no case of {name} holds {text!r}")
+        raise pytest.UsageError(f"--shapes ({chosen}): no case of {name} contains {text!r}")
     return cases
 
 
 def chosen_cases(chosen, kind):
-    """Cases of one kind, a field of `ShapeSet`, that the option `--shapes` leaves.
+    """Returns the cases of one kind, a field of `ShapeSet`, that the option `--shapes` selects.
 
-    Rows in bfloat16 are left out where the device has no instructions for it: beside peers that
-    emulate it they say nothing. Those of the smoke set are checked all the same.
+    Rows in bfloat16 are omitted on devices without instructions for it, where peers emulate it and
+    a comparison is not meaningful. Those of the smoke set are still checked.
     """
     _cases_of(chosen)
     name, _, text = chosen.partition(":")

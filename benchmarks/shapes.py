@@ -1,6 +1,6 @@
-"""The one table of shapes that benchmarks are run at.
+"""The table of benchmark shapes.
 
-T tokens, D model width, F expert width, E experts, K experts a token.
+T tokens, D model width, F expert width, E experts, K experts per token.
 """
 
 from typing import NamedTuple
@@ -9,10 +9,10 @@ MODES = ("forward", "training")
 ROUTINGS = ("natural", "uniform", "zipf", "same")
 TOKENS = (1, 16, 128, 1024, 4096, 32768)
 COLD_TOKENS = 128
-"""Up to so many tokens a layer's weights are cold: to read them is what it costs."""
+"""Up to this many tokens, a layer's weights are cold, and reading them dominates."""
 
 COPIED_ROWS = 65536
-"""Rows that small cases of movement copy: at this size they leave every cache, and spread least."""
+"""Rows of small copying cases: at this size they exceed every cache, and times vary least."""
 
 
 class Layer(NamedTuple):
@@ -31,8 +31,8 @@ class Case(NamedTuple):
         layer: name in `LAYERS`.
         tokens: T.
         mode: `"forward"`, or `"training"`, which is forward and backward.
-        routing: how tokens choose; see `Problem`.
-        dtype: such as `"bfloat16"`, or "" for the one that the device is measured in.
+        routing: kind of routing; see `Problem`.
+        dtype: dtype such as `"bfloat16"`, or "" for the default of the device.
     """
 
     layer: str
@@ -52,14 +52,14 @@ class ShapeSet(NamedTuple):
     Attributes:
         layer: cases of the whole layer.
         operator: cases of operators that compute.
-        movement: cases of operators that choose, sort and copy. More tokens, as they are quick.
+        movement: cases of operators that select, sort and copy, with more tokens.
         lora: cases of LoRA on the experts of a layer.
         quantized: cases of a layer with quantised experts.
-        ranks: cases of a layer whose experts lie in several processes.
-        host: cases of layers so small that only the host takes time.
+        ranks: cases of a layer with its experts in several processes.
+        host: cases of layers so small that host time dominates.
         launch: cases of the launches of a layer's Triton kernels.
         model: name in `MODEL_CASES`, or "" for none.
-        threads: of the process, or 0 for all.
+        threads: number of threads of the process, or 0 for all.
     """
 
     layer: tuple[Case, ...]
@@ -90,9 +90,9 @@ LAYERS = {
     "small-unimoe": Layer(D=512, F=1376, E=4, K=2),
     "small-mixtral": Layer(D=512, F=1792, E=8, K=2),
     "small-qwen3": Layer(D=512, F=192, E=32, K=8),
-    # Not to be multiplied but called: what Python and C++ cost.
+    # Measures the time of a call in Python and C++, not of the matmuls.
     "host": Layer(D=64, F=64, E=8, K=2),
-    # Not to be timed: what Triton's interpreter multiplies in a second.
+    # Not timed: small enough for Triton's interpreter to compute in a second.
     "tiny-fine": Layer(D=64, F=32, E=8, K=2),
     "tiny-coarse": Layer(D=48, F=80, E=4, K=2),
 }
@@ -130,7 +130,7 @@ def _small() -> ShapeSet:
 
 
 def _cpu_goals() -> ShapeSet:
-    """The rows that our goals for CPUs are about, in both dtypes."""
+    """Rows of the goals for CPUs, in both dtypes."""
     cases = (
         Case("medium-unimoe", 2048),
         Case("medium-qwen3", 1024),
@@ -146,7 +146,7 @@ def _cpu_goals() -> ShapeSet:
 
 
 def _goals() -> ShapeSet:
-    """The rows that our goals for GPUs are about; one finishes them in minutes."""
+    """Rows of the goals for GPUs, which one GPU completes in minutes."""
     operators = ("unimoe", "qwen3-30b-a3b")
     return ShapeSet(
         layer=(
@@ -174,10 +174,10 @@ def _full() -> ShapeSet:
         for mode in MODES
         for routing in ROUTINGS
     ]
-    # Gradients of a few tokens are nobody's load, and one token has no skew.
+    # Training with a few tokens is not a realistic load, and one token has no skew.
     wanted = [case for case in every if case.tokens >= 1024 or case.mode == "forward"]
     wanted = [case for case in wanted if case.tokens > 1 or case.routing == "natural"]
-    # References of single operators hold all weights in higher precision: too much for the last.
+    # References of operators hold all weights in higher precision, too large for the last shape.
     natural = (case for case in wanted if case.routing == "natural")
     operator = tuple(case for case in natural if case.layer != "deepseek-v3")
     return ShapeSet(layer=tuple(wanted), operator=operator, movement=operator, model="large")
@@ -229,15 +229,15 @@ SETS = {
 
 
 class Model(NamedTuple):
-    """Sizes of a Uni-MoE and of what it is given.
+    """Sizes of a Uni-MoE and its inputs.
 
     Attributes:
         D: model width.
         F: expert width.
-        layers: decoder layers, each with 4 experts, 2 a token.
+        layers: decoder layers, each with 4 experts, 2 per token.
         vocabulary: V.
         batch: rows.
-        prompt: tokens a row, those of one picture among them.
+        prompt: tokens per row, including those of one picture.
     """
 
     D: int

@@ -1,6 +1,6 @@
-"""A driver of Triton for a GPU that is not there: kernels compile, and a launch does nothing.
+"""A Triton driver that stands in for a GPU: kernels compile, and a launch has no effect.
 
-What is left of a launch is what it costs the host.
+The remaining time of a launch is its host time.
 """
 
 import zlib
@@ -13,12 +13,12 @@ from triton.backends.compiler import GPUTarget
 
 from unimoe_kernels._triton import launch
 
-# An H100: capability, processors, and the bytes of shared memory that one block may have.
+# An H100: compute capability, multiprocessors, and maximum shared memory of a block in bytes.
 HOPPER = launch.Device(90, 132, 227 * 1024)
 
 
 class StandInDriver:
-    """What Triton asks its driver, answered for `HOPPER`.
+    """Triton's driver interface for `HOPPER`.
 
     Attributes:
         launches: arguments of each launch, if `keeps` them.
@@ -67,7 +67,7 @@ class StandInDriver:
 
 @contextmanager
 def stand_in() -> Iterator[StandInDriver]:
-    """Lets Triton's kernels be launched on tensors of the CPU, to no effect."""
+    """Allows Triton kernels to be launched on CPU tensors, without effect."""
     driver, before = StandInDriver(), launch.STAND_IN
     triton.runtime.driver.set_active(driver)
     launch.STAND_IN = HOPPER

@@ -1,8 +1,8 @@
-"""`moe_mlp` without gradients on a GPU that is not there: through Triton, or through CUDA C++.
+"""`moe_mlp` without gradients on a stand-in for a GPU, in Triton or CUDA C++.
 
-What is left of a call is what it costs the host. The host's part of the CUDA sources is compiled
-for the CPU with a launcher that does nothing, and Triton's kernels have a driver that does nothing.
-Neither side has the driver's own time, and C++ none of what sets the device and asks for a stream.
+The remaining time of a call is its host time. Host code of the CUDA sources is compiled for the CPU
+with a launcher that has no effect, and Triton has such a driver. Both exclude the time of the CUDA
+driver, and C++ also that of setting the device and getting the stream.
 """
 
 import functools
@@ -45,7 +45,7 @@ def load_host_code() -> None:
     """Compiles and loads what the host does in CUDA C++."""
     emulated = _emulated()
     if emulated.COMPILER == [None]:
-        raise UnavailableError("needs a C++ compiler")
+        raise UnavailableError("requires a C++ compiler")
     for part in PARTS:
         (schema,) = torch._C._jit_get_schemas_for_operator(f"unimoe::{part}")[:1]
         _library.define(str(schema).removeprefix("unimoe::"))
@@ -63,7 +63,7 @@ def load_host_code() -> None:
 
 @contextmanager
 def stand_in_layer(way: str) -> Iterator[None]:
-    """Lets `moe_mlp` run on tensors of the CPU, to no effect.
+    """Allows `moe_mlp` to be called on CPU tensors, without effect.
 
     Args:
         way: `"cuda"`, one call for all launches; `"triton"`, with sort and sum in CUDA C++; or

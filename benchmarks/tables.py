@@ -1,4 +1,4 @@
-"""Rows as the text tables that a run prints and README.md shows."""
+"""Text tables of rows, printed by a run and shown in README.md."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ NO_PEERS = ("dense", "gate")
 
 
 def row_table(row: Row) -> list[str]:
-    """One row of results as lines: a title, then one line a provider, the fastest peer marked."""
+    """Formats a row as a title and one line per provider; marks the fastest peer."""
     best = best_peer(row)
     ours = row["providers"]["ours"]["median_ms"]
     title = row["key"]
@@ -33,7 +33,7 @@ def row_table(row: Row) -> list[str]:
 
 
 def summary_table(rows: Sequence[Row]) -> list[str]:
-    """All rows, one line each: ours beside the anchor and the best peer."""
+    """Formats all rows, one line each, with the anchor and the best peer."""
     width = max(len(row["key"]) for row in rows)
     lines = [
         f"{'row':{width}}  {'ours ms':>9}  {'rate':>16}  {'of limit':>8}  {'ratio to anchor':>20}"
@@ -54,7 +54,7 @@ def summary_table(rows: Sequence[Row]) -> list[str]:
 
 
 def best_peer(row: Row) -> str | None:
-    """Fastest provider that does the same as ours and is not ours; None where there is none."""
+    """Returns the fastest other provider with the same output as ours, or None."""
     peers = {
         name: figures["median_ms"]
         for name, figures in row["providers"].items()

@@ -1,4 +1,4 @@
-"""A limit on the time that a provider takes to get ready."""
+"""A limit on the time that a provider takes to be ready."""
 
 import signal
 import threading
@@ -10,10 +10,10 @@ from .candidates import UnavailableError
 
 @contextmanager
 def within(seconds: float | None) -> Iterator[None]:
-    """Raises `UnavailableError` in the block once it has taken that long; None for no limit.
+    """Raises `UnavailableError` in the block when the time is over; None for no limit.
 
-    The alarm interrupts Python, not a single call into C. Outside of the main thread, where there
-    are no alarms, nothing is limited.
+    The alarm interrupts Python code, but not a single call into C. Outside the main thread, which
+    has no alarms, there is no limit.
     """
     if seconds is None or threading.current_thread() is not threading.main_thread():
         yield

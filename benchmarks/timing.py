@@ -1,4 +1,4 @@
-"""Several functions timed in turns, so that a slow second of the machine hits all of them."""
+"""Interleaved timing of several functions, so that slow seconds of the machine affect all."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ import torch
 MIN_SAMPLE_SECONDS = 1e-3
 MAX_CALLS_A_SAMPLE = 64
 SLOW, SLOW_EVERY = 6, 4
-"""Whoever takes `SLOW` times as long as the anchor takes part in every `SLOW_EVERY`-th round."""
+"""A function that takes `SLOW` times as long as the anchor runs in every `SLOW_EVERY`-th round."""
 MIN_ROUNDS = 11
 FEWEST_SAMPLES = math.ceil(MIN_ROUNDS / SLOW_EVERY)
 
@@ -22,8 +22,8 @@ class Timing:
 
     Attributes:
         seconds: median of one call.
-        ratio: median over rounds of its time by the anchor's in the same round.
-        noise: half the width of the 95 % interval of `ratio`, by `ratio`.
+        ratio: median over rounds of its time divided by the anchor's in the same round.
+        noise: half the width of the 95 % interval of `ratio`, divided by `ratio`.
     """
 
     seconds: float
@@ -40,17 +40,17 @@ def time_in_turns(
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = 400,
 ) -> tuple[dict[str, Timing], int]:
-    """Times every function once a round, in an order that rotates.
+    """Times every function once per round, in rotating order.
 
-    A sample of a short function is the mean of several calls in a row. Events time a GPU.
+    A sample of a short function is the mean of several consecutive calls. GPUs are timed by events.
 
     Args:
-        functions: what to time, by name. One that returns a number has timed itself, in seconds.
-        anchor: the name that ratios are taken to.
-        device: waited for before and after each sample.
-        seconds: rounds go on for about this long in total.
-        min_rounds: at least so many, however long they take.
-        max_rounds: at most so many.
+        functions: functions by name. If one returns a number, this is its own time in seconds.
+        anchor: name of the function that ratios refer to.
+        device: device to synchronise with before and after each sample.
+        seconds: approximate total time of all rounds.
+        min_rounds: minimum number of rounds, regardless of their time.
+        max_rounds: maximum number of rounds.
 
     Returns:
         Figures by name, and the number of rounds.
@@ -78,7 +78,7 @@ def time_in_turns(
 
 
 def noise_of_median(values: list[float]) -> float:
-    """Half the width of the median's 95 % interval (order statistics), by the median."""
+    """Returns half the width of the median's 95 % interval (order statistics) over the median."""
     ordered, n = sorted(values), len(values)
     reach = 0.98 * math.sqrt(n)
     low, high = math.floor((n - 1) / 2 - reach), math.ceil((n - 1) / 2 + reach)

@@ -1,4 +1,4 @@
-"""Measures tiles for the layers that the goals for GPUs are about.
+"""Measures tiles for the layers in the goals for GPUs.
 
 `python -m benchmarks.tune_tiles OUTPUT [options of python -m unimoe_kernels.tune]`
 """

@@ -1,7 +1,7 @@
-"""Rows timed again, each time in a fresh process.
+"""Visits: rows timed again, each time in a new process.
 
-Where memory lies and what the rest of the machine does differ more between one process and the next
-than the noise within one shows. A visit is one process; it times the anchor and ours alone.
+Memory placement and other load differ more between processes than the noise within one process
+shows. A visit is one process, which times only the anchor and ours.
 """
 
 import json
@@ -17,13 +17,13 @@ from .history import ROOT, Row
 
 
 def visit(rows: Sequence[Row], processes: int, shapes: str, say: Callable[[str], None]) -> None:
-    """Times rows in fresh processes and adds what they found to each row.
+    """Times rows in new processes and adds their results to each row.
 
     Args:
-        rows: of this run; their ratio and noise become those over all visits.
-        processes: how many, one after the other.
-        shapes: as the option `--shapes`.
-        say: is told what goes on.
+        rows: rows of this run; ratio and noise are updated to those over all visits.
+        processes: number of processes, run one by one.
+        shapes: value of the option `--shapes`.
+        say: function that prints progress.
 
     Raises:
         RuntimeError: If a process fails; its output is in the message.
@@ -40,10 +40,10 @@ def visit(rows: Sequence[Row], processes: int, shapes: str, say: Callable[[str],
 
 
 def noise_of_visits(ratios: Sequence[float]) -> float:
-    """Half the 95 % interval of the median of few values, by the median.
+    """Returns half the 95 % interval of the median of a few values, divided by the median.
 
-    From the median absolute deviation, which one process in a bad place does not move:
-    1.4826 of it estimate the standard deviation, and the median's is sqrt(pi / 2n) of that.
+    Computed from the median absolute deviation, which is robust against a single outlier: times
+    1.4826 it estimates the standard deviation, and that of the median is sqrt(pi / 2n) times this.
     """
     middle = statistics.median(ratios)
     deviation = 1.4826 * statistics.median(abs(ratio - middle) for ratio in ratios)
@@ -70,7 +70,7 @@ def _in_fresh_process(anchors: dict[str, str], shapes: str) -> dict[str, float]:
 
 
 class VisitFile:
-    """What the parent asks a visit for, and what it answers.
+    """The request of the parent to a visit, and the results.
 
     Attributes:
         anchors: name of the anchor by key of the row.
@@ -81,12 +81,12 @@ class VisitFile:
         self._answers = path.with_suffix(".answers")
 
     def add(self, key: str, ratio: float) -> None:
-        """Answers for one row."""
+        """Adds the results of one row."""
         with self._answers.open("a", encoding="utf-8") as file:
             file.write(json.dumps([key, ratio]) + "\n")
 
     def ratios(self) -> dict[str, float]:
-        """All answers, by key."""
+        """Returns all results, by key."""
         if not self._answers.exists():
             return {}
         return dict(map(json.loads, self._answers.read_text(encoding="utf-8").splitlines()))

@@ -1,6 +1,7 @@
-// One error style for every native operator: a std::runtime_error, which reaches Python as a
-// RuntimeError, without the build machine's source path. Python has already checked what a user
-// can get wrong; these guard the memory accesses behind the raw dispatcher names.
+// Argument checks of all native operators. They throw std::runtime_error, which becomes a
+// RuntimeError in Python, without source paths of the build machine. The public Python functions
+// have already checked their arguments; these checks protect memory when operators are called
+// through the dispatcher directly.
 #pragma once
 
 #include <sstream>
@@ -79,7 +80,7 @@ inline void check_same_device(const Tensor& tensor, const char* name, const Tens
                " must be on the device of the first input");
 }
 
-// Scores weigh the rows in the dtype in which the rows are summed.
+// Scores have the dtype in which the rows are summed.
 inline void check_scores(const Tensor& scores, const Tensor& rows, int64_t tokens, int64_t top_k) {
   check_matrix(scores, "scores");
   UNIMOE_CHECK(scores.size(0) == tokens && scores.size(1) == top_k, "scores (shape ",

@@ -1,8 +1,8 @@
-// The Python module `_C`. It holds no operator: each file under cpu/ and cuda/ registers its own
-// with the dispatcher when this library is loaded, for schemas that Python declares.
+// The Python module `_C`. It has no operators itself: each file in cpu/ and cuda/ registers its
+// operators with the dispatcher when this library is loaded; Python declares their schemas.
 
-// No torch API is used here, and the pybind11 inside torch, which serves where there is no other,
-// refuses to be included under a target version.
+// No torch API is used here, and torch's copy of pybind11, which is the fallback, must not be
+// included with a target version defined.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
@@ -23,7 +23,7 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 constexpr const char* kCompiler = "unknown";
 #endif
 
-// What the CPU that runs this has, of the instruction sets that the kernels can make use of.
+// CPU features at run time, of those that the kernels use.
 py::list cpu_features() {
   py::list names;
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -42,7 +42,7 @@ py::list cpu_features() {
   return names;
 }
 
-// The instruction sets that the CPU kernels are compiled for and this CPU has.
+// Instruction sets for which CPU kernels are compiled and which this CPU supports.
 py::list cpu_isas() {
   py::list names;
   for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
@@ -75,5 +75,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native operators of unimoe_kernels.";
   m.def("build_info", &build_info,
-        "What this binary was built with, and the CPU features found at run time.");
+        "Returns versions and flags of the build, and the CPU features found at run time.");
 }

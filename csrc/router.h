@@ -1,4 +1,4 @@
-// What the routers of all devices share: the modes, and the checks of their arguments.
+// Modes and argument checks of the router, shared by all devices.
 #pragma once
 
 #include <optional>
@@ -26,7 +26,7 @@ constexpr bool is_sigmoid(Mode mode) {
   return mode == Mode::kSigmoid || mode == Mode::kSigmoidRenorm;
 }
 
-// How many choices of a token count in the load-balancing loss.
+// Number of choices of a token that the load-balancing loss counts.
 inline int64_t counted_choices(const std::string& balance, int64_t top_k) {
   UNIMOE_CHECK(balance == "all" || balance == "first", "balance (", balance, ") is unknown");
   return balance == "all" ? top_k : 1;

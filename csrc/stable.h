@@ -1,5 +1,5 @@
-// Aliases of the LibTorch stable ABI and the few things that it lacks. Every use of torch in csrc
-// goes through this header, so that one binary runs on any torch from TORCH_TARGET_VERSION on.
+// Aliases of the LibTorch stable ABI, and a few functions that it does not have. All uses of torch
+// in csrc go through this header, so that one binary runs on TORCH_TARGET_VERSION and later.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -25,7 +25,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Sums are carried in float32, and in float64 for float64 inputs.
+// The accumulation dtype: float64 for float64 inputs, else float32.
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -49,8 +49,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
   return Tensor(handle);
 }
 
-// data_ptr<T>() of the stable ABI does not know BFloat16 and Half by every spelling; callers have
-// dispatched on the dtype already.
+// data_ptr<T>() of the stable ABI does not support all names of BFloat16 and Half; callers have
+// already dispatched on the dtype.
 template <typename T>
 const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
@@ -84,7 +84,7 @@ void dispatch_floating(ScalarType dtype, const char* name, Body&& body) {
   }
 }
 
-// Likewise for the two types that tensor cores multiply with 16 bits.
+// The same for the two 16-bit dtypes that tensor cores support.
 template <typename Body>
 void dispatch_16_bit(ScalarType dtype, Body&& body) {
   if (dtype == ScalarType::BFloat16) return body(BFloat16{});

@@ -1,10 +1,10 @@
-"""Mixture-of-experts layers and the operators they are made of.
+"""Mixture-of-experts layers and operators.
 
 The public API is exactly `__all__`.
 """
 
-# Loading the extension registers the C++ and CUDA operators; the backends of an operator are
-# decided when it is declared, so this comes first.
+# Loading the extension registers the C++ and CUDA operators. The backends of an operator are
+# determined when it is declared, so this import comes first.
 from unimoe_kernels import _extension  # noqa: F401
 from unimoe_kernels._backends import available_backends, use_backend
 from unimoe_kernels._files import atomic_write, recover_folder, replace_folder
@@ -56,7 +56,7 @@ from unimoe_kernels.ops import (
 from unimoe_kernels.quantization.rounding import dequantize_weight, quantize_weight
 from unimoe_kernels.quantization.weight import QuantizedWeight
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ExpertSort",

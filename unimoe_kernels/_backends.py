@@ -13,9 +13,9 @@ backend        overload                    filled by
 The overload is chosen when the public function is called. Its gradient formula calls backward
 operators of the same backend, so forward and backward of one call never mix.
 
-What no overload can do is done in plain torch, through which torch differentiates by itself: any
-call under a transform of `torch.func` or in forward mode, and a backward operator without a formula
-of its own whose result is differentiated again (`create_graph=True`).
+Calls that no overload supports run in plain torch operations, which torch differentiates by itself:
+any call under a transform of `torch.func` or in forward-mode AD, and a backward operator without a
+gradient formula whose result is differentiated again (`create_graph=True`).
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ class Operator:
     """An operator of the `unimoe` namespace, as `declare` registered it.
 
     Attributes:
-        name: of the operator.
-        overloads: by name: `"default"`, `"reference"` and, where it has kernels, `"triton"`.
-        recorded: by name of an overload, what calls it and has autograd record that; empty without
-            a gradient formula.
-        plain: the same in operations that every transform of torch goes through.
-        parts: operators that this one is composed of.
-        fused: whether `"triton"` is more than its parts one after the other.
-        public: whether it has a function of its own, and is listed.
-        kernels: compiled operators by which its default overload runs on a GPU.
-        proven: whether these come before Triton where nothing asks for a backend.
+        name: name of the operator.
+        overloads: overloads by name: `"default"`, `"reference"` and, if it has Triton kernels,
+            `"triton"`.
+        recorded: by overload name, a function that calls the overload and records it with
+            autograd; empty without a gradient formula.
+        plain: the same computation in operations that all of torch's transforms support.
+        parts: names of the operators that this one is composed of.
+        fused: whether `"triton"` fuses its parts rather than running them one after the other.
+        public: whether the operator has a public function and is listed.
+        kernels: compiled operators that its default overload calls on a GPU.
+        proven: whether these are preferred to Triton when no backend is forced.
         available: by device type, the backends that run there, the automatic choice first; filled
             by `find_kernels`.
     """
@@ -71,7 +72,7 @@ class Operator:
     available: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def existing(self, overload: str) -> str:
-        """Returns the name of an overload, or for lack of it the reference."""
+        """Returns `overload` if the operator has it, else `"reference"`."""
         return overload if overload in self.overloads else "reference"
 
     def backends_on(self, device_type: str) -> tuple[str, ...]:
@@ -79,16 +80,16 @@ class Operator:
         return self.available.get(device_type, ("reference",))
 
     def backend_on(self, device_type: str) -> str:
-        """Returns the backend that a call on a device type takes."""
+        """Returns the backend that a call on a device type uses."""
         available = self.backends_on(device_type)
         return _forced if _forced in available else available[0]
 
     def is_compiled_for(self, device_type: str) -> bool:
-        """Returns whether the extension has a kernel for it."""
+        """Returns whether the extension has a kernel of this operator for a device type."""
         return _is_compiled(self.name, device_type)
 
     def runs_kernels_on(self, device_type: str) -> bool:
-        """Returns whether the extension has all of `kernels`, of which there are some."""
+        """Returns whether `kernels` is not empty and the extension has all of them."""
         return bool(self.kernels) and all(_is_compiled(one, device_type) for one in self.kernels)
 
 
@@ -125,21 +126,22 @@ def declare(
         reference: Plain torch implementation for any device.
         fake: Allocates the results from the shapes and dtypes of the arguments alone.
         triton: Implementation that launches Triton kernels.
-        native: What the default overload runs on a device for which `csrc` has no kernel. Default:
-            `reference`.
-        plain: The same in operations of torch's that autograd, forward mode and vmap go through,
-            or in operators by `run`. Default: `reference`.
+        native: Implementation of the default overload on devices for which `csrc` has no kernel.
+            Default: `reference`.
+        plain: The same computation in torch operations that autograd, forward mode and vmap
+            support, or in operators called by `run`. Default: `reference`.
         parts: Operators that this one is composed of. It counts as having a backend when one of
             them has it.
-        fused: Whether `triton` is more than its parts one after the other.
+        fused: Whether `triton` fuses its parts rather than running them one after the other.
         setup_context: As in `torch.library.register_autograd`.
-        backward: As there, with the name of the overload put first. Without it a gradient through
-            the operator itself is refused.
-        num_outputs: How many results `call` returns where autograd records it: the others are for
-            the formula alone. 0 for all.
+        backward: As in `torch.library.register_autograd`, with the overload name as an additional
+            first argument. Without it, differentiating the operator itself raises
+            NotImplementedError.
+        num_outputs: Number of results that `call` returns when autograd records it; the remaining
+            ones serve the gradient formula only. 0 for all.
         public: Whether the operator has a public function.
-        kernels: Compiled operators by which `native` runs on a GPU, where the extension has them.
-        proven: Whether these come before Triton where nothing asks for a backend.
+        kernels: Compiled operators that `native` calls on a GPU, if the extension has them.
+        proven: Whether these are preferred to Triton when no backend is forced.
     """
     implementations = {"default": native or reference, "reference": reference}
     if triton is not None:
@@ -168,10 +170,10 @@ def declare(
 def _recorded(
     chosen: torch._ops.OpOverload, setup_context: Callable, formula: Callable, num_outputs: int
 ) -> Callable:
-    """Returns what calls an overload with a gradient formula, past torch.library's boundary.
+    """Returns a function that calls an overload under autograd, bypassing torch.library's wrapper.
 
-    That boundary goes from the dispatcher to Python and back and fills in arguments: with it, a
-    training step of a layer with four tokens took 1.3 times as long.
+    The wrapper goes from the dispatcher to Python and back and fills in default arguments: with it,
+    a training step of a layer with four tokens takes 1.3 times as long.
     """
 
     def forward(ctx: object, *args: object) -> object:
@@ -183,7 +185,7 @@ def _recorded(
     name = chosen.name().replace("::", "_").replace(".", "_")
     methods = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
     function = type(name, (torch.autograd.Function,), methods)
-    # What `Function.apply` does besides is for transforms of torch.func, which do not come here.
+    # `Function.apply` adds only support for torch.func transforms, which never reach this point.
     return super(torch.autograd.Function, function).apply
 
 
@@ -201,7 +203,7 @@ def declare_compiled(op: str, schema: str, *, fake: Callable | None = None) -> N
 def find_kernels() -> None:
     """Looks up the backends of every operator, and reads `UNIMOE_BACKEND`.
 
-    To be called after the last `declare`: a composed operator may come before its parts.
+    Call it after the last `declare`: a composed operator may be declared before its parts.
     """
     global _forced
     for operator in _operators.values():
@@ -230,7 +232,7 @@ def _order(operator: Operator, device: str) -> tuple[str, ...]:
 def _triton_runs_on(device: str) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
-    # On a CPU Triton kernels run only in its interpreter, which is a tool for tests.
+    # On a CPU, Triton kernels run only in Triton's interpreter, which is for tests.
     return device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -240,18 +242,18 @@ def has_triton(op: str, tensor: Tensor) -> bool:
 
 
 def operators(public: bool | None = None) -> list[Operator]:
-    """Returns all operators in order of their names, or those that are public or are not."""
+    """Returns operators sorted by name: all of them, or only public or only private ones."""
     found = [one for one in _operators.values() if public is None or one.public == public]
     return sorted(found, key=lambda operator: operator.name)
 
 
 def forced() -> str | None:
-    """Returns the backend that `use_backend` or `UNIMOE_BACKEND` asks for."""
+    """Returns the backend forced by `use_backend` or `UNIMOE_BACKEND`, or None."""
     return _forced
 
 
 def backend_of(op: str, tensor: Tensor) -> str:
-    """Returns the backend that a call of `op` on the device of `tensor` takes."""
+    """Returns the backend that a call of `op` uses on the device of `tensor`."""
     return _operators[op].backend_on(tensor.device.type)
 
 
@@ -267,10 +269,11 @@ def call(op: str, *args: object) -> object:
 def run(overload: str, op: str, *args: object) -> object:
     """Calls an overload of `op`, for gradient formulas and operators composed of others.
 
-    Unlike the overload alone it gives the right derivatives of any order, in any mode.
+    Unlike calling the overload directly, it supports derivatives of any order in any mode.
 
     Args:
-        overload: `"default"`, `"triton"` or, also for lack of it, `"reference"`.
+        overload: `"default"`, `"triton"` or `"reference"`; if the operator lacks it, the reference
+            is called.
         op: Name of the operator.
         *args: Its arguments.
     """
@@ -281,10 +284,10 @@ def run(overload: str, op: str, *args: object) -> object:
 
 
 def _dispatch(operator: Operator, overload: str, args: tuple[object, ...]) -> object:
-    """Calls an overload as directly as the mode allows.
+    """Calls an overload with as little dispatcher overhead as the mode allows.
 
-    Compiled and traced code is to see the operator itself, whose gradient formula torch.library
-    knows.
+    Under `torch.compile` and tracing the operator itself is called, so that the graph holds it with
+    the gradient formula registered in torch.library.
     """
     chosen = operator.overloads[overload]
     if is_captured():
@@ -300,26 +303,26 @@ def _in_plain_torch(operator: Operator, *args: object) -> object:
     device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
     if not torch.amp.is_autocast_available(device_type):
         return operator.plain(*args)
-    # The operator itself computes in the dtypes that it is given.
+    # The operator computes in the dtypes of its arguments, whatever autocast is set to.
     with torch.autocast(device_type, enabled=False):
         return operator.plain(*args)
 
 
 def is_captured() -> bool:
-    """Returns whether `torch.compile` or `torch.jit.trace` writes down what is called."""
+    """Returns whether `torch.compile` or `torch.jit.trace` is capturing the call."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_recorded(*args: object) -> bool:
-    """Returns whether what a gradient formula does with these is itself to be differentiated."""
+    """Returns whether operations on `args` in a gradient formula must be differentiable again."""
     return needs_gradient(*args) or _checks.transformed()
 
 
 def needs_gradient(*args: object) -> bool:
-    """Returns whether autograd records what is done with any of the tensors among `args`."""
+    """Returns whether autograd records operations on any of the tensors in `args`."""
     if not torch.is_grad_enabled():
         return False
-    if torch.compiler.is_compiling():  # which does not know the function below
+    if torch.compiler.is_compiling():  # Dynamo cannot trace the function below
         return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
     return torch._C._any_requires_grad(*args)
 
@@ -329,10 +332,13 @@ def available_backends(op: str, device: str | torch.device | None = None) -> tup
 
     Args:
         op: Name of an operator, such as `"permute"`.
-        device: A device or device type. Default: CUDA where torch sees a GPU, else the CPU.
+        device: A device or device type. Default: CUDA if torch sees a GPU, else the CPU.
+
+    Returns:
+        Some of `"reference"`, `"cpp"`, `"cuda"` and `"triton"`.
 
     Raises:
-        ValueError: If there is no such operator.
+        ValueError: If `op` is not a public operator.
     """
     names = [operator.name for operator in operators(public=True)]
     if op not in names:
@@ -344,16 +350,16 @@ def available_backends(op: str, device: str | torch.device | None = None) -> tup
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Makes every operator that has backend `name` on the device of its input use it.
+    """Forces a backend for all operators called inside the block.
 
-    Operators without that backend there keep their automatic choice. The choice is fixed in the
-    forward: a backward that runs after the block still uses `name`. It holds for the whole
-    process, not for one thread. The environment variable `UNIMOE_BACKEND` sets the same for a
-    whole run; empty counts as unset.
+    Operators without that backend on the device of their input keep their automatic choice. The
+    choice is fixed in the forward: a backward that runs after the block still uses `name`. It
+    applies to the whole process, not only to the current thread. The environment variable
+    `UNIMOE_BACKEND` does the same for a whole run; an empty value counts as unset.
 
     Example:
         >>> moe = MoE(hidden_size=16, intermediate_size=32, num_experts=4, top_k=2)
-        >>> with use_backend("reference"):  # in plain torch
+        >>> with use_backend("reference"):  # plain torch
         ...     y = moe(torch.ones(3, 16))
         >>> y.shape
         torch.Size([3, 16])
@@ -363,7 +369,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: If `name` is not a backend.
-        RuntimeError: If no operator has that backend here.
+        RuntimeError: If no operator has that backend in this installation.
     """
     global _forced
     _require("name", name)

@@ -1,7 +1,7 @@
 """Argument checks shared by the operators: name, value and expectation in one line.
 
-They look at shapes, dtypes and devices only, so they cost no synchronisation and trace under
-`torch.compile`. `VALUE_CHECKS` turns on those that read values.
+They read only shapes, dtypes and devices, so they do not synchronise with the device and trace
+under `torch.compile`. `VALUE_CHECKS` enables those that read values.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ VALUE_CHECKS = os.environ.get("UNIMOE_CHECKS", "0") not in ("", "0")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
 
-
 MOST_SIGNATURES = 4096
 
 
 def signature_of(*arguments: object) -> tuple:
-    """Returns what a check of shapes, dtypes and devices depends on."""
+    """Returns the shape, dtype and device of each tensor, and other arguments as they are."""
     return tuple(
         [
             (one.shape, one.dtype, one.device) if isinstance(one, Tensor) else one
@@ -36,14 +35,15 @@ def signature_of(*arguments: object) -> tuple:
 def once_per_signature(
     check: Callable[..., None], signature_of: Callable[..., tuple] = signature_of
 ) -> Callable[..., None]:
-    """Runs a check of shapes, dtypes and devices once for each signature that passes it.
+    """Decorates a check of shapes, dtypes and devices to run once per signature that passes it.
 
-    Compiled code, and sizes that are symbols, are checked each time.
+    Under `torch.compile` and for unhashable signatures, such as symbolic sizes, every call is
+    checked.
 
     Args:
-        check: of tensors and other arguments, which are hashable.
-        signature_of: returns what `check` depends on: shape, dtype and device of tensors, and all
-            other arguments.
+        check: Function of tensors and other hashable arguments.
+        signature_of: Returns everything that `check` depends on: shape, dtype and device of
+            tensors, and all other arguments.
     """
     passed: set[tuple] = set()
 
@@ -69,7 +69,7 @@ def once_per_signature(
 def check_tensor(
     name: str, tensor: Tensor, shape: str, dtypes: tuple[torch.dtype, ...] = FLOATS
 ) -> None:
-    """Checks dtype and number of dimensions; `shape` is such as `"[T, D]"`."""
+    """Checks the dtype and number of dimensions of a tensor; `shape` is for example `"[T, D]"`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} ({type(tensor).__name__}) must be a tensor of shape {shape}")
     if tensor.dtype not in dtypes:
@@ -80,7 +80,7 @@ def check_tensor(
 
 
 def check_size(name: str, tensor: Tensor, dim: int, expected: int, what: str) -> None:
-    """Checks one size of a tensor; `what` says where the expected value comes from."""
+    """Checks one size of a tensor; `what` names the source of the expected size."""
     if tensor.shape[dim] != expected:
         raise ValueError(
             f"{name} (shape {tuple(tensor.shape)}) must have size {expected} in dimension {dim}: "
@@ -106,7 +106,7 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Checks that a value is one of a few."""
+    """Checks that a value is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} ({value!r}) must be one of {', '.join(choices)}")
 
@@ -118,16 +118,17 @@ def check_positive(name: str, value: int) -> None:
 
 
 def reads_values(tensor: Tensor) -> bool:
-    """Returns whether values are to be checked, and this tensor has some that can be read now."""
+    """Returns whether value checks are enabled and the values of this tensor can be read."""
     if not VALUE_CHECKS or tensor.is_meta or torch.compiler.is_compiling():
         return False
     return not transformed()
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Returns factors of a product in the dtype that `torch.autocast` has torch's matmuls run in.
+    """Casts operands of a matmul to the dtype that `torch.autocast` uses for torch's matmuls.
 
-    As there, float64 stays as it is. So does what is no tensor, for the checks to name.
+    As in torch, float64 is not cast. Arguments that are not tensors are returned as they are, so
+    that the checks can report them.
     """
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(device_type):
@@ -143,48 +144,46 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def check_ids(ids: Tensor) -> None:
-    """Raises ValueError if values are checked and an id is negative."""
+    """Raises ValueError if value checks are enabled and an id is negative."""
     if reads_values(ids) and ids.numel() and ids.min() < 0:
         raise ValueError(f"ids (minimum {ids.min().item()}) must not be negative")
 
 
 def transformed() -> bool:
-    """Returns whether a transform of `torch.func` is at work, or forward-mode differentiation.
+    """Returns whether a `torch.func` transform or forward-mode AD is active.
 
-    Neither sees through an operator that is not made of torch's own. Costs 0.1 us, and
-    `torch.compile` traces it.
+    Neither supports an operator that is not composed of torch operations. The call takes 0.1 us,
+    and `torch.compile` can trace it.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def refuse_sharded(name: str, tensor: torch.Tensor) -> None:
-    """Raises ValueError for a DTensor where the whole of a tensor is read, naming it."""
+    """Raises ValueError if a tensor that must not be sharded is a DTensor."""
     if hasattr(tensor, "full_tensor"):
         raise ValueError(
-            f"{name} is sharded between ranks (DTensor), it must be whole: full_tensor() gives it"
+            f"{name} (DTensor) must not be sharded between ranks: gather it with full_tensor()"
         )
 
 
 def refuse_transforms(name: str) -> None:
-    """Raises NotImplementedError where `transformed`, naming the operator."""
+    """Raises NotImplementedError under a `torch.func` transform or forward-mode AD."""
     if transformed():
         raise NotImplementedError(
-            f"{name} has no rule for torch.func (grad, jvp, vmap, ...) and forward-mode "
-            "differentiation: use torch.autograd"
+            f"{name} does not support torch.func (grad, jvp, vmap, ...) and forward-mode AD: use "
+            "torch.autograd"
         )
 
 
 def refuse_second_derivatives(name: str) -> None:
-    """Raises NotImplementedError, naming the operator, in a backward that builds a graph.
+    """Raises NotImplementedError in a backward that builds a graph.
 
-    For the first line of the backward of a `torch.autograd.Function`, before anything is sent.
+    Call it first in the backward of a `torch.autograd.Function`, before anything is sent.
     """
     if torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"{name} has no second derivatives: its backward takes no create_graph=True"
-        )
+        raise NotImplementedError(f"{name} does not support second derivatives (create_graph=True)")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype that sums are kept in: float64 for float64, else float32."""
+    """Returns the dtype in which sums are accumulated: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,6 +1,6 @@
-"""Loads the compiled extension `_C`, or remembers why it cannot be used.
+"""Loads the compiled extension `_C`, or records why it cannot be loaded.
 
-Loading it is what registers the C++ and CUDA operators with the dispatcher.
+Loading it registers the C++ and CUDA operators with the dispatcher.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import torch  # noqa: F401  `_C` has no path of its own to libtorch: torch must 
 _NAME = f"{__package__}._C"
 _module: ModuleType | None = None
 
-#: Why `_C` cannot be used, or None where it is loaded.
+#: Why `_C` cannot be used; None if it is loaded.
 error: str | None = None
 
 if importlib.util.find_spec(_NAME) is None:
@@ -23,7 +23,7 @@ else:
     except ImportError as problem:
         error = f"compiled, but cannot be loaded: {problem}"
 
-#: Whether the C++ operators (and the CUDA ones, where they were compiled) are registered.
+#: Whether the C++ operators (and the CUDA ones, if they were compiled) are registered.
 loaded: bool = _module is not None
 
 
@@ -32,13 +32,13 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         Keys `torch`, `cuda` (None without CUDA), `cuda_archs`, `compiler`, `flags`, and found at
-        run time: `cpu_features`, `cpu_isas` (instruction sets that CPU kernels may use here) and
-        `cpu_isa` (the one they use: the best, or what UNIMOE_CPU_ISA names); `unpacked_rows`, up to
-        which many rows of an expert its weights are not packed. Empty where the extension is not
-        loaded.
+        run time: `cpu_features`, `cpu_isas` (instruction sets that CPU kernels may use here),
+        `cpu_isa` (the one they use: the best, or the one that UNIMOE_CPU_ISA names) and
+        `unpacked_rows` (the largest number of rows of an expert for which its weights are not
+        packed). Empty if the extension is not loaded.
 
     Raises:
-        RuntimeError: If UNIMOE_CPU_ISA names no instruction set that this CPU has.
+        RuntimeError: If UNIMOE_CPU_ISA names an instruction set that this CPU lacks.
     """
     return {} if _module is None else _module.build_info()
 

@@ -1,4 +1,4 @@
-"""Files and folders that are replaced whole or not at all."""
+"""Atomic replacement of files and folders."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Replaces a file whole or not at all: the block writes under another name, which is renamed.
+    """Replaces a file atomically: the block writes to a temporary file, which is then renamed.
 
-    A kill, an error in the block or a power cut leaves the file as it was: what was written is on
-    the disk before the rename. An error leaves nothing else, a kill perhaps the file under the
-    other name. That name is in the same folder, hidden, and another one for each writer; of several
-    that write the same file the last one counts. It ends in the suffix of `path`, which some
-    writers choose a format by.
+    If the process is killed, the block raises or power fails, the file keeps its old content: the
+    new content is flushed to disk before the rename. After an error the temporary file is removed;
+    after a kill it may remain. It is a hidden file in the same folder with a name unique to the
+    writer; if several processes write the same path, the last one wins. The temporary name keeps
+    the suffix of `path`, from which some writers infer the format.
 
-    The file gets the mode that the umask gives, whatever the writer chose (safetensors makes files
-    readable by their owner alone).
+    The file's mode follows the umask, whatever the writer sets (safetensors creates files that only
+    their owner can read).
 
     Example:
         >>> folder = tempfile.mkdtemp()
@@ -34,18 +34,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         path: The file. A symbolic link is replaced, not followed.
 
     Yields:
-        The name to write under; an empty file is there already.
+        The path of the temporary file to write, which exists and is empty.
 
     Raises:
         FileNotFoundError: If the folder of `path` does not exist.
         IsADirectoryError: If `path` is a folder.
-        OSError: If the file cannot be written; it is as it was.
+        OSError: If the file cannot be written; it keeps its old content.
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"path ({path}) must be in a folder that exists: {path.parent}")
+        raise FileNotFoundError(f"path ({path}) must be in an existing folder: {path.parent}")
     if path.is_dir():
-        raise IsADirectoryError(f"path ({path}) must be a file, and is a folder")
+        raise IsADirectoryError(f"path ({path}) must be a file, but is a folder")
     partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     partial.touch(exist_ok=False)
     try:
@@ -59,11 +59,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def replace_folder(folder: str | Path, fresh: str | Path, *, overwrite: bool = True) -> None:
-    """Gives a new folder the name of another one, which it replaces whole or not at all.
+    """Replaces a folder with a new one as a whole.
 
-    After a kill or a power cut in between, `recover_folder` makes `folder` the old one or the new
-    one: what is in the new one is on the disk before it gets the name. On the way the old one has
-    the name `<folder>.old`; what else had it is removed.
+    If the process is killed or power fails in between, `recover_folder` restores either the old
+    folder or the new one: the new folder's files are flushed to disk before it is renamed. In the
+    meantime the old folder is named `<folder>.old`; anything else of that name is removed.
 
     Example:
         >>> run = tempfile.mkdtemp()
@@ -75,18 +75,19 @@ def replace_folder(folder: str | Path, fresh: str | Path, *, overwrite: bool = T
     Args:
         folder: Where the new folder goes.
         fresh: The new folder, on the same file system.
-        overwrite: Whether what is at `folder` is replaced. If not, nothing may be there, and
-            `<folder>.old` is left alone.
+        overwrite: Whether an existing `folder` is replaced. If not, `folder` must not exist or
+            must be empty, and `<folder>.old` is left alone.
 
     Raises:
-        NotADirectoryError: If `fresh` is no folder, or what is at `folder`; nothing is changed.
-        OSError: If `overwrite` is false and a folder with files is at `folder`; nothing is changed.
+        NotADirectoryError: If `fresh` is not a folder, or `folder` exists and is not a folder.
+            Nothing is changed.
+        OSError: If `overwrite` is false and `folder` is not empty. Nothing is changed.
     """
     folder, fresh = Path(folder), Path(fresh)
     if not fresh.is_dir():
         raise NotADirectoryError(f"fresh ({fresh}) must be a folder")
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"folder ({folder}) must be a folder, and is a file")
+        raise NotADirectoryError(f"folder ({folder}) must be a folder, but is a file")
     for path in fresh.rglob("*"):
         if path.is_file():
             _sync(path)
@@ -102,10 +103,10 @@ def replace_folder(folder: str | Path, fresh: str | Path, *, overwrite: bool = T
 
 
 def recover_folder(folder: str | Path) -> None:
-    """Undoes or completes a `replace_folder` that was killed; changes nothing otherwise.
+    """Undoes or completes an interrupted `replace_folder`; changes nothing otherwise.
 
     Args:
-        folder: As in `replace_folder`. Afterwards it is the old one or the new one, and
+        folder: As in `replace_folder`. Afterwards it is either the old or the new folder, and
             `<folder>.old` is gone.
     """
     folder = Path(folder)
@@ -120,7 +121,7 @@ def _old(folder: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Waits until the content of a file is on the disk."""
+    """Flushes a file to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Warnings of public names that work for one more version."""
+"""Deprecation warnings for renamed public names, which are kept for one more version."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import warnings
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warns the caller of the function that calls this, naming what takes the place of a name."""
+    """Warns that `old` is deprecated and names its replacement.
+
+    The default `stacklevel` points to the caller of the function that calls this one.
+    """
     warnings.warn(
         f"{old} is deprecated and will be removed in the next version: use {new}",
         DeprecationWarning,

@@ -1,4 +1,4 @@
-"""What is installed and which backend each operator takes: `python -m unimoe_kernels.info`."""
+"""Versions, build and the backend of each operator: `python -m unimoe_kernels.info`."""
 
 import importlib.metadata
 import importlib.util
@@ -16,7 +16,14 @@ _PACKAGES = ("triton", "transformers", "numpy")
 
 
 class BackendChoice(NamedTuple):
-    """The backend that an operator takes on a device, and why."""
+    """The backend that an operator uses on a device, and the reason.
+
+    Attributes:
+        op: name of the operator.
+        device: device type, `"cpu"` or `"cuda"`.
+        backend: name of the backend.
+        reason: one line of text.
+    """
 
     op: str
     device: str
@@ -25,7 +32,7 @@ class BackendChoice(NamedTuple):
 
 
 def backend_choices() -> list[BackendChoice]:
-    """Lists for every operator and device type the backend that a call takes, with the reason."""
+    """Returns the backend of every public operator on every device type."""
     return [
         BackendChoice(operator.name, device, operator.backend_on(device), _reason(operator, device))
         for operator in _backends.operators(public=True)
@@ -36,7 +43,7 @@ def backend_choices() -> list[BackendChoice]:
 def _reason(operator: _backends.Operator, device: str) -> str:
     backend = operator.backend_on(device)
     if backend == _backends.forced():
-        return "asked for by use_backend or UNIMOE_BACKEND"
+        return "forced by use_backend or UNIMOE_BACKEND"
     if backend == "triton" and operator.runs_kernels_on(device):
         return "compiled; not the default until its GPU tests have passed: UNIMOE_BACKEND=cuda"
     compiled = operator.is_compiled_for(device)
@@ -82,7 +89,7 @@ def _describe_extension() -> list[tuple[str, str]]:
         ("extension", f"loaded; built with torch {info['torch']}, {info['compiler']}"),
         ("  flags", info["flags"]),
         ("  CUDA", f"{cuda}, archs {info['cuda_archs']}" if cuda else "not compiled"),
-        ("CPU features", ", ".join(info["cpu_features"]) or "none of those looked for"),
+        ("CPU features", ", ".join(info["cpu_features"]) or "none that the kernels use"),
         ("CPU kernels", f"{info['cpu_isa']} (UNIMOE_CPU_ISA: {', '.join(info['cpu_isas'])})"),
     ]
 
@@ -112,7 +119,7 @@ def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def describe() -> str:
-    """Returns versions, how the extension was built, and one line for each operator and device."""
+    """Returns versions, the build of the extension, and a line per operator and device."""
     facts = [
         ("unimoe_kernels", unimoe_kernels.__version__),
         ("python", platform.python_version()),

@@ -1,4 +1,4 @@
-"""What tests of operators use, ours and those of users' own: errors, tolerances, routings."""
+"""Relative errors, tolerances and routings for tests of operators."""
 
 from __future__ import annotations
 
@@ -44,17 +44,18 @@ def assert_close_to_float64(
     name: str = "output",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Asserts that a result is as near to the float64 one as its dtype allows.
+    """Asserts that a result is as close to a float64 result as its dtype allows.
 
-    The error may be 64 roundings of `dtype`. With `baseline`, the reference run in that dtype, it
-    may also be at most twice the error of `baseline` plus four roundings.
+    The relative error must be at most 64 times the machine epsilon of `dtype`. With `baseline`, the
+    result of the reference in that dtype, it must also be at most twice the error of `baseline`
+    plus four times the machine epsilon.
 
     Args:
-        actual: Result to judge.
-        expected: The same in float64. It must not be so small that zeros would pass.
-        baseline: The same from the reference in the dtype of `actual`, or None.
-        name: What to call it in the message.
-        dtype: Lowest precision on the way to `actual`. Default: the dtype of `actual`.
+        actual: Result to test.
+        expected: Expected result, float64. Must not be all zero.
+        baseline: Result of the reference in the dtype of `actual`, or None.
+        name: Name of the result in error messages.
+        dtype: Lowest precision used in computing `actual`. Default: the dtype of `actual`.
 
     Raises:
         AssertionError: If the error is larger, or `expected` is not float64 or is all zero.
@@ -79,20 +80,21 @@ def sample_routing(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Draws experts and scores for every token, distinct experts for one token.
+    """Draws random expert ids and scores; the experts of a token are distinct.
 
     Args:
         kind: `"uniform"`; `"zipf"`, expert e with weight `1 / (e + 1)`; `"one_hot"`, all tokens to
-            the first K experts; `"empty_experts"`, only to the last half of them (at least K).
-        num_tokens: T.
-        top_k: K, at most E.
-        num_experts: E.
-        seed: Seed of the draw, which does not depend on the device.
-        device: Where the results lie.
-        dtype: Of the scores.
+            the first K experts; `"empty_experts"`, all tokens to the last half of the experts (at
+            least K of them).
+        num_tokens: Number of tokens T.
+        top_k: Number of experts per token K, at most E.
+        num_experts: Number of experts E.
+        seed: Seed; the same seed gives the same routing on every device.
+        device: Device of the results.
+        dtype: Dtype of the scores.
 
     Returns:
-        `ids` `[T, K]` int32 and `scores` `[T, K]`, positive with sum 1 for a token.
+        Expert ids `[T, K]` int32 and scores `[T, K]`, positive and summing to 1 for each token.
 
     Raises:
         ValueError: If `kind` is unknown or `top_k` is more than `num_experts`.
@@ -111,7 +113,7 @@ def sample_routing(
         weight_E = (expert_E >= min(num_experts // 2, num_experts - top_k)).float()
     else:
         weight_E = torch.ones(num_experts)
-    # The K smallest of exponential times with these rates are K draws without replacement.
+    # The K smallest of exponential variables with these rates are K draws without replacement.
     times_TE = torch.empty(num_tokens, num_experts).exponential_(generator=generator) / weight_E
     ids_TK = times_TE.argsort(1)[:, :top_k].int()
     scores_TK = torch.randn(num_tokens, top_k, generator=generator).softmax(1)

@@ -1,4 +1,4 @@
-// Gated activations of one row: silu in vectors, the others number by number.
+// Gated activations of one row: silu is vectorised, the others are computed element by element.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace unimoe {
 
-// Rows that are worth handing to a thread.
+// Minimum number of rows per thread.
 inline int64_t activated_rows_per_task(int64_t width) {
   constexpr int64_t kNumbersPerTask = 16 * 1024;
   return std::max<int64_t>(1, kNumbersPerTask / std::max<int64_t>(1, width));
@@ -18,7 +18,7 @@ inline int64_t activated_rows_per_task(int64_t width) {
 
 enum class Gate { kSilu, kGelu, kGeluTanh, kRelu, kClamped };
 
-// `limit` and `alpha` are those of kClamped.
+// `limit` and `alpha` are used by kClamped only.
 struct Activation {
   Gate gate;
   double limit;
@@ -56,7 +56,7 @@ Activated<S> activate(Gate kind, S x, S alpha) {
       return {S(0.5) * x * (S(1) + t), S(0.5) * (S(1) + t) + S(0.5) * x * (S(1) - t * t) * inner};
     }
     case Gate::kRelu:
-      // NaN is not at most 0: it passes, as in torch, and so does its gradient.
+      // NaN is not <= 0: NaN and its gradient propagate, as in torch.
       return {x <= S(0) ? S(0) : x, x <= S(0) ? S(0) : S(1)};
     default: {
       const S factor = kind == Gate::kClamped ? alpha : S(1);
@@ -66,14 +66,14 @@ Activated<S> activate(Gate kind, S x, S alpha) {
   }
 }
 
-// A gate and the number that it is multiplied with, as the activation takes them.
+// Gate and up after clamping.
 template <typename S>
 struct Pair {
   S gate;
   S up;
 };
 
-// NaN passes through the clamps, as in torch: only what is larger is cut.
+// The clamps propagate NaN, as in torch, because a comparison with NaN is false.
 template <typename S>
 Pair<S> clamped(const Activation& activation, S gate, S up) {
   if (activation.gate != Gate::kClamped) return {gate, up};
@@ -102,8 +102,8 @@ void activate_row(const Activation& activation, const Kernels& kernels, int64_t 
   }
 }
 
-// The gradient of score * act(gate) * up. `out`, unless it is null, gets that product; returned is
-// the gradient of the score.
+// Computes the gradient of score * act(gate) * up, writes this product to `out` unless it is null,
+// and returns the gradient of the score.
 template <typename T>
 Accumulator<T> activate_row_backward(const Activation& activation, const Kernels& kernels,
                                      int64_t width, Accumulator<T> score, const T* grad,
@@ -127,7 +127,7 @@ Accumulator<T> activate_row_backward(const Activation& activation, const Kernels
   S grad_score = 0;
   for (int64_t i = 0; i < width; ++i) {
     const S d = static_cast<S>(grad[i]), g = static_cast<S>(gate[i]), u = static_cast<S>(up[i]);
-    // What is cut off has gradient 0, even where it would be multiplied by infinity.
+    // Clamped elements have gradient 0, even if multiplied by infinity.
     const bool gate_open = clamps ? g <= limit : !(rectifies && g <= S(0));
     const bool up_open = !clamps || (u >= -limit && u <= limit);
     const Pair<S> pair = clamped(activation, g, u);

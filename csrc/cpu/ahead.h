@@ -1,5 +1,5 @@
-// Fetches memory that will be packed next while something else is multiplied: panels in the cache
-// keep the arithmetic busy, and the memory would have nothing to do.
+// Prefetches memory that will be packed next while panels in the cache are multiplied, during which
+// the memory bus would otherwise be idle.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace unimoe {
 
-// Shares the lines of one or two stretches of memory out among steps of multiplication.
+// Distributes the cache lines of one or two ranges of memory over steps of multiplication.
 class Ahead {
  public:
   // Where some steps start to fetch, and that they fetch a line every so many steps.

@@ -10,10 +10,10 @@
 namespace unimoe {
 namespace {
 
-// Fewer ids than this to a thread cost more to hand out than to sort.
+// Minimum number of ids per thread; with fewer, distributing them takes longer than sorting.
 constexpr int64_t kIdsPerChunk = 16384;
 
-// Sentinels, and any id that is not an expert's, go to the last bucket.
+// Sentinels and all other ids that are not those of an expert belong to the last bucket.
 template <typename Id>
 int64_t bucket_of(Id id, int64_t num_experts) {
   return id < 0 ? num_experts : std::min(static_cast<int64_t>(id), num_experts);
@@ -28,7 +28,8 @@ void sort(const Id* id, int64_t rows, int64_t num_experts, int32_t* order, int32
   const int64_t chunk_rows = (rows + chunks - 1) / chunks;
   const int64_t buckets = num_experts + 1;
 
-  // next[chunk][bucket]: first the chunk's histogram, then where its next row of a bucket goes.
+  // next[chunk][bucket]: first the chunk's histogram, then the position of its next row of a
+  // bucket.
   std::vector<int32_t> next(chunks * buckets, 0);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {

@@ -1,4 +1,4 @@
-// Matmul of every expert with its rows, and the gradient of its weight.
+// Matmul of every expert with its rows, and the gradients of weight and bias.
 #include <type_traits>
 
 #include "multiply_groups.h"

@@ -1,4 +1,4 @@
-// Which kernels the CPU runs.
+// Selection of the kernels for this CPU.
 #include "kernels.h"
 
 #include <cstdlib>
@@ -29,7 +29,7 @@ const Kernels& choose() {
   if (name != nullptr && *name != '\0') {
     const Kernels* named = find_kernels(name);
     UNIMOE_CHECK(named != nullptr, "UNIMOE_CPU_ISA (", name,
-                 ") must be portable, avx2, avx512 or avx512_bf16, and one that this CPU has");
+                 ") must be portable, avx2, avx512 or avx512_bf16, and supported by this CPU");
     return *named;
   }
   for (const Kernels* table : {avx512_bf16_kernels(), avx512_kernels(), avx2_kernels()}) {

@@ -1,5 +1,5 @@
-// The inner loops of the CPU operators, once for each instruction set; `kernels()` picks one of
-// those that the CPU has.
+// The inner loops of the CPU operators, one version per instruction set; `kernels()` selects one
+// that the CPU supports.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace unimoe {
 
 constexpr int64_t kLineBytes = 64;
-// Products of up to so many lines read the right operand as it is in memory: nothing is packed.
+// Products of up to this many lines read the right operand from memory without packing it.
 constexpr int64_t kFewLines = 8;
 
 // Kernels of one instruction set. The panels of `multiply` hold `rows` numbers of the left operand
@@ -46,21 +46,22 @@ struct Kernels {
   // out = silu(gate) * up over one row.
   void (*silu_mul)(int64_t width, const float* gate, const float* up, float* out);
   void (*silu_mul_bfloat16)(int64_t width, const uint16_t* gate, const uint16_t* up, uint16_t* out);
-  // The gradient of score * silu(gate) * up. `out`, unless it is null, gets that product; returned
-  // is the gradient of the score.
+  // Computes the gradient of score * silu(gate) * up, writes this product to `out` unless it is
+  // null, and returns the gradient of the score.
   float (*silu_mul_backward)(int64_t width, float score, const float* grad, const float* gate,
                              const float* up, float* out, float* grad_gate, float* grad_up);
   float (*silu_mul_backward_bfloat16)(int64_t width, float score, const uint16_t* grad,
                                       const uint16_t* gate, const uint16_t* up, uint16_t* out,
                                       uint16_t* grad_gate, uint16_t* grad_up);
-  // out = sum over k of weights[k] * rows[k], added in that order. The next sum's rows are fetched
-  // into the cache meanwhile.
+  // out = sum over k of weights[k] * rows[k], added in this order. The rows of the next sum are
+  // prefetched meanwhile.
   void (*weighted_sum)(int64_t count, const float* const* rows, const float* weights,
                        int64_t next_count, const float* const* next, int64_t width, float* out);
   void (*weighted_sum_bfloat16)(int64_t count, const uint16_t* const* rows, const float* weights,
                                 int64_t next_count, const uint16_t* const* next, int64_t width,
                                 uint16_t* out);
-  // out = e^(x - shift) for x up to shift, 0 where float32 has no normal result; returns the sum.
+  // out = e^(x - shift) for x up to shift, 0 if the result is not a normal float32; returns the
+  // sum.
   float (*exponentials)(int64_t count, const float* x, float shift, float* out);
   // A line of the left operand as `dot_quantized` reads it, and the sums of its groups, which zero
   // points are multiplied by.
@@ -80,16 +81,17 @@ struct Kernels {
 };
 
 const Kernels* portable_kernels();
-// Null where the binary was compiled for another processor family.
+// Null if the binary was compiled for another processor family.
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
 
-// The best of them that the CPU runs, or the one that UNIMOE_CPU_ISA names: "portable", "avx2",
-// "avx512" or "avx512_bf16". Chosen at the first call. Throws if the CPU lacks the one named.
+// Returns the fastest kernels that the CPU supports, or those that UNIMOE_CPU_ISA names:
+// "portable", "avx2", "avx512" or "avx512_bf16". Chosen on the first call. Throws if the CPU lacks
+// the named one.
 const Kernels& kernels();
 
-// By name, for tests; null if the CPU does not run it.
+// Returns kernels by name, for tests; null if the CPU does not support them.
 const Kernels* find_kernels(const char* name);
 
 inline float to_float(float value) { return value; }

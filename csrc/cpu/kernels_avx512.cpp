@@ -10,7 +10,7 @@
 #define UNIMOE_UNROLL _Pragma("GCC unroll 16")
 
 #if !defined(__clang__)
-// gcc 12 takes the undefined lanes in its own intrinsics for a mistake.
+// gcc 12 warns about undefined lanes in its own intrinsics.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif

@@ -1,4 +1,4 @@
-// Kernels for any processor; the compiler makes what it can of them.
+// Kernels for any processor, vectorised by the compiler as far as possible.
 #include <algorithm>
 #include <type_traits>
 

@@ -1,4 +1,4 @@
-// Matmuls of experts with their rows: each product goes the way that suits its size and dtype.
+// Matmuls of experts with their rows; the implementation depends on size and dtype.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace unimoe {
 
-// float64 has no fast path: it serves gradient checks.
+// float64, which is for gradient checks, has no fast path.
 inline void multiply_line(const Product<double>& product, int64_t line) {
   const double* left = product.left.line(line);
   std::vector<double> sums(product.sides() * product.columns);
@@ -44,7 +44,7 @@ inline void multiply_all(const std::vector<Product<double>>& products) {
   }
 }
 
-// Calls `body` with a unit of the panels that numbers of type T are packed into.
+// Calls `body` with a unit of the panels in which elements of type T are packed.
 template <typename T, typename Body>
 void with_units(const Kernels& chosen, Body&& body) {
   if constexpr (std::is_same_v<T, BFloat16>) {

@@ -1,9 +1,9 @@
 // The experts of a layer in one operator: rows are gathered while they are packed, gate and up are
-// multiplied together and activated before they leave the registers' tile, and the rows of a token
-// are summed by score in a fixed order. The pre-activations are written only if they are kept.
+// computed together and activated in their tile, and the score-weighted rows of
+// a token are summed in a fixed order. Pre-activations are written only if they are kept.
 //
-// The backward computes the activation again. With scores s, hidden rows H, A = act(H) and the
-// gradient dO of each row's token:
+// The backward recomputes the activation. With scores s, hidden rows H, A = act(H) and the gradient
+// dO of each row's token:
 //   dA' = dO W2    ds = rowsum(dA' * A) + dO b2    dH = act'(H)[s * dA']
 //   dW2 = dO' (s * A)    dW1 = dH' X    dx = sum of a token's rows of dH W1
 #include <algorithm>
@@ -26,7 +26,7 @@ void check_projection(const Tensor& weight, const char* name, const Tensor& x, i
   UNIMOE_CHECK(weight.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
 }
 
-// With weights as `pack_weight` leaves them, or without.
+// Weights packed by `pack_weight`, or nothing.
 struct Packed {
   std::optional<Tensor> gate_up;
   std::optional<Tensor> down;
@@ -78,7 +78,7 @@ Tensor moe_mlp_inference(Tensor x, Tensor gate_up_proj, Tensor down_proj,
   return results.y;
 }
 
-// What the rows of dA' and H turn into: dH, s * A, and ds where each score is.
+// Computes dH, s * A and ds from the rows of dA' and H.
 struct Activations {
   Tensor grad_hidden;
   Tensor scored;

@@ -1,4 +1,4 @@
-// Every expert multiplies its own rows, whatever its weight is stored as.
+// Every expert multiplies its own rows, for any storage format of its weight.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ inline void check_bias(const std::optional<Tensor>& bias, const char* name, cons
   UNIMOE_CHECK(bias->scalar_type() == x.scalar_type(), name, " must have the dtype of x");
 }
 
-// Rows x [N, depth] in the order of their experts become [N, width]; those of no expert are zeros.
+// Maps rows x [N, depth] in expert order to [N, width]; rows of no expert are zero.
 // `attach(product, expert)` sets the right operand of a product.
 template <typename Attach>
 Tensor multiply_groups(const Tensor& x, const Tensor& expert_offsets, int64_t width,

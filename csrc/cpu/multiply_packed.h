@@ -1,11 +1,10 @@
 // Products of many lines: both operands are packed into panels.
 //
-// The left operand (rows in the forward, columns of the gradient for the weight) is packed in waves
-// of bounded size, each while the one before it is multiplied. A task is one expert and some panels
-// of columns: it packs the panels, which then stay in the second-level cache, and multiplies them
-// with all panels on the left. Sums stay in registers over some hundred steps of depth and in a
-// float32 tile over all of them, so that each result is rounded once and the order of additions is
-// fixed.
+// The left operand (rows in the forward, columns of the gradient for weight gradients) is packed in
+// waves of bounded size, each while the previous one is multiplied. A task is one expert and some
+// panels of columns: it packs these panels, which then remain in the L2 cache, and multiplies them
+// by all left panels. Sums are kept in registers over a few hundred steps of depth and in a float32
+// tile over all steps, so that each result is rounded once and the order of additions is fixed.
 #pragma once
 
 #include <algorithm>
@@ -23,24 +22,24 @@
 namespace unimoe {
 
 constexpr int64_t kMaxTile = 8 * kMaxWidth;
-// Panels on the left that one task packs: their lines share cache lines where depth is strided.
+// Left panels that one task packs; their lines share cache lines if depth is strided.
 constexpr int64_t kLeftPanels = 8;
-// Of 32 bits; half of a second-level cache of 1 MiB.
+// In units of 32 bits: half of an L2 cache of 1 MiB.
 constexpr int64_t kPanelUnits = 128 * 1024;
 constexpr int64_t kFewestTasks = 16;
-// Sums of so many steps are added up by themselves before they join the others: rounding grows with
-// the number of additions one after the other.
+// Sums of this many steps are computed separately and then added, because rounding errors grow with
+// the number of sequential additions.
 constexpr int64_t kStepsAtOnce = 512;
-// Beyond so many steps several panels on the left are multiplied with parts of those on the right
-// before the next part: else few panels on the right would fit into the second-level cache, and
-// those on the left would be read from memory for each of them.
+// Beyond this many steps, several left panels are multiplied by one part of the right panels before
+// the next part. Otherwise few right panels would fit into the L2 cache, and the left panels would
+// be read from memory for each of them.
 constexpr int64_t kLongSteps = 4096;
 constexpr int64_t kLinesTogether = 16;
-// Of the packed left operand: what stays in a third-level cache, but lines enough to make up for
-// packing the right one again.
+// Of the packed left operand: small enough for an L3 cache, but with enough lines to amortise
+// packing the right operand again.
 constexpr int64_t kPackedUnits = 1024 * 1024;
 constexpr int64_t kFewestLines = 2048;
-// More than this is handed back after a call.
+// Buffers larger than this are freed after a call.
 constexpr int64_t kKeptUnits = 4 * 1024 * 1024;
 
 constexpr int64_t kBuffers = 3;
@@ -72,7 +71,7 @@ void pack_right(const Kernels& kernels, const Product<T>& product, int64_t first
   }
 }
 
-// The products of one call, and the tasks that they are cut into.
+// The products of one call, and the tasks into which they are divided.
 template <typename T, typename U>
 class PackedMatmul {
  public:
@@ -152,7 +151,7 @@ class PackedMatmul {
       plan_product(i, even);
     }
     buffer_ = parts_of(buffer_, kAlignment / 4) * (kAlignment / 4);
-    // A wave is packed before the one ahead of it is multiplied.
+    // A wave is packed before the previous one is multiplied.
     const std::vector<Task>* ahead = nullptr;
     for (Wave& wave : waves_) {
       wave.to_pack = wave.packing.size();

@@ -1,5 +1,5 @@
-// Products of little depth, such as the gradient of a weight whose expert has few rows: each line
-// of the result is a sum of rows that are read as they are in memory, and nothing is packed.
+// Products of small depth, such as the gradient of a weight whose expert has few rows: each line of
+// the result is a sum of rows, which are read from memory without packing.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Products of few lines or columns: operands are read as they are in memory.
+// Products of few lines or columns: operands are read from memory without packing.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +12,13 @@ namespace unimoe {
 
 constexpr int64_t kBlock = 64;
 constexpr int64_t kFewColumns = 24;
-// Of so few lines a block may be wider, as long as there are tasks enough: a long stretch of memory
-// is read faster than many short ones.
+// With this few lines a block may be wider, if enough tasks remain: one long range of memory is
+// read faster than many short ones.
 constexpr int64_t kStreamedLines = 4;
 constexpr int64_t kWidestBlock = 256;
 constexpr int64_t kEnoughBlocks = 32;
 
-// Copies the lines of products that take them from here and there, so that they follow each other.
+// Copies the lines of products that gather them, so that they are contiguous.
 template <typename T>
 std::vector<T> gather_lines(std::vector<Product<T>>& products) {
   int64_t numbers = 0;
@@ -36,8 +36,8 @@ std::vector<T> gather_lines(std::vector<Product<T>>& products) {
   return gathered;
 }
 
-// Products whose operands both lie along depth, as they are in memory: packing a panel costs as
-// much as multiplying it with some ten lines.
+// Products whose operands are both contiguous along depth are computed without packing: packing a
+// panel takes as long as multiplying it by about ten lines.
 template <typename T>
 void multiply_unpacked(std::vector<Product<T>> products, const Kernels& kernels) {
   struct Block {

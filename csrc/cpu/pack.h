@@ -1,5 +1,5 @@
-// Packs operands of a matmul into panels: `width` lines side by side, one step of depth after the
-// other. A step is one float, or two bfloat16 that follow each other in depth.
+// Packs operands of a matmul into panels: `width` lines side by side, step by step along depth. A
+// step is one float, or two bfloat16 that are adjacent along depth.
 #pragma once
 
 #include <algorithm>
@@ -25,10 +25,10 @@ struct Operand {
   }
 };
 
-// Most lines of a panel.
+// Maximum number of lines of a panel.
 constexpr int64_t kMaxWidth = 48;
 
-// Lines whose 32-bit units lie one after the other along depth.
+// Lines whose 32-bit units are contiguous along depth.
 template <typename T>
 void pack_lines(const Kernels& kernels, const Operand<T>& from, int64_t first, int64_t held,
                 int64_t units, int64_t width, void* to) {

@@ -1,4 +1,4 @@
-// Packs the weights of all experts once, so that calls need not do it again.
+// Packs the weights of all experts once rather than in every call.
 #include "packed_weight.h"
 
 #include "check.h"
@@ -6,8 +6,8 @@
 namespace unimoe {
 namespace {
 
-// [E, sides * F, D] to the panels of each expert, [E, units]. The layout is that of the instruction
-// set in use, and means nothing to another process.
+// Packs [E, sides * F, D] into the panels of each expert, [E, units]. The layout depends on the
+// instruction set in use and is not valid in another process.
 Tensor pack_weight(Tensor weight, int64_t sides) {
   UNIMOE_CHECK(weight.dim() == 3 && sides >= 1 && sides <= 2 && weight.size(1) % sides == 0,
                "weight (shape ", shape_of(weight), ") must be [E, ", sides, " * F, D]");
@@ -17,7 +17,8 @@ Tensor pack_weight(Tensor weight, int64_t sides) {
   dispatch_floating(weight.scalar_type(), "weight", [&](auto element) {
     using T = decltype(element);
     if constexpr (std::is_same_v<T, double>) {
-      UNIMOE_CHECK(false, "weight must not be float64: its matmuls pack nothing");
+      UNIMOE_CHECK(false,
+                   "weight must not be float64: matmuls in float64 do not use packed weights");
     } else {
       const Activation gated{};
       with_units<T>(chosen, [&](auto unit) {

@@ -1,11 +1,11 @@
-// Weights of experts that were packed before a call, for layers that are called often.
+// Weights of experts that are packed once, for layers that are called often.
 #pragma once
 
 #include "matmul.h"
 
 namespace unimoe {
 
-// Units of 32 bits that the panels of one expert take.
+// Number of 32-bit units in the panels of one expert.
 inline int64_t packed_units(const Tensor& weight, int64_t sides) {
   const Kernels& chosen = kernels();
   const bool pairs =
@@ -15,7 +15,7 @@ inline int64_t packed_units(const Tensor& weight, int64_t sides) {
   return parts_of(weight.size(1) / sides, chosen.columns) * sides * chosen.columns * steps;
 }
 
-// What `pack_weight` made of a weight, or nothing.
+// The output of `pack_weight` for a weight, or nothing.
 class PackedWeight {
  public:
   PackedWeight(const std::optional<Tensor>& packed, const char* name, const Tensor& weight,

@@ -1,4 +1,4 @@
-// Token permutation: copies rows into expert order and sums them back.
+// Token permutation: copies rows into expert order, and sums the rows of each token.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -10,11 +10,11 @@
 namespace unimoe {
 namespace {
 
-// A thread should move at least this much: waking it costs as long as copying some tens of KB.
+// Minimum number of bytes per thread: waking a thread takes as long as copying some tens of KB.
 constexpr int64_t kBytesPerTask = 64 * 1024;
-// Columns summed at a time; the partial sums of one block stay in the first-level cache.
+// Columns summed at a time; the partial sums of a block fit into the L1 cache.
 constexpr int64_t kColumns = 512;
-// Partial sums of a dot product. Their number fixes the order of the additions.
+// Number of partial sums of a dot product, which determines the order of additions.
 constexpr int64_t kLanes = 16;
 
 int64_t rows_per_task(int64_t row_bytes) {
@@ -65,7 +65,7 @@ struct TokenRows {
   std::vector<const T*> rows;
   std::vector<Accumulator<T>> weights;
 
-  // `score` is null where every weight is 1.
+  // `score` is null if every weight is 1.
   void set(const T* from, int64_t width, const int32_t* position, const Accumulator<T>* score,
            int64_t top_k, int64_t routed) {
     rows.clear();

@@ -1,4 +1,4 @@
-// What is multiplied: one expert with its rows, and where its results go.
+// Description of a product: one expert, its rows, and the output.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace unimoe {
 //   out[line of left][line of right] = sum over depth + bias.
 // With an activation, `right` and `bias` hold `columns` gates and then as many ups, and
 //   out = act(gate) * up,
-// while `hidden`, unless it is null, gets both, [lines][2 * columns].
+// and both are written to `hidden`, [lines][2 * columns], unless it is null.
 template <typename T>
 struct Product {
   Operand<T> left;
@@ -78,7 +78,7 @@ void write(const Product<T>& product, const Kernels& kernels, float* const* sums
   }
 }
 
-// The same product of some of the lines on the left.
+// The same product for some of the left lines.
 template <typename T>
 Product<T> some_lines(const Product<T>& product, int64_t first, int64_t lines) {
   Product<T> some = product;

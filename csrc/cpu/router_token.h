@@ -1,4 +1,4 @@
-// One token of the router: its probabilities, the choice of its experts, and their scores.
+// The router for one token: probabilities, selection of experts, and scores.
 #pragma once
 
 #include <algorithm>
@@ -23,13 +23,13 @@ inline float exponentials(const Kernels& fast, int64_t count, const float* x, fl
   return fast.exponentials(count, x, shift, out);
 }
 
-// The order of torch's sort: a NaN is larger than everything.
+// The order of torch's sort: NaN is larger than any number.
 template <typename S>
 bool larger(S a, S b) {
   return a > b || (a != a && b == b);
 }
 
-// The positions of the `top` largest of `values`, best first; among equals the lower comes first.
+// The positions of the `top` largest of `values`, in descending order; ties go to the lower one.
 template <typename S>
 void choose(int64_t count, const S* values, int64_t top, int32_t* chosen) {
   int64_t held = 0;
@@ -41,7 +41,7 @@ void choose(int64_t count, const S* values, int64_t top, int32_t* chosen) {
   }
 }
 
-// What all tokens of a call share.
+// Arguments shared by all tokens of a call.
 struct Routing {
   Mode mode;
   int64_t experts, top_k, num_groups, top_groups;
@@ -85,7 +85,7 @@ struct Token {
   }
 };
 
-// Chooses the experts of a token that has been read.
+// Selects the experts of a token after `read`.
 template <typename S>
 void choose_experts(const Routing& routing, Token<S>& token, const S* bias, int32_t* ids) {
   const int64_t experts = routing.experts;
@@ -100,7 +100,7 @@ void choose_experts(const Routing& routing, Token<S>& token, const S* bias, int3
     token.choice[e] = bias == nullptr ? plain : plain + bias[e];
   }
   if (routing.num_groups != routing.top_groups) {
-    // DeepSeek-V2 ranks groups by their best expert; V3, which has the bias, by the best two.
+    // DeepSeek-V2 ranks groups by their best expert; V3, which has a bias, by the best two.
     const int64_t size = experts / routing.num_groups;
     const int64_t best = bias == nullptr ? 1 : std::min<int64_t>(2, size);
     for (int64_t g = 0; g < routing.num_groups; ++g) {
@@ -126,7 +126,7 @@ void score(Mode mode, const Token<S>& token, int64_t top_k, const int32_t* ids, 
     }
     return;
   }
-  // The softmax over all experts, renormalised over the chosen, is the softmax over these.
+  // The softmax over all experts, renormalised over the chosen, is that over the chosen.
   S largest = token.logit[ids[0]];
   for (int64_t k = 1; k < top_k; ++k) largest = std::max(largest, token.logit[ids[k]]);
   S sum = is_sigmoid(mode) ? S(kTiny) : S(0);

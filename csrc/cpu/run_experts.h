@@ -1,4 +1,4 @@
-// The forward of a layer's experts, whatever their weights are stored as.
+// The forward of a layer's experts, for any storage format of their weights.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace unimoe {
 
-// Where a call writes what it returns. `hidden` has no rows if they are not kept.
+// Outputs of a call. `hidden` has no rows if pre-activations are not kept.
 struct Results {
   Tensor y;
   Tensor hidden;
@@ -31,7 +31,7 @@ inline int64_t check_rows_of(const Tensor& x, const Tensor& ids) {
   return rows;
 }
 
-// A stacked weight `[E, lines, depth]` of floats, with its panels or without.
+// A stacked weight `[E, lines, depth]` of floats, with or without packed panels.
 class FloatWeight {
  public:
   FloatWeight(const Tensor& weight, const char* name, const Tensor& x,

@@ -1,4 +1,4 @@
-// Work that threads share, and the memory that they keep for it.
+// Distribution of tasks over threads, and buffers that are kept between calls.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
-// Uninitialised memory that starts at a cache line.
+// Uninitialised memory that is aligned to a cache line.
 inline std::unique_ptr<uint32_t, Free> allocate(int64_t units) {
   const int64_t bytes =
       (std::max<int64_t>(1, units) * 4 + kAlignment - 1) / kAlignment * kAlignment;
@@ -51,12 +51,12 @@ class Scratch {
   int64_t held_ = 0;
 };
 
-// Waits until a number that other threads count down is zero, or one of them has failed.
+// Waits until a counter that other threads decrement is zero, or one of them has failed.
 inline void wait_for(const std::atomic<int64_t>& number, const std::atomic<bool>& failed) {
   while (number.load(std::memory_order_acquire) != 0 && !failed) std::this_thread::yield();
 }
 
-// Every thread takes the next task until none is left: tasks may differ a lot in size.
+// Every thread takes the next task until none is left, because tasks may differ a lot in size.
 template <typename Body>
 void for_each_task(int64_t tasks, Body&& body) {
   std::atomic<int64_t> next{0};

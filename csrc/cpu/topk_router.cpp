@@ -1,14 +1,14 @@
-// Choice of experts, their scores, and the losses on the choice, token by token.
+// Selection of experts, their scores, and the auxiliary losses, token by token.
 //
-// Tokens are handed out in blocks of fixed size and the sums of the blocks are added in order, so
-// that the losses do not depend on how many threads there are.
+// Tokens are distributed in blocks of fixed size and the sums of the blocks are added in order, so
+// that the losses do not depend on the number of threads.
 #include "router_token.h"
 
 namespace unimoe {
 namespace {
 
 constexpr int64_t kTokensPerBlock = 64;
-// Fewer logits than this to a thread cost more to hand out than to route.
+// Minimum number of logits per thread; with fewer, distributing them takes longer than routing.
 constexpr int64_t kLogitsPerTask = 8192;
 
 int64_t blocks_of(int64_t tokens) { return (tokens + kTokensPerBlock - 1) / kTokensPerBlock; }
@@ -17,10 +17,10 @@ int64_t blocks_per_task(int64_t experts) {
   return std::max<int64_t>(1, kLogitsPerTask / (kTokensPerBlock * std::max<int64_t>(1, experts)));
 }
 
-// Which tokens count in the losses.
+// The tokens that the losses include.
 struct Mask {
   const bool* mask = nullptr;
-  int64_t counted;  // at least 1, as it divides
+  int64_t counted;  // at least 1, because it is a divisor
 
   Mask(const std::optional<Tensor>& token_mask, int64_t tokens) : counted(tokens) {
     check_mask(token_mask, tokens);
@@ -125,9 +125,10 @@ Routed topk_router(Tensor logits, std::optional<Tensor> correction_bias,
   return {scores, ids, tokens_per_expert, load_balancing_loss, router_z_loss};
 }
 
-// out = the gradient in one token's logits. `grad_scores` are those of its chosen experts times
-// the scale, `grad_probability` that of the load-balancing loss in its probabilities (null if the
-// token does not count), `slope` twice the gradient of the z-loss by the number of tokens.
+// out = the gradient of one token's logits. `grad_scores` are the gradients of its scores times the
+// scale, `grad_probability` is the gradient of the load-balancing loss with respect to its
+// probabilities (null if the token is masked out), and `slope` is twice the gradient of the z-loss
+// divided by the number of tokens.
 template <typename S, typename T>
 void backward_token(Mode mode, const Token<S>& token, int64_t experts, int64_t top_k,
                     const int32_t* ids, S* grad_scores, const S* grad_probability, S slope,
@@ -168,7 +169,7 @@ void backward_token(Mode mode, const Token<S>& token, int64_t experts, int64_t t
   }
 }
 
-// How many choices of counted tokens fall on each expert.
+// Number of choices of each expert by the tokens that the losses include.
 std::vector<int64_t> count_choices(const int32_t* ids, int64_t tokens, int64_t top_k,
                                    int64_t choices, int64_t experts, const Mask& counts) {
   std::vector<int64_t> counted(experts, 0);

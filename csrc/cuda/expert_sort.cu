@@ -1,7 +1,6 @@
-// Stable counting sort of expert ids without a host synchronisation, in one launch for few ids and
-// else in two: a histogram of each block's ids, and the sort, in which every block adds up the
-// histograms of the blocks before it. Nothing is counted by atomics but in shared memory, and there
-// integers only.
+// Stable counting sort of expert ids without host synchronisation, in one launch for few ids, else
+// in two: a histogram of each block's ids, and the sort, in which every block adds up the
+// histograms of the blocks before it. Atomics are used only in shared memory, on integers.
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -19,11 +18,11 @@ constexpr int64_t kIdsPerWarp = kIdsPerLane * kWarp;
 // What one block sorts alone, in the ids that its warps take at a time: not longer than another
 // launch would take.
 constexpr int64_t kTilesAlone = 2;
-// Each block reads the counts of all: their number must not grow with that of the ids.
+// Each block reads the counts of all blocks, so their number must not grow with the number of ids.
 constexpr int64_t kMaxBlocks = 256;
 constexpr int kBatch = 8;  // counts that a thread waits for at a time
 
-// Sentinels, and any id that is not an expert's, go to the last bucket.
+// Sentinels and all other ids that are not those of an expert belong to the last bucket.
 template <typename Id>
 __device__ int bucket_of(Id id, int num_experts) {
   using Unsigned = std::make_unsigned_t<Id>;
@@ -71,7 +70,7 @@ __device__ void count_ids(const Id* __restrict__ ids, const Share& share, int nu
     for (int i = 0; i < kIdsPerLane; ++i) {
       const int bucket = tile.buckets[i];
       const unsigned peers = __match_any_sync(kFullWarp, bucket);
-      // One lane adds for all that have the bucket: all ids may be the same.
+      // One lane adds for all lanes with the same bucket, because all ids may be equal.
       if (bucket <= num_experts && (peers & lanes_below()) == 0) {
         atomicAdd(&histogram[bucket], __popc(peers));
       }
@@ -201,8 +200,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int b = threadIdx.x; b < buckets; b += blockDim.x) {
       int position = next[b];
       for (int warp = 0; warp < warps; warp += kBatch) {
-        // All loads before the first store, which might change what is loaded for all that the
-        // compiler knows.
+        // All loads precede the first store, because the compiler must assume that they alias.
         int batch[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {

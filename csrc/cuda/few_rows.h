@@ -1,5 +1,6 @@
-// Grouped matmuls for few rows an expert: right for any number of them, and bound by reading the
-// weights of the experts that have rows. Compute capability 8.0 or later, bfloat16 and float16.
+// Grouped matmuls for few rows per expert. They are correct for any number of rows; reading the
+// weights of experts with rows is the bottleneck. Compute capability 8.0 or later, bfloat16 and
+// float16.
 //
 // Rows are in expert order, those of expert e from offsets[e] to offsets[e + 1] - 1; rows from
 // offsets[E] on are not written. Results repeat bit for bit. The inner size is a multiple of 8

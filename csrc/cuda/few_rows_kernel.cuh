@@ -1,8 +1,8 @@
-// The kernel of the grouped matmul for few rows. Reading weights bounds it, so each warp streams
-// its own steps of a sum through shared memory, always kStages - 1 of them on the way, on into the
-// next items. Warps of a block meet once an item, to add up their sums.
+// The kernel of the grouped matmul for few rows. Reading weights is its bottleneck, so each warp
+// streams its own steps of a sum through shared memory, with kStages - 1 of them always in flight,
+// across items. Warps of a block synchronise once per item, to add up their sums.
 //
-// Weights are the left operand: a matrix instruction takes 16 of their rows and 8 rows of x.
+// Weights are the left operand: a matrix instruction multiplies 16 of their rows by 8 rows of x.
 #pragma once
 
 #include "few_rows_schedule.cuh"
@@ -136,7 +136,7 @@ struct StepLoader {
       copy_async_16(to[i % 2] + i * kCopyRows * kStepBytes, weight_chunk + n * stride,
                     live ? kChunkBytes : 0);
     }
-    // Weights are on their way while the order is read.
+    // Weights are in flight while the order is read.
     if (round == 0) find_tokens();
     const T* const x_chunk = problem.x + k;
 #pragma unroll
@@ -285,7 +285,7 @@ __global__ void add_parts_kernel(const float* partial, const int* routed_rows, T
   y[i] = static_cast<T>(kGated ? gated_silu(sum, up) : sum);
 }
 
-// Rows of no expert become zeros.
+// Sets rows of no expert to zero.
 template <typename T>
 __global__ void clear_tail_kernel(const int* routed_rows, T* y, int64_t elements, int width) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

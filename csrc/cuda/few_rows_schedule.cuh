@@ -1,9 +1,9 @@
-// Who does what in the grouped matmul for few rows: items of work, each a tile of rows of one
-// expert by a tile of columns by a part of the sum, dealt to a number of blocks that the host
-// fixes without knowing the offsets.
+// Schedule of the grouped matmul for few rows: work items, each a tile of rows of one expert by a
+// tile of columns by a part of the sum, distributed over a number of blocks that the host chooses
+// without reading the offsets.
 //
-// Items of an expert follow one another, its row tiles fastest: blocks that run at the same time
-// then share the weights of a column tile, which come from memory once.
+// Items of an expert are consecutive, with row tiles varying fastest: blocks that run concurrently
+// then share the weights of a column tile, which are read from memory once.
 #pragma once
 
 #include "launch.cuh"
@@ -11,7 +11,7 @@
 namespace unimoe {
 
 constexpr int kSumWarps = 4;       // of a block; each sums every fourth step
-constexpr int kStepElements = 64;  // of a sum, which a warp reads at a time: 128 bytes a row
+constexpr int kStepElements = 64;  // of a sum, which a warp reads at a time: 128 bytes per row
 constexpr int kGroupRows = 16;     // rows of a weight in one matrix instruction
 constexpr int kWeightRows = 32;    // rows of a weight in an item: two groups
 constexpr int kPairRows = 16;      // rows of x in two matrix instructions
@@ -58,8 +58,8 @@ inline int64_t likely_experts(int64_t rows, int64_t experts) {
   return ceil_div(rows * experts, rows + experts);
 }
 
-// A sum is split where the items are too few for the multiprocessors: one block on each keeps
-// enough bytes on the way. A part makes at least two rounds.
+// A sum is split if there are fewer items than multiprocessors; one block on each keeps enough
+// bytes in flight. A part has at least two rounds.
 inline FewRowsSchedule few_rows_schedule(int64_t rows, int64_t experts, int64_t width,
                                          int64_t inner, bool gated, int multiprocessors) {
   FewRowsSchedule schedule{};

@@ -1,4 +1,4 @@
-// Grouped matmuls for few rows an expert, plain and with a gated activation.
+// Grouped matmuls for few rows per expert, plain and with a gated activation.
 #include <algorithm>
 
 #include "few_rows.h"
@@ -11,7 +11,7 @@ namespace {
 constexpr int kElementwiseThreads = 256;
 constexpr int64_t kMostSize = int64_t{1} << 30;
 
-// Of device and host pointers alike: what 16-byte copies ask of an address.
+// Alignment that 16-byte copies require of an address.
 void check_aligned(const Tensor& tensor, const char* name) {
   UNIMOE_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kChunkBytes == 0, name,
                " must start at a multiple of ", kChunkBytes, " bytes");
@@ -33,7 +33,7 @@ void check_weight(const Tensor& weight, const char* name, const Tensor& x) {
   UNIMOE_CHECK(weight.size(2) == x.size(1), name, " (shape ", shape_of(weight), ") must have ",
                x.size(1), " columns, as x");
   UNIMOE_CHECK(weight.size(1) < kMostSize, name, " (", weight.size(1),
-               " rows an expert) must have less than ", kMostSize);
+               " rows per expert) must have less than ", kMostSize);
   check_same_device(weight, name, x);
   if (weight.numel() == 0) return;
   UNIMOE_CHECK(weight.stride(2) == 1, name, " (inner stride ", weight.stride(2),
@@ -142,7 +142,7 @@ void check_gated(const Tensor& x, const Tensor& gate_up, const Tensor& offsets, 
   check_x(x);
   check_weight(gate_up, "gate_up_proj", x);
   UNIMOE_CHECK(gate_up.size(1) % 2 == 0, "gate_up_proj (", gate_up.size(1),
-               " rows an expert) must have as many gate rows as up rows");
+               " rows per expert) must have as many gate rows as up rows");
   check_offsets_of(offsets, gate_up, x);
   UNIMOE_CHECK(top_k >= 1 && top_k < kMostSize, "top_k (", top_k,
                ") must be at least 1 and less than ", kMostSize);

@@ -57,7 +57,7 @@ void weight_gradient(const Tensor& grad, const Tensor& x, const Tensor& offsets,
   check_weight(grad_weight, "grad_weight", false, grad);
   check_shape(grad_weight, "grad_weight", {offsets.size(0) - 1, grad.size(1), x.size(1)});
   UNIMOE_CHECK(grad_weight.is_contiguous(), "grad_weight must be contiguous");
-  // No row is ever read of maps of no rows, whose address the driver may refuse.
+  // Rows of an empty tensor are never read, and the driver may reject its address.
   if (grad.size(0) == 0) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(grad_weight.get()));
     return;

@@ -1,5 +1,5 @@
-// The only place where a kernel is launched: on the device of its tensors and on torch's current
-// stream there, so that kernels keep their order under streams, graphs and torch.compile.
+// Launches all kernels on the device of their tensors and on torch's current stream, so that order
+// is preserved under streams, graphs and torch.compile.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,7 +30,7 @@ struct LaunchShape {
   size_t shared_bytes = 0;
 };
 
-// Does nothing for an empty grid, which CUDA would refuse.
+// Returns without a launch for an empty grid, which CUDA would reject.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), LaunchShape shape, const Tensor& on,
             Arguments... arguments) {

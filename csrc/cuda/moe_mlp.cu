@@ -1,6 +1,6 @@
-// A whole layer in one call: sort, matmuls and combine, and its backward. Where rows are few and
-// nothing is kept, the matmuls are those that stream weights past them (compute capability 8.0 or
-// later); all others are those for 9.0.
+// A whole layer in one call: sort, matmuls and combine, and its backward. With few rows and no
+// backward, the matmuls are those that stream the weights (compute capability 8.0 or later); all
+// others are those for 9.0.
 #include <optional>
 
 #include "check.h"
@@ -11,7 +11,7 @@
 namespace unimoe {
 namespace {
 
-// Rows an expert, on average, up to which streaming the weights is bound by reading them.
+// Largest mean number of rows per expert for which reading the weights is the bottleneck.
 constexpr int64_t kFewRows = 32;
 
 // The routed rows [T, K] as [N], without copying them.
@@ -66,7 +66,7 @@ Tensor moe_mlp_cuda_inference(Tensor x, Tensor gate_up, Tensor down, Tensor ids,
   return std::get<0>(moe_mlp_cuda(x, gate_up, down, ids, scores, /*keep_hidden=*/false));
 }
 
-// Returns the gradients of x, gate_up_proj, down_proj and scores; those that are not asked for are
+// Returns the gradients of x, gate_up_proj, down_proj and scores; those that are not required are
 // empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_cuda_backward(
     Tensor grad, Tensor x, Tensor gate_up, Tensor down, Tensor scores, Tensor hidden, Tensor order,
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_cuda_backward(
                          grad_hidden ? &*grad_hidden : nullptr, weighted ? &*weighted : nullptr,
                          needs_scores ? &grad_scores : nullptr);
   }
-  // A copy of rows in expert order lives no longer than the matmul that reads it.
+  // A copy of rows in expert order is freed after the matmul that reads it.
   if (needs_down) {
     grad_down = empty({experts, down.size(1), width}, dtype, x);
     sm90::weight_gradient(gpu::permute(grad, inverse, offsets, top_k), *weighted, offsets,

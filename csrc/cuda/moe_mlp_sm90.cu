@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kScoreThreads = 256;
 
-// The gradient of the score of routed row n: the sums of its column tiles, in their order, and 0
-// where no expert owns the row.
+// The gradient of the score of routed row n: the sum over its column tiles, in order, or 0 for a
+// row of no expert.
 __global__ void score_gradient_kernel(const float* __restrict__ score_sums,
                                       const int* __restrict__ inverse_order,
                                       const int* __restrict__ routed_rows,

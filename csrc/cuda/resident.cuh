@@ -1,4 +1,4 @@
-// How many blocks the device of a tensor can hold at once.
+// The number of blocks that can be resident on the device of a tensor.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@ inline int count_multiprocessors(const Tensor& on) {
   return device_attribute(on, cudaDevAttrMultiProcessorCount);
 }
 
-// Blocks on each multiprocessor, where shared memory alone bounds their number.
+// Blocks per multiprocessor, if limited by shared memory alone.
 inline int blocks_by_shared_memory(const Tensor& on, int64_t shared_bytes) {
   const int64_t all = device_attribute(on, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   const int64_t reserved = device_attribute(on, cudaDevAttrReservedSharedMemoryPerBlock);

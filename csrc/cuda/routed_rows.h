@@ -1,5 +1,5 @@
-// Operators on routed rows that other CUDA operators call. The namespace keeps them apart from the
-// CPU's of the same names and arguments.
+// Operators on routed rows that other CUDA operators call. The namespace separates them from the
+// CPU versions, which have the same names and arguments.
 #pragma once
 
 #include <tuple>
@@ -13,7 +13,7 @@ using Sorted = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Sorted expert_sort(Tensor ids, int64_t num_experts);
 
-// Takes inverse_order, not row_order: a token is read once and written to its K rows.
+// Requires inverse_order rather than row_order: a token is read once and written to its K rows.
 Tensor permute(Tensor x, Tensor inverse_order, Tensor expert_offsets, int64_t top_k);
 
 // Without scores every weight is 1.

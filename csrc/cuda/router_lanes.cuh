@@ -8,7 +8,7 @@ namespace unimoe {
 
 constexpr int kMostLaneExperts = 512;
 
-// Blocks on a processor at a time. Left alone, the compiler spills registers to have more.
+// Resident blocks per multiprocessor. Without this bound, the compiler spills registers for more.
 template <int N>
 constexpr int kMinBlocks = N > 8 ? 2 : (N > 4 ? 3 : 4);
 

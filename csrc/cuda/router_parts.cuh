@@ -1,4 +1,4 @@
-// What each block of the router's forward counts and sums, and the kernel that adds it up in the
+// Counts and sums of each block of the router's forward, and the kernel that adds them up in the
 // order of the blocks, so that the losses are the same every run.
 #pragma once
 
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kWarp* kReduceLanes)
   }
   if (__shfl_sync(kFullWarp, finished, 0) != static_cast<int>(gridDim.x) - 1) return;
   __threadfence();
-  // A lane alone would wait for memory hundreds of times, one after the other.
+  // A single lane would wait for memory hundreds of times in sequence.
   double tokens = 0, square = 0, balancing = 0;
   for (int part = threadIdx.x; part < parts; part += kWarp) {
     tokens += tokens_counted[part];
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kWarp* kReduceLanes)
   square = warp_sum(square);
   balancing = warp_sum(balancing);
   if (threadIdx.x != 0) return;
-  tokens = tokens < 1 ? 1 : tokens;  // it divides
+  tokens = tokens < 1 ? 1 : tokens;  // it is a divisor
   *load_balancing_loss = static_cast<S>(experts * balancing / (tokens * choices * tokens));
   *router_z_loss = static_cast<S>(square / tokens);
 }

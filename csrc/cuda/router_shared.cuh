@@ -1,5 +1,5 @@
 // A token of the router in shared memory, for what registers do not hold: float64, and more experts
-// or groups. There a lane touches its own experts' values only.
+// or groups. A lane accesses only its own experts' values there.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace unimoe {
 
-// A candidate for the choice: by value, among equals by the lower id.
+// A candidate, ordered by value; ties go to the lower id.
 template <typename Integer>
 struct Candidate {
   Integer order = std::numeric_limits<Integer>::lowest();
@@ -65,7 +65,7 @@ __device__ TokenSums<S> read_token(const T* from, int experts, S* logit, S* sigm
   return token;
 }
 
-// As many warps a block as fit into its shared memory beside `common` bytes.
+// The number of warps per block that fit into its shared memory besides `common` bytes.
 inline int64_t warps_for(int64_t bytes_of_warp, int64_t common, int64_t experts) {
   const int64_t room = kSharedBytes - kFixedSharedBytes - common;
   const int64_t usable = std::min<int64_t>(kMaxWarps, room / bytes_of_warp);

@@ -1,4 +1,4 @@
-// One token of the router and the warp that works on it. Lane l owns the experts l, l + 32, ...
+// One token of the router, processed by one warp. Lane l owns the experts l, l + 32, ...
 #pragma once
 
 #include <limits>
@@ -10,7 +10,7 @@ namespace unimoe {
 
 constexpr int kMaxWarps = 8;
 
-// What all tokens of a call share.
+// Arguments shared by all tokens of a call.
 struct RouterCall {
   Mode mode;
   int experts, top_k, num_groups, top_groups, choices;
@@ -67,7 +67,7 @@ __device__ S sigmoid_of(S logit) {
   return S(1) / (S(1) + exp(-logit));
 }
 
-// What is known of a token after its logits were read.
+// Statistics of a token, computed while its logits are read.
 template <typename S>
 struct TokenSums {
   S largest, sum, sigmoid_sum;
@@ -92,7 +92,7 @@ struct Chosen {
       sum = warp_sum(sum) + S(kTiny);
       return;
     }
-    // The softmax over all experts, renormalised over the chosen, is the softmax over these.
+    // The softmax over all experts, renormalised over the chosen, is that over the chosen.
     largest = -std::numeric_limits<S>::infinity();
     for (int k = threadIdx.x; k < top_k; k += kWarp) {
       const S value = logit_of(k);

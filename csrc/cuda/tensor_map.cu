@@ -1,4 +1,4 @@
-// Keeps the tensor maps of layouts that were met before.
+// Cache of tensor maps by layout.
 #include <mutex>
 #include <unordered_map>
 
@@ -7,7 +7,7 @@
 namespace unimoe::sm90 {
 namespace {
 
-// A model has some hundred weights, each with a map or two, and activations of a few sizes.
+// A model has a few hundred weights, each with one or two maps, and activations of a few sizes.
 constexpr size_t kMostMaps = 4096;
 
 struct Hash {

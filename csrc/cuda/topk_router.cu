@@ -1,8 +1,8 @@
-// Choice of experts, their scores, and the losses on the choice: a warp a token, in registers where
-// these hold it and else in shared memory.
+// Selection of experts, their scores, and the auxiliary losses: one warp per token, in registers if
+// the token fits and else in shared memory.
 //
-// The forward is two launches. Blocks walk over tokens and write their counts and sums; the second
-// kernel adds these up. The only atomics are integer, on counts.
+// The forward is two launches. Blocks iterate over tokens and write their counts and sums; the
+// second kernel adds these up. Atomics are used only on integer counts.
 #include "router_parts.cuh"
 #include "router_shared.cuh"
 #include "topk_router_lanes.cuh"
@@ -15,7 +15,7 @@ constexpr int64_t kMaxParts = 512;
 
 __host__ __device__ int64_t round_up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// The shared memory of a warp, and behind that of all warps the counts of the block.
+// The shared memory of a warp; that of all warps is followed by the counts of the block.
 template <typename S>
 struct Layout {
   int64_t sigmoid, order, total, chosen, rank, bytes;

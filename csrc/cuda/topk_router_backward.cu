@@ -1,6 +1,6 @@
-// Gradient of `topk_router` in the logits: a warp a token, after a count of the choices on which
-// the load-balancing loss depends, which each block of the second kernel adds up. The only atomics
-// are integer.
+// Gradient of `topk_router` with respect to the logits, one warp per token. A first kernel counts
+// the choices, on which the load-balancing loss depends; each block of the second adds up these
+// counts. Atomics are used only on integers.
 #include "router_lanes.cuh"
 #include "router_shared.cuh"
 
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kCountThreads)
 #pragma unroll
     for (int i = 0; i < kCountBatch; ++i) {
       const unsigned peers = __match_any_sync(kFullWarp, chosen[i]);
-      // One lane adds for all that have the expert: all choices may be the same.
+      // One lane adds for all lanes with the same expert, because all choices may be equal.
       if (chosen[i] >= 0 && (peers & ((1u << threadIdx.x % kWarp) - 1)) == 0) {
         atomicAdd(&histogram[chosen[i]], __popc(peers));
       }
@@ -69,8 +69,8 @@ struct Incoming {
   const S* z;
 };
 
-// What the losses pass to a token: `unit` times the count of an expert to its probability, `slope`
-// times the softmax to the logit.
+// Gradients of the losses for a token: `unit` times the count of an expert for its probability, and
+// `slope` times the softmax for the logit.
 template <typename S>
 struct TokenGrads {
   bool counted;
@@ -86,7 +86,7 @@ struct TokenGrads {
   }
 };
 
-// What a chosen expert gets by its score.
+// The gradient that a chosen expert receives through its score.
 template <typename S>
 __device__ S grad_of_choice(Mode mode, const Chosen<S>& all, const TokenSums<S>& token, S logit,
                             S given, S inner) {
@@ -137,7 +137,7 @@ __global__ void route_backward_kernel(Incoming<S> grads, const T* __restrict__ l
       chosen_inner += own[k] * scale * all.score(mode, token, logit[chosen[k]]);
     }
     chosen_inner = warp_sum(chosen_inner);
-    // An expert is chosen once by a token, so that no two lanes add to the same one.
+    // A token selects an expert only once, so no two lanes add to the same expert.
     for (int k = threadIdx.x; k < top_k; k += kWarp) {
       const S value = logit[chosen[k]];
       grad[chosen[k]] += grad_of_choice(mode, all, token, value, own[k] * scale, chosen_inner);
@@ -154,8 +154,8 @@ __global__ void route_backward_kernel(Incoming<S> grads, const T* __restrict__ l
   }
 }
 
-// The same with a token in registers. What its choices add goes from the lane of the choice to the
-// lane of the expert by way of shared memory.
+// The same with a token in registers. Contributions of choices are moved from the lane of the
+// choice to the lane of the expert through shared memory.
 template <typename T, int N>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kMinBlocks<N>)
     route_backward_lanes_kernel(Incoming<float> grads, const T* __restrict__ logits,

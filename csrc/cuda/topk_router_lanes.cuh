@@ -15,7 +15,7 @@ inline bool fits_lanes(const RouterCall& routing) {
          (routing.num_groups == routing.top_groups || routing.num_groups <= kWarp);
 }
 
-// The best candidate that the lanes hold, among equals that of the lower id.
+// The best candidate of all lanes; ties go to the lower id.
 struct LaneBest {
   int order;
   unsigned id;

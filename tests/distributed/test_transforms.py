@@ -29,7 +29,7 @@ def dispatched(rows):
 )
 def test_transforms_are_refused(function, name):
     rows = torch.randn(3, 2)
-    message = f"{name} has no rule for torch.func"
+    message = f"{name} does not support torch.func"
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(function, (rows,), (rows,))
     with pytest.raises(NotImplementedError, match=message):

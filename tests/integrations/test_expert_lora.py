@@ -35,7 +35,7 @@ def test_starts_as_nothing_trains_and_merges(name):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     merge_expert_lora(model)
     assert relative_error(logits_of(model), tuned) < 1e-5
-    with pytest.raises(RuntimeError, match="is merged already"):
+    with pytest.raises(RuntimeError, match="is already merged"):
         merge_expert_lora(model)
     unmerge_expert_lora(model)
     assert relative_error(logits_of(model), tuned) < 1e-5
@@ -154,10 +154,10 @@ def test_models_and_adapters_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="has no expert LoRA"):
         save_expert_lora(build("mixtral"), tmp_path)
     model = add_expert_lora(build("mixtral"), 2)
-    with pytest.raises(RuntimeError, match="has LoRA already"):
+    with pytest.raises(RuntimeError, match="already has LoRA"):
         add_expert_lora(model, 2)
     save_expert_lora(model, tmp_path)
-    with pytest.raises(ValueError, match=r"4 experts with|holds no LoRA on these experts"):
+    with pytest.raises(ValueError, match=r"4 experts with|has no LoRA for these experts"):
         load_expert_lora(build("qwen3_moe"), tmp_path)
     with pytest.raises(FileNotFoundError):
         load_expert_lora(build("mixtral"), tmp_path / "nowhere")

@@ -63,7 +63,7 @@ def test_expert_lora_that_peft_froze_warns_and_names_the_call():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.eval()(input_ids=IDS)
-    with pytest.warns(UserWarning, match=r"train_expert_lora\(model\) lets it train"):
+    with pytest.warns(UserWarning, match=r"call train_expert_lora\(model\) to train it"):
         model.train()(input_ids=IDS)
     train_expert_lora(model)
     with warnings.catch_warnings():
@@ -199,7 +199,7 @@ def test_what_does_not_fit_the_linear_layers_is_refused(tmp_path):
     for changed, message in (
         ({f"{stem}A.weight": torch.zeros(5, 31)}, r"self_attn.q_proj \(A \[5, 31\]"),
         ({f"{stem}A.weight": torch.zeros(2, 32)}, "must fit a linear layer of this model with r"),
-        ({"base_model.model.lm_head.weight": torch.zeros(40, 32)}, "holds more than LoRA on these"),
+        ({"base_model.model.lm_head.weight": torch.zeros(40, 32)}, "has more than LoRA of these"),
         ({f"{stem}B.weight": None}, "B missing"),
     ):
         saved = {k: v for k, v in (tensors | changed).items() if v is not None}
@@ -211,7 +211,7 @@ def test_what_does_not_fit_the_linear_layers_is_refused(tmp_path):
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"rank 5, scale 1.4\) must be that of peft \(rank 5"):
         load_expert_lora(attention_lora(build("mixtral"), lora_alpha=9), tmp_path)
-    with pytest.raises(ValueError, match="but peft has put LoRA on"):
+    with pytest.raises(ValueError, match="but the model has peft's LoRA on"):
         load_expert_lora(attention_lora(build("mixtral"), target_modules=["k_proj"]), tmp_path)
 
 

@@ -68,7 +68,7 @@ def test_another_adapter_changes_nothing(tmp_path, saved, message):
 
 def test_a_gate_that_is_not_in_halves_is_not_cut_into_them(tmp_path):
     with_both(r=6, alpha=12).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="gate and up must have LoRA of their own"):
+    with pytest.raises(ValueError, match="gate and up must have separate LoRA"):
         with_both(TARGETS[1]).load_adapter(tmp_path, "default")
 
 

@@ -60,12 +60,12 @@ def test_readers_of_whole_weights_refuse_sharded_ones(found, kind, reader):
         kind = "fully_shard"
     text = found["refusals"][f"{reader} after {kind}"]
     assert text.startswith("ValueError: ")
-    assert "is sharded between ranks (DTensor), it must be whole" in text
+    assert "(DTensor) must not be sharded between ranks" in text
 
 
 def test_lora_comes_before_weights_are_replicated(found):
     text = found["refusals"]["add after DistributedDataParallel"]
-    assert "adds up gradients of the parameters that it found" in text
+    assert "reduces only gradients of parameters that existed when it was created" in text
 
 
 def test_a_write_that_fails_is_told_to_all_ranks(found):

@@ -106,10 +106,10 @@ def test_loading_keeps_what_from_pretrained_keeps(tmp_path):
 
 
 def test_what_cannot_be_loaded_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no safetensors file"):
+    with pytest.raises(FileNotFoundError, match="has no safetensors file"):
         load_upcycled(tmp_path)
     dense().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds no upcycled model"):
+    with pytest.raises(ValueError, match="has no upcycled model"):
         load_upcycled(tmp_path)
     model = upcycle(dense(), num_experts=2)
     state = model.state_dict()

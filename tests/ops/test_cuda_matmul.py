@@ -235,7 +235,7 @@ def test_triton_stays_the_default_until_tests_have_passed(monkeypatch, op):
     )
     with use_backend("cuda"):
         (row,) = [row for row in info.backend_choices() if (row.op, row.device) == (op, "cuda")]
-    assert (row.backend, row.reason) == ("cuda", "asked for by use_backend or UNIMOE_BACKEND")
+    assert (row.backend, row.reason) == ("cuda", "forced by use_backend or UNIMOE_BACKEND")
 
 
 def test_without_the_kernels_the_order_is_what_it_was():

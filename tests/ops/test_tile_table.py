@@ -74,16 +74,16 @@ PROBLEM, TILE = (*FIRST, "problem"), (*FIRST, "tile")
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("entries",), ..., "the file lacks the field 'entries'"),
+        (("entries",), ..., "the file has no field 'entries'"),
         (("entries",), {}, r"entries \(\{\}\) must be a list"),
         (("entries",), [3], r"entries\[0\] must be an object, not 3"),
         (("entry",), [], "the file has the unknown field 'entry'"),
         (("descriptors",), 1, r"descriptors \(1\) must be true or false"),
-        (("unchanged",), [{"capability": 90}], r"unchanged\[0\] lacks the field 'problem'"),
-        (("failed",), [GOOD["entries"][0] | {"tile": {}}], r"failed\[0\].tile lacks the field"),
-        (("trying",), {}, "trying lacks the field 'capability'"),
+        (("unchanged",), [{"capability": 90}], r"unchanged\[0\] has no field 'problem'"),
+        (("failed",), [GOOD["entries"][0] | {"tile": {}}], r"failed\[0\].tile has no field"),
+        (("trying",), {}, "trying has no field 'capability'"),
         ((*FIRST, "analytic"), 3, r"entries\[0\].analytic must be an object, not 3"),
-        ((*FIRST, "tile"), ..., r"entries\[0\] lacks the field 'tile'"),
+        ((*FIRST, "tile"), ..., r"entries\[0\] has no field 'tile'"),
         ((*FIRST, "tiel"), 1, r"entries\[0\] has the unknown field 'tiel'"),
         ((*FIRST, "capability"), "sm_90", r"entries\[0\].capability \(\"sm_90\"\) must be an int"),
         ((*PROBLEM, "kind"), "row", r"entries\[0\].problem.kind \(\"row\"\) must be one of rows,"),
@@ -92,7 +92,7 @@ PROBLEM, TILE = (*FIRST, "problem"), (*FIRST, "tile")
         ((*PROBLEM, "rows"), 8192, r"problem.rows \(8192\) must be a power of 2 up to 4096"),
         ((*PROBLEM, "experts"), 0, r"problem.experts \(0\) must be an integer >= 1"),
         ((*PROBLEM, "width"), True, r"problem.width \(true\) must be an integer >= 1"),
-        ((*PROBLEM, "inner"), ..., r"problem lacks the field 'inner'"),
+        ((*PROBLEM, "inner"), ..., r"problem has no field 'inner'"),
         ((*PROBLEM, "tf32"), "no", r"problem.tf32 \(\"no\"\) must be true or false"),
         (
             (*TILE, "block_m"),
@@ -126,7 +126,9 @@ def test_malformed_field(path, value, message, tmp_path, monkeypatch):
 def test_problem_that_is_there_twice():
     content = changed(("note",), "")
     content["entries"] *= 2
-    with pytest.raises(ValueError, match=r"entries\[1\].problem is in the file twice"):
+    with pytest.raises(
+        ValueError, match=r"entries\[1\].problem is a duplicate of an earlier record"
+    ):
         table.parse(content)
 
 
@@ -148,4 +150,4 @@ def test_info_says_which_tables_are_read(tmp_path, monkeypatch):
     monkeypatch.setenv(table.VARIABLE, str(path))
     assert f"and UNIMOE_TILES ({path}); descriptors are off" in describe()
     path.write_text("{}", encoding="utf-8")
-    assert f"UNIMOE_TILES ({path}): the file lacks the field 'entries'" in describe()
+    assert f"UNIMOE_TILES ({path}): the file has no field 'entries'" in describe()

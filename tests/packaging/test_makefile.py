@@ -14,8 +14,8 @@ def commands(root, tmp_path):
     """A function from a target and variables to the commands it takes on a fresh clone."""
 
     def dry_run(target, *variables):
-        venv = f"VENV={tmp_path / 'venv'}"
-        arguments = ["make", "-n", "-C", str(root), target, venv, *variables]
+        places = [f"VENV={tmp_path / 'venv'}", f"LINTERS={tmp_path / 'linters'}"]
+        arguments = ["make", "-n", "-C", str(root), target, *places, *variables]
         result = subprocess.run(arguments, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -31,7 +31,6 @@ def commands(root, tmp_path):
         ("test", 'pytest -m "not gpu and not slow"'),
         ("test-all", "-m pytest"),
         ("bench", "-m pytest benchmarks/ --compare --save"),
-        ("lint", "clang-format --dry-run -Werror csrc/"),
     ],
 )
 def test_target_makes_its_environment_first(commands, target, last):
@@ -82,6 +81,29 @@ def test_torch_is_pinned_once(root):
         line for line in (root / "constraints.txt").read_text().splitlines() if "torch==" in line
     ]
     assert pins == ["torch==2.13.0"]
+
+
+def test_lint_has_an_environment_of_its_own(commands, tmp_path):
+    text = commands("lint")
+    linters, venv = tmp_path / "linters", tmp_path / "venv"
+    installed = f"{linters}/bin/python -m pip"
+    steps = [f"-m venv {linters}", installed, "ruff check", "clang-format --dry-run -Werror csrc/"]
+    places = [text.find(step) for step in steps]
+    assert -1 not in places, text
+    assert places == sorted(places)
+    assert "torch==" not in text
+    assert "-e" not in text.split()
+    # VENV is only searched for torch, whose types mypy reads.
+    assert f"{venv}/bin/python -m" not in text
+    assert f"-m venv {venv}" not in text
+    assert f"{linters}/bin/mypy --python-executable {venv}/bin/python;" in text
+
+
+def test_lint_installs_the_linters_of_the_extra(commands, root):
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    linters = {"clang-format", "mypy", "ruff"}
+    assert linters <= set(extras["optional-dependencies"]["dev"])
+    assert f"constraints.txt {' '.join(sorted(linters))}" in commands("lint")
 
 
 def test_docs_need_neither_torch_nor_the_packages(commands):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unimoe_kernels import _extension, available_backends
+from unimoe_kernels import __version__, _extension, available_backends
 from unimoe_kernels.info import backend_choices
 from unimoe_model.cli_options import command_parser
 
@@ -123,3 +123,12 @@ def test_operator_table_names_its_backends(op):
         assert ("CUDA" in on_gpu) == ("cuda" in available_backends(op, "cuda"))
     if importlib.util.find_spec("triton"):
         assert ("Triton" in on_gpu) == ("triton" in available_backends(op, "cuda"))
+
+
+def test_changelog_and_citation_have_the_version_of_the_package():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    releases = re.findall(r"^## \[(\d[\d.]*)\] - (\S+)$", changelog, re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    version, date = releases[0]
+    assert version == __version__
+    assert f"version: {version}\ndate-released: {date}\n" in citation

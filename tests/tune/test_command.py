@@ -50,7 +50,7 @@ def test_wrong_arguments(arguments, message, tmp_path):
 def test_needs_a_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit, match="needs a CUDA GPU; --list shows"):
+    with pytest.raises(SystemExit, match="requires a CUDA GPU; --list shows"):
         main([str(tmp_path / "tiles.json"), "--shape", "64", "64", "4", "2"])
 
 

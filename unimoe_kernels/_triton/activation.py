@@ -8,13 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid(x):
-    """Returns `1 / (1 + exp(-x))` in the dtype of `x`: 0 and 1 far out, never NaN."""
+    """Returns `1 / (1 + exp(-x))` in the dtype of `x`; saturates at 0 and 1 without NaN."""
     return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
 def gate_and_slope(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
-    """Returns the activated gate and its derivative; the gate of gpt-oss is clamped already."""
+    """Returns the activated gate and its derivative; for `"swiglu_clamped"` gate is clamped."""
     if ACTIVATION == "silu":
         share = sigmoid(gate)
         activated = gate * share
@@ -42,7 +42,7 @@ def gate_and_slope(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
 
 @triton.jit
 def clamp(gate, up, LIMIT: tl.constexpr):
-    """Returns the clamped gate and the clamped up + 1, NaN where they are NaN."""
+    """Returns the clamped gate and the clamped up plus 1; NaN is propagated."""
     gate = tl.where(gate > LIMIT, LIMIT, gate)
     up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
     return gate, up + 1
@@ -61,7 +61,7 @@ def activate(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.
 def activate_backward(
     grad, gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr
 ):
-    """Returns the gradients of `activate` in gate and up."""
+    """Returns the gradients of `activate` with respect to gate and up."""
     if ACTIVATION == "swiglu_clamped":
         gate_open = gate <= LIMIT
         up_open = (up >= -LIMIT) & (up <= LIMIT)
@@ -69,7 +69,8 @@ def activate_backward(
         activated, slope = gate_and_slope(gate, ACTIVATION, ALPHA)
         return tl.where(gate_open, grad * up * slope, 0), tl.where(up_open, grad * activated, 0)
     elif ACTIVATION == "relu":
-        # Chosen, not multiplied, as in torch: a shut gate keeps infinity out, NaN is not shut.
+        # Selected rather than multiplied, as in torch: infinity times a zero slope would be NaN,
+        # and a NaN gate must propagate.
         activated, _ = gate_and_slope(gate, ACTIVATION, ALPHA)
         return tl.where(gate <= 0, 0, grad * up), grad * activated
     else:
@@ -81,7 +82,7 @@ def gate_constants(gate: tuple[str, float, float]) -> dict[str, object]:
     """Returns the constants of a kernel for an activation with its limit and alpha."""
     activation, limit, alpha = gate
     clamped = activation == "swiglu_clamped"
-    # The others compile once, whatever these are.
+    # Other activations ignore both; fixed values avoid compiling them again.
     return {
         "ACTIVATION": activation,
         "LIMIT": limit if clamped else 0.0,

@@ -1,12 +1,12 @@
-"""Tensor descriptors (TMA) of the operands of a matmul, made on the host at each launch.
+"""Tensor descriptors (TMA) of the operands of a matmul, created on the host for each launch.
 
-Made there a descriptor is an argument of the launch like a size: it takes no memory of the device
-and no allocator (`triton.set_allocator` is one for the whole process, and its buffer would have to
-outlive every stream that it is used on), a graph that captures the launch keeps it, and nothing is
-compiled anew when a shape changes. It costs the host some microseconds a launch.
+A descriptor created on the host is a launch argument like a size: it needs no device memory and no
+allocator (`triton.set_allocator` sets one for the whole process, whose buffer would have to outlive
+every stream that uses it), a CUDA graph that captures the launch keeps it, and nothing is
+recompiled when a shape changes. It takes a few microseconds of host time per launch.
 
-What the hardware demands is checked here, and whatever does not meet it goes through pointers.
-Source: CUDA driver API, `cuTensorMapEncodeTiled`.
+The hardware's requirements are checked here; operands that do not meet them are read through
+pointers. Source: CUDA driver API, `cuTensorMapEncodeTiled`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ MAX_RAGGED_ROWS = 2**30
 
 
 class Source:
-    """What kernels read tensors of one layout from.
+    """How a kernel reads tensors of one layout: through pointers or a tensor descriptor.
 
     Attributes:
-        form: constant of the kernel: `"pointers"`, or a form of descriptor.
+        form: compile-time constant of the kernel: `"pointers"`, `"descriptor"`, `"by_column"` or
+            `"by_row"`.
 
     Args:
-        form: see there.
-        describe: makes the descriptor of a tensor; None for pointers.
+        form: see Attributes.
+        describe: creates the descriptor of a tensor; None for pointers.
     """
 
     __slots__ = ("_describe", "_fields", "form")
@@ -48,7 +49,7 @@ class Source:
     def of(self, tensor: Tensor) -> Tensor | TensorDescriptor:
         """Returns the tensor, or a descriptor of it.
 
-        All but its address follows from the layout: it is checked once.
+        Everything except the address follows from the layout, so it is checked only once.
         """
         if self._describe is None:
             return tensor
@@ -65,7 +66,7 @@ POINTERS = Source("pointers")
 
 
 def describable(layout: Layout) -> bool:
-    """Returns whether a descriptor may read a tensor: 16-bit numbers, aligned, last stride 1."""
+    """Returns whether TMA can read a tensor: 16-bit dtype, aligned, last stride 1."""
     *strides, last = layout.strides
     return (
         layout.dtype.itemsize == 2
@@ -79,7 +80,7 @@ def describable(layout: Layout) -> bool:
 
 
 def weight_source(weight: Layout, tile: Tile) -> Source:
-    """Returns what kernels read a weight `[E, N, K]` of any strides from."""
+    """Returns the source from which kernels read a weight `[E, N, K]` of any strides."""
     if tile.descriptors:
         if describable(weight):
             block = [1, tile.block_n, tile.block_k]
@@ -91,7 +92,7 @@ def weight_source(weight: Layout, tile: Tile) -> Source:
 
 
 def rows_source(x: Layout, tile: Tile, top_k: int) -> Source:
-    """Returns what kernels read rows `[N, K]` from: pointers where they gather (`top_k > 0`)."""
+    """Returns the source of rows `[N, K]`: pointers if rows are gathered (`top_k > 0`)."""
     if tile.descriptors and top_k == 0 and describable(x):
         block = [tile.block_m, tile.block_k]
         return Source("descriptor", lambda tensor: _describe(tensor, block))
@@ -99,10 +100,10 @@ def rows_source(x: Layout, tile: Tile, top_k: int) -> Source:
 
 
 def owned_source(x: Layout, tile: Tile, columns: int) -> Source:
-    """Returns what a sum over rows reads blocks of `columns` of `[N, width]` from.
+    """Returns the source of blocks of `columns` of `[N, width]` for a sum over an expert's rows.
 
-    The descriptor ends at the end of an expert, wherever that is: what other experts have in their
-    rows must not enter the sum, not even times zero.
+    The descriptor ends with the rows of the expert: rows of other experts must not enter the sum,
+    not even multiplied by zero, because they may hold infinities or NaN.
     """
     if tile.descriptors and describable(x) and x.shape[0] <= MAX_RAGGED_ROWS:
         block = [tile.block_k, columns]

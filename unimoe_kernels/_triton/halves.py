@@ -1,4 +1,4 @@
-"""Rows of gate and up, which lie side by side: `width` columns of either."""
+"""Loads and stores of rows that hold gate and up side by side, `width` columns each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What launchers decide on the host: data types, precision, and how many programs run."""
+"""Host-side launch parameters: device properties, accumulation dtype and matmul precision."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 
 class Device(NamedTuple):
-    """What the choice of tiles depends on."""
+    """Device properties that the choice of tiles depends on."""
 
-    capability: int  # such as 90
+    capability: int  # 10 * major + minor, such as 90
     processors: int
-    shared_bytes: int  # that one program may use
+    shared_bytes: int  # available to one program
 
 
-# What tensors that are not on a GPU count as: the interpreter. It has few processors, so that a
-# program has several tiles as on a GPU. Tests put a GPU here, to compile for it without one.
+# Device of tensors that are not on a GPU: the interpreter. It has few processors, so that a program
+# processes several tiles as on a GPU. Tests replace it, to compile for a GPU without one.
 STAND_IN = Device(0, 2, 0)
 
 
@@ -39,12 +39,12 @@ def _device(index: int) -> Device:
 
 
 def device_of(tensor: Tensor) -> Device:
-    """Returns the GPU that a tensor is on, else what stands in for one."""
+    """Returns the GPU of a tensor, or `STAND_IN` for a tensor that is not on one."""
     return _device(tensor.device.index) if tensor.is_cuda else STAND_IN
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """Returns the type that sums are kept in: float64 for float64, else float32."""
+    """Returns the accumulation dtype: float64 for float64, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -59,17 +59,17 @@ def matmul_constants(dtype: torch.dtype) -> dict[str, object]:
     return {
         "ACC": accumulator(dtype),
         "PRECISION": precision(dtype),
-        # The interpreter multiplies the bits of bfloat16, not the numbers.
+        # The interpreter multiplies the bit patterns of bfloat16 values, not their values.
         "UPCAST": interpreted(),
     }
 
 
 def float_bits(value: float) -> int:
-    """Returns the bits of a float64, for `bits_to_float`: a float argument becomes a float32."""
+    """Returns the bits of a float64 for `bits_to_float`; Triton passes floats as float32."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 @triton.jit
 def bits_to_float(bits, ACC: tl.constexpr):
-    """Returns the number of `float_bits`; its argument must not be specialised."""
+    """Returns the value encoded by `float_bits`; `bits` must not be specialised."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)

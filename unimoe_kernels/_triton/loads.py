@@ -1,9 +1,9 @@
 """Loads of the operands of a matmul: through pointers, or through tensor descriptors.
 
-A descriptor (TMA, sm_90 and later) copies a block by one instruction of one thread, and gives zeros
-outside of the tensor; pointers take a register an address, go wherever rows are gathered from, and
-need masks where a size does not divide the tile. Which one an operand comes through is a constant
-of the kernel, so that the other is not compiled; `descriptors.py` decides.
+A descriptor (TMA, sm_90 and later) copies a block with one instruction of one thread and fills with
+zeros outside the tensor. Pointers take a register per address, can gather rows, and need masks
+where the tile does not divide the size. The form of each operand is a compile-time constant chosen
+in `descriptors.py`, so the other form is not compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from triton.tools.ragged_tma import load_ragged
 
 @triton.jit
 def source_rows(offs_m, row_order_ptr, TOP_K: tl.constexpr):
-    """Returns where rows are read: at the token of each (`TOP_K > 0`), or in place."""
+    """Returns the source index of each row: its token (`TOP_K > 0`), or the row itself."""
     if TOP_K > 0:
         offs_m = tl.load(row_order_ptr + offs_m) // TOP_K
     return offs_m.to(tl.int64)
@@ -23,9 +23,9 @@ def source_rows(offs_m, row_order_ptr, TOP_K: tl.constexpr):
 
 @triton.jit
 def load_block(ptrs, mask_m, mask_n, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr):
-    """Loads the rows `mask_m` and columns `mask_n` of a block that exist, zeros elsewhere.
+    """Loads a block, with zeros outside the rows `mask_m` and columns `mask_n`.
 
-    Where all of them exist (`EVEN_M`, `EVEN_N`) a mask is not looked at and may be None.
+    With `EVEN_M` (`EVEN_N`) all rows (columns) are in bounds; the mask is ignored and may be None.
     """
     if EVEN_M and EVEN_N:
         return tl.load(ptrs)
@@ -51,8 +51,8 @@ def place_rows(
 ):
     """Returns pointers `[M, K]` to the start of rows, or for a descriptor the first row.
 
-    Rows past the end are the last one again, or those of the next expert: loads without a mask,
-    and nothing of them is stored.
+    Rows past the end repeat the last row or belong to the next expert: they are loaded without a
+    mask, and their results are never stored.
     """
     if FORM == "pointers":
         offs_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), end_m - 1)
@@ -64,7 +64,7 @@ def place_rows(
 
 @triton.jit
 def read_rows(source, place, start_k, mask_k, EVEN_K: tl.constexpr, FORM: tl.constexpr):
-    """Reads `[M, K]` from `start_k` on along the sum, through whatever `FORM` is."""
+    """Reads `[M, K]`, starting at `start_k` along the summed axis."""
     if FORM == "pointers":
         return load_block(place, None, mask_k, True, EVEN_K)
     else:
@@ -73,7 +73,7 @@ def read_rows(source, place, start_k, mask_k, EVEN_K: tl.constexpr, FORM: tl.con
 
 @triton.jit
 def place_weight(source, expert, offs_n, offs_k, stride_e, stride_n, stride_k, FORM: tl.constexpr):
-    """Returns pointers `[K, N]` to the start of columns, or for a descriptor the expert."""
+    """Returns pointers `[K, N]` to the start of columns, or for a descriptor the expert index."""
     if FORM == "pointers":
         ptrs = source + expert.to(tl.int64) * stride_e
         ptrs += offs_n.to(tl.int64)[None, :] * stride_n
@@ -94,7 +94,7 @@ def read_weight(
     EVEN_N: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """Reads `[K, N]` from `start_k` on along the sum, through whatever `FORM` is."""
+    """Reads `[K, N]`, starting at `start_k` along the summed axis."""
     if FORM == "by_column":  # [E, N, K]
         weight_NK = source.load([place, start_n, start_k])
         return weight_NK.reshape(mask_n.shape[0], mask_k.shape[0]).T
@@ -106,7 +106,7 @@ def read_weight(
 
 @triton.jit
 def advance(place, by, FORM: tl.constexpr):
-    """Moves pointers along; a block that a descriptor reads is named anew at each step."""
+    """Advances pointers; a descriptor is indexed by its coordinates at each step instead."""
     if FORM == "pointers":
         return place + by
     else:
@@ -126,9 +126,9 @@ def read_owned(
     BLOCK_N: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """Reads `[K, N]`: rows from `start_k` on of an expert that owns `begin_k` to `end_k`.
+    """Reads rows `[K, N]` from `start_k` on of an expert that owns rows `begin_k` to `end_k`.
 
-    Rows of another expert are zeros.
+    Rows of other experts read as zeros.
     """
     if FORM != "pointers":
         return load_ragged(source, begin_k, end_k - begin_k, [start_k - begin_k, start_n])

@@ -1,4 +1,4 @@
-"""Products of rows with narrow weights, and into how many parts their sums are cut."""
+"""Products of rows with narrow (low-rank) weights, and the number of parts of their sums."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from unimoe_kernels._triton.matmul import add_product
 from unimoe_kernels._triton.problem import Problem, Tile
 from unimoe_kernels._triton.tiles import rank_columns
 
-LONG_SUM = 2**17  # numbers of one expert's narrow weight
-PARTIAL_ELEMENTS = 8192  # that a program adds up: 64 registers a thread
+LONG_SUM = 2**17  # elements of one expert's narrow weight
+PARTIAL_ELEMENTS = 8192  # partial sums per program: 64 registers a thread
 MAX_CHUNKS = 8
 
 
@@ -63,7 +63,10 @@ def narrow_product(
 
 
 def num_chunks(problem: Problem, tile: Tile, num_rows: int, device: Device) -> int:
-    """Returns into how many parts, a power of 2, a launch of its own cuts the narrow sums, or 0."""
+    """Returns the number of parts of a split narrow sum, a power of 2; 0 for no split.
+
+    Partial sums are computed in a launch of their own.
+    """
     row_tiles = min(num_rows, num_rows // tile.block_m + problem.experts)
     rank = rank_columns(problem.height)
     chunks = min(MAX_CHUNKS, PARTIAL_ELEMENTS // (tile.block_m * rank))

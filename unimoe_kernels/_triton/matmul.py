@@ -1,4 +1,4 @@
-"""Products of tiles that several kernels share: rows of x by the weight of their expert."""
+"""Tile products shared by several kernels: rows of x times the weight of their expert."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def multiply_rows(
 ):
     """Returns `[M, N]`: rows of x, `start_m` to `end_m`, times columns of the expert's weight.
 
-    With `TWO` also their product with the columns that lie `width` further on, which are
-    `stride_weight_second` away; otherwise the second result is zero. With `TAIL` the rows
-    may be those of no expert, number `num_experts`: nothing is read for them, and their products
-    are zero.
+    With `TWO` the second result is the product with the columns `width` further on, at an offset of
+    `stride_weight_second` elements; otherwise it is zero. With `TAIL` the expert may be
+    `num_experts`, which stands for rows that no expert owns: nothing is read, and the products are
+    zero.
     """
     x_place = place_rows(
         x_source, start_m, end_m, offs_k, inner, row_order_ptr, TOP_K, BLOCK_M, X_FORM

@@ -1,9 +1,10 @@
-"""Launches that are worked out once for each signature, and then looked up.
+"""Launch plans, computed once for each signature and cached.
 
-What a launch needs besides its tensors (tile, grid, constants, which operands take descriptors, the
-compiled kernel) follows from sizes, strides and dtypes. A launcher asks a function under `planned`
-for it, which keeps what it returned for the last `PLANS` signatures; a `Launch` then goes past the
-front door of Triton's JIT, which looks at every argument of every call, to the compiled kernel.
+Everything a launch needs besides its tensors (tile, grid, constants, which operands use
+descriptors, the compiled kernel) follows from sizes, strides and dtypes. A launcher gets it from a
+function decorated with `planned`, which caches the results of the last `PLANS` signatures. A
+`Launch` then calls the compiled kernel directly, bypassing Triton's JIT dispatch, which inspects
+every argument on every call.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Place(NamedTuple):
     """Where a kernel runs: the first part of every signature.
 
     Attributes:
-        device: of the tensors.
-        gpu: what the choice of tiles depends on.
+        device: device of the tensors.
+        gpu: device properties that the choice of tiles depends on.
     """
 
     device: torch.device
@@ -36,12 +37,12 @@ class Place(NamedTuple):
 
 
 def place_of(tensor: Tensor) -> Place:
-    """Returns where kernels that read a tensor run."""
+    """Returns where kernels that read `tensor` run."""
     return Place(tensor.device, device_of(tensor))
 
 
 class Layout(NamedTuple):
-    """What of a tensor decides how kernels read it."""
+    """The properties of a tensor that decide how kernels read it."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -62,10 +63,10 @@ def layout_of(tensor: Tensor) -> Layout:
 
 
 def planned(plan: Callable) -> Callable:
-    """Keeps what a function returns for the last `PLANS` signatures.
+    """Caches the results of a function for the last `PLANS` signatures.
 
-    The first argument is a `Place`, all are hashable. Under the interpreter nothing is kept: there
-    tests change tiles.
+    The first argument is a `Place`; all must be hashable. Nothing is cached under the interpreter,
+    where tests change tiles.
     """
     kept = functools.lru_cache(maxsize=PLANS)(plan)
     _caches.append(kept)
@@ -78,23 +79,23 @@ def planned(plan: Callable) -> Callable:
 
 
 def forget_plans() -> None:
-    """Forgets all that `planned` functions keep, after tiles have changed."""
+    """Clears the caches of all `planned` functions, after tiles have changed."""
     for kept in _caches:
         kept.cache_clear()
 
 
 class Launch:
-    """All launches of a kernel that have the same grid, sizes and constants.
+    """All launches of a kernel with the same grid, sizes and constants.
 
-    Triton compiles a variant of a kernel for each alignment of its pointers to 16 bytes. Nothing
-    else of the arguments can differ here.
+    Triton compiles a variant of a kernel for each combination of 16-byte alignments of its
+    pointers. No other property of the arguments can differ between these launches.
 
     Args:
-        place: where it runs.
-        kernel: whose parameters are pointers and descriptors, then sizes, then constants.
-        grid: one to three numbers.
+        place: where the kernel runs.
+        kernel: a kernel whose parameters are pointers and descriptors, then sizes, then constants.
+        grid: one to three integers.
         sizes: integers that follow the tensors.
-        constants: by name, with options such as `num_warps`.
+        constants: constants by name, with options such as `num_warps`.
     """
 
     __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_place", "_sizes", "_tail")
@@ -114,7 +115,7 @@ class Launch:
         self._compiled: dict[int, CompiledKernel] = {}
 
     def __call__(self, *tensors: object) -> None:
-        """Launches on the current stream; None stands for a tensor that is not there."""
+        """Launches on the current stream; None stands for an absent tensor."""
         device = self._place.device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -130,7 +131,7 @@ class Launch:
         compiled = self._compiled.get(variant)
         if compiled is None:
             compiled = self._kernel[self._grid](*tensors, *self._sizes, **self._constants)
-            # The interpreter returns None, and ROCm's variants depend on more than alignment.
+            # The interpreter returns None; on ROCm variants depend on more than alignment.
             if isinstance(compiled, CompiledKernel) and torch.version.hip is None:
                 self._compiled[variant] = compiled
             return

@@ -1,4 +1,4 @@
-"""Tokens of the router and the exact choice of the best, for `topk_router` and its gradient."""
+"""Loads of router logits and exact top-k selection, for `topk_router` and its gradient."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import triton.language as tl
 
 from unimoe_kernels._triton.activation import sigmoid
 
-# Keeps renormalised sigmoid scores finite when all of them underflow, as DeepSeek-V3 does.
+# As in DeepSeek-V3, keeps renormalised sigmoid scores finite when all of them underflow.
 TINY = tl.constexpr(1e-20)
 NOTHING = tl.constexpr(-(2**63))  # below the key of every value
-BLOCK_ELEMENTS = 2048  # logits that a program holds: 16 a thread, not tuned on a GPU
+BLOCK_ELEMENTS = 2048  # logits of a program: 16 a thread, not tuned on a GPU
 
 
 @triton.jit
 def order_of(value_TE):
-    """Returns integers in the order of the values: NaN above infinity, -0 equal to 0."""
+    """Returns integers that sort like the values, with NaN above infinity and -0 equal to 0."""
     value_TE = tl.where(value_TE == 0, 0, value_TE).to(value_TE.dtype)
     if value_TE.dtype == tl.float64:
         bits_TE = value_TE.to(tl.int64, bitcast=True)
@@ -32,7 +32,8 @@ def order_of(value_TE):
 def keys_of(value_TE, mask_e, WIDE: tl.constexpr):
     """Returns keys of `[tokens, candidates]` whose maximum is the best candidate.
 
-    The order of a float64 fills a key, so that its ties are settled by `take_best`.
+    Ties go to the lower index, which is part of the key. A float64 (`WIDE`) fills the whole key, so
+    `take_best` breaks its ties.
     """
     order_TE = order_of(value_TE)
     if not WIDE:
@@ -43,7 +44,7 @@ def keys_of(value_TE, mask_e, WIDE: tl.constexpr):
 
 @triton.jit
 def take_best(keys_TE, offs_e, WIDE: tl.constexpr):
-    """Returns the best candidate of each token, and the keys without it."""
+    """Returns the best candidate of each token, and the keys with it removed."""
     best_T = tl.max(keys_TE, axis=1)
     if WIDE:
         tied_TE = tl.where(keys_TE == best_T[:, None], offs_e[None, :], 0x7FFFFFFF)
@@ -71,7 +72,7 @@ def close_groups(
     BEST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Returns the choice with `-inf` in all but the best groups of each token."""
+    """Returns the selection scores with `-inf` outside the best groups of each token."""
     offs_g = tl.arange(0, BLOCK_G)
     group_E = offs_e // GROUP_SIZE
     rank_TG = tl.zeros((choice_TE.shape[0], BLOCK_G), dtype=choice_TE.dtype)
@@ -93,7 +94,7 @@ def close_groups(
 
 @triton.jit
 def counted_tokens(mask_ptr, offs_t, num_tokens, HAS_MASK: tl.constexpr):
-    """Returns which tokens count in the losses: those that exist and that the mask lets through."""
+    """Returns which tokens count in the losses: those in bounds and selected by the mask."""
     counted_T = offs_t < num_tokens
     if HAS_MASK:
         counted_T = tl.load(mask_ptr + offs_t, mask=counted_T, other=0).to(tl.int1)
@@ -102,7 +103,7 @@ def counted_tokens(mask_ptr, offs_t, num_tokens, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def read_tokens(logits_ptr, mask_ptr, offs_t, num_tokens, offs_e, num_experts, HAS_MASK, ACC):
-    """Returns logits `[tokens, experts]`, 0 where there are none, and which tokens count."""
+    """Returns logits `[tokens, experts]`, 0 out of bounds, and which tokens count."""
     mask_te = (offs_t < num_tokens)[:, None] & (offs_e < num_experts)[None, :]
     logits_offs_te = offs_t.to(tl.int64)[:, None] * num_experts + offs_e[None, :]
     logits_TE = tl.load(logits_ptr + logits_offs_te, mask=mask_te, other=0).to(ACC)
@@ -111,8 +112,8 @@ def read_tokens(logits_ptr, mask_ptr, offs_t, num_tokens, offs_e, num_experts, H
 
 @triton.jit
 def softmax_of(logits_TE, mask_e):
-    """Returns the softmax over the experts that exist, and its logarithm's denominator."""
-    # A comparison alone would let a NaN pass for -inf.
+    """Returns the softmax over the experts in bounds, and the logsumexp of their logits."""
+    # Masking after the exponential too: a NaN maximum would make masked entries NaN.
     largest_T = tl.max(tl.where(mask_e[None, :], logits_TE, float("-inf")), axis=1)
     power_TE = tl.where(mask_e[None, :], tl.exp(logits_TE - largest_T[:, None]), 0)
     sum_T = tl.sum(power_TE, axis=1)
@@ -121,13 +122,13 @@ def softmax_of(logits_TE, mask_e):
 
 @triton.jit
 def sigmoid_of(logits_TE, mask_e):
-    """Returns the sigmoid of the experts that exist and its sum."""
+    """Returns the sigmoid of the experts in bounds, 0 elsewhere, and its sum."""
     share_TE = tl.where(mask_e[None, :], sigmoid(logits_TE), 0)
     return share_TE, tl.sum(share_TE, axis=1) + TINY
 
 
 def program_shape(num_experts: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Returns the experts as a power of 2, and the tokens and warps of a program."""
+    """Returns the experts rounded up to a power of 2, and the tokens and warps of a program."""
     block_e = triton.next_power_of_2(num_experts)
     block_t = max(1, min(64, BLOCK_ELEMENTS // block_e))
     words = block_e * block_t * (2 if dtype == torch.float64 else 1)

@@ -1,11 +1,11 @@
-"""Which tile a program works on, worked out on the device from the offsets of the experts.
+"""Assignment of tiles to programs, computed on the device from the expert offsets.
 
-The rows of an expert are cut into tiles of `BLOCK_M`; experts without rows have none, so their
-weights are not read. Every program knows the number of tiles of each expert and finds the expert
-of a tile by counting, so that neither the host nor a kernel before this one has to make a list.
+The rows of an expert are split into tiles of `BLOCK_M`; experts without rows have no tiles, so
+their weights are not read. Every program computes the number of tiles of each expert and finds the
+expert of a tile by counting, so that neither the host nor a preceding kernel has to build a list.
 
-Tiles of output are numbered in groups of `GROUP_M` row tiles, row tiles fastest: programs that run
-at the same time share rows as well as columns of weights, which then come from the L2 cache.
+Output tiles are numbered in groups of `GROUP_M` row tiles, row tiles fastest: concurrent programs
+share rows and columns of weights, which then come from the L2 cache.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def count_row_tiles(
     BLOCK_M: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Returns the running number of row tiles `[BLOCK_E]` and that of each expert.
+    """Returns the cumulative number of row tiles and the number per expert, both `[BLOCK_E]`.
 
-    With `TAIL` the rows that no expert owns count as those of an expert number `num_experts`.
+    With `TAIL` the rows that no expert owns count as rows of an expert with index `num_experts`.
     """
     offs_e = tl.arange(0, BLOCK_E)
     begin_E = tl.load(offsets_ptr + offs_e, mask=offs_e <= num_experts, other=0)
@@ -38,7 +38,7 @@ def count_row_tiles(
 
 @triton.jit
 def locate_tile(tile, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
-    """Returns row tile and column tile of a tile of output."""
+    """Returns the row tile and the column tile of an output tile."""
     tiles_in_group = GROUP_M * num_tiles_n
     start_m = tile // tiles_in_group * GROUP_M
     tiles_high = tl.minimum(num_tiles_m - start_m, GROUP_M)

@@ -6,11 +6,11 @@
      "unchanged": [{"capability": 90, "problem": {...}}, ...],
      "failed": [{"capability": 90, "problem": {...}, "tile": {...}}, ...]}
 
-`entries` have the fields of `Problem` and of `Tile`; `unchanged` are problems that were measured
-and keep the analytic tile; `failed` tiles did not run or gave wrong numbers, and are not tuned
-again. `descriptors`, if false, keeps every kernel on pointers. Only `entries` must be there.
-`python -m unimoe_kernels.tune` writes such files, with what it measured in further fields. Where
-both files have a problem, that of the user counts.
+`entries` have the fields of `Problem` and of `Tile`; `unchanged` are measured problems for which
+the analytic tile is the fastest; `failed` tiles did not run or gave wrong results, and are not
+tuned again. `descriptors: false` disables tensor descriptors in every kernel. Only `entries` is
+required. `python -m unimoe_kernels.tune` writes such files, with its measurements in further
+fields. If both files have a problem, the user's entry takes precedence.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ RECORD_FIELDS = {
 
 
 class Table(NamedTuple):
-    """What is known of tiles.
+    """Measured tiles.
 
     Attributes:
-        tiles: By compute capability, such as 90, and problem: the fastest tile, or None where that
-            is the analytic one.
-        descriptors: Whether any tile may use tensor descriptors.
+        tiles: By compute capability (such as 90) and problem, the fastest tile, or None if that is
+            the analytic one.
+        descriptors: Whether tiles may use tensor descriptors.
     """
 
     tiles: dict[tuple[int, Problem], Tile | None]
     descriptors: bool = True
 
     def updated(self, other: Table) -> Table:
-        """Returns this table with another on top."""
+        """Returns this table updated with another, which takes precedence."""
         return Table(self.tiles | other.tiles, self.descriptors and other.descriptors)
 
 
 def load() -> Table:
-    """Reads the shipped table, and on top of it the user's own.
+    """Reads the shipped table and updates it with that of `UNIMOE_TILES`.
 
     Raises:
-        ValueError: If a file cannot be read, naming the file and the field.
+        ValueError: If a file cannot be read or is invalid; the error names file and field.
     """
     table = read(SHIPPED, "the shipped tile table")
     own = os.environ.get(VARIABLE)
@@ -68,10 +68,10 @@ def load() -> Table:
 
 
 def read(path: Path, name: str) -> Table:
-    """Reads one file; `name` says in errors which one it is.
+    """Reads one file; `name` identifies it in errors.
 
     Raises:
-        ValueError: If it is not such a table, naming the field.
+        ValueError: If the file cannot be read or is invalid; the error names the field.
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
@@ -82,10 +82,10 @@ def read(path: Path, name: str) -> Table:
 
 
 def parse(content: object) -> Table:
-    """Turns the content of a file into a table.
+    """Parses the content of a file.
 
     Raises:
-        ValueError: Naming the field that is wrong, its value and what was expected.
+        ValueError: If a field is invalid; the error names field, value and expectation.
     """
     _check_fields("the file", content, TOP_FIELDS, {"entries"})
     descriptors = content.get("descriptors", True)
@@ -100,7 +100,7 @@ def parse(content: object) -> Table:
             if part == "failed":
                 continue
             if key in tiles:
-                raise ValueError(f"{name}.problem is in the file twice")
+                raise ValueError(f"{name}.problem is a duplicate of an earlier record")
             tiles[key] = tile
     if "trying" in content:
         _parse_record("trying", content["trying"], True)
@@ -126,7 +126,7 @@ def _parse_record(
 
 
 def parse_problem(name: str, fields: object) -> Problem:
-    """Reads a problem; raises ValueError as `parse`."""
+    """Parses a problem; raises ValueError like `parse`."""
     _check_fields(name, fields, set(Problem._fields), set(Problem._fields) - {"tf32"})
     values = {"tf32": False} | fields
     _check(f"{name}.kind", values["kind"], values["kind"] in KINDS, f"one of {', '.join(KINDS)}")
@@ -143,7 +143,7 @@ def parse_problem(name: str, fields: object) -> Problem:
 
 
 def parse_tile(name: str, fields: object) -> Tile:
-    """Reads a tile; raises ValueError as `parse`."""
+    """Parses a tile; raises ValueError like `parse`."""
     _check_fields(name, fields, set(Tile._fields), set(Tile._fields) - {"descriptors"})
     for field in ("block_m", "block_n", "block_k"):
         value = fields[field]
@@ -172,7 +172,7 @@ def _check_fields(name: str, value: object, known: set[str], wanted: set[str]) -
     for field in sorted(set(value) - known):
         raise ValueError(f"{name} has the unknown field {field!r}; known: {sorted(known)}")
     for field in sorted(wanted - set(value)):
-        raise ValueError(f"{name} lacks the field {field!r}")
+        raise ValueError(f"{name} has no field {field!r}, which is required")
 
 
 def _is_int(value: object, least: int) -> bool:

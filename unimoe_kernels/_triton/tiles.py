@@ -1,10 +1,10 @@
-"""The shape of tiles: measured ones from a table, an analytic choice for everything else.
+"""Choice of tiles: measured ones from a table, an analytic choice for all other problems.
 
 Nothing is timed when an operator runs: a launch would stall for seconds, and results would vary
 from run to run. `python -m unimoe_kernels.tune` times once and writes the table; see `table.py`.
 
-The number of tokens enters only by the mean number of rows of an expert, rounded to a power of 2:
-a kernel is compiled for a few of these buckets and never for a token count.
+The token count enters only through the mean number of rows per expert, rounded up to a power of 2:
+a kernel is compiled for a few of these buckets and never for a specific token count.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from unimoe_kernels._triton.table import Table, load
 
 BUCKETS = tuple(2**power for power in range(MAX_ROWS.bit_length()))
 SAME_RATE = {torch.float16: (torch.bfloat16,), torch.bfloat16: (torch.float16,)}
-# Of a program's shared memory, what reductions and barriers take beside the operands of matmuls.
+# Shared memory of a program that reductions and barriers use besides the operands of matmuls.
 RESERVED_BYTES = 4096
 MAX_STAGES = 4
 GROUP_M = 8
-# Where the measured experts of 1024 columns and those of 11008 part.
+# Separates the two measured expert widths, 1024 and 11008.
 WIDE_EXPERT = 4096
 INTERPRETED = (16, 32, 32, 2, 4, 1)
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:
-    """Returns the mean number of rows of an expert, rounded up to a power of 2."""
+    """Returns the mean number of rows per expert, rounded up to a power of 2."""
     mean = triton.cdiv(num_rows, max(1, num_experts))
     return min(MAX_ROWS, triton.next_power_of_2(max(1, mean)))
 
@@ -40,7 +40,7 @@ def choose(problem: Problem, device: Device) -> Tile:
     """Returns the tile of a problem on a device: the measured one, else the analytic one.
 
     Raises:
-        ValueError: If the table of the user or the shipped one cannot be read.
+        ValueError: If the user's table or the shipped one cannot be read.
     """
     if device.capability == 0:
         return Tile(*INTERPRETED)
@@ -58,11 +58,11 @@ def _table() -> Table:
 
 
 def _measured(table: Table, problem: Problem, device: Device) -> Tile | None:
-    """Looks a problem up: itself, else as the nearest number of rows that was measured.
+    """Looks up a problem, or the same problem with the nearest measured number of rows.
 
-    A neighbour counts only where the analytic choice sees no difference, and only a tile that is no
-    higher than its own or than the rows: what is right for thousands of rows must not be taken for
-    a few. Both 16-bit types run at the same rate, so that each answers for the other.
+    A neighbour is used only if the analytic choice is the same for both, and only if its tile is no
+    higher than the analytic one or than the rows: a tile for thousands of rows must not be used
+    for a few. Both 16-bit dtypes run at the same rate, so each can use the other's measurements.
     """
     own = analytic(problem, device)
     for dtype in dict.fromkeys((problem.dtype, *SAME_RATE.get(problem.dtype, ()))):
@@ -81,22 +81,22 @@ def _measured(table: Table, problem: Problem, device: Device) -> Tile | None:
 
 
 def _distance(a: int, b: int) -> int:
-    """Returns how many doublings lie between two powers of 2."""
+    """Returns the absolute difference of the exponents of two powers of 2."""
     return abs(a.bit_length() - b.bit_length())
 
 
 def analytic(problem: Problem, device: Device) -> Tile:
-    """Chooses by arithmetic: the largest tile that rows, registers and shared memory allow.
+    """Computes the largest tile that rows, registers and shared memory allow.
 
-    A matmul of 16-bit numbers on an H100 needs some 300 operations for each byte that comes from
-    memory, so tiles are as large as the registers hold (128 by 256 in 8 warps) where the rows fill
-    them. Few rows are bound by reading weights: tiles are as low as the tensor cores allow (16)
-    and long along the sum, so that much is in flight.
+    A 16-bit matmul on an H100 requires about 300 operations for each byte read from memory, so
+    tiles are as large as the registers hold (128 by 256 in 8 warps) if the rows fill them. With few
+    rows, reading the weights is the bottleneck: tiles are as low as the tensor cores allow (16)
+    and long along the sum, so that many loads are in flight.
 
-    Tensor descriptors are asked for where large tiles of 16-bit numbers go from shared memory to
-    the matrix units, on sm_90 and sm_100. On an H100 they were the faster form of every such matmul
-    but the coarse `"gated_backward"`, and nothing nearby was better than this choice in 36 of 56
-    problems; on sm_100 it is not measured.
+    Tensor descriptors are used for large tiles of 16-bit dtypes that the tensor cores read from
+    shared memory, on sm_90 and sm_100. On an H100 they were faster for every such matmul except
+    the coarse `"gated_backward"`, and in 36 of 56 problems no nearby tile was faster than this
+    choice; on sm_100 it has not been measured.
     """
     if problem.kind.startswith("low_rank"):
         return _analytic_low_rank(problem, device)
@@ -104,7 +104,7 @@ def analytic(problem: Problem, device: Device) -> Tile:
         return _analytic_wide(problem, device)
     aligned = all(size % 16 == 0 for size in (problem.inner, problem.width, problem.height))
     if not aligned:
-        # Numbers are read one by one, so that addresses take the registers.
+        # Elements are read one by one, so addresses occupy the registers.
         block_m = 64 if problem.rows > 32 or problem.kind == "weights" else 16
         shape = (block_m, 32 if problem.kind == "gated_backward" else 64, 32, 4)
     elif problem.kind == "weights":
@@ -119,8 +119,8 @@ def analytic(problem: Problem, device: Device) -> Tile:
     block_m, block_n, block_k, num_warps = shape
     block_k = block_k * 2 // problem.dtype.itemsize
     if problem.tf32 or not 90 <= device.capability < 120:
-        # Outside of sm_90 and sm_100 the matrix units take operands from registers; numbers of
-        # four bytes take more of them everywhere.
+        # Outside sm_90 and sm_100, tensor cores read operands from registers; 4-byte dtypes use
+        # more of them everywhere.
         block_n = min(block_n, 128)
     if problem.kind == "gated":
         block_n //= 2  # of each half
@@ -128,14 +128,15 @@ def analytic(problem: Problem, device: Device) -> Tile:
     if problem.kind == "gated_backward":
         if large and problem.rows > 64 and device.capability == 90:
             return _fit(problem, device, _hopper_gated_backward(problem))
-        block_n = min(block_n, 64 if problem.tf32 else 128)  # beside the sums lie gate and up
+        # Gate and up occupy registers besides the sums.
+        block_n = min(block_n, 64 if problem.tf32 else 128)
     tile = Tile(block_m, block_n, block_k, GROUP_M, num_warps, MAX_STAGES)
     descriptors = large and 90 <= device.capability < 120
     return _fit(problem, device, tile._replace(descriptors=descriptors))
 
 
 def _hopper_gated_backward(problem: Problem) -> Tile:
-    """What was fastest on an H100: 5 to 29 % over tiles of 128 by 128 in four stages."""
+    """Returns the fastest tile on an H100: 5 to 29 % faster than 128 by 128 in four stages."""
     if problem.width >= WIDE_EXPERT:
         return Tile(128, 256, 64, GROUP_M, 8, MAX_STAGES)
     if problem.rows <= 512:
@@ -144,7 +145,7 @@ def _hopper_gated_backward(problem: Problem) -> Tile:
 
 
 def _analytic_wide(problem: Problem, device: Device) -> Tile:
-    # float32 without TF32 and float64 run on the ordinary units: registers bound the tile.
+    # float32 without TF32 and float64 do not run on tensor cores: registers limit the tile.
     low = problem.kind != "weights" and problem.rows <= 32
     side = 64 if problem.dtype == torch.float32 else 32
     block_n = side // 2 if problem.kind == "gated" else side
@@ -153,15 +154,16 @@ def _analytic_wide(problem: Problem, device: Device) -> Tile:
 
 
 def rank_columns(rank: int) -> int:
-    """Returns as how many columns a rank is multiplied: a power of 2, of which 16 are the least."""
+    """Returns the number of columns that a LoRA rank is padded to: a power of 2, at least 16."""
     return max(16, triton.next_power_of_2(rank))
 
 
 def _analytic_low_rank(problem: Problem, device: Device) -> Tile:
-    """Tiles of products that are as narrow as a rank: bound by reading and by writing rows.
+    """Returns the tile of a low-rank product, whose bottleneck is reading and writing rows.
 
-    Row tiles are about as high as the rank, or the weights, which each of them reads from the L2
-    cache, would be most of what is read. Long steps have enough under way where rows are few.
+    Row tiles are about as high as the rank; with lower ones most of the data read would be the
+    weights, which each tile reads from the L2 cache. With few rows, long steps along the sum keep
+    enough loads in flight.
     """
     rank, few = rank_columns(problem.height), problem.rows <= 32
     low = 16 if problem.rows <= 16 else 32
@@ -174,8 +176,8 @@ def _analytic_low_rank(problem: Problem, device: Device) -> Tile:
     else:
         block_m, block_n, block_k = 64, 128 if rank <= 64 else 64, 128 if rank <= 32 else 64
     if problem.kind == "low_rank_weights":
-        # Columns of the rows by the rank, summed over rows. Narrow, so that one expert with most
-        # of the rows still has tiles for every processor.
+        # Columns of the rows times the rank, summed over rows. Tiles are narrow, so that a single
+        # expert with most of the rows still has one for every multiprocessor.
         block_m, block_n, block_k = max(block_m, 128 if rank > 32 else 64), rank, min(block_k, 64)
         num_warps = 8 if rank > 64 else 4
     if problem.tf32:
@@ -184,7 +186,7 @@ def _analytic_low_rank(problem: Problem, device: Device) -> Tile:
 
 
 def _fit(problem: Problem, device: Device, tile: Tile) -> Tile:
-    """Narrows a tile to the matmul, then takes as many stages as shared memory holds."""
+    """Narrows a tile to the matmul, then uses as many stages as shared memory holds."""
     block_n = min(tile.block_n, max(16, triton.next_power_of_2(problem.width)))
     block_k = tile.block_k
     if not problem.kind.endswith("weights"):
@@ -200,34 +202,35 @@ def _fit(problem: Problem, device: Device, tile: Tile) -> Tile:
 
 
 def buffers(problem: Problem, tile: Tile, device: Device) -> int:
-    """Returns of how many steps along the sum the operands are in shared memory at a time.
+    """Returns the number of steps along the sum whose operands are in shared memory at a time.
 
-    One step less than there are stages, where the operands of a product are in registers by then.
+    This is one less than the number of stages if the operands of the current product are in
+    registers.
     """
     return max(1, tile.num_stages - (not _reads_shared(problem, tile, device)))
 
 
 def _reads_shared(problem: Problem, tile: Tile, device: Device) -> bool:
-    """Returns whether the matrix units read operands from shared memory: wgmma and tcgen05."""
+    """Returns whether tensor cores read operands from shared memory (wgmma and tcgen05)."""
     if problem.kind.startswith("low_rank"):
-        return True  # one buffer less, and room for the second product
+        return True  # one buffer less, which leaves space for the second product
     wide = problem.dtype.itemsize > 2 and not problem.tf32
     return 90 <= device.capability < 120 and tile.block_m >= 64 and not wide
 
 
 def stage_bytes(problem: Problem, tile: Tile) -> int:
-    """Returns the shared memory of the operands of one step along the sum."""
+    """Returns the shared memory of the operands of one step along the sum, in bytes."""
     columns = tile.block_n * (2 if problem.kind == "gated" else 1)
     numbers = (tile.block_m + columns) * tile.block_k
     if problem.kind == "low_rank":
-        # Of the narrow product, then of the wide one.
+        # The larger of the narrow product and the wide one.
         rank = rank_columns(problem.height)
         numbers = max((tile.block_m + rank) * tile.block_k, rank * tile.block_n)
     return numbers * problem.dtype.itemsize
 
 
 def product_constants(problem: Problem, tile: Tile) -> dict[str, object]:
-    """Returns the constants of a kernel that multiplies rows with the weights of their experts."""
+    """Returns the constants of a kernel that multiplies rows by the weights of their experts."""
     return {
         "EVEN_N": problem.width % tile.block_n == 0,
         "EVEN_K": problem.inner % tile.block_k == 0,
@@ -238,10 +241,10 @@ def product_constants(problem: Problem, tile: Tile) -> dict[str, object]:
 
 
 def num_programs(problem: Problem, tile: Tile, num_tiles: int, device: Device) -> int:
-    """Returns the size of a persistent grid: as many programs as run at the same time."""
+    """Returns the size of a persistent grid: the number of programs that run concurrently."""
     if device.capability == 0:
         return min(num_tiles, device.processors)
-    # Eight warps fill the registers of a processor; of smaller programs several share one.
+    # Eight warps fill the registers of a multiprocessor; several smaller programs share one.
     used = tile.num_stages * stage_bytes(problem, tile)
     at_once = 1 if tile.num_warps >= 8 else max(1, min(4, device.shared_bytes // used))
     return min(num_tiles, device.processors * at_once)

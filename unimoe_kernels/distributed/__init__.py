@@ -1,9 +1,9 @@
-"""Expert parallelism on torch.distributed: experts on several ranks, besides data parallelism.
+"""Expert parallelism on torch.distributed, combined with data parallelism.
 
-Start processes with `torchrun`, then `start_parallel`, `parallelize_moe`, and train or generate as
-with one process. `docs/expert_parallelism.md` has the formulas. Of its two parts, `dispatch` takes
-rows to experts on several ranks and keeps their weights and gradients in step; `running` is about
-ranks alone: their start and end, failures, checkpoints.
+Start processes with `torchrun`, call `start_parallel` and `parallelize_moe`, and train or generate
+as in one process. `docs/expert_parallelism.md` has the formulas. The package has two parts:
+`dispatch` sends rows to experts on several ranks and synchronises weights and gradients; `running`
+manages ranks: start and end, failures, checkpoints.
 """
 
 from unimoe_kernels.distributed.dispatch.all_to_all import Transfer, all_to_all

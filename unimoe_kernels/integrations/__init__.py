@@ -1,4 +1,4 @@
-"""Ways into other packages; each imports the other package when it is called."""
+"""Integrations with other packages, each of which is imported only when it is used."""
 
 from unimoe_kernels.integrations.expert_lora import (
     add_expert_lora,

@@ -1,4 +1,4 @@
-"""Which of our activations a module of torch or transformers computes."""
+"""Maps activation modules of torch and transformers to activations of `swiglu`."""
 
 import functools
 
@@ -17,9 +17,9 @@ def _classes_of_transformers() -> tuple[type, ...]:
 
 
 def activation_name(act_fn: nn.Module) -> str | None:
-    """The activation of `swiglu` that equals `act_fn`, or None if none does.
+    """Returns the activation of `swiglu` that equals `act_fn`, or None if there is none.
 
-    Exact types: a subclass may compute something else.
+    Types are compared exactly, because a subclass may compute something else.
     """
     kind = type(act_fn)
     if kind is nn.SiLU:

@@ -41,31 +41,33 @@ def add_expert_lora(
     dropout: float = 0.0,
     target: Sequence[str] = ("gate_up_proj", "down_proj"),
 ) -> nn.Module:
-    """Gives all experts of a model LoRA, and freezes everything else.
+    """Adds LoRA to all experts of a model and freezes everything else.
 
-    The corrections run through `grouped_lora`: `W + B @ A` is never built, neither in the forward
-    nor for the gradients. Serves models of transformers whose experts implementation can be chosen
-    (`"unimoe"` is chosen here and has to stay), and models with `MoE` layers.
+    The corrections are computed by `grouped_lora`: `W + B @ A` is never materialised, neither in
+    the forward nor for the gradients. Supported are transformers models whose experts
+    implementation can be selected (the function selects `"unimoe"`, which must not be changed) and
+    models with `MoE` layers.
 
-    In a model that peft has prepared already only the experts are frozen: LoRA of its attention
-    goes on training. peft on top of expert LoRA freezes it; `train_expert_lora` undoes that.
+    In a model that peft has already prepared, only the experts are frozen: LoRA of its attention
+    remains trainable. Applying peft after expert LoRA freezes the latter; `train_expert_lora`
+    undoes this.
 
     Args:
-        model: changed in place; before `fully_shard`, `parallelize_moe`, `DistributedDataParallel`
-            and the distributed plans of transformers.
+        model: the model, changed in place. Call this before `fully_shard`, `parallelize_moe`,
+            `DistributedDataParallel` and the distributed plans of transformers.
         r: rank, at least 1.
         alpha: the corrections are scaled by `alpha / r`.
-        dropout: probability with which inputs of the corrections are dropped in training.
-        target: some of `"gate_up_proj"`, `"down_proj"`, or in place of the first `"gate_proj"` and
-            `"up_proj"`, which then have an A of their own each, as in Uni-MoE.
+        dropout: dropout probability of the corrections' inputs in training.
+        target: one or more of `"gate_up_proj"` and `"down_proj"`. Instead of `"gate_up_proj"`, use
+            `"gate_proj"` and `"up_proj"` for a separate A each, as in Uni-MoE.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If r, dropout or target are wrong, the model has no experts, or its gate is not
-            in halves where target splits it. Nothing is changed then.
-        RuntimeError: If experts have LoRA already, or weights are sharded or replicated.
+        ValueError: If r, dropout or target is invalid, the model has no experts, or target splits a
+            gate that is not stored in halves. Nothing is changed in this case.
+        RuntimeError: If experts already have LoRA, or weights are sharded or replicated.
     """
     target = tuple(target)
     if not target or set(target) - set(TARGETS):
@@ -83,10 +85,10 @@ def add_expert_lora(
 
 
 def train_expert_lora(model: nn.Module) -> nn.Module:
-    """Lets the expert LoRA of a model train, whatever froze it; everything else stays as it is.
+    """Makes the expert LoRA of a model trainable; everything else is not changed.
 
-    `get_peft_model` and `PeftModel` freeze all that is not theirs, and save nothing else: call it
-    after them, on what they return.
+    `get_peft_model` and `PeftModel` freeze all parameters but their own: call this function
+    afterwards on the model that they return.
 
     Returns:
         The same model.
@@ -101,26 +103,32 @@ def train_expert_lora(model: nn.Module) -> nn.Module:
 
 
 def merge_expert_lora(model: nn.Module) -> nn.Module:
-    """Adds all corrections to the weights, in place; the model computes the same, and faster.
+    """Adds all corrections to the weights in place; outputs are the same and computed faster.
 
-    Sums are formed in at least float32 and rounded once to the dtype of the weight. That it is
-    merged is part of the state dict. The LoRA stays, so that it can be taken off the weights again:
-    `merge_and_unload_expert_lora` is for good.
+    Sums are computed in at least float32 and rounded once to the dtype of the weight. The state
+    dict records that the LoRA is merged. The LoRA is kept, so that `unmerge_expert_lora` can undo
+    the merge; `merge_and_unload_expert_lora` removes it.
+
+    Returns:
+        The same model.
 
     Raises:
-        RuntimeError: If the model has no expert LoRA, or it is merged already.
+        RuntimeError: If the model has no expert LoRA, or it is already merged.
     """
     found = list(with_lora(model))
     for name, experts in found:
         if experts.expert_lora.is_merged:
-            raise RuntimeError(f"the LoRA of {name} is merged already")
+            raise RuntimeError(f"the LoRA of {name} is already merged")
     for _, experts in found:
         merge(experts)
     return model
 
 
 def unmerge_expert_lora(model: nn.Module) -> nn.Module:
-    """Takes merged corrections off the weights again, up to the rounding of both steps.
+    """Subtracts merged corrections from the weights, up to the rounding of both steps.
+
+    Returns:
+        The same model.
 
     Raises:
         RuntimeError: If the model has no expert LoRA, or it is not merged.
@@ -135,9 +143,12 @@ def unmerge_expert_lora(model: nn.Module) -> nn.Module:
 
 
 def merge_and_unload_expert_lora(model: nn.Module) -> nn.Module:
-    """Adds all corrections to the weights, where they are not yet, and removes the LoRA.
+    """Adds corrections that are not merged to the weights, and removes the LoRA.
 
-    The model is then one that never had expert LoRA, also in what it saves.
+    The model and its state dict are then like those of a model without expert LoRA.
+
+    Returns:
+        The same model.
 
     Raises:
         RuntimeError: If the model has no expert LoRA.
@@ -151,49 +162,50 @@ def merge_and_unload_expert_lora(model: nn.Module) -> nn.Module:
 
 
 def save_expert_lora(model: nn.Module, folder: str | Path) -> None:
-    """Writes the expert LoRA as an adapter that peft loads, and peft's own LoRA with it.
+    """Saves the expert LoRA, and peft's own LoRA, as an adapter that peft can load.
 
-    `adapter_model.safetensors` holds what peft's `target_parameters` route calls by these names.
-    Halves of the gate become one adapter of rank 2r, B block-diagonal, and `down_proj` is filled up
-    with zeros to that rank. peft cannot drop inputs there: the file says dropout 0, whatever was
-    trained with. LoRA that peft has put on linear layers, such as those of the attention, goes into
-    the same adapter.
+    The tensors in `adapter_model.safetensors` have the names of peft's `target_parameters`.
+    Separate LoRA of gate and up is saved as one adapter of rank 2r with a block-diagonal B, and
+    `down_proj` is padded with zeros to that rank. peft does not support dropout for
+    `target_parameters`: the saved dropout is 0, whatever was used in training. LoRA that peft has
+    added to linear layers, such as those of attention, is saved in the same adapter.
 
-    Where weights are sharded every rank calls it; they are gathered, and rank 0 writes.
+    If weights are sharded, all ranks must call this function; the weights are gathered, and rank 0
+    writes.
 
     Args:
-        model: with LoRA by `add_expert_lora` or `load_expert_lora`; may be wrapped by peft,
-            `torch.compile` or `DistributedDataParallel`.
-        folder: made if it is not there; each file appears whole or not at all.
+        model: a model with LoRA from `add_expert_lora` or `load_expert_lora`; may be wrapped by
+            peft, `torch.compile` or `DistributedDataParallel`.
+        folder: output folder, created if it does not exist; files are written atomically.
 
     Raises:
         RuntimeError: If the model has no expert LoRA.
         ValueError: If ranks or scales differ between experts modules, or peft's adapter is not
-            plain LoRA. Nothing is written then.
+            plain LoRA. Nothing is written in this case.
     """
     write_adapter(model, Path(folder))
 
 
 def load_expert_lora(model: nn.Module, folder: str | Path, dropout: float = 0.0) -> nn.Module:
-    """Gives a model the LoRA of an adapter that peft or `save_expert_lora` wrote.
+    """Loads the LoRA of an adapter written by peft or `save_expert_lora` into a model.
 
-    What the adapter holds for experts becomes expert LoRA. What it holds for linear layers is put
-    there by peft, or copied into the LoRA that peft has put there before.
+    LoRA of experts becomes expert LoRA. LoRA of linear layers is added by peft, or copied into
+    the LoRA that peft has already added.
 
     Args:
-        model: without expert LoRA; changed in place, everything else is frozen.
-        folder: holds adapter_config.json and adapter_model.safetensors.
-        dropout: as for `add_expert_lora`.
+        model: a model without expert LoRA, changed in place; everything else is frozen.
+        folder: folder with adapter_config.json and adapter_model.safetensors.
+        dropout: see `add_expert_lora`.
 
     Returns:
         The same model.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the adapter holds anything but LoRA that fits this model: names, ranks,
-            alpha, number of experts and widths are checked before anything is changed.
-        RuntimeError: If experts have LoRA already, or weights are sharded or replicated.
-        ImportError: If the adapter holds LoRA of linear layers and peft is missing.
+        ValueError: If the adapter contains anything other than LoRA that fits this model: names,
+            ranks, alpha, number of experts and widths are checked before anything is changed.
+        RuntimeError: If experts already have LoRA, or weights are sharded or replicated.
+        ImportError: If the adapter has LoRA of linear layers and peft is not installed.
     """
     folder = Path(folder)
     adapter = read_adapter(model, folder, dropout)
@@ -206,9 +218,9 @@ def load_expert_lora(model: nn.Module, folder: str | Path, dropout: float = 0.0)
 def guard_saving(model: nn.Module) -> None:
     """Makes `save_pretrained` of a model, and of models in it, keep LoRA that is not merged.
 
-    Without it transformers writes the weights below the LoRA, and peft its own adapter alone: both
-    would come back as another model without a word. So would peft's adapter that is loaded again,
-    as transformers' `Trainer` does when it resumes: `load_adapter` of peft's model is kept too.
+    Otherwise transformers would save only the weights without the LoRA, and peft only its own
+    adapter; either would silently load as a different model. For the same reason `load_adapter` of
+    a peft model, which transformers' `Trainer` calls when it resumes, is made to load expert LoRA.
     """
     modules = {id(module): module for module in (*model.modules(), *innermost(model).modules())}
     for module in modules.values():
@@ -219,10 +231,10 @@ def guard_saving(model: nn.Module) -> None:
 
 
 def _save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwargs) -> Any:
-    """`save_pretrained`, with the adapter in the same folder where expert LoRA is not merged.
+    """`save_pretrained` that also saves expert LoRA, if not merged, as an adapter in the folder.
 
-    transformers loads such a folder as the model with its adapter, and what the weights' own file
-    holds of the LoRA serves to go on training.
+    transformers loads such a folder as the model with its adapter; the LoRA in the weights' own
+    file is for resuming training.
     """
     result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
     merged = all(experts.expert_lora.is_merged for _, experts in with_lora(model))
@@ -234,7 +246,7 @@ def _save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwar
 def _load_adapter(
     model: nn.Module, model_id: str | Path, adapter_name: str, *args, **kwargs
 ) -> Any:
-    """`load_adapter` of peft's model, and the expert LoRA in the folder of an adapter it has."""
+    """`load_adapter` of peft's model that also loads expert LoRA from the adapter folder."""
     again = read_again(model, Path(model_id)) if adapter_name in model.peft_config else ()
     result = type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)
     with torch.no_grad():
@@ -249,7 +261,7 @@ def _has_lora(model: nn.Module) -> bool:
 
 
 def attach_all(model: nn.Module, made: list[tuple[nn.Module, dict[str, ExpertLoRA]]]) -> None:
-    """Freezes a model and gives its experts what was made for them."""
+    """Freezes a model and adds new LoRA to its experts."""
     if peft_layers(model):
         for experts, _ in made:
             for weight in experts.parameters(recurse=False):
@@ -267,7 +279,7 @@ def attach_all(model: nn.Module, made: list[tuple[nn.Module, dict[str, ExpertLoR
 
 
 def _check_implementation(experts: nn.Module, _inputs: tuple) -> None:
-    """A forward that knows nothing of our LoRA would leave it out without a word."""
+    """Raises an error if another experts implementation would silently ignore the LoRA."""
     chosen = experts.config._experts_implementation
     lora = experts.expert_lora
     if chosen != "unimoe" and lora is not None and not lora.is_merged:

@@ -1,4 +1,4 @@
-"""Where the experts of whole models are, whatever wraps the models."""
+"""Lookup of the experts in whole models, which may be wrapped."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from unimoe_kernels.layers import GroupedExperts
 from unimoe_kernels.layers.expert_lora import check_attachable
 from unimoe_kernels.layers.quantized_projection import QuantizedProjection
 
-# What wrappers put into the names of parameters.
+# Parts that wrappers insert into the names of parameters.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The model inside of wrappers: compiled, data-parallel, or peft's."""
+    """Returns the model inside wrappers of torch.compile, data parallelism and peft."""
     peft_model = getattr(sys.modules.get("peft"), "PeftModel", ())
     while True:
         if hasattr(model, "_orig_mod"):
@@ -32,7 +32,7 @@ def innermost(model: nn.Module) -> nn.Module:
 
 
 def all_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Experts with stacked weights, by the name that they have without wrappers.
+    """Returns experts with stacked weights, by their names without wrappers.
 
     Raises:
         ValueError: If there are none.
@@ -48,16 +48,16 @@ def all_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def attachable_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """`all_experts`, all of which may be given LoRA.
+    """Returns `all_experts` after checking that LoRA can be added to them.
 
     Raises:
         ValueError: If there are none.
-        RuntimeError: If some have LoRA already, or weights are sharded or replicated.
+        RuntimeError: If some already have LoRA, or weights are sharded or replicated.
     """
     if isinstance(model, DistributedDataParallel):
         raise RuntimeError(
-            "model (DistributedDataParallel) adds up gradients of the parameters that it found:"
-            " LoRA of experts must be added or loaded before"
+            "model (DistributedDataParallel) reduces only gradients of parameters that existed when"
+            " it was created: LoRA of experts must be added or loaded before"
         )
     found = all_experts(model)
     for name, experts in found:
@@ -66,7 +66,7 @@ def attachable_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def with_lora(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Experts that have LoRA, by the name that they have without wrappers.
+    """Yields experts that have LoRA, by their names without wrappers.
 
     Raises:
         RuntimeError: If there are none.
@@ -82,12 +82,12 @@ def with_lora(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def clean(name: str) -> str:
-    """A module's name without what wrappers inside of the model put into it."""
+    """Returns a module's name without the parts that wrappers inside the model insert."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that peft has put into a model, by the name that they have without wrappers."""
+    """Returns the layers that peft has added to a model, by their names without wrappers."""
     tuner = sys.modules.get("peft.tuners.tuners_utils")
     if tuner is None:
         return {}
@@ -99,7 +99,7 @@ def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def gate_is_in_halves(experts: nn.Module) -> bool:
-    """Whether the first F rows of the gate's weight are the gate, and the others what it gates."""
+    """Returns whether the first F rows of the weight are the gate and the last F rows are up."""
     return isinstance(experts, GroupedExperts) or plain_gate(experts) is not None
 
 

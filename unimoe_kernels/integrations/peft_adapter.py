@@ -1,4 +1,4 @@
-"""Adapter folders of peft that hold the LoRA of experts, and of linear layers beside it."""
+"""peft adapter folders with the LoRA of experts and of linear layers."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from unimoe_kernels.layers.expert_lora import (
 
 
 class LoadedAdapter(NamedTuple):
-    """What a folder holds for a model, read and checked.
+    """The content of an adapter folder, checked against a model.
 
     Attributes:
-        config: of adapter_config.json.
-        experts: modules of experts, each with its LoRA by target.
-        linears: what `linears_of` returns.
+        config: content of adapter_config.json.
+        experts: experts modules, each with its LoRA by target.
+        linears: output of `linears_of`.
     """
 
     config: dict[str, Any]
@@ -49,12 +49,12 @@ class LoadedAdapter(NamedTuple):
 
 
 def read_adapter(model: nn.Module, folder: Path, dropout: float) -> LoadedAdapter:
-    """Reads the adapter in a folder; the model stays as it is.
+    """Reads the adapter in a folder; the model is not changed.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the adapter holds anything but LoRA that fits this model.
-        RuntimeError: If experts have LoRA already, or weights are sharded or replicated.
+        ValueError: If the adapter contains anything other than LoRA that fits this model.
+        RuntimeError: If experts already have LoRA, or weights are sharded or replicated.
     """
     config, tensors = read_files(folder)
     made = []
@@ -63,12 +63,12 @@ def read_adapter(model: nn.Module, folder: Path, dropout: float) -> LoadedAdapte
         if loras:
             made.append((experts, loras))
     if not made:
-        raise ValueError(f"folder ({folder}) holds no LoRA on these experts: {sorted(tensors)}")
+        raise ValueError(f"folder ({folder}) has no LoRA for these experts: {sorted(tensors)}")
     return LoadedAdapter(config, made, linears_of(folder, config, model, tensors))
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a folder that holds plain LoRA."""
+    """Returns configuration and tensors of an adapter folder, which must be plain LoRA."""
     from safetensors.torch import load_file
 
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def take_experts(
     experts: nn.Module,
     dropout: float = 0.0,
 ) -> dict[str, ExpertLoRA]:
-    """LoRA of one module of experts, made of the tensors of an adapter, which loses them."""
+    """Creates the LoRA of one experts module from tensors of an adapter, removing these."""
     loras = {}
     keys = _targeted(config, name, experts)
     for index, key in enumerate(keys):
@@ -103,13 +103,13 @@ def write_adapter(
     """Writes the LoRA of a model's experts, and peft's of its linear layers, as one adapter.
 
     Args:
-        model: with expert LoRA.
-        folder: made if it is not there.
-        state: what to write in the place of the model's own tensors, where it has them by name.
+        model: a model with expert LoRA.
+        folder: output folder, created if it does not exist.
+        state: tensors by name that are written instead of those of the model.
 
     Raises:
         RuntimeError: If the model has no expert LoRA.
-        ValueError: If ranks or scales differ between experts, or peft's adapter is no plain LoRA.
+        ValueError: If ranks or scales differ between experts, or peft's adapter is not plain LoRA.
     """
     from safetensors.torch import save_file
 
@@ -141,7 +141,7 @@ def write_adapter(
 
 
 class _Adapter(NamedTuple):
-    """Expert LoRA in peft's form: tensors by name, the parameters that they change, their sizes."""
+    """Expert LoRA in peft's format: tensors by name, target parameters and their sizes."""
 
     tensors: dict[str, Tensor]
     names: list[str]
@@ -156,10 +156,10 @@ def _expert_adapter(model: nn.Module, state: Mapping[str, Tensor] | None) -> _Ad
         keys = [key for key in stacked_names(experts) if key in adapters]
         for index, key in enumerate(keys):
             lora_A, lora_B, scale = adapters[key]
-            # peft wraps one parameter after the other, the last one outermost.
+            # peft wraps parameters one by one, the last one outermost.
             inner = "base_layer." * (len(keys) - 1 - index)
             tensors[f"{PREFIX}{name}.{inner}lora_A.weight"] = lora_A.flatten(0, 1).contiguous()
-            # Columns of B run over experts first.
+            # In columns of B, the expert index varies fastest.
             tensors[f"{PREFIX}{name}.{inner}lora_B.weight"] = (
                 lora_B.permute(1, 2, 0).flatten(1).contiguous()
             )
@@ -208,7 +208,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _targeted(config: dict[str, Any], name: str, experts: nn.Module) -> list[str]:
-    """The parameters of an experts module that an adapter changes."""
+    """Returns the parameters of an experts module that an adapter targets."""
     targets = config.get("target_parameters") or []
     return [
         key
@@ -220,7 +220,7 @@ def _targeted(config: dict[str, Any], name: str, experts: nn.Module) -> list[str
 def _as_peft(
     name: str, lora: nn.ModuleDict, state: Mapping[str, Tensor] | None
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A, B and scale of each stacked weight; halves of the gate joined, all of one rank."""
+    """Returns A, B and scale of each stacked weight, with joined gate halves and a common rank."""
 
     def read(key: str, part: str) -> Tensor:
         saved = (state or {}).get(f"{name}.expert_lora.{key}.{part}")

@@ -1,4 +1,4 @@
-"""LoRA that peft has put on linear layers, read from and written to peft's adapters."""
+"""LoRA that peft has added to linear layers, read from and written to peft's adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_kind(folder: Path | None, config: dict[str, Any]) -> None:
 
 
 def rank_and_scale(config: dict[str, Any], name: str) -> tuple[int, float]:
-    """Rank and factor of a module or parameter, by the rules of peft's patterns."""
+    """Returns rank and scale of a module or parameter, following peft's patterns."""
 
     def chosen(patterns: str, default: str) -> Any:
         for pattern, value in (config.get(patterns) or {}).items():
@@ -38,13 +38,13 @@ def rank_and_scale(config: dict[str, Any], name: str) -> tuple[int, float]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded, without its graph; all of its ranks call."""
+    """Returns a full, detached tensor; for a sharded tensor, all of its ranks must call this."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def linear_adapter(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors and configuration of the LoRA that peft has put on a model; without any, None."""
+    """Returns tensors and configuration of peft's LoRA in a model; the latter None without LoRA."""
     layers = peft_layers(model)
     if not layers:
         return {}, None
@@ -62,7 +62,7 @@ def linear_adapter(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] 
     if config.get("target_parameters"):
         raise ValueError(
             f"target_parameters ({config['target_parameters']}) of peft's adapter must be empty"
-            " beside expert LoRA"
+            " with expert LoRA"
         )
     check_kind(None, config)
     tensors = {
@@ -76,7 +76,7 @@ def linear_adapter(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] 
 def linears_of(
     folder: Path, config: dict[str, Any], model: nn.Module, tensors: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of linear layers, by the layers' names, checked against the model."""
+    """Returns A and B of linear layers, by the layers' names, checked against the model."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     inner, layers, left = innermost(model), peft_layers(model), dict(tensors)
     for key in sorted(tensors):
@@ -97,7 +97,7 @@ def linears_of(
         found[name] = (A, B)
     if left:
         raise ValueError(
-            f"folder ({folder}) holds more than LoRA on these experts and linear layers:"
+            f"folder ({folder}) has more than LoRA of these experts and linear layers:"
             f" {sorted(left)}"
         )
     return found
@@ -116,12 +116,12 @@ def load_linears(
     model: nn.Module,
     linears: dict[str, tuple[Tensor, Tensor]],
 ) -> None:
-    """Copies A and B into LoRA that peft has put on a model, or has peft put it there first."""
+    """Copies A and B into peft's LoRA of a model, which peft first adds if it is missing."""
     try:
         import peft
     except ImportError as error:
         raise ImportError(
-            f"folder ({folder}) holds LoRA of linear layers too, which needs peft: pip install peft"
+            f"folder ({folder}) has LoRA of linear layers, which requires peft: pip install peft"
         ) from error
     layers = peft_layers(model)
     if not layers:
@@ -142,7 +142,7 @@ def load_linears(
         layers = peft_layers(model)
     if set(layers) != set(linears):
         raise ValueError(
-            f"folder ({folder}) holds LoRA of {sorted(linears)}, but peft has put LoRA on"
+            f"folder ({folder}) has LoRA of {sorted(linears)}, but the model has peft's LoRA on"
             f" {sorted(layers)}"
         )
     for name in linears:

@@ -1,4 +1,4 @@
-"""Adapters that are loaded into the expert LoRA of a model again, as when training is resumed."""
+"""Loading adapters into the existing expert LoRA of a model, as when training is resumed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Reloaded = list[tuple[ExpertLoRA, Tensor, Tensor]]
 
 
 def read_again(model: nn.Module, folder: Path) -> Reloaded:
-    """Reads the adapter in a folder for the expert LoRA of a model; the model stays as it is.
+    """Reads the adapter in a folder for the expert LoRA of a model; the model is not changed.
 
     Args:
-        model: with expert LoRA.
-        folder: what `write_adapter` wrote for such a model.
+        model: a model with expert LoRA.
+        folder: a folder that `write_adapter` wrote for such a model.
 
     Returns:
         The LoRA of each target, with the A and B in the folder.
@@ -43,7 +43,7 @@ def read_again(model: nn.Module, folder: Path) -> Reloaded:
 
 
 def _matched(own: Mapping[str, ExpertLoRA], saved: dict[str, ExpertLoRA]) -> Iterator[tuple]:
-    """Undoes the joining of gate halves of `write_adapter`."""
+    """Splits gate halves that `write_adapter` joined."""
     halves = any(key in own for key in HALVES)
     targets = {"gate_up_proj" if key in HALVES else key: lora for key, lora in own.items()}
     expected = {k: (lora.rank * (1 + halves), lora.scale) for k, lora in targets.items()}
@@ -59,4 +59,4 @@ def _matched(own: Mapping[str, ExpertLoRA], saved: dict[str, ExpertLoRA]) -> Ite
         rows[:, :, ranks].zero_()
         yield lora, saved[target].lora_A.detach()[:, ranks], lora_B
     if any(left.any() for left in rest.values()):
-        raise ValueError(f"gate and up must have LoRA of their own, of rank {expected}")
+        raise ValueError(f"gate and up must have separate LoRA of rank {expected}")

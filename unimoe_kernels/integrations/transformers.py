@@ -1,4 +1,4 @@
-"""Runs the experts of transformers' mixture-of-experts models on our operators."""
+"""The experts implementation `"unimoe"` of transformers' mixture-of-experts models."""
 
 import inspect
 import re
@@ -22,9 +22,9 @@ _KNOWN_LAYOUT = (
     "has_gate",
     "has_post_expert_norm",
 )
-# What else a newer transformers can say of a layout, with its default; set by registering.
+# Further layout options of newer transformers versions, with their defaults; set on registration.
 _unknown_layout: dict[str, object] = {}
-# Experts whose own code computes in float32 whatever dtype their weights have.
+# Experts whose own code computes in float32 for weights of any dtype.
 _IN_FLOAT32 = ("OpenAIPrivacyFilterExperts",)
 
 
@@ -33,16 +33,16 @@ def register_with_transformers() -> None:
 
     Afterwards `from_pretrained(..., experts_implementation="unimoe")`,
     `from_config(config, experts_implementation="unimoe")` and
-    `model.set_experts_implementation("unimoe")` work for every model whose experts class carries
-    transformers' `use_experts_implementation`. Calling it again changes nothing.
+    `model.set_experts_implementation("unimoe")` work for every model whose experts class is
+    decorated with transformers' `use_experts_implementation`. Calling it again has no effect.
 
-    Experts with a plain silu, gelu or relu gate run through `moe_mlp`. All others (an overridden
-    gate such as that of gpt-oss, other activations, no gate, a norm after each expert) keep their
-    own activation code between two `grouped_mm`. Transposed weights, biases, and the ids of other
-    ranks' experts under expert parallelism are understood in both.
+    Experts with a plain silu, gelu or relu gate run in `moe_mlp`. All others (an overridden gate
+    such as that of gpt-oss, other activations, no gate, a norm after each expert) keep their own
+    activation code between two calls of `grouped_mm`. Both support transposed weights, biases and,
+    under expert parallelism, ids of other ranks' experts.
 
     Raises:
-        ImportError: If transformers is missing or older than 5.17, which has no such registry.
+        ImportError: If transformers is not installed or older than 5.17, which has no registry.
     """
     try:
         import transformers
@@ -52,9 +52,9 @@ def register_with_transformers() -> None:
         )
     except ImportError as error:
         raise ImportError(
-            "register_with_transformers needs transformers: pip install 'transformers>=5.17'"
+            "register_with_transformers requires transformers: pip install 'transformers>=5.17'"
         ) from error
-    # The patch may be such as "0rc1"; major and minor are numbers.
+    # The patch version may be, for example, "0rc1"; major and minor are numbers.
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     if version < _MIN_VERSION:
         raise ImportError(f"transformers is {transformers.__version__}, it must be at least 5.17")
@@ -71,35 +71,35 @@ def unimoe_experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The forward of an experts module of transformers.
+    """Forward of an experts module of transformers.
 
     Args:
         experts: a module of a class decorated with `use_experts_implementation`.
         hidden_states: `[T, D]`.
-        top_k_index: `[T, K]`, integer; ids of num_experts or more, as of other ranks' experts,
-            are dropped and add 0.
+        top_k_index: `[T, K]`, integer; ids of num_experts or more, such as those of other ranks'
+            experts, are dropped and add 0.
         top_k_weights: `[T, K]`, floating point.
 
     Returns:
         `[T, D]`, dtype of hidden_states.
 
     Raises:
-        NotImplementedError: If the experts have something that this version does not support.
+        NotImplementedError: If the experts have an option that this version does not support.
     """
     for name, default in _unknown_layout.items():
         if getattr(experts, name, default) != default:
             raise NotImplementedError(
-                f"{type(experts).__name__} has {name}={getattr(experts, name)!r}, unknown "
-                "here: run it with experts_implementation='grouped_mm' or 'eager'"
+                f"{type(experts).__name__} has {name}={getattr(experts, name)!r}, which is not "
+                "supported: use experts_implementation='grouped_mm' or 'eager'"
             )
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     first_proj, first_bias = _weight_and_bias(experts, first)
     down_proj, down_bias = _weight_and_bias(experts, "down_proj")
-    # Quantised weights have no dtype to compute in.
+    # Quantised weights do not determine the compute dtype.
     quantized = isinstance(down_proj, QuantizedWeight)
     dtype = hidden_states.dtype if quantized else down_proj.dtype
     if torch.is_autocast_enabled(hidden_states.device.type) and dtype != torch.float64:
-        # A linear layer would have run in this dtype, and so do the operators that multiply.
+        # Linear layers would run in this dtype, and so do the matmul operators.
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
     elif type(experts).__name__ in _IN_FLOAT32:
         dtype = torch.promote_types(dtype, torch.float32)
@@ -107,7 +107,7 @@ def unimoe_experts_forward(
     weights = ExpertWeights(*[_in_dtype(one, dtype) for one in operands])
 
     def own_activation(hidden: torch.Tensor) -> torch.Tensor:
-        # Code of the model runs in the model's dtype, which under autocast is the wider one.
+        # The model's own code runs in the model's dtype, which is wider under autocast.
         hidden = hidden.to(torch.promote_types(dtype, hidden_states.dtype))
         return experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
 
@@ -143,7 +143,7 @@ def _in_dtype(
 def _weight_and_bias(
     experts: torch.nn.Module, name: str
 ) -> tuple[torch.Tensor | QuantizedWeight, torch.Tensor | None]:
-    """A stacked weight as `[E, out, in]`, a view where it is stored transposed, and its bias."""
+    """Returns a stacked weight `[E, out, in]`, a view if stored transposed, and its bias."""
     weight = weight_of(experts, name)
     bias = weight_of(experts, f"{name}_bias") if experts.has_bias else None
     if isinstance(weight, QuantizedProjection):  # never stored transposed
@@ -152,12 +152,12 @@ def _weight_and_bias(
 
 
 def _has_post_expert_norm(experts: torch.nn.Module) -> bool:
-    """Whether a norm follows each expert; transformers 5.17 does not know of it."""
+    """Returns whether a norm follows each expert; transformers 5.17 has no such option."""
     return getattr(experts, "has_post_expert_norm", False)
 
 
 def plain_gate(experts: torch.nn.Module) -> str | None:
-    """The activation name of `moe_mlp` that equals this module's gate, or None if none does."""
+    """Returns the `moe_mlp` activation that equals this module's gate, or None if there is none."""
     if not experts.has_gate or _has_post_expert_norm(experts):
         return None
     # The default gate is defined beside the registry; an overridden one in the model's own module.

@@ -1,4 +1,4 @@
-"""Turns dense models of transformers into mixture-of-experts models."""
+"""Upcycling of dense transformers models to mixture-of-experts models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from unimoe_kernels.integrations.activations import activation_name
 from unimoe_kernels.layers import MoE
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# Scores of a token add up to one, so that copies of one FFN compute what that FFN does.
+# Modes whose scores sum to one for each token: copies of an FFN then compute the same as the FFN.
 _MODES = ("topk_softmax", "softmax_topk_renorm", "sigmoid_renorm", "sparsemixer_renorm")
-# Options that leave outputs out or add some.
+# Options that drop or add expert outputs.
 _ANSWERS = ("num_null_experts", "num_shared_experts", "capacity_factor")
 RECORD = "unimoe_upcycled"
 
@@ -28,32 +28,31 @@ def upcycle(
     layers: Iterable[int] | None = None,
     **options,
 ) -> nn.Module:
-    """Replaces the FFNs of a dense LLaMA-like model by `MoE` layers whose experts are its copies.
+    """Replaces the FFNs of a dense LLaMA-like model by `MoE` layers whose experts are copies.
 
-    Until it is trained the model computes the same, up to rounding: all experts are alike, and the
-    scores of a token add up to one. Works on every model whose FFN is
+    Before training, outputs are unchanged up to rounding: all experts are identical, and the scores
+    of a token sum to one. Supports every model whose FFN is
     `down_proj(act_fn(gate_proj(x)) * up_proj(x))` without biases, such as LLaMA, Mistral, Qwen and
-    Gemma. A model of transformers can be saved with `save_pretrained` and comes back with
-    `load_upcycled`.
+    Gemma. A transformers model can be saved with `save_pretrained` and loaded with `load_upcycled`.
 
     Args:
-        model: changed in place.
-        num_experts: E, copies of each FFN.
+        model: the model, changed in place.
+        num_experts: E, number of copies of each FFN.
         top_k: K, between 1 and E.
-        layers: indices among the model's FFNs, in their order; negative ones count from the end.
-            None means all.
-        **options: options of `MoE` except bias, activation, device and dtype, such as
-            `aux_loss="inject"` and `load_balancing_coef`, with which the router of a host that
-            passes nothing but hidden states learns to spread its tokens.
+        layers: indices of FFNs, in the order of the model; negative ones count from the end. None
+            means all.
+        **options: options of `MoE` except bias, activation, device and dtype. For example,
+            `aux_loss="inject"` and `load_balancing_coef` balance the load in models whose blocks
+            return only hidden states.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the model has no such FFN or an FFN has biases, layers is empty or holds an
-            index beyond the FFNs, an option is refused by `MoE`, or one of them (mode, scale, null
-            or shared experts, a capacity) would change what the model computes. Nothing is changed
-            then.
+        ValueError: If the model has no such FFN or an FFN has biases, layers is empty or has an
+            index out of range, `MoE` rejects an option, or an option (mode, scale, null or shared
+            experts, a capacity) would change the outputs of the model. Nothing is changed in this
+            case.
 
     Reference:
         Sparse Upcycling, arXiv 2212.05055.
@@ -66,7 +65,7 @@ def upcycle(
     for name in _ANSWERS:
         if options.get(name):
             raise ValueError(f"{name} ({options[name]}) would change the output of the model")
-    # The config, which keeps the options, is saved as JSON.
+    # The options are stored in the config, which is saved as JSON.
     options = {
         name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
         for name, value in options.items()
@@ -95,33 +94,33 @@ def upcycle(
 
 
 def load_upcycled(folder: str | Path, **kwargs) -> nn.Module:
-    """Loads what `save_pretrained` wrote of an upcycled model, as `from_pretrained` would.
+    """Loads an upcycled model that `save_pretrained` wrote, like `from_pretrained`.
 
     Args:
-        folder: holds config.json and safetensors files.
-        **kwargs: for `from_pretrained` of transformers, such as `dtype` (the saved one by default)
-            and `device_map`.
+        folder: folder with config.json and safetensors files.
+        **kwargs: arguments of `from_pretrained` in transformers, such as `dtype` (default: the
+            saved one) and `device_map`.
 
     Returns:
         The model in evaluation mode, with the generation settings that were saved.
 
     Raises:
-        ImportError: If transformers is missing.
+        ImportError: If transformers is not installed.
         FileNotFoundError: If the folder has no safetensors file.
         ValueError: If its config is not that of an upcycled model, or `output_loading_info` is
             among the arguments.
-        RuntimeError: If weights are missing or left over.
+        RuntimeError: If weights are missing or unexpected.
     """
     import transformers
 
     if "output_loading_info" in kwargs:
-        raise ValueError("output_loading_info must not be given: weights that do not fit raise")
+        raise ValueError("output_loading_info is not supported: weights that do not fit are errors")
     if not any(Path(folder).glob("[!.]*.safetensors")):
-        raise FileNotFoundError(f"folder ({folder}) holds no safetensors file")
+        raise FileNotFoundError(f"folder ({folder}) has no safetensors file")
     config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(folder)
     record = getattr(config, RECORD, None)
     if record is None:
-        raise ValueError(f"folder ({folder}) holds no upcycled model: its config lacks {RECORD}")
+        raise ValueError(f"folder ({folder}) has no upcycled model: its config has no {RECORD}")
     dense = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, report = upcycled_class(dense, record).from_pretrained(
         folder, config=config, output_loading_info=True, **kwargs
@@ -136,7 +135,7 @@ def load_upcycled(folder: str | Path, **kwargs) -> nn.Module:
 
 
 def upcycled_class(dense: type[nn.Module], record: dict) -> type[nn.Module]:
-    """A class that `from_pretrained` can make and fill: the dense one, upcycled as it is built."""
+    """Returns a subclass of the dense model for `from_pretrained`, upcycled in its constructor."""
 
     class Upcycled(dense):
         _keep_in_fp32_modules_strict = (
@@ -148,7 +147,7 @@ def upcycled_class(dense: type[nn.Module], record: dict) -> type[nn.Module]:
             super().__init__(config, *args, **kwargs)
             upcycle(self, **record)
 
-    # transformers reads the kind of loss from the name.
+    # transformers derives the loss type from the class name.
     Upcycled.__name__ = Upcycled.__qualname__ = dense.__name__
     return Upcycled
 
@@ -160,7 +159,7 @@ def _is_ffn(module: nn.Module) -> bool:
 
 
 def _check(name: str, ffn: nn.Module) -> None:
-    """Raises ValueError unless `MoE` can stand in for this FFN."""
+    """Raises ValueError unless `MoE` can replace this FFN."""
     parameters = sorted(key for key, _ in ffn.named_parameters())
     if parameters != sorted(f"{key}.weight" for key in _PROJECTIONS):
         raise ValueError(f"{name} has the parameters {parameters}, it must have three weights only")

@@ -1,4 +1,4 @@
-"""Layers over the public operators."""
+"""Layers built on the public operators."""
 
 from unimoe_kernels.layers.aux_loss import inject_aux_loss
 from unimoe_kernels.layers.expert_lora import merge_lora_weight

@@ -1,4 +1,4 @@
-"""What every layer checks and does with its input before it calls an operator."""
+"""Input checks and conversions shared by the layers."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def check_positive(**sizes: int) -> None:
 
 
 def check_at_least_zero(**values: float) -> None:
-    """Raises ValueError for the first number below 0."""
+    """Raises ValueError for the first value below 0."""
     for name, value in values.items():
         if not value >= 0:
             raise ValueError(f"{name} ({value}) must be at least 0")
@@ -60,16 +60,16 @@ def flatten_mask(token_mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tens
 
 
 def unflatten(y_TD: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Returns y in the shape of its input, and like the output of a linear layer no view of y.
+    """Returns y in another shape, as a tensor that, unlike `y.view(shape)`, is not a view.
 
-    Of an output that is a view FSDP loses its hooks where a host changes it in place. For tensors
-    that nothing else refers to.
+    FSDP loses its hooks on an output that is a view if the model changes the output in place. Use
+    it only for tensors that have no other reference.
     """
     return y_TD if y_TD.shape == shape else _UNSAFE_VIEW(y_TD, shape)
 
 
 def autocasts(*tensors: torch.Tensor) -> bool:
-    """Whether torch.autocast is on and takes all of these: it leaves float64 and integers alone."""
+    """Returns whether torch.autocast is enabled and casts all of these (not float64, integers)."""
     device_type = tensors[0].device.type
     return (
         torch.amp.is_autocast_available(device_type)
@@ -79,17 +79,17 @@ def autocasts(*tensors: torch.Tensor) -> bool:
 
 
 def weight_of(module: torch.nn.Module, name: str) -> Any:
-    """The parameter of a module by name, in a tenth of the time of an attribute.
+    """Returns a parameter of a module by name, ten times faster than attribute access.
 
-    Where something has put another thing in its place, such as a parametrisation, that counts.
+    An attribute that replaces the parameter, such as a parametrisation, takes precedence.
     """
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
 
 
 def local_part(weight: torch.Tensor | None) -> torch.Tensor | None:
-    """The part of a DTensor that this rank holds; any other tensor, or None, as it is."""
-    # The class itself comes with half a second of imports, which plain tensors need not pay for.
+    """Returns the local part of a DTensor; any other tensor, or None, is returned as it is."""
+    # Importing the DTensor class takes half a second, which plain tensors avoid.
     if weight is None or type(weight) in (torch.Tensor, torch.nn.Parameter):
         return weight
     return weight.to_local() if hasattr(weight, "to_local") else weight

@@ -1,14 +1,14 @@
-"""Adds the gradient of an auxiliary loss to a tensor that a host already passes on."""
+"""Injection of an auxiliary loss into the backward of a tensor."""
 
 import torch
 
 
 class _InjectAuxLoss(torch.autograd.Function):
-    """Hands y through; its backward gives the auxiliary loss the gradient that `+ loss` would."""
+    """Returns y unchanged; its backward also passes gradient 1 to the auxiliary loss."""
 
     @staticmethod
     def forward(y: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        # autograd forbids a host to change a view that comes out of a function, as by `y += x`.
+        # autograd forbids in-place changes, such as `y += x`, of views returned by a function.
         return y.clone()
 
     @staticmethod
@@ -22,7 +22,7 @@ class _InjectAuxLoss(torch.autograd.Function):
 
 
 class _InjectTransformed(_InjectAuxLoss):
-    """The same with rules for forward mode and vmap, which `torch.compile` does not trace."""
+    """The same with rules for forward-mode AD and vmap, which `torch.compile` cannot trace."""
 
     generate_vmap_rule = True
 
@@ -32,19 +32,19 @@ class _InjectTransformed(_InjectAuxLoss):
 
 
 def inject_aux_loss(y: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    """Returns y, and makes every backward through it also differentiate `loss` with weight 1.
+    """Returns y with `loss` attached: every backward through y also differentiates `loss`.
 
-    The gradients are those of `host_loss(y) + loss`, whatever the host does with y, so an auxiliary
-    loss reaches the router of a model whose code passes nothing but hidden states. It acts once a
-    backward: recomputation under activation checkpointing runs the forward again and the backward
-    still once, and without recorded gradients nothing happens at all.
+    The gradients are those of `model_loss(y) + loss`, so an auxiliary loss trains the router of a
+    model whose blocks return only hidden states. The loss is added once per backward: under
+    activation checkpointing the forward is recomputed, but the backward runs once. If gradients are
+    not recorded, the function has no effect.
 
     Args:
-        y: any shape, floating point; the tensor that the host goes on with.
+        y: any shape, floating point; the tensor that the model continues with.
         loss: `()`, floating point; already multiplied by its coefficient.
 
     Returns:
-        A new tensor with the values, shape and dtype of y, which the host may change in place.
+        A new tensor with the values, shape and dtype of y, which may be changed in place.
 
     Raises:
         ValueError: If loss is not a scalar.

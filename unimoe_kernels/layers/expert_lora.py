@@ -1,4 +1,4 @@
-"""LoRA on the stacked weights of experts: what it computes, and how it goes on, in and off."""
+"""LoRA on the stacked weights of experts: modules, and adding, merging and removing them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ TARGETS = ("gate_up_proj", *HALVES, "down_proj")
 class ExpertLoRA(nn.Module):
     """The low-rank correction of one projection of all experts: `scale * B[e] @ (A[e] @ x)`.
 
-    A starts Kaiming uniform with a = sqrt(5) and B at zero, so that nothing changes at first.
+    A is initialised Kaiming uniform with a = sqrt(5) and B with zeros, so the initial correction
+    is zero.
 
     Attributes:
         lora_A: `[E, r, in]` parameter.
         lora_B: `[E, out, r]` parameter.
         scale: `alpha / r`.
-        dropout: probability with which numbers of x are dropped in training.
+        dropout: dropout probability of the input in training.
 
     Args:
         num_experts: E.
@@ -70,22 +71,22 @@ class ExpertLoRA(nn.Module):
 
     @property
     def rank(self) -> int:
-        """The rank r."""
+        """Rank r."""
         return self.lora_A.shape[1]
 
     def reset_parameters(self) -> None:
-        """Draws A anew and zeroes B."""
+        """Reinitialises A and zeroes B."""
         # kaiming_uniform_ with a = sqrt(5) on each expert's matrix: bound 1 / sqrt(columns).
         bound = self.lora_A.shape[2] ** -0.5
         nn.init.uniform_(self.lora_A, -bound, bound)
         nn.init.zeros_(self.lora_B)
 
     def forward(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
-        """What is added to the product of the projection, `[N, out]`.
+        """Returns the correction of the projection's product, `[N, out]`.
 
         Args:
             rows: `[N, in]` in expert order.
-            expert_offsets: `[E + 1]`, int32, as `expert_sort` gives it.
+            expert_offsets: `[E + 1]`, int32, as returned by `expert_sort`.
         """
         if self.training and torch.is_grad_enabled() and not self.lora_B.requires_grad:
             _warn_of_frozen()
@@ -94,19 +95,19 @@ class ExpertLoRA(nn.Module):
         return grouped_lora(rows, lora_A, lora_B, expert_offsets, self.scale)
 
     def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses."""
+        """Returns the options shown by `print(module)`."""
         return f"r={self.rank}, scale={self.scale}, dropout={self.dropout}"
 
 
 class ExpertLoRADict(nn.ModuleDict):
-    """The LoRA of one module of experts: an `ExpertLoRA` for each target, by name.
+    """The LoRA of one experts module: an `ExpertLoRA` for each target, by name.
 
-    Whether the weights hold the LoRA already is part of the state, as the buffer `merged`, so that
-    weights and LoRA of a state dict are never added up twice or left out. A state dict of such a
-    module that lacks the buffer counts as not merged.
+    The buffer `merged` records in the state dict whether the weights include the LoRA, so that
+    loading never adds it twice or leaves it out. A state dict without the buffer is treated as not
+    merged.
 
     Attributes:
-        merged: 0 or 1, uint8 without dimensions.
+        merged: 0 or 1, a uint8 scalar.
     """
 
     def __init__(self, loras: Mapping[str, ExpertLoRA]) -> None:
@@ -118,10 +119,10 @@ class ExpertLoRADict(nn.ModuleDict):
 
     @property
     def is_merged(self) -> bool:
-        """Whether the weights hold the LoRA.
+        """Whether the weights include the LoRA.
 
-        The buffer is read where it was written or replaced since the last time, so that forwards
-        do not wait for its device.
+        The buffer is read only if it was written or replaced since the last read, so that forwards
+        do not synchronise with its device.
         """
         buffer = self.merged
         if torch.compiler.is_compiling() or buffer.is_meta:
@@ -145,11 +146,11 @@ class ExpertLoRADict(nn.ModuleDict):
             value = torch.zeros_like(self.merged) if touched else self.merged
             state_dict = {**state_dict, key: value}
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # Read now: what torch.compile traces cannot read it.
+        # Read now, because code traced by torch.compile cannot read the buffer.
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads the buffer now, after it was written in place, for forwards that are compiled."""
+        """Reads the buffer after it was written in place; required before a compiled forward."""
         _ = self.is_merged
 
     def correct_first(self, hidden: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class ExpertLoRADict(nn.ModuleDict):
 
         Args:
             hidden: `[N, 2F]`, the product.
-            rows: `[N, D]`, what was multiplied, in expert order.
+            rows: `[N, D]`, the input of the projection, in expert order.
             expert_offsets: `[E + 1]`, int32.
         """
         if "gate_up_proj" in self:
@@ -178,20 +179,20 @@ class ExpertLoRADict(nn.ModuleDict):
 def _warn_of_frozen() -> None:
     if not torch.compiler.is_compiling():
         warnings.warn(
-            "expert LoRA is in training and frozen, as peft leaves it that is applied later:"
-            " train_expert_lora(model) lets it train again",
+            "expert LoRA is in training mode but frozen, for example because peft was applied"
+            " later: call train_expert_lora(model) to train it",
             stacklevel=2,
         )
 
 
 def check_attachable(experts: nn.Module, name: str = "experts") -> None:
-    """Raises RuntimeError unless experts have no LoRA, and all of their weights on this rank.
+    """Raises RuntimeError if experts already have LoRA or their weights are sharded.
 
-    LoRA that is added to sharded weights would start otherwise on each rank, and stay otherwise:
-    nothing adds up its gradients.
+    LoRA added to sharded weights would differ between ranks, initially and in training, because
+    its gradients are not reduced.
     """
     if getattr(experts, "expert_lora", None) is not None:
-        raise RuntimeError(f"{name} has LoRA already; merge it or take it off first")
+        raise RuntimeError(f"{name} already has LoRA; merge or remove it first")
     for key, weight in experts.named_parameters(recurse=False):
         if hasattr(weight, "full_tensor"):
             raise RuntimeError(
@@ -203,7 +204,7 @@ def check_attachable(experts: nn.Module, name: str = "experts") -> None:
 def new_lora(
     experts: nn.Module, target: str, rank: int, alpha: float, dropout: float = 0.0
 ) -> ExpertLoRA:
-    """LoRA for one target of experts, on the device and in the dtype of its weight.
+    """Returns LoRA for one target of experts, on the device and in the dtype of its weight.
 
     Raises:
         ValueError: If the experts have no such weight, rank is below 1 or dropout is out of range.
@@ -215,17 +216,17 @@ def new_lora(
 
 
 def attach(experts: nn.Module, loras: Mapping[str, ExpertLoRA]) -> None:
-    """Gives experts that pass `check_attachable` their LoRA, not merged."""
+    """Adds unmerged LoRA to experts that pass `check_attachable`."""
     experts.expert_lora = ExpertLoRADict(loras).train(experts.training)
 
 
 def detach(experts: nn.Module) -> None:
-    """Takes LoRA off experts; what it added to the weights stays there."""
+    """Removes the LoRA of experts; merged corrections remain in the weights."""
     experts.expert_lora = None
 
 
 def merge(experts: nn.Module) -> None:
-    """Adds what the LoRA of experts stands for to their weights, in place, rounding once."""
+    """Adds the LoRA corrections of experts to their weights in place, rounding once."""
     _add_products(experts, 1.0)
     experts.expert_lora.is_merged = True
 
@@ -237,30 +238,30 @@ def unmerge(experts: nn.Module) -> None:
 
 
 def merge_and_unload(experts: nn.Module) -> None:
-    """Merges the LoRA of experts, unless it is merged, and takes it off."""
+    """Merges the LoRA of experts, unless it is merged already, and removes it."""
     if not experts.expert_lora.is_merged:
         merge(experts)
     detach(experts)
 
 
 def unmerged_lora(experts: nn.Module) -> ExpertLoRADict | None:
-    """The LoRA that a forward has to add, or None."""
+    """Returns the LoRA that a forward has to add, or None."""
     lora = experts._modules.get("expert_lora")
     return None if lora is None or lora.is_merged else lora
 
 
 @torch.no_grad()
 def merge_lora_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """The weight that a low-rank correction makes of another: `W + scale * B @ A`.
+    """Returns a weight with its low-rank correction added: `W + scale * B @ A`.
 
-    The product is formed in float32 (float64 for float64 factors) and rounded once. No gradient
-    is recorded.
+    The product is computed in float32 (float64 for float64 factors) and rounded once. Gradients
+    are not recorded.
 
     Args:
         weight: `[..., out, in]`, floating point.
         lora_A: `[..., r, in]`.
         lora_B: `[..., out, r]`.
-        scale: `alpha / r`; negative to take the correction off again.
+        scale: `alpha / r`; negative to subtract the correction.
 
     Returns:
         `[..., out, in]`, dtype of weight, in new memory.
@@ -274,11 +275,11 @@ def merge_lora_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: flo
 
 
 def weight_of(experts: nn.Module, target: str) -> Tensor:
-    """What a target's LoRA is added to, as `[E, out, in]`: a view of one of the stacked weights.
+    """Returns the weight of a target, `[E, out, in]`: a view of one of the stacked weights.
 
     Raises:
         ValueError: If the experts have no such weight.
-        RuntimeError: If it is quantised, so that nothing can be added to it.
+        RuntimeError: If the weight is quantised and so cannot be changed.
     """
     weight = _stacked(experts, target)
     if isinstance(weight, QuantizedProjection):
@@ -293,7 +294,7 @@ def weight_of(experts: nn.Module, target: str) -> Tensor:
 
 
 def shape_of(experts: nn.Module, target: str) -> tuple[int, int, int]:
-    """E, rows and columns of what a target's LoRA is added to, quantised or not.
+    """Returns E, rows and columns of the weight of a target, quantised or not.
 
     Raises:
         ValueError: If the experts have no such weight.
@@ -306,15 +307,15 @@ def shape_of(experts: nn.Module, target: str) -> tuple[int, int, int]:
 
 
 def stacked_names(experts: nn.Module) -> list[str]:
-    """Names of the stacked weights and biases of experts, quantised ones last."""
+    """Returns the names of the stacked weights and biases of experts, quantised ones last."""
     return [*(key for key, _ in experts.named_parameters(recurse=False)), *quantized_parts(experts)]
 
 
 def _stacked(experts: nn.Module, target: str) -> Tensor | QuantizedProjection:
-    """The stacked weight that a target is, or is half of."""
+    """Returns the stacked weight of a target, which may be one half of it."""
     weight = getattr(experts, "gate_up_proj" if target in HALVES else target, None)
     if weight is None:
-        raise ValueError(f"target ({target}) is no weight of {type(experts).__name__}")
+        raise ValueError(f"target ({target}) is not a weight of {type(experts).__name__}")
     return weight
 
 

@@ -1,4 +1,4 @@
-"""All experts of a layer as stacked weights, with or without LoRA."""
+"""`GroupedExperts`: the experts of a layer as stacked weights, with or without LoRA."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 class GroupedExperts(nn.Module):
     """E gated feed-forward experts in two stacked weights.
 
-    Expert e maps a row x to `down_proj[e] @ (act(gate) * up)` where
-    `[gate; up] = gate_up_proj[e] @ x`, in the layout that checkpoints have.
+    Expert e maps a row x to `down_proj[e] @ (act(gate) * up)` with
+    `[gate; up] = gate_up_proj[e] @ x`. The layout is that of transformers checkpoints.
 
     Attributes:
         gate_up_proj: `[E, 2F, D]`, gate rows first.
         down_proj: `[E, D, F]`.
         gate_up_bias: `[E, 2F]`, or None without bias.
         down_bias: `[E, D]`, or None without bias.
-        expert_lora: an `ExpertLoRADict`, or None without LoRA. Where it `is_merged` the weights
-            hold the LoRA, and it is left out.
-        dispatcher: None, or what takes rows to experts of other ranks and back
-            (`unimoe_kernels.distributed`). Then the weights are DTensors, of which each rank holds
-            the part of its experts, and ids mean the experts of all ranks.
+        expert_lora: an `ExpertLoRADict`, or None without LoRA. If its `is_merged` is True, the
+            weights include the LoRA, and the forward does not add it.
+        dispatcher: None, or an object that sends rows to experts of other ranks and returns their
+            outputs (`unimoe_kernels.distributed`). The weights are then DTensors, of which each
+            rank holds its own experts, and ids refer to the experts of all ranks.
 
     Args:
         num_experts: E, at least 1.
@@ -54,7 +54,7 @@ class GroupedExperts(nn.Module):
         intermediate_size: F.
         activation: `"silu"`, `"gelu"`, `"gelu_tanh"`, `"relu"` or `"swiglu_clamped"`; see `swiglu`.
         bias: whether experts have biases; they start at zero.
-        lora_rank: r; above 0 it is the same as a call of `add_lora`.
+        lora_rank: r; a value above 0 is equivalent to calling `add_lora`.
         lora_alpha: the LoRA product is scaled by `lora_alpha / lora_rank`.
         initializer_range: standard deviation of the initial weights, 0.02 as in LLaMA.
         device: device of the weights.
@@ -86,7 +86,7 @@ class GroupedExperts(nn.Module):
         )
         if lora_rank < 0:
             raise ValueError(f"lora_rank ({lora_rank}) must be at least 0")
-        # The operator itself refuses unknown names, here on no rows.
+        # The operator checks the name; call it with zero rows.
         swiglu(torch.empty(0, 2, device="meta"), activation)
         self.num_experts = num_experts
         self.hidden_size = hidden_size
@@ -108,7 +108,7 @@ class GroupedExperts(nn.Module):
             self.add_lora(lora_rank, lora_alpha)
 
     def reset_parameters(self) -> None:
-        """Draws the weights anew: normal, biases zero, and LoRA back to a zero product."""
+        """Reinitialises the weights (normal), biases (zero) and LoRA (zero product)."""
         nn.init.normal_(self.gate_up_proj, std=self.initializer_range)
         nn.init.normal_(self.down_proj, std=self.initializer_range)
         for bias in (self.gate_up_bias, self.down_bias):
@@ -120,7 +120,7 @@ class GroupedExperts(nn.Module):
 
     @property
     def lora_rank(self) -> int:
-        """The rank of the LoRA, 0 without."""
+        """Rank of the LoRA, 0 without LoRA."""
         loras: Any = self.expert_lora or {}
         return next((lora.rank for lora in loras.values()), 0)
 
@@ -134,12 +134,12 @@ class GroupedExperts(nn.Module):
             scores: `[T, K]`, float32 (float64 for float64 weights).
 
         Returns:
-            `[T, D]`, dtype of x, or of torch.autocast where that is on.
+            `[T, D]`, dtype of x, or of torch.autocast if it is enabled.
 
         Raises:
-            ValueError: If x is not `[T, D]` on the device of the weights, or ids or scores have
-                another shape than `[T, K]`.
-            TypeError: If x has another dtype than the weights.
+            ValueError: If x is not `[T, D]` on the device of the weights, or ids or scores are not
+                `[T, K]`.
+            TypeError: If the dtype of x differs from that of the weights.
         """
         self._check_hidden(x)
         if x.dim() != 2:
@@ -156,7 +156,7 @@ class GroupedExperts(nn.Module):
         return self.dispatcher(self._answer, self._cast(x), ids, scores)
 
     def _answer(self, x: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`forward` by the experts held here, whose ids start at 0."""
+        """Runs `forward` on the experts of this rank, whose ids start at 0."""
         lora = unmerged_lora(self)
         return run_experts(
             x,
@@ -169,7 +169,7 @@ class GroupedExperts(nn.Module):
         )
 
     def _weights(self) -> ExpertWeights:
-        """The weights held here."""
+        """Returns the weights on this rank."""
         held: list[Any] = [local_part(weight_of(self, name)) for name in _WEIGHTS]
         return ExpertWeights(*held)
 
@@ -185,21 +185,22 @@ class GroupedExperts(nn.Module):
         freeze_base: bool = True,
         split_gate_up: bool = False,
     ) -> None:
-        """Gives every expert a low-rank correction of both projections: `W + alpha/rank * B @ A`.
+        """Adds LoRA to both projections of every expert: `W + alpha/rank * B @ A`.
 
-        A starts Kaiming uniform with a = sqrt(5) and B at zero, so the output does not change yet.
+        A is initialised Kaiming uniform with a = sqrt(5) and B with zeros, so the output does not
+        change.
 
         Args:
             rank: r, at least 1.
             alpha: numerator of the scale. It is not part of the state dict.
-            freeze_base: whether the weights and biases stop requiring gradients, the usual way to
-                train LoRA.
-            split_gate_up: whether the gate and the up half of `gate_up_proj` have a correction
-                each, of rank r both, as where they are two linear maps.
+            freeze_base: whether to freeze weights and biases, which is the usual way to train LoRA.
+            split_gate_up: whether the gate and up halves of `gate_up_proj` have separate
+                corrections, each of rank r, as if they were two linear layers.
 
         Raises:
             ValueError: If rank is below 1.
-            RuntimeError: If the experts have LoRA already, or are sharded: LoRA comes first.
+            RuntimeError: If the experts already have LoRA, or are sharded; add LoRA before
+                sharding.
 
         Reference:
             LoRA, arXiv 2106.09685.
@@ -222,8 +223,8 @@ class GroupedExperts(nn.Module):
     def merge_and_unload_lora(self) -> None:
         """Adds the LoRA products to the weights in place and removes the LoRA parameters.
 
-        The product is formed in float32 (float64 for float64 weights) and rounded once to the
-        dtype of the weight. `requires_grad` of the weights stays as it is.
+        The product is computed in float32 (float64 for float64 weights) and rounded once to the
+        dtype of the weight. `requires_grad` of the weights does not change.
 
         Raises:
             RuntimeError: If the experts have no LoRA.
@@ -238,13 +239,13 @@ class GroupedExperts(nn.Module):
         self.merge_and_unload_lora()
 
     def _cast(self, x: torch.Tensor) -> torch.Tensor:
-        """X in the dtype of torch.autocast where that is on, so that it travels in it."""
+        """Casts x to the dtype of torch.autocast, if enabled, in which it is sent between ranks."""
         if not autocasts(x, self.gate_up_proj):
             return x
         return x.to(torch.get_autocast_dtype(x.device.type))
 
     def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses."""
+        """Returns the options shown by `print(module)`."""
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, activation={self.activation!r}, "

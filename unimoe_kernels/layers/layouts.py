@@ -1,4 +1,4 @@
-"""The same experts as stacked weights and as separate FFNs."""
+"""Conversion between stacked expert weights and separate FFNs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FFN_KEYS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 def stack_experts(ffns: Sequence[nn.Module | Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Stacks dense SwiGLU blocks into the weights of `GroupedExperts`, bit for bit.
+    """Stacks the weights of dense SwiGLU blocks in the layout of `GroupedExperts`, bit for bit.
 
     Args:
         ffns: one per expert, in order: modules, or their state dicts, with exactly the keys
@@ -24,8 +24,8 @@ def stack_experts(ffns: Sequence[nn.Module | Mapping[str, Tensor]]) -> tuple[Ten
         `gate_up_proj` `[E, 2F, D]`, gate rows first, and `down_proj` `[E, D, F]`, in new memory.
 
     Raises:
-        ValueError: If ffns is empty, or keys, shapes, dtypes or devices do not fit, or weights are
-            sharded between ranks.
+        ValueError: If ffns is empty, keys are missing or unexpected, shapes, dtypes or devices
+            differ, or weights are sharded between ranks.
     """
     weights = ffn_weights(ffns)
     with torch.no_grad():
@@ -34,17 +34,17 @@ def stack_experts(ffns: Sequence[nn.Module | Mapping[str, Tensor]]) -> tuple[Ten
 
 
 def unstack_experts(gate_up_proj: Tensor, down_proj: Tensor) -> list[dict[str, Tensor]]:
-    """Takes stacked weights apart, bit for bit; `stack_experts` of the result gives them back.
+    """Splits stacked weights into state dicts, bit for bit; the inverse of `stack_experts`.
 
     Args:
         gate_up_proj: `[E, 2F, D]`, gate rows first.
         down_proj: `[E, D, F]`.
 
     Returns:
-        The state dict of each expert's FFN, with the keys that `stack_experts` takes; views.
+        The state dict of each expert's FFN, with the keys that `stack_experts` requires, as views.
 
     Raises:
-        ValueError: If the shapes do not fit each other, or weights are sharded between ranks.
+        ValueError: If shapes do not match, or weights are sharded between ranks.
     """
     _checks.refuse_sharded("gate_up_proj", gate_up_proj)
     _checks.refuse_sharded("down_proj", down_proj)
@@ -63,10 +63,10 @@ def unstack_experts(gate_up_proj: Tensor, down_proj: Tensor) -> list[dict[str, T
 def ffn_weights(
     ffns: Sequence[nn.Module | Mapping[str, Tensor]],
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Gate, up and down weight of each FFN; ValueError as for `stack_experts`."""
+    """Returns gate, up and down weight of each FFN; raises ValueError like `stack_experts`."""
     weights = [_weights_of(ffn, index) for index, ffn in enumerate(ffns)]
     if not weights:
-        raise ValueError("ffns is empty, it must hold one FFN for each expert")
+        raise ValueError("ffns is empty, it must contain one FFN per expert")
     gate_FD = weights[0][0]
     if gate_FD.dim() != 2:
         raise ValueError(f"ffns[0] {FFN_KEYS[0]} is {tuple(gate_FD.shape)}, it must be [F, D]")

@@ -1,4 +1,4 @@
-"""A `MoE` as the published layer, `LoopedMoE`, where that can express it."""
+"""Conversion of a `MoE` to the published layer, `LoopedMoE`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unimoe_kernels.layers.router import TopKRouter
 
 @torch.no_grad()
 def looped_of(router: TopKRouter, experts: GroupedExperts, num_shared: int) -> LoopedMoE:
-    """Copies the weights of a layer's parts into a new layer; see `MoE.to_looped`."""
+    """Copies the weights of router and experts into a new layer; see `MoE.to_looped`."""
     config = router.config
     expected = {
         "router.config.mode": (config.mode, "topk_softmax"),
@@ -34,7 +34,7 @@ def looped_of(router: TopKRouter, experts: GroupedExperts, num_shared: int) -> L
     for part, module in (("router", router), ("experts", experts)):
         for name, weight in module.named_parameters(part):
             _checks.refuse_sharded(name, weight)
-    # To draw weights that are replaced takes longer than all else here.
+    # Initialising weights that are replaced would take longer than everything else here.
     looped = LoopedMoE(
         router.hidden_size,
         experts.intermediate_size,

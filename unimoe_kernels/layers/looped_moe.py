@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer as Uni-MoE published it: the oracle of `MoE` and its baseline."""
+"""The mixture-of-experts layer as published in Uni-MoE: reference and baseline of `MoE`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SwiGLUFFN(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, **options)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, **options)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, **options)
-        # torch takes milliseconds to draw nothing for a tensor on the meta device.
+        # On the meta device, initialisation takes milliseconds and has no effect.
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
             if not projection.weight.is_meta:
                 nn.init.normal_(projection.weight, std=initializer_range)
@@ -54,8 +54,8 @@ class LoopedMoE(nn.Module):
     For each token: top-k on the router's logits, softmax over the k chosen logits in float32 cast
     back to the dtype of x (float64 stays float64), then the weighted sum of the chosen FFNs. The
     keys of its state dict are the published ones: `gate.weight`,
-    `experts.{e}.{gate_proj,up_proj,down_proj}.weight`. Use it to load published weights, to check
-    `MoE` against, and to measure against.
+    `experts.{e}.{gate_proj,up_proj,down_proj}.weight`. Use it to load published weights, and as a
+    reference and baseline for `MoE`.
 
     Args:
         hidden_size: D.
@@ -70,7 +70,7 @@ class LoopedMoE(nn.Module):
         ValueError: If a size is below 1 or top_k is above num_experts.
 
     Note:
-        The loop waits for the device once an expert and cannot be compiled as one graph.
+        The loop synchronises with the device once per expert and cannot be compiled as one graph.
 
     Reference:
         HITsz-TMG/Uni-MoE, Uni_MoE/Uni_MoE_speech/model/moe/moe.py (arXiv 2405.11273).
@@ -114,11 +114,11 @@ class LoopedMoE(nn.Module):
             x: `[..., D]`, dtype and device of the weights.
 
         Returns:
-            The shape and dtype of x.
+            A tensor in the shape and dtype of x.
 
         Raises:
             ValueError: If the last dimension of x is not D, or x is on another device.
-            TypeError: If the dtype of x is not that of the weights.
+            TypeError: If the dtype of x differs from that of the weights.
         """
         check_hidden(x, self.gate.weight, self.hidden_size)
         x_TD = x.reshape(-1, self.hidden_size)
@@ -140,7 +140,7 @@ class LoopedMoE(nn.Module):
 
 
 class ConvertsToLooped(Protocol):
-    """A layer such as `MoE`."""
+    """A layer with a `to_looped` method, such as `MoE`."""
 
     def to_looped(self) -> LoopedMoE:
-        """Returns a copy."""
+        """Returns a copy as a `LoopedMoE`."""

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: router, experts, and how auxiliary losses reach training."""
+"""`MoE`: the mixture-of-experts layer, with router, experts and auxiliary losses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHARED_SCORES = ("one", "sigmoid", "softmax")
 
 
 class MoEOptions(RouterOptions, total=False):
-    """Keyword arguments of `MoE` that do not follow from given FFNs, for type checkers."""
+    """Keyword arguments of `MoE` that are not determined by given FFNs, for type checkers."""
 
     router_config: RouterConfig | None
     activation: str
@@ -48,14 +48,14 @@ class MoE(nn.Module):
     A forward takes five steps:
 
     1. The router scores all experts for every token and selects `top_k` of `num_experts`.
-    2. The routed rows are sorted by expert, so that each expert finds its rows side by side.
+    2. The routed rows are sorted by expert, so that the rows of each expert are contiguous.
     3. Every expert computes its feed-forward block on its rows, in two grouped matmuls.
-    4. The rows go back to their tokens, are weighted by score and summed.
-    5. Shared experts, which take every token, add theirs; auxiliary losses are returned or
-       injected.
+    4. The outputs of each token's experts are weighted by score and summed.
+    5. The outputs of shared experts, which process every token, are added; auxiliary losses are
+       returned or injected.
 
-    With the default options it computes what `LoopedMoE` does; others make it the layer of most
-    published mixture-of-experts models:
+    With the default options it computes the same as `LoopedMoE`; other options reproduce the layers
+    of most published mixture-of-experts models:
 
     ================================  ===========================================================
     options                           layer of
@@ -67,7 +67,7 @@ class MoE(nn.Module):
     `mode="softmax_topk"`,            Qwen2-MoE
     `num_shared_experts=1`,
     `shared_scores="sigmoid"`
-    `mode="sparsemixer_renorm"`,      DCMoE and Uni-MoE-2.0: as many experts as a token needs, with
+    `mode="sparsemixer_renorm"`,      DCMoE and Uni-MoE-2.0: a variable number of experts, with
     `top_p=0.7`, `top_k=5`,           `num_shared_experts=2` and `shared_scores="softmax"`
     `num_null_experts=1`
     `mode="softmax_topk"`, `top_k=1`, Switch Transformers
@@ -75,25 +75,25 @@ class MoE(nn.Module):
     `balance="first"`, `jitter=0.01`
     ================================  ===========================================================
 
-    Auxiliary losses. `aux_loss="return"`: training code calls `moe(x, return_router=True)` and adds
-    `moe.aux_loss_of(router_output)` to its loss. `aux_loss="inject"`: for models whose
-    blocks return only hidden states; the gradient of the same sum is added in the backward of y
+    Auxiliary losses. With `aux_loss="return"`, training code calls `moe(x, return_router=True)` and
+    adds `moe.aux_loss_of(router_output)` to its loss. `aux_loss="inject"` is for models whose
+    blocks return only hidden states: the gradient of the same sum is added in the backward of y
     (see `inject_aux_loss`), and the losses in a returned `RouterOutput` are detached so that they
-    do not count twice. The layer stores nothing of a forward, so activation checkpointing, gradient
-    accumulation and `no_grad` need no special care. Set `aux_loss_scale` to any factor on the
-    model's own loss (1/steps of accumulation, a GradScaler's scale), which the layer cannot see.
+    are not counted twice. The layer stores no state in a forward, so activation checkpointing,
+    gradient accumulation and `no_grad` work as usual. If the model's own loss is multiplied by a
+    factor (1/accumulation steps, a GradScaler's scale), set `aux_loss_scale` to the same factor.
 
     Attributes:
         router: `TopKRouter`, weight `router.weight` `[E, D]`.
         experts: `GroupedExperts`, weights `experts.gate_up_proj` `[E, 2F, D]` and
-            `experts.down_proj` `[E, D, F]`; `experts.add_lora` gives them LoRA.
-        shared_experts: `GroupedExperts` that every token goes to, or None.
+            `experts.down_proj` `[E, D, F]`; `experts.add_lora` adds LoRA.
+        shared_experts: `GroupedExperts` that process every token, or None.
         shared_gate: a bias-free `Linear` from D to the number of shared experts, with
             `shared_scores="sigmoid"`; else None.
         load_balancing_coef: coefficient of the load-balancing loss.
         router_z_coef: coefficient of the router z-loss.
         aux_loss: `"return"` or `"inject"`.
-        aux_loss_scale: factor on the injected gradient, 1.0 at first; unused with `"return"`.
+        aux_loss_scale: factor on the injected gradient, initially 1.0; unused with `"return"`.
 
     Args:
         hidden_size: D.
@@ -101,15 +101,15 @@ class MoE(nn.Module):
         num_experts: E, at least 1.
         top_k: K, between 1 and E.
         router_config: options of the router; None for the defaults.
-        activation: of the experts' gate, see `swiglu`.
+        activation: activation of the experts' gate, see `swiglu`.
         bias: whether experts have biases.
         load_balancing_coef: at least 0.
         router_z_coef: at least 0.
         aux_loss: `"return"` or `"inject"`.
-        num_shared_experts: how many experts every token goes to besides; 0 for none.
-        shared_intermediate_size: width of one of them; None is F.
-        shared_scores: their weights: `"one"`, `"sigmoid"` of a gate of their own, or `"softmax"`
-            together with the choice (`num_weighed_experts` of `TopKRouter`).
+        num_shared_experts: number of additional experts that process every token; 0 for none.
+        shared_intermediate_size: width of one shared expert; None is F.
+        shared_scores: weights of the shared experts: `"one"`, `"sigmoid"` of a separate gate, or
+            `"softmax"` together with the chosen experts (`num_weighed_experts` of `TopKRouter`).
         initializer_range: standard deviation of all initial weights, 0.02 as in LLaMA.
         device: device of the weights.
         dtype: dtype of the weights.
@@ -193,7 +193,7 @@ class MoE(nn.Module):
             nn.init.normal_(self.shared_gate.weight, std=initializer_range)
 
     def reset_parameters(self) -> None:
-        """Draws all weights anew."""
+        """Reinitialises all weights."""
         for part in (self.router, self.experts, self.shared_experts):
             if part is not None:
                 part.reset_parameters()
@@ -244,11 +244,12 @@ class MoE(nn.Module):
 
         Args:
             x: `[..., D]`, dtype and device of the weights (under torch.autocast any of float32,
-                bfloat16, float16); may hold no token at all.
-            token_mask: the shape of x without its last dimension, bool. Tokens with False change
-                no loss; they are routed and computed like all others. None means all True.
+                bfloat16, float16); may have no tokens.
+            token_mask: bool, the shape of x without its last dimension. Tokens with False are
+                excluded from the losses but routed and computed like all others. None means all
+                True.
             return_router: whether to return the router's output as well.
-            router_input: what the router reads in the place of x, in its shape; experts read x.
+            router_input: input of the router, in the shape of x; None is x. Experts always read x.
 
         Returns:
             y in the shape of x; with return_router `(y, RouterOutput)`, whose T tokens are the
@@ -257,7 +258,8 @@ class MoE(nn.Module):
         Raises:
             ValueError: If the shape or device of x, or the shape of token_mask or router_input is
                 wrong.
-            TypeError: If the dtype of x is not that of the weights, or token_mask is not bool.
+            TypeError: If the dtype of x differs from that of the weights, or token_mask is not
+                bool.
         """
         if router_input is not None and router_input.shape != x.shape:
             raise ValueError(
@@ -294,7 +296,7 @@ class MoE(nn.Module):
         return experts(x_TD, ids_S.expand(x_TD.shape[0], -1), weights_TS)
 
     def aux_loss_of(self, routed: RouterOutput) -> torch.Tensor:
-        """The auxiliary loss of one forward, `()`: both router losses times their coefficients."""
+        """Returns the auxiliary loss of a forward, `()`: both losses times their coefficients."""
         return (
             self.load_balancing_coef * routed.load_balancing_loss
             + self.router_z_coef * routed.router_z_loss
@@ -305,7 +307,7 @@ class MoE(nn.Module):
         """Copies the weights of a `LoopedMoE` into a new layer, bit for bit.
 
         Args:
-            looped: the layer to copy; it stays as it is.
+            looped: the layer to copy; it is not changed.
             **options: `load_balancing_coef`, `router_z_coef`, `aux_loss` and `balance` of `MoE`.
         """
         moe = cls.from_ffns(list(looped.experts), looped.top_k, **options)
@@ -317,9 +319,9 @@ class MoE(nn.Module):
         """Copies the weights into a new `LoopedMoE`, bit for bit.
 
         Raises:
-            ValueError: If the published layer cannot express this one: it has mode
+            ValueError: If the published layer cannot represent this one: it requires mode
                 `"topk_softmax"`, activation `"silu"`, no biases, no shared or null experts, and no
-                LoRA that is not merged; or if weights are sharded.
+                unmerged LoRA. Also if weights are sharded.
         """
         num_shared = 0 if self.shared_experts is None else self.shared_experts.num_experts
         return looped_of(self.router, self.experts, num_shared).train(self.training)
@@ -331,10 +333,10 @@ class MoE(nn.Module):
         top_k: int,
         **options: Unpack[MoEOptions],
     ) -> MoE:
-        """Assembles a layer whose experts are given dense SwiGLU blocks, with a new router.
+        """Creates a layer whose experts are copies of given dense SwiGLU blocks, with a new router.
 
-        Copies of one trained FFN make the sparse upcycling of a dense model; FFNs trained one a
-        modality make the third stage of Uni-MoE.
+        Copies of one trained FFN are sparse upcycling of a dense model; FFNs trained on one
+        modality each are the third stage of Uni-MoE.
 
         Args:
             ffns: one per expert, in order: modules, or their state dicts, with exactly the keys
@@ -344,7 +346,8 @@ class MoE(nn.Module):
             **options: options of `MoE` except bias, device and dtype.
 
         Raises:
-            ValueError: If ffns is empty, or keys, shapes, dtypes or devices do not fit.
+            ValueError: If ffns is empty, keys are missing or unexpected, or shapes, dtypes or
+                devices differ.
 
         Reference:
             Sparse Upcycling, arXiv 2212.05055; Uni-MoE, arXiv 2405.11273, section 3.3.

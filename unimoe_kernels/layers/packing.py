@@ -1,4 +1,4 @@
-"""Weights of experts packed once for the CPU, instead of in every call."""
+"""Packing of expert weights for the CPU, once rather than in every call."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from unimoe_kernels.ops import PACKABLE, forget_expert_weight, pack_expert_weigh
 
 
 def pack_weights(module: nn.Module) -> int:
-    """Keeps a second copy of all experts' weights on the CPU, in the order that matmuls read.
+    """Stores a second copy of all expert weights on the CPU, in the order that matmuls read.
 
-    Without it every call packs the weights that it uses, which costs the more the fewer rows an
-    expert gets: about 20 % at 64 rows, 7 % at 256 and 1 to 3 % at 1024 (AVX-512). Calls of up to 8
-    rows an expert read the weights themselves. The outputs stay the same, to the last bit.
+    Otherwise every call packs the weights that it uses. The overhead is larger with fewer rows per
+    expert: about 20 % at 64 rows, 7 % at 256 and 1 to 3 % at 1024 (AVX-512). Calls with up to 8
+    rows per expert read the unpacked weights. Outputs are bit-identical.
 
-    The copies serve calls without gradients that are not compiled by `torch.compile`, in `MoE`,
-    `GroupedExperts` and the experts of transformers alike. The weights themselves are left as they
-    are. A weight that has changed is packed anew in the next such call. Only changes that torch
-    does not count, as through `.data` or under `torch.inference_mode`, need another call of this
-    function. A copy is given up together with its weight.
+    The copies are used by calls without gradients that are not compiled by `torch.compile`, in
+    `MoE`, `GroupedExperts` and the experts of transformers. The weights are not changed. A weight
+    that was modified is packed again in the next such call; only modifications that torch does not
+    track, such as through `.data` or under `torch.inference_mode`, require calling this function
+    again. A copy is freed together with its weight.
 
     Args:
-        module: a module, itself or parts of it with `gate_up_proj` `[E, 2F, D]` and `down_proj`
-            `[E, D, F]`, float32, bfloat16 or float16.
+        module: a module that has, or whose submodules have, `gate_up_proj` `[E, 2F, D]` and
+            `down_proj` `[E, D, F]`, float32, bfloat16 or float16.
 
     Returns:
-        Bytes of the copies: those of the weights, twice those of 16-bit weights where the CPU does
-        not multiply bfloat16 or the weights are float16; panels that are not full come on top.
+        Size of the copies in bytes: that of the weights, or twice that for float16 and, on CPUs
+        without bfloat16 instructions, bfloat16; plus the padding of panels that are not full.
 
     Raises:
-        ValueError: If there are no such weights in module, or they are on another device or sharded
-            between ranks.
+        ValueError: If module has no such weights, or they are on another device or sharded between
+            ranks.
         TypeError: If they have another dtype.
         RuntimeError: If the C++ extension is not compiled.
     """
@@ -51,13 +51,13 @@ def pack_weights(module: nn.Module) -> int:
 
 
 def unpack_weights(module: nn.Module) -> None:
-    """Gives up the copies that `pack_weights` made of the weights in `module`, if there are any."""
+    """Frees the copies that `pack_weights` made of the weights in `module`, if there are any."""
     for _, weight, _ in _weights_of(module):
         forget_expert_weight(weight)
 
 
 def _weights_of(module: nn.Module) -> list[tuple[str, Tensor, int]]:
-    """Name, weight and sides of all experts' projections."""
+    """Returns name, weight and sides of the projections of all experts."""
     found = []
     for path, part in module.named_modules():
         first, last = getattr(part, "gate_up_proj", None), getattr(part, "down_proj", None)

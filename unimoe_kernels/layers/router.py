@@ -1,4 +1,4 @@
-"""The learned router: one bias-free projection, the top-k operator, and limits on its choice."""
+"""`TopKRouter`: a bias-free projection, top-k selection and its post-processing."""
 
 from __future__ import annotations
 
@@ -37,39 +37,40 @@ from unimoe_kernels.ops import expert_sort, router_losses, topk_router
 
 @shows_router_options
 class TopKRouter(nn.Module):
-    """Chooses up to `top_k` of `num_experts` experts for every token.
+    """Selects up to `top_k` of `num_experts` experts for every token.
 
-    `logits = x @ weight.T`, then `topk_router`, which works in float32 (float64 for float64 inputs)
-    and breaks ties towards the lower expert. Ids of E to E + Z - 1 are null experts, E + Z is a
-    choice that was given up; `GroupedExperts` and `moe_mlp` skip both.
+    Computes `logits = x @ weight.T` and calls `topk_router`, which computes in float32 (float64 for
+    float64 inputs) and breaks ties in favour of the lower id. Ids E to E + Z - 1 are null experts,
+    and E + Z is a dropped choice; `GroupedExperts` and `moe_mlp` skip both.
 
     Attributes:
-        config: the `RouterConfig`, frozen; assign another one to change options other than
-            `correction_bias` and `num_null_experts`, on which the shapes of the weights depend.
+        config: the frozen `RouterConfig`; assign another one to change options other than
+            `correction_bias` and `num_null_experts`, which determine the shapes of the weights.
         weight: `[E + Z + S, D]` parameter, normal with standard deviation `initializer_range`.
-        correction_bias: `[E + Z]` buffer of zeros, or None. It stays float32, whatever the layer is
-            cast to. It takes part in the choice of experts and never in their scores;
-            `update_correction_bias` balances load by it.
-        sum_over_ranks: None, or a function that adds up a tensor of counts over all ranks that
-            share a batch (`unimoe_kernels.distributed`). Where gradients are recorded, both losses
-            are then this rank's share of the losses of all tokens: the shares add up to them, and
-            so do their gradients.
+        correction_bias: `[E + Z]` buffer, initially zero, or None. Casting the layer leaves it
+            float32. It affects the selection of experts but not their scores;
+            `update_correction_bias` balances the load with it.
+        sum_over_ranks: None, or a function that sums a tensor of counts over all ranks that share a
+            batch (`unimoe_kernels.distributed`). If gradients are recorded, both losses are then
+            this rank's share of the losses of all tokens: the shares sum to these losses, and so do
+            their gradients.
 
     Args:
         hidden_size: D.
         num_experts: E, at least 1.
         top_k: K, between 1 and E + Z.
         router_config: options; None for the defaults.
-        num_weighed_experts: S, shared experts that every token goes to. Their scores and those of
-            the choice come from one softmax, in which the choice keeps its inner proportions.
+        num_weighed_experts: S, number of shared experts, which process every token, to be scored by
+            the router. Their scores and those of the chosen experts come from one softmax, in which
+            the chosen experts keep their relative proportions.
         initializer_range: standard deviation of the initial weight, 0.02 as in LLaMA.
         device: device of the weight.
         dtype: dtype of the weight.
         **router_options: fields of `RouterConfig`, which replace those of router_config.
 
     Raises:
-        ValueError: If a size is below 1, an option out of its range, top_k above the number of
-            experts, or `topk_router` refuses the mode, groups or balance.
+        ValueError: If a size is below 1, an option is out of range, top_k is above the number of
+            experts, or `topk_router` rejects the mode, groups or balance.
         TypeError: If an option has an unknown name.
 
     Reference:
@@ -108,35 +109,35 @@ class TopKRouter(nn.Module):
                 self.num_choices + num_weighed_experts, hidden_size, device=device, dtype=dtype
             )
         )
-        # In 16 bits steps of an update are lost from 0.5 on.
+        # In 16-bit dtypes, update steps are rounded away once the bias reaches 0.5.
         wide: dict[str, Any] = {"device": device, "dtype": torch.float32}
         bias = torch.zeros(self.num_choices, **wide) if config.correction_bias else None
         self.register_buffer("correction_bias", bias)
         self.sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
-        # The operator itself refuses options that do not go together, here on no tokens.
+        # The operator checks that the options are compatible; call it with zero tokens.
         with torch.device("meta"):
             self._choose(torch.empty(0, self.num_choices), None)
         self.reset_parameters()
 
     @property
     def num_choices(self) -> int:
-        """E + Z: how many experts, null ones included, take part in the choice."""
+        """Number of experts to select from, including null experts: E + Z."""
         return self.num_experts + self.config.num_null_experts
 
     def reset_parameters(self) -> None:
-        """Draws the weight anew and zeroes the correction bias."""
+        """Reinitialises the weight and zeroes the correction bias."""
         nn.init.normal_(self.weight, std=self.initializer_range)
         if self.correction_bias is not None:
             self.correction_bias.zero_()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # What load_state_dict(assign=True) and loaders of checkpoints do.
+        # load_state_dict(assign=True) and checkpoint loaders assign tensors like this.
         if name == "correction_bias" and isinstance(value, torch.Tensor):
             value = value.to(torch.float32)
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """Casts and moves the router, as `.to` does; the correction bias is moved only."""
+        """Casts and moves the router, as `.to` does; the correction bias is only moved."""
         bias_E = self.correction_bias
         super()._apply(fn, recurse)
         cast_E = self.correction_bias
@@ -150,18 +151,18 @@ class TopKRouter(nn.Module):
         Args:
             x: `[..., D]`, dtype and device of the weight (under torch.autocast any of float32,
                 bfloat16, float16). The leading dimensions are flattened to T tokens.
-            token_mask: the shape of x without its last dimension, bool; False marks tokens, such
-                as padding, that both losses leave out. They are still routed, unless experts have
+            token_mask: bool, the shape of x without its last dimension; tokens with False, such as
+                padding, are excluded from both losses. They are still routed, unless experts have
                 a capacity. None means all True.
 
         Returns:
             RouterOutput: scores `[T, K]`, ids `[T, K]` int32, tokens_per_expert `[E + Z]` int32,
             load_balancing_loss `()`, router_z_loss `()`, shared_scores `[T, S]` or None. With
-            top_p the load-balancing loss counts the choices kept; room plays no part in it.
+            top_p the load-balancing loss counts only the choices kept; capacity does not affect it.
 
         Raises:
-            ValueError: If the shape or device of x, or the shape of token_mask is wrong.
-            TypeError: If x has another dtype than the weight, or token_mask is not bool.
+            ValueError: If the shape or device of x or the shape of token_mask is wrong.
+            TypeError: If the dtype of x differs from that of the weight, or token_mask is not bool.
         """
         weight = weight_of(self, "weight")
         check_hidden(x, weight, self.hidden_size)
@@ -174,7 +175,7 @@ class TopKRouter(nn.Module):
         if shared_TS is not None:
             routed = self._weigh(routed, logits_TE, shared_TS)
         if self.config.router_dtype is not None:
-            # What the experts take, be router_dtype wider or narrower than they are.
+            # The dtype that the experts require, whatever router_dtype is.
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             scores, shared = routed.scores.to(wide), routed.shared_scores
             shared = None if shared is None else shared.to(wide)
@@ -183,19 +184,19 @@ class TopKRouter(nn.Module):
 
     @torch.no_grad()
     def update_correction_bias(self, tokens_per_expert: torch.Tensor, rate: float = 1e-3) -> None:
-        """Moves the correction bias by one step towards even load, without any auxiliary loss.
+        """Updates the correction bias by one step towards an even load, without an auxiliary loss.
 
-        Experts with less than the mean load rise by `rate`, those with more fall by it. Call it
-        once an optimiser step, after training steps only.
+        The bias of experts below the mean load increases by `rate`, that of experts above it
+        decreases. Call this once per optimiser step, in training only.
 
         Args:
-            tokens_per_expert: `[E + Z]`, what forwards of this step returned, added up; under data
-                parallelism over all ranks.
-            rate: step of the bias.
+            tokens_per_expert: `[E + Z]`, the sum of those returned by all forwards of the step;
+                under data parallelism, over all ranks.
+            rate: step size.
 
         Raises:
             RuntimeError: If the router has no correction bias.
-            ValueError: If tokens_per_expert has another shape.
+            ValueError: If tokens_per_expert has a wrong shape.
 
         Reference:
             Auxiliary-loss-free load balancing, arXiv 2408.15664.
@@ -239,7 +240,7 @@ class TopKRouter(nn.Module):
     def _limit(
         self, routed: RouterOutput, logits_TE: torch.Tensor, mask_T: torch.Tensor | None
     ) -> RouterOutput:
-        """Other scores where the mode asks for them, and choices given up."""
+        """Applies SparseMixer scores, top-p truncation and capacity, as configured."""
         config, scores_TK, ids_TK = self.config, routed.scores, routed.ids
         gives_up = config.top_p is not None or config.capacity_factor is not None
         if not gives_up and not config.is_sparsemixer and self.sum_over_ranks is None:
@@ -274,7 +275,7 @@ class TopKRouter(nn.Module):
         ids_TK: torch.Tensor,
         mask_T: torch.Tensor | None,
     ) -> RouterOutput:
-        """The losses anew where the operator could not know them: of kept choices, of all ranks."""
+        """Recomputes losses that the operator cannot compute: of kept choices or of all ranks."""
         config = self.config
         sum_over_ranks = self.sum_over_ranks if torch.is_grad_enabled() else None
         all_choices_kept = config.top_p is None or config.balance == "first"
@@ -299,7 +300,7 @@ class TopKRouter(nn.Module):
     def _weigh(
         self, routed: RouterOutput, logits_TE: torch.Tensor, shared_TS: torch.Tensor
     ) -> RouterOutput:
-        """Adds the scores of shared experts: one softmax over the choices kept and them."""
+        """Adds scores of shared experts: one softmax over these and the choices kept."""
         dropped_TK = routed.is_dropped
         kept_TK = logits_TE.gather(1, routed.ids.long().masked_fill(dropped_TK, 0))
         union = torch.cat([kept_TK.masked_fill(dropped_TK, -torch.inf), shared_TS], dim=1)
@@ -309,7 +310,7 @@ class TopKRouter(nn.Module):
         return routed._replace(scores=scores, shared_scores=shared_TS)
 
     def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses: options that differ from the usual."""
+        """Returns the options shown by `print(module)`: those that differ from the defaults."""
         shown = {name: getattr(self, name) for name in ("hidden_size", "num_experts", "top_k")}
         shown |= {"mode": self.config.mode} | self.config.unusual()
         if self.num_weighed_experts:

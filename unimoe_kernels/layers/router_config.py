@@ -1,4 +1,4 @@
-"""`RouterConfig`: how a router chooses experts and weighs them."""
+"""`RouterConfig`: how a router selects and weights experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unimoe_kernels._renamed import warn_renamed
 from unimoe_kernels.layers._inputs import check_at_least_zero
 
 SPARSEMIXER = ("sparsemixer", "sparsemixer_renorm")
-# Scores of a token add up to `scale`, and do so again after some choices are given up.
+# Modes whose scores sum to `scale` for each token, also after choices are dropped.
 RENORMALISED = ("topk_softmax", "softmax_topk_renorm", "sigmoid_renorm", "sparsemixer_renorm")
 
 _Class = TypeVar("_Class", bound=type)
@@ -27,30 +27,32 @@ class RouterConfig:
         mode: `"topk_softmax"` (Uni-MoE, Mixtral), `"softmax_topk"`, `"softmax_topk_renorm"`,
             `"sigmoid"` or `"sigmoid_renorm"` (DeepSeek-V3); see `topk_router`. Or `"sparsemixer"`
             (Phi-3.5-MoE; not the sampling of its training) and `"sparsemixer_renorm"` (DCMoE).
-        correction_bias: whether to hold the buffer of that name; not for `"topk_softmax"` and the
-            sparsemixer modes.
-        num_groups: groups that experts are split into for the group-limited choice.
-        top_groups: groups a token may choose from.
-        scale: factor on the scores.
-        balance: `"all"` counts all K choices in the load-balancing loss, `"first"` the first one.
-        num_null_experts: Z, experts without weights whose output is zero. A token that chooses one
-            takes fewer real experts.
-        top_p: a token gives up all choices beyond those that hold this much of the softmax
-            probability together, so that K is only the most it takes. None keeps all. Not for the
-            sigmoid modes.
-        capacity_factor: an expert takes at most `max(ceil(K * T / E * capacity_factor),
-            min_capacity)` rows; first choices find room before second ones. Tokens that token_mask
-            leaves out find none. None is dropless.
-        min_capacity: see there.
-        capacity_renorm: whether the choices that found room take over the scores of the others.
-        jitter: in training, the router reads x times a uniform factor from `1 - jitter` to
-            `1 + jitter`. The experts do not.
-        sparsemixer_eps: how close logits must be to be rivals, for the sparsemixer modes.
-        router_dtype: dtype of the projection, whatever x, the weight and torch.autocast have, such
-            as torch.float32 or its name. None is the dtype of the layer.
+        correction_bias: whether the router has the buffer of that name. Not supported with
+            `"topk_softmax"` and the SparseMixer modes.
+        num_groups: number of groups of experts for group-limited routing.
+        top_groups: number of groups from which a token's experts are selected.
+        scale: factor applied to the scores.
+        balance: `"all"` counts all K choices in the load-balancing loss, `"first"` only the first.
+        num_null_experts: Z, number of experts without weights, whose output is zero. A token that
+            selects one runs through fewer experts.
+        top_p: drops the choices of a token beyond those that together reach this softmax
+            probability, so that K is an upper limit. None keeps all. Not supported with the sigmoid
+            modes.
+        capacity_factor: limits an expert to `max(ceil(K * T / E * capacity_factor), min_capacity)`
+            rows; first choices have priority over second ones. Tokens that token_mask excludes are
+            dropped. None is dropless.
+        min_capacity: minimum capacity in rows; see capacity_factor.
+        capacity_renorm: whether the scores of choices within capacity are renormalised to include
+            those of dropped ones.
+        jitter: in training, the input of the router (not of the experts) is multiplied by uniform
+            noise between `1 - jitter` and `1 + jitter`.
+        sparsemixer_eps: threshold on the difference of logits in the SparseMixer modes; see
+            `sparsemixer_scores`.
+        router_dtype: dtype of the projection, such as torch.float32 or its name, regardless of x,
+            the weight and torch.autocast. None is the dtype of the layer.
 
     Raises:
-        ValueError: If an option is out of its range, or two do not go together.
+        ValueError: If an option is out of range, or two options are incompatible.
 
     Reference:
         Null experts and top_p: Uni-MoE-2.0, arXiv 2511.12609. Capacity: GShard, arXiv 2006.16668.
@@ -93,21 +95,21 @@ class RouterConfig:
 
     @property
     def is_sigmoid(self) -> bool:
-        """Whether probabilities are sigmoids."""
+        """Whether the mode uses sigmoid probabilities."""
         return self.mode.startswith("sigmoid")
 
     @property
     def is_sparsemixer(self) -> bool:
-        """Whether scores are those of `sparsemixer_scores`."""
+        """Whether the mode uses `sparsemixer_scores`."""
         return self.mode in SPARSEMIXER
 
     @property
     def renormalises(self) -> bool:
-        """Whether the scores of a token add up to `scale`."""
+        """Whether the scores of a token sum to `scale`."""
         return self.mode in RENORMALISED
 
     def unusual(self) -> dict[str, Any]:
-        """The options that are not at their defaults, by name."""
+        """Returns the options that differ from their defaults, by name."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in options.items() if value != _USUAL[name]}
 
@@ -136,15 +138,15 @@ _USUAL = {field.name: field.default for field in _FIELDS}
 
 
 def config_with(owner: str, config: RouterConfig | None, options: RouterOptions) -> RouterConfig:
-    """A config with some of its options replaced by keyword arguments of a layer.
+    """Returns a config with some options replaced by keyword arguments of a layer.
 
     Args:
-        owner: the layer, for errors.
-        config: None for the defaults.
-        options: by name.
+        owner: name of the layer, for errors.
+        config: the config, or None for the defaults.
+        options: replacements by name.
 
     Raises:
-        TypeError: If there is no option of that name, or config is none.
+        TypeError: If an option does not exist, or config is not a `RouterConfig`.
     """
     for name in options:
         if name not in _USUAL:
@@ -159,7 +161,7 @@ def config_with(owner: str, config: RouterConfig | None, options: RouterOptions)
 
 
 def shows_router_options(layer: _Class) -> _Class:
-    """Lets `help`, completion and `inspect.signature` of a layer list `**router_options`."""
+    """Decorates a layer to list `**router_options` in `help` and `inspect.signature`."""
     signature = inspect.signature(layer.__init__)  # type: ignore[misc]
     parameters = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
     parameters += [
@@ -174,7 +176,7 @@ def shows_router_options(layer: _Class) -> _Class:
 
 
 def moved_to_config(name: str) -> property:
-    """An option as an attribute of a router, where it was before `RouterConfig`."""
+    """Returns a deprecated property that forwards to an option of `RouterConfig`."""
 
     def get(router: Any) -> Any:
         warn_renamed(f"TopKRouter.{name}", f"TopKRouter.config.{name}")

@@ -12,19 +12,19 @@ from unimoe_kernels.ops import expert_sort
 
 
 def sparsemixer_scores(logits: Tensor, ids: Tensor, eps: float) -> Tensor:
-    """How far ahead of its close rivals each chosen expert is.
+    """Returns the SparseMixer scores of the chosen experts.
 
-    The score of choice k is its share of a softmax over the experts that no earlier choice took and
-    whose logit lies within `2 * eps` of its own, relative to the larger of the two magnitudes.
-    Without such rivals it is 1.
+    The score of choice k is its probability in a softmax over the experts that are not an earlier
+    choice and whose logits differ from its own by at most `2 * eps`, relative to the larger of the
+    two magnitudes. If there is no other such expert, the score is 1.
 
     Args:
         logits: `[T, E]`, floating point.
-        ids: `[T, K]`, int64, the experts in falling order of their logits.
+        ids: `[T, K]`, int64, the experts in descending order of their logits.
         eps: at least 0.
 
     Returns:
-        `[T, K]`, dtype of logits; differentiable in them.
+        `[T, K]`, dtype of logits; differentiable in `logits`.
 
     Reference:
         SparseMixer, arXiv 2310.00811, as Phi-3.5-MoE (arXiv 2404.14219) uses it without sampling.
@@ -41,11 +41,11 @@ def sparsemixer_scores(logits: Tensor, ids: Tensor, eps: float) -> Tensor:
 
 
 def within_top_p(logits: Tensor, ids: Tensor, top_p: float) -> Tensor:
-    """Which choices a token needs until its experts hold `top_p` of the probability.
+    """Returns a mask of the fewest leading choices that together reach probability `top_p`.
 
     Args:
         logits: `[T, E]`, floating point.
-        ids: `[T, K]`, int64, the experts in falling order of their logits.
+        ids: `[T, K]`, int64, the experts in descending order of their logits.
         top_p: above 0 and at most 1.
 
     Returns:
@@ -62,15 +62,15 @@ def within_top_p(logits: Tensor, ids: Tensor, top_p: float) -> Tensor:
 def within_capacity(
     ids: Tensor, num_experts: int, capacity: int, token_mask: Tensor | None
 ) -> Tensor:
-    """Which choices find room when every expert takes at most `capacity` rows.
+    """Returns a mask of the choices within capacity, where an expert has at most `capacity` rows.
 
-    First choices of all tokens are served before second ones, each in order of the tokens.
+    First choices of all tokens come before second ones, each in order of the tokens.
 
     Args:
-        ids: `[T, K]`, integer; ids of num_experts or more need no room.
+        ids: `[T, K]`, integer; ids of num_experts or more have no capacity limit.
         num_experts: E.
-        capacity: rows an expert takes.
-        token_mask: `[T]`, bool; tokens with False find no room. None means all True.
+        capacity: maximum number of rows per expert.
+        token_mask: `[T]`, bool; choices of tokens with False are dropped. None means all True.
 
     Returns:
         `[T, K]`, bool.
@@ -90,11 +90,11 @@ def within_capacity(
 
 
 def expert_capacity(num_rows: int, num_experts: int, factor: float, minimum: int) -> int:
-    """Rows an expert has room for: `max(ceil(num_rows / num_experts * factor), minimum)`."""
+    """Returns the rows per expert: `max(ceil(num_rows / num_experts * factor), minimum)`."""
     return max(math.ceil(num_rows * factor / num_experts), minimum)
 
 
 def share(scores: Tensor) -> Tensor:
-    """Scores `[T, K]` over their sum; a token without any keeps zeros."""
+    """Divides scores `[T, K]` by their sum over K; a token with all zeros keeps them."""
     sum_T1 = scores.sum(1, keepdim=True)
     return scores / sum_T1.masked_fill(sum_T1 == 0, 1)

@@ -1,12 +1,12 @@
 """Operators, one folder each.
 
-`op.py` holds the public function, schema, fake and gradient formula; `reference.py` the
-specification in plain torch; `plain.py`, where that is another one, what transforms of torch go
-through; `kernel.py` and `kernel_backward.py` the Triton kernels. An operator that is composed of
-others has `composition.py` instead of a reference; `moe_mlp/fused.py` is what Triton runs in its
-place, `moe_mlp/packed.py` keeps weights packed. Operators over quantised weights read them back to
-floats in their references (`quantization/`). `moe_mlp/run_experts.py` serves experts that
-`moe_mlp` does not cover too, and `topk_router/losses.py` has both losses of a router.
+`op.py` holds the public function, schema, fake implementation and gradient formula; `reference.py`
+the specification in plain torch; `plain.py`, if it differs from the reference, the implementation
+used under torch's transforms; `kernel.py` and `kernel_backward.py` the Triton kernels. An operator
+composed of others has `composition.py` instead of a reference; `moe_mlp/fused.py` is the fused
+Triton implementation of one, and `moe_mlp/packed.py` caches packed weights. References of operators
+on quantised weights dequantise them (`quantization/`). `moe_mlp/run_experts.py` also supports
+experts that `moe_mlp` does not cover, and `topk_router/losses.py` has both losses of a router.
 """
 
 from unimoe_kernels import _backends

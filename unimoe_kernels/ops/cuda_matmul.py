@@ -1,13 +1,13 @@
-"""Which of the matmuls in CUDA C++ runs a call, if any: one rule for every operator that has them.
+"""Selection of CUDA C++ matmul kernels, shared by all operators that have them.
 
-There are two. `few_rows` streams the weights of an expert past its rows and is bound by reading
-them; it runs from compute capability 8.0 on. `sm90` multiplies tiles with wgmma, which only code
-compiled for 9.0a has. A call that neither takes is run by Triton, for a reason that is returned by
-name.
+There are two kernels. `few_rows` streams the weights of an expert through its few rows, is limited
+by reading them, and runs on compute capability 8.0 and later. `sm90` multiplies tiles with wgmma,
+which requires code compiled for 9.0a. Calls that neither supports run in Triton; `Choice.reason`
+names the cause.
 
 On an H100 (2026-11-27) the prototype of `sm90` took 0.96 to 1.08 of the time of Triton with its
 best tiles in forward matmuls and the gradient of x, 0.80 to 1.03 in weight gradients and 0.87 to
-1.20 in the gated backward. What it saves is the host's time: a layer is one call.
+1.20 in the gated backward. Its advantage is host time: a layer is one call.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from torch import Tensor
 
 from unimoe_kernels import _extension
 
-# Whether these come before Triton where nothing asks for a backend. They do once the tests of
-# tests/ops/test_gpu_cuda_matmul.py have passed on a GPU and the benchmarks there are in favour.
+# Whether these kernels are preferred to Triton when no backend is forced. Set it once the tests of
+# tests/ops/test_gpu_cuda_matmul.py have passed on a GPU and the benchmarks there show an advantage.
 PROVEN = False
 
-#: Compiled operators that have to be there.
+#: Compiled operators that each selection requires.
 GROUPED_MM = ("grouped_mm_sm90", "grouped_mm_few_rows")
 WEIGHT_GRADIENT = ("grouped_mm_wgrad_sm90",)
 LAYER = ("moe_mlp_cuda", "moe_mlp_cuda_inference")
 LAYER_BACKWARD = ("moe_mlp_cuda_backward",)
 
-# Rows an expert, on average, up to which weights are streamed past the rows; csrc/cuda/moe_mlp.cu
-# has the same number.
+# Largest mean number of rows per expert for which `few_rows` is used; csrc/cuda/moe_mlp.cu has the
+# same number.
 FEW_ROWS = 32
 MOST_EXPERTS = 512
-VECTOR = 8  # elements of the 16 bytes that TMA and copies move
+VECTOR = 8  # elements in the 16 bytes that TMA and vector copies move
 MOST_SIZE = 2**30
-MOST_ROWS = 2**31 - 2  # their end is a coordinate of a map with 2^31 - 1 of them
-MOST_STRIDE = 2**39  # elements; TMA counts 2^40 bytes
+MOST_ROWS = 2**31 - 2  # the end of the rows is a coordinate of a tensor map of 2^31 - 1 rows
+MOST_STRIDE = 2**39  # elements; TMA's limit is 2^40 bytes
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Gpu(NamedTuple):
-    """What the choice depends on besides the call.
+    """Properties of device and build that the choice of a kernel depends on.
 
     Attributes:
         capability: compute capability of the device, such as (9, 0).
-        archs: for which architectures the extension was compiled, such as ("8.0", "9.0a").
+        archs: architectures for which the extension was compiled, such as ("8.0", "9.0a").
     """
 
     capability: tuple[int, int]
@@ -54,7 +54,7 @@ class Gpu(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What of a tensor the choice depends on."""
+    """Properties of a tensor that the choice of a kernel depends on."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -63,23 +63,23 @@ class Layout(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The kernel that runs a call, or None, and why neither does.
+    """The kernel that runs a call, or the reason why neither supports it.
 
     Attributes:
         kernel: `"sm90"`, `"few_rows"` or None.
-        reason: what stands against them, else empty.
+        reason: the property that neither kernel supports; empty if one does.
     """
 
     kernel: str | None
     reason: str = ""
 
 
-# Tensors that are not on a GPU have no such kernel. Tests put a GPU here.
+# Stands in for the GPU of tensors that are not on one; set by tests.
 STAND_IN: Gpu | None = None
 
 
 def gpu_of(tensor: Tensor) -> Gpu | None:
-    """Returns the GPU that a tensor is on, else what stands in for one."""
+    """Returns the GPU of a tensor, or the stand-in (None outside tests)."""
     return _gpu(tensor.device.index) if tensor.is_cuda else STAND_IN
 
 
@@ -105,12 +105,12 @@ def layout_of(tensor: Tensor) -> Layout:
 
 @functools.lru_cache(maxsize=1024)
 def choose_product(gpu: Gpu | None, x: Layout, weight: Layout, has_bias: bool) -> Choice:
-    """Chooses for `grouped_mm`.
+    """Chooses the kernel for `grouped_mm`.
 
     Args:
-        gpu: where the tensors are.
-        x: `[N, D]`, contiguous.
-        weight: `[E, F, D]`.
+        gpu: GPU of the tensors.
+        x: layout of `[N, D]`, contiguous.
+        weight: layout of `[E, F, D]`.
         has_bias: whether there is a bias.
     """
     num_experts, _, _ = weight.shape
@@ -129,14 +129,14 @@ def choose_product(gpu: Gpu | None, x: Layout, weight: Layout, has_bias: bool) -
 def choose_weight_gradient(
     gpu: Gpu | None, grad: Layout, x: Layout, num_experts: int, has_bias: bool
 ) -> Choice:
-    """Chooses for `grouped_mm_wgrad`.
+    """Chooses the kernel for `grouped_mm_wgrad`.
 
     Args:
-        gpu: where the tensors are.
-        grad: `[N, F]`.
-        x: `[N, D]`.
+        gpu: GPU of the tensors.
+        grad: layout of `[N, F]`.
+        x: layout of `[N, D]`.
         num_experts: E.
-        has_bias: whether the sum of `grad` is asked for.
+        has_bias: whether the gradient of a bias is required.
     """
     reason = (
         _refused("bias", has_bias)
@@ -158,13 +158,13 @@ def choose_layer(
     has_bias: bool,
     keep_hidden: bool,
 ) -> Choice:
-    """Chooses for `moe_mlp`.
+    """Chooses the kernel for `moe_mlp`.
 
     Args:
-        gpu: where the tensors are.
-        x: `[T, D]`, contiguous.
-        gate_up: `[E, 2F, D]`.
-        down: `[E, D, F]`.
+        gpu: GPU of the tensors.
+        x: layout of `[T, D]`, contiguous.
+        gate_up: layout of `[E, 2F, D]`.
+        down: layout of `[E, D, F]`.
         top_k: K.
         activation: as in `swiglu`.
         has_bias: whether there is a bias.
@@ -185,7 +185,7 @@ def choose_layer_backward(
     activation: str,
     has_bias: bool,
 ) -> Choice:
-    """Chooses for `moe_mlp_backward`; arguments as for `choose_layer`, `grad` `[T, D]`."""
+    """Chooses the kernel for `moe_mlp_backward`; see `choose_layer`, `grad` is `[T, D]`."""
     reason = _rows_reason("grad", grad) or _layer_reason(
         gpu, x, gate_up, down, top_k, activation, has_bias
     )

@@ -1,5 +1,5 @@
-"""Measures on a GPU which tiles the matmul kernels are fastest with.
+"""Measures the fastest tiles of the matmul kernels on a GPU.
 
-`python -m unimoe_kernels.tune` is the command. Nothing else of the package imports this; what it
-writes is read by `_triton/table.py`.
+The command is `python -m unimoe_kernels.tune`. No other module imports this package; its output is
+read by `_triton/table.py`.
 """

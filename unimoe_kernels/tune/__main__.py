@@ -14,19 +14,19 @@ import torch
 import unimoe_kernels
 
 TOKENS = (4096, 16, 32768, 128)
-LISTED_FOR = (90, 132, 227 * 1024)  # an H100, where there is no GPU to ask
+LISTED_FOR = (90, 132, 227 * 1024)  # an H100, for --list without a GPU
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        arguments: Those of the command line, by default those of the process.
+        arguments: Command-line arguments; by default those of the process.
 
     Returns:
-        The exit status: 0 if all problems are measured, 3 if the time was over before (the same
-        command goes on from there), 1 if a kernel broke the GPU's state (likewise) or no tile of a
-        problem gave the right numbers.
+        The exit status: 0 if all problems were measured, 3 if the time limit was reached before
+        (the same command resumes), 1 if a kernel broke the GPU's state (the same command resumes)
+        or no tile of a problem gave correct results.
     """
     options = _parser().parse_args(arguments)
     if any(least < 1 for shape in options.shape for least in shape):
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SystemExit(f"--shape: top_k ({top_k}) must be at most num_experts ({experts})")
     if options.minutes <= 0 or any(count < 1 for count in options.tokens):
         raise SystemExit("--minutes and --tokens must be positive")
-    # Triton's functions are interpreted or compiled from the moment that they are imported.
+    # Whether Triton functions are interpreted or compiled is decided when they are imported.
     from unimoe_kernels._triton.launch import Device, device_of
     from unimoe_kernels.tune.candidates import neighbours
     from unimoe_kernels.tune.cases import PASSES, Shape, cases_of
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{case}: {_text(own)} and {around} around it")
         return 0
     if not torch.cuda.is_available():
-        raise SystemExit("tuning needs a CUDA GPU; --list shows what it would measure")
+        raise SystemExit("tuning requires a CUDA GPU; --list shows what would be measured")
     return _tune(cases, options)
 
 
@@ -95,24 +95,24 @@ def _tune(cases: list, options: argparse.Namespace) -> int:
                 options.jobs,
             )
     except DeviceLostError as error:
-        print(f"\n{error}\nIt is noted in {options.output}: the same command goes on past it.")
+        print(f"\n{error}\nIt is recorded in {options.output}: the same command skips it.")
         return 1
     print(f"\nUNIMOE_TILES={options.output} makes the package use these tiles.")
     if finish.broken:
-        print(f"No tile works for {', '.join(map(str, finish.broken))}: see its `failed`.")
+        print(f"No tile works for {', '.join(map(str, finish.broken))}: see `failed` in the file.")
         return 1
     if not finish.complete:
-        print("The time was over before the end: the same command goes on from here.")
+        print("The time limit was reached: run the same command again to resume.")
         return 3
     return 0
 
 
 class Progress:
-    """Draws a bar on the terminal, and leaves a line for each problem.
+    """Shows a progress bar on a terminal and prints a line for each problem.
 
     Args:
         total: Number of problems.
-        stream: Where to.
+        stream: Output stream.
     """
 
     def __init__(self, total: int, stream: object = sys.stderr):
@@ -120,7 +120,7 @@ class Progress:
         self._begin = time.monotonic()
 
     def trying(self, case: object, number: int) -> None:
-        """Draws the bar; files and pipes get finished lines only."""
+        """Updates the bar, on terminals only."""
         if self._stream.isatty():
             filled = round(20 * self._done / self._total)
             minutes = (time.monotonic() - self._begin) / 60
@@ -129,7 +129,7 @@ class Progress:
             print(f"\r\x1b[K{line[:118]}", end="", file=self._stream, flush=True)
 
     def measured(self, case: object, outcome: object) -> None:
-        """Leaves a line on what was found."""
+        """Prints the outcome of a problem."""
         text = f"{1e3 * outcome.seconds:.3f} ms with {_text(outcome.tile)}"
         if outcome.analytic_seconds is None:
             text += f"; the analytic {_text(outcome.analytic)} does not run"
@@ -141,7 +141,7 @@ class Progress:
         self._line(case, text)
 
     def skipped(self, case: object, reason: str) -> None:
-        """Leaves a line on why there is nothing."""
+        """Prints the reason why a problem was skipped."""
         self._line(case, reason)
 
     def _line(self, case: object, text: str) -> None:
@@ -160,11 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m unimoe_kernels.tune",
         description="Times tiles of the Triton matmul kernels on this GPU and writes those that are"
-        " at least 2 % faster than the default into a table. Cut short it goes on where it was.",
+        " at least 2 % faster than the default to a table. An interrupted run can be resumed.",
     )
-    parser.add_argument(
-        "output", type=Path, help="file of the table; one that is there is continued"
-    )
+    parser.add_argument("output", type=Path, help="file of the table; an existing one is continued")
     parser.add_argument(
         "--shape",
         nargs=4,
@@ -172,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar=("D", "F", "E", "K"),
-        help="model width, expert width, experts and experts a token of a layer; can be repeated",
+        help="model width, expert width, experts and top-k of a layer; can be repeated",
     )
     parser.add_argument(
         "--tokens",
@@ -180,13 +178,13 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=TOKENS,
         metavar="T",
-        help="the most valuable first (default: %(default)s)",
+        help="most important first (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         default="bfloat16",
-        help="16-bit types share their tiles (default: %(default)s)",
+        help="16-bit dtypes share their tiles (default: %(default)s)",
     )
     parser.add_argument("--passes", choices=("forward", "backward", "both"), default="both")
     parser.add_argument(
@@ -198,7 +196,9 @@ def _parser() -> argparse.ArgumentParser:
         default=min(8, os.cpu_count() or 1),
         help="tiles to compile at the same time (default: %(default)s)",
     )
-    parser.add_argument("--list", action="store_true", help="say what would be measured; no GPU")
+    parser.add_argument(
+        "--list", action="store_true", help="list what would be measured; requires no GPU"
+    )
     return parser
 
 

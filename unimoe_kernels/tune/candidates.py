@@ -17,7 +17,7 @@ MAX_SUMS, MAX_SUMS_TENSOR_MEMORY = 128, 256
 
 
 def neighbours(problem: Problem, tile: Tile, device: Device) -> list[Tile]:
-    """Lists the tiles around one that fit the problem and the device, without it."""
+    """Returns the neighbours of a tile that fit the problem and the device."""
     moves = [
         {"descriptors": not tile.descriptors},
         *({side: getattr(tile, side) * 2} for side in ("block_m", "block_n", "block_k")),
@@ -41,7 +41,7 @@ def neighbours(problem: Problem, tile: Tile, device: Device) -> list[Tile]:
 
 
 def fits(problem: Problem, tile: Tile, device: Device) -> bool:
-    """Returns whether a tile can run at all, and is not larger than the matmul."""
+    """Returns whether a tile can run and is not larger than the matmul."""
     short = problem.dtype.itemsize == 2
     if tile.descriptors and not (device.capability >= 90 and short):
         return False
@@ -64,7 +64,7 @@ def fits(problem: Problem, tile: Tile, device: Device) -> bool:
 
 
 def _with_fewer_stages(problem: Problem, tile: Tile, device: Device) -> Tile:
-    """Takes stages away until the tile fits into shared memory, but leaves two."""
+    """Reduces the number of stages until the tile fits into shared memory, to at least two."""
     while tile.num_stages > 2 and not _holds(problem, tile, device):
         tile = tile._replace(num_stages=tile.num_stages - 1)
     return tile

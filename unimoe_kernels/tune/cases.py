@@ -1,4 +1,4 @@
-"""Which matmuls a mixture-of-experts layer runs, as problems of the tile choice."""
+"""The matmuls of a mixture-of-experts layer, as problems of the tile choice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unimoe_kernels._triton.problem import MAX_ROWS, Problem
 from unimoe_kernels._triton.tiles import rows_bucket
 
 PASSES = ("forward", "backward")
-MIN_BACKWARD_TOKENS = 1024  # nobody trains on fewer
+MIN_BACKWARD_TOKENS = 1024  # training uses at least this many
 
 
 class Shape(NamedTuple):
@@ -29,9 +29,9 @@ class Case(NamedTuple):
     Attributes:
         name: `"gate_up"` and `"down"` forward; backward `"gated_backward"`, `"grad_down"`,
             `"grad_gate_up"` (gradients of weights) and `"grad_x"`.
-        shape: Of the layer.
-        tokens: T.
-        problem: What its tile is chosen for.
+        shape: Shape of the layer.
+        tokens: Number of tokens T.
+        problem: Problem of the tile choice.
     """
 
     name: str
@@ -50,17 +50,17 @@ def cases_of(
     dtype: torch.dtype,
     passes: Iterable[str] = PASSES,
 ) -> list[Case]:
-    """Lists what to measure, the most valuable first, each problem once.
+    """Returns the matmuls to measure, each problem once and the most important first.
 
-    Everything forward comes before anything backward, and numbers of tokens and shapes in the order
-    given, so that whatever time there is goes to what was named first.
+    All forward matmuls come before those of the backward, and token counts and shapes in the given
+    order, so that a limited time is spent on those named first.
     """
     found: dict[Problem, Case] = {}
     tokens, shapes = list(tokens), list(shapes)
     for one_pass in passes:
         for count in tokens:
             for shape in shapes:
-                # More rows an expert than the tile choice tells apart change nothing.
+                # Beyond the largest bucket, more rows per expert are the same problem.
                 most = max(1, MAX_ROWS * shape.experts // shape.top_k)
                 for case in _matmuls(one_pass, shape, min(count, most), dtype):
                     found.setdefault(case.problem, case)

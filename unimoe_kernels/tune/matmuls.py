@@ -1,4 +1,4 @@
-"""The matmuls of a layer on random numbers: how each is launched, and what is right."""
+"""The matmuls of a layer on random inputs, with their launches and exact results."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ GATE = ("silu", 7.0, 1.702)
 class Matmul(ABC):
     """One matmul with its inputs; outputs are of order one.
 
-    Subclasses have `launch`, which returns the outputs, `part`, which picks of the outputs what
-    belongs to an expert, and `exact`, which computes that in float32 or better without Triton.
+    Subclasses have `launch`, which returns the outputs, `part`, which selects the part of the
+    outputs of an expert, and `exact`, which computes this part in at least float32 without Triton.
     """
 
     def __init__(self, case: Case, device: torch.device):
@@ -50,15 +50,15 @@ class Matmul(ABC):
         """Runs the kernel with a tile."""
 
     def part(self, outputs: tuple[Tensor, ...], own: Expert) -> tuple[Tensor, ...]:
-        """Picks what an expert wrote: rows of every output."""
+        """Selects an expert's rows of every output."""
         return tuple(output[own.begin : own.end] for output in outputs)
 
     @abstractmethod
     def exact(self, own: Expert) -> tuple[Tensor, ...]:
-        """Computes what `part` should be."""
+        """Computes the expected value of `part`."""
 
     def some_experts(self) -> list[Expert]:
-        """Lists the first and the last expert that has rows."""
+        """Returns the first and the last expert with rows."""
         bounds = self.offsets.tolist()
         found = [
             Expert(e, begin, end, (self.row_order[begin:end] // self.top_k).long())
@@ -68,12 +68,12 @@ class Matmul(ABC):
         return [found[0], found[-1]]
 
     def draw(self, *size: int, by: float = 1.0) -> Tensor:
-        """Returns normal numbers with a standard deviation of `by`."""
+        """Draws normal values with standard deviation `by`."""
         numbers = torch.empty(size, dtype=self.dtype, device=self.device)
         return numbers.normal_(0, by, generator=self.generator)
 
     def wide(self, *tensors: Tensor) -> list[Tensor]:
-        """Returns tensors in float32, or in float64 if they are."""
+        """Casts tensors to float32, except float64 ones."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         return [tensor.to(dtype) for tensor in tensors]
 
@@ -88,7 +88,7 @@ class Expert(NamedTuple):
 
 
 class GateUp(Matmul):
-    """`act(W1 x)` of gathered rows, and what is activated."""
+    """`act(W1 x)` of gathered rows, and the pre-activations."""
 
     def prepare(self) -> None:
         """See `Matmul`."""

@@ -1,8 +1,8 @@
-"""The file that results go to: a tile table that is whole after every measurement.
+"""The output file: a tile table that is valid after every measurement.
 
-It is written under another name and renamed, so that a run that is cut short loses the problem it
-was at and nothing else. Before a tile runs for the first time the file says so: one that hangs or
-takes the process along is found there by the next run, and not tried again.
+It is written atomically, so an interrupted run loses only the current problem. A tile is recorded
+before it runs for the first time: if it hangs or crashes the process, the next run finds it in the
+file and does not try it again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Record:
     """Measurements of one machine, kept in a file.
 
     Args:
-        path: Of the file; one that is there is continued.
-        capability: Of the GPU, such as 90.
-        machine: What is measured on; a file of another GPU is not mixed with it.
+        path: Path of the file; an existing one is continued.
+        capability: Compute capability of the GPU, such as 90.
+        machine: Description of the machine; a file of another GPU is rejected.
 
     Raises:
-        ValueError: If the file is no tile table, or one of another GPU.
+        ValueError: If the file is not a tile table, or is of another GPU.
     """
 
     def __init__(self, path: Path, capability: int, machine: dict[str, str]):
@@ -70,12 +70,12 @@ class Record:
         }
 
     def begin(self, problem: Problem, tile: Tile) -> None:
-        """Notes that a tile is about to run for the first time."""
+        """Records that a tile is about to run for the first time."""
         self._content["trying"] = self._about(problem) | {"tile": tile._asdict()}
         self._write()
 
     def end(self, problem: Problem, tile: Tile, error: str = "") -> None:
-        """Notes that it came back; with `error` as one that is not to be tried again."""
+        """Records that the tile has run; with `error`, that it must not be tried again."""
         del self._content["trying"]
         if error:
             failure = {"tile": tile._asdict(), "error": error}
@@ -90,7 +90,7 @@ class Record:
         tile: Tile,
         seconds: float,
     ) -> None:
-        """Keeps the outcome of a problem; without `analytic_seconds` that tile did not run."""
+        """Adds the outcome of a problem; without `analytic_seconds` the analytic tile failed."""
         about = self._about(problem)
         for part in ("entries", "unchanged"):
             self._content[part] = [
@@ -118,5 +118,5 @@ class Record:
 
 
 def as_fields(problem: Problem) -> dict:
-    """Returns a problem as a table has it."""
+    """Returns a problem in the format of a table."""
     return problem._asdict() | {"dtype": str(problem.dtype).removeprefix("torch.")}

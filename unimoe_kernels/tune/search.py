@@ -1,4 +1,4 @@
-"""Looks for the fastest tile of each problem, and keeps what is measured."""
+"""Search for the fastest tile of each problem."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from unimoe_kernels.tune.record import Record
 
 Timer = Callable[[Sequence[Callable[[], object]]], list[float]]
 STEPS = 3  # from a tile to the best of its neighbours
-MIN_GAIN = 0.02  # what is less than this faster is not worth an entry
+MIN_GAIN = 0.02  # smaller gains do not justify an entry
 # One unit in the last place of 16-bit results, and what long sums lose of wider ones.
 MAX_ERRORS = {
     torch.bfloat16: 2**-7,
@@ -34,7 +34,7 @@ MAX_ERRORS = {
 
 
 class Outcome(NamedTuple):
-    """What is known of a problem after its measurement: tiles and their seconds."""
+    """Result of measuring a problem: tiles and their times in seconds."""
 
     analytic: Tile
     analytic_seconds: float | None
@@ -46,8 +46,8 @@ class Finish(NamedTuple):
     """How a run ended.
 
     Attributes:
-        complete: Whether no problem is left for want of time.
-        broken: Problems for which no tile ran and gave the right numbers.
+        complete: Whether all problems were measured within the time limit.
+        broken: Problems for which no tile gave correct results.
     """
 
     complete: bool
@@ -55,20 +55,20 @@ class Finish(NamedTuple):
 
 
 class Reporter(Protocol):
-    """Receives what happens."""
+    """Receives progress reports."""
 
     def measured(self, case: Case, outcome: Outcome) -> None:
-        """A problem is done."""
+        """Called when a problem is finished."""
 
     def trying(self, case: Case, number: int) -> None:
-        """So many tiles of a problem have run."""
+        """Called with the number of tiles of a problem that have run."""
 
     def skipped(self, case: Case, reason: str) -> None:
-        """A problem could not be measured, or was already."""
+        """Called when a problem could not be measured, or was measured before."""
 
 
 class DeviceLostError(RuntimeError):
-    """A kernel broke the process's connection to the GPU: only a new process can go on."""
+    """A kernel broke the process's CUDA context: only a new process can continue."""
 
 
 def tune(
@@ -82,25 +82,25 @@ def tune(
     report: Reporter,
     jobs: int = 1,
 ) -> Finish:
-    """Measures problems one after the other until all are done or the time is over.
+    """Measures problems one by one until all are done or the time limit is reached.
 
     Args:
-        cases: In the order of their value.
-        device: What tiles must fit.
+        cases: Problems in order of importance.
+        device: Device that tiles must fit.
         build: Draws the inputs of a case.
-        timer: Returns the seconds of each of some functions.
-        record: Where results are kept; what it has is skipped.
-        clock: Tells the time in seconds.
-        seconds: After which no other problem is begun, and no other step within one.
-        report: Is told of everything.
-        jobs: Tiles that are compiled at the same time.
+        timer: Returns the time of each of several functions, in seconds.
+        record: Output record; problems that it already has are skipped.
+        clock: Returns the current time in seconds.
+        seconds: Time limit, after which no problem and no step within one is started.
+        report: Receives progress reports.
+        jobs: Number of tiles to compile in parallel.
 
     Returns:
-        Whether it came to the end, and what could not be measured.
+        Whether all problems were measured, and those that could not be.
 
     Raises:
-        DeviceLostError: If a kernel broke the GPU's state. The tile is noted, so that the next run
-            goes past it.
+        DeviceLostError: If a kernel broke the GPU's state. The tile is recorded, so that the next
+            run skips it.
     """
     stop = clock() + seconds
     broken: list[Case] = []
@@ -149,9 +149,9 @@ class Search:
             self._exact = [(own, matmul.exact(own)) for own in matmul.some_experts()]
 
     def run(self, is_over: Callable[[], bool]) -> Outcome | None:
-        """Goes from the analytic tile to ever faster neighbours; None if nothing runs."""
+        """Moves from the analytic tile to faster neighbours; returns None if no tile runs."""
         anchor = self._working([self._own])
-        # A GPU on which descriptors fail still gets tiles: its analytic ones on pointers.
+        # If descriptors fail on a GPU, start from the analytic tile with pointers.
         best = self._own if anchor else self._own._replace(descriptors=False)
         contenders = anchor or self._working([best])
         for _ in range(STEPS):
@@ -168,7 +168,7 @@ class Search:
         return self._decide(best, bool(anchor))
 
     def _decide(self, best: Tile, has_anchor: bool) -> Outcome:
-        """Times the winner against the analytic tile once more: the best of many was also lucky."""
+        """Times the winner against the analytic tile again, because the best of many is biased."""
         if not has_anchor:
             return Outcome(self._own, None, best, self._time([best])[0])
         if best == self._own:
@@ -183,7 +183,7 @@ class Search:
         return self._timer([lambda tile=tile: self._matmul.launch(tile) for tile in tiles])
 
     def _working(self, tiles: list[Tile]) -> list[Tile]:
-        """Returns the tiles that were not tried before, run, and give the right numbers."""
+        """Returns those tiles that were not tried before, run, and give correct results."""
         fresh = [tile for tile in tiles if tile not in self._tried]
         self._tried.update(fresh)
         compile_all(self._matmul, fresh, self._jobs)
@@ -210,7 +210,7 @@ class Search:
         return not error
 
     def _describe_error(self, outputs: tuple[Tensor, ...]) -> str:
-        """Compares two experts with exact numbers, and everything with the first tile that ran."""
+        """Compares two experts with exact results, and all outputs with the first tile that ran."""
         pairs = [
             pair
             for own, exact in self._exact
@@ -220,7 +220,7 @@ class Search:
         if self._first is not None:
             errors += [_distance(*pair) for pair in zip(outputs, self._first, strict=True)]
         limit = MAX_ERRORS[self._problem.dtype]
-        # A NaN is no number below the limit.
+        # Written so that NaN fails.
         wrong = [error for error in errors if not error <= limit]
         if wrong:
             return f"wrong numbers: relative error {wrong[0]:.2g}, at most {limit:.2g}"
@@ -236,7 +236,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def compile_all(matmul: Matmul, tiles: list[Tile], jobs: int) -> None:
-    """Compiles tiles at the same time; what does not compile says so when it is launched."""
+    """Compiles tiles in parallel; compile errors are raised when a tile is launched."""
     if jobs < 2 or len(tiles) < 2 or interpreted():
         return
     with (
@@ -251,7 +251,7 @@ def compile_all(matmul: Matmul, tiles: list[Tile], jobs: int) -> None:
 
 @contextlib.contextmanager
 def compiling_only() -> Iterator[None]:
-    """Lets launches compile their kernels and not run them."""
+    """Makes launches compile their kernels without running them."""
     run = JITFunction.run
     JITFunction.run = lambda *args, **options: run(*args, **(options | {"warmup": True}))
     try:
@@ -262,7 +262,7 @@ def compiling_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Keeps TF32 out of what tiles are compared with."""
+    """Disables TF32 in the results that tiles are compared with."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
@@ -273,7 +273,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _is_lost(problem: Exception) -> bool:
-    """Returns whether later calls will fail as well, as after an illegal memory access."""
+    """Returns whether later calls will fail as well, such as after an illegal memory access."""
     sticky = ("CUDA error", "illegal", "misaligned", "launch failure", "device-side")
     text = str(problem)
     return isinstance(problem, RuntimeError) and any(word in text for word in sticky)

@@ -1,4 +1,4 @@
-"""Times functions on a GPU in turns."""
+"""Interleaved timing of functions on a GPU."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ FLUSHED_BYTES = 512 * 2**20  # more than any L2 cache, and long enough to hide l
 
 
 class CudaTimer:
-    """Medians of single calls, each after the L2 cache was overwritten.
+    """Measures medians of single calls, each after overwriting the L2 cache.
 
-    Overwriting takes the GPU longer than the host needs for a launch, so that the events lie around
-    the kernels alone. Each round runs every function once, in an order that rotates: whatever the
-    clock does in a second, it does to all of them.
+    Overwriting takes the GPU longer than the host needs for a launch, so the events enclose only
+    the kernels. Each round runs every function once, in a rotating order, so that changes of the
+    GPU's clock affect all of them.
 
     Args:
-        device: Where they run.
+        device: Device on which the functions run.
     """
 
     def __init__(self, device: torch.device):

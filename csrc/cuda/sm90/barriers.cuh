@@ -1,5 +1,5 @@
-// Barriers of shared memory between the warpgroup that loads and those that multiply, and how a
-// block walks round its ring of stages.
+// Barriers in shared memory between the warpgroup that loads and those that multiply, and the
+// position of a block in its ring of stages.
 #pragma once
 
 #include "layout.h"
@@ -40,12 +40,12 @@ __device__ __forceinline__ void wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
-// Lets the 128 threads of one consumer meet.
+// Synchronises the 128 threads of one consumer.
 __device__ __forceinline__ void sync_consumer(int consumer) {
   asm volatile("bar.sync %0, %1;" ::"r"(1 + consumer), "n"(kWarpgroup) : "memory");
 }
 
-// The part of a block's registers that each thread of a warpgroup has from here on.
+// Sets the number of registers of each thread of a warpgroup from here on.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -55,7 +55,7 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// The stage that comes next, with the barriers that say when it is full and when it is empty.
+// The next stage, with the barriers that signal when it is full and when it is empty.
 struct Ring {
   char* shared;
   int stage = 0;
@@ -89,7 +89,7 @@ struct Ring {
   }
 };
 
-// What arrives at a full barrier: one thread for TMA, and every thread that copies by itself.
+// Number of arrivals at a full barrier: one thread for TMA, or every thread that copies.
 constexpr int kTmaProducers = 1;
 constexpr int kGatherProducers = 1 + kWarpgroup;
 

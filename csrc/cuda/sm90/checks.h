@@ -1,4 +1,4 @@
-// What the kernels for compute capability 9.0 rely on; Python's rule has found it true before.
+// Requirements of the kernels for compute capability 9.0, which Python has already checked.
 #pragma once
 
 #include <limits>

@@ -1,5 +1,4 @@
-// How sums leave the registers of a consumer: rounded, through shared memory, in vectors of 16
-// bytes.
+// Stores the sums of a consumer: rounded, through shared memory, in vectors of 16 bytes.
 #pragma once
 
 #include <type_traits>
@@ -39,7 +38,7 @@ __device__ __forceinline__ float2 widen_pair(uint32_t pair) {
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
 
-// A thread of a consumer: which one of two, and where its rows lie.
+// A thread of a consumer: which of the two consumers, and its rows.
 struct Consumer {
   int number = threadIdx.x / kWarpgroup - 1;
   int thread = threadIdx.x % kWarpgroup;
@@ -53,7 +52,7 @@ struct Consumer {
   __device__ void sync() const { sync_consumer(number); }
 };
 
-// Where a consumer's rows go: columns of a matrix with rows `stride` elements apart.
+// The output of a consumer's rows: columns of a matrix with rows `stride` elements apart.
 struct Target {
   uint16_t* data;
   int64_t stride;

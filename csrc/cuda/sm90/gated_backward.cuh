@@ -1,7 +1,7 @@
 // The backward of the second matmul and of the gate in one kernel. From dA' = dO[token] W2[e] and
 // the pre-activations it writes, for each row, the gradient of the pre-activations, the activations
-// times the row's score, and by column tile the sum of dA' * A, of which the score's gradient is
-// made.
+// times the row's score, and the sum of dA' * A per column tile, from which the gradient of the
+// score is computed.
 #pragma once
 
 #include "matmul_rows.cuh"
@@ -26,7 +26,7 @@ struct GatedBackwardArguments {
 
 #if UNIMOE_SM90A
 
-// 64 columns of a consumer's rows on their way from or to global memory.
+// Transfers 64 columns of a consumer's rows from or to global memory.
 struct Panel {
   static constexpr int kVectors = kBlockColumns / kVectorElements;
   static constexpr int kTurns = kConsumerRows * kVectors / kWarpgroup;

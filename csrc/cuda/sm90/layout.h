@@ -1,5 +1,5 @@
-// Tiles of the matmuls for compute capability 9.0, and where their numbers lie in shared memory and
-// registers. Plain functions of integers, the same on the host and on the device.
+// Tiles of the matmuls for compute capability 9.0, and the layout of their elements in shared
+// memory and registers. Plain functions of integers, the same on the host and on the device.
 //
 // A block multiplies tiles of 128 rows and 256 columns, 64 deep: two warpgroups of 64 rows each
 // multiply, a third one loads. On an H100 four stages of that hide the latency of the loads.
@@ -49,16 +49,16 @@ constexpr int kStageBytes = kLeftBytes + kRightBytes;
 constexpr int kStagedColumns = 128;
 constexpr int kStagedRowBytes = kStagedColumns * kElementBytes;
 constexpr int kStagingBytes = kConsumerRows * kStagedRowBytes;
-// More experts are refused: the table of their row tiles has a fixed place.
+// More experts are rejected: the table of their row tiles has a fixed size.
 constexpr int kMostExperts = 512;
 
-// Where the parts of a block's shared memory begin.
+// Offsets of the parts of a block's shared memory.
 constexpr int kStagingAt = kStages * kStageBytes;
 constexpr int kBarriersAt = kStagingAt + kConsumers * kStagingBytes;
 constexpr int kBarrierBytes = 8;
 constexpr int kTableAt = kBarriersAt + 2 * kStages * kBarrierBytes;
 constexpr int kUsedSharedBytes = kTableAt + (kMostExperts + 1) * static_cast<int>(sizeof(int));
-// What a block may have on compute capability 9.0.
+// Maximum shared memory of a block on compute capability 9.0.
 constexpr int kLargestSharedBytes = 227 * 1024;
 static_assert(kUsedSharedBytes <= kLargestSharedBytes);
 

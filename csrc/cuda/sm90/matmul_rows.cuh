@@ -1,5 +1,5 @@
-// Multiplies rows in expert order by the weights of their experts: a persistent grid, whose tiles
-// come from the offsets on the device.
+// Multiplies rows in expert order by the weights of their experts, in a persistent grid whose tiles
+// are computed from the offsets on the device.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +50,7 @@ __device__ __forceinline__ void store_tile(const Consumer& self, const RowsArgum
   if constexpr (kEpilogue == Epilogue::kPlain) {
     store_sums<T>(self, y, sums);
   } else {
-    // The first 128 columns of the sums are gates, the others what they let through.
+    // The first 128 columns of the sums are gates, the others are up.
     if constexpr (kEpilogue == Epilogue::kGatedKept) {
 #pragma unroll
       for (int part = 0; part < 2; ++part) {

@@ -1,6 +1,6 @@
-// The matmuls for compute capability 9.0, as C++ functions: they check what their kernels rely on,
-// and launch. bfloat16 and float16; every size is a multiple of 8, every operand begins at a
-// multiple of 16 bytes.
+// The matmuls for compute capability 9.0, as C++ functions that check the requirements of their
+// kernels and launch them. bfloat16 and float16; every size is a multiple of 8, and every operand
+// begins at a multiple of 16 bytes.
 //
 // Rows are in expert order, those of expert e from offsets[e] to offsets[e + 1] - 1. Results repeat
 // bit for bit.

@@ -1,1 +1,1 @@
-"""Experts on several ranks: rows to them and back, weights and gradients beside them."""
+"""Experts on several ranks: dispatch of rows, and their weights and gradients."""

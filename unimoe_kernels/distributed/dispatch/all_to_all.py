@@ -1,4 +1,4 @@
-"""`all_to_all`: rows to other ranks and back, at once or while something else is computed."""
+"""`all_to_all`: differentiable exchange of rows between ranks, synchronous or overlapped."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def all_to_all(
     output_splits: Sequence[int],
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """Sends each rank of a group its part of the rows, and returns what came from each.
+    """Sends each rank of a group its part of the rows and returns the rows received from all.
 
     Example:
-        In one of two processes that run the same code:
+        In each of two processes that run the same code:
 
         >>> if group.rank() == 0:
         ...     received = all_to_all(torch.tensor([[1], [2], [3]]), [1, 2], [1, 0], group)
@@ -37,24 +37,25 @@ def all_to_all(
 
     Args:
         rows: `[R, ...]`, any dtype, rows for rank 0 of the group first.
-        input_splits: rows for each rank; they add up to R.
-        output_splits: rows from each rank. What rank a expects of b must be what b sends to a;
-            with `UNIMOE_CHECKS=1` all splits are compared first.
-        group: the ranks; every one of them must call.
+        input_splits: number of rows to send to each rank; they sum to R.
+        output_splits: number of rows to receive from each rank. The number that rank a expects from
+            b must be the number that b sends to a; with `UNIMOE_CHECKS=1` all splits are compared
+            first.
+        group: the ranks, all of which must call this function.
 
     Returns:
         `[sum(output_splits), ...]`, rows from rank 0 first, dtype and device of `rows`.
 
     Raises:
-        ValueError: If the splits do not fit the rows or the group.
-        CollectiveError: If a rank dies or does not come in time, or, with `UNIMOE_CHECKS=1`, the
+        ValueError: If the splits do not match the rows or the group.
+        CollectiveError: If a rank dies or exceeds the timeout, or, with `UNIMOE_CHECKS=1`, the
             splits of two ranks disagree.
-        NotImplementedError: Under a transform of `torch.func` or in forward mode.
+        NotImplementedError: Under a `torch.func` transform or in forward-mode AD.
 
     Note:
-        Differentiable: the gradient goes the way back. Deterministic. Works under
-        `torch.compile`, where splits are constants. A backend runs it as
-        `torch.distributed.all_to_all_single`: gloo for tensors on the CPU, NCCL on CUDA.
+        Differentiable: the gradient is sent in the reverse direction. Deterministic. Supports
+        `torch.compile`, where splits are constants. Implemented by
+        `torch.distributed.all_to_all_single`, with gloo for tensors on the CPU and NCCL on CUDA.
     """
     _checks.refuse_transforms("all_to_all")
     input_splits, output_splits = list(input_splits), list(output_splits)
@@ -67,20 +68,21 @@ def all_to_all(
 
 
 class Transfer:
-    """An all-to-all that is on its way, and its way back in the backward.
+    """An asynchronous all-to-all, also in the backward.
 
-    `start` returns a tensor that holds nothing yet; `finish` waits and returns it filled. What lies
-    between the two calls overlaps the transfer, in the backward likewise: there the backward of
-    `finish` starts and the one of `start` waits, and autograd runs them in reverse order.
+    `start` returns a tensor that is not filled yet; `finish` waits and returns it filled.
+    Computation between the two calls overlaps the transfer. So it does in the backward, where
+    autograd runs them in reverse order: the backward of `finish` starts the transfer, and that of
+    `start` waits.
 
     Args:
         input_splits: as in `all_to_all`.
-        output_splits: likewise.
-        group: likewise.
-        operation: names the transfer in errors.
-        room: given the rows that are sent, where to put those that come: `[sum(output_splits),
-            ...]`, contiguous. None for a tensor of its own.
-        grad_room: likewise in the backward, `[sum(input_splits), ...]`.
+        output_splits: as in `all_to_all`.
+        group: as in `all_to_all`.
+        operation: name of the transfer in errors.
+        room: None, or a function that maps the rows sent to the receive buffer,
+            `[sum(output_splits), ...]`, contiguous. None allocates a new tensor.
+        grad_room: the same for the backward, `[sum(input_splits), ...]`.
     """
 
     def __init__(
@@ -100,15 +102,15 @@ class Transfer:
         self._arriving: Tensor | None = None
 
     def start(self, rows: Tensor) -> Tensor:
-        """Starts the transfer of rows `[R, ...]`; the result may be given to `finish` only."""
+        """Starts the transfer of rows `[R, ...]`; pass the result only to `finish`."""
         return _Start.apply(rows, self)
 
     def finish(self, received: Tensor) -> Tensor:
-        """Waits for it."""
+        """Waits for the transfer and returns the received rows."""
         return _Finish.apply(received, self)
 
     def send(self, rows: Tensor, backward: bool) -> Tensor:
-        """Starts one direction without gradients."""
+        """Starts the forward or backward transfer, without recording gradients."""
         input_splits, output_splits = self.splits[::-1] if backward else self.splits
         rows = rows.contiguous()
         room = self._rooms[backward]
@@ -125,7 +127,7 @@ class Transfer:
         return received
 
     def wait(self, backward: bool) -> Tensor:
-        """Waits for what `send` started, and returns it."""
+        """Waits for the transfer that `send` started, and returns its output."""
         work, received = self._work, self._arriving
         self._work = self._arriving = None
         with collective(self._name(backward)):
@@ -159,7 +161,7 @@ class _Finish(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         _checks.refuse_second_derivatives(ctx.transfer.operation)
         ctx.transfer.send(grad, backward=True)
-        # Only to be of the shape that autograd expects: the gradient comes out of `_Start`.
+        # Only a tensor of the shape that autograd expects: `_Start` returns the gradient.
         return grad, None
 
 
@@ -182,7 +184,7 @@ def _check(
 def _compare_splits(
     rows: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
 ) -> None:
-    """Every rank sees the splits of all, so that all of them raise and none waits."""
+    """Compares the splits of all ranks on every rank, so that all raise and none waits."""
     own = torch.tensor([input_splits, output_splits], device=rows.device)
     found = own.new_empty(group.size(), *own.shape)
     with collective("all_to_all of splits"):

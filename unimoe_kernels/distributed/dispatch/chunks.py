@@ -1,4 +1,4 @@
-"""How the rows of a dispatch are cut into chunks, and the order that they are sent in."""
+"""Division of the rows of a dispatch into chunks, and the order in which they are sent."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from unimoe_kernels.ops import ExpertSort
 
 
 def cut_evenly(counts_RE: Tensor, num_chunks: int) -> Tensor:
-    """Cuts what each rank receives into chunks of as many rows, up to rounding.
+    """Divides the rows that each rank receives into chunks of equal size, up to rounding.
 
-    The rows that a rank receives are cut where they lie by expert: an expert is in one chunk, or in
-    two where a cut goes through it. Of such an expert each sender cuts off the same share.
+    The rows that a rank receives are divided in expert order, so that a chunk has few experts. If
+    a boundary is inside an expert, every sender splits its rows of this expert in the same
+    proportion.
 
     Example:
         >>> cut_evenly(torch.tensor([[4, 2], [2, 0]]), 2).tolist()  # two ranks, an expert each
@@ -30,7 +31,7 @@ def cut_evenly(counts_RE: Tensor, num_chunks: int) -> Tensor:
     ranks = len(counts_RE)
     count_PL = counts_RE.sum(0).view(ranks, -1)
     end_PL = count_PL.cumsum(1)
-    # [C + 1, P, 1]: where the cuts lie among the rows that a rank receives
+    # [C + 1, P, 1]: boundaries in the rows that a rank receives
     cut_CP1 = end_PL[:, -1:] * torch.arange(num_chunks + 1).view(-1, 1, 1) // num_chunks
     before_CPL = (cut_CP1 - (end_PL - count_PL)).clamp(min=0).minimum(count_PL)
     before_C1E, count_E = before_CPL.flatten(1).unsqueeze(1), count_PL.flatten().clamp(min=1)
@@ -38,20 +39,20 @@ def cut_evenly(counts_RE: Tensor, num_chunks: int) -> Tensor:
 
 
 def order_by_chunk(sort: ExpertSort, counts_CE: Tensor) -> ExpertSort:
-    """Sorts rows by chunk, within a chunk by expert, and otherwise as they were.
+    """Sorts rows stably by chunk, and within a chunk by expert.
 
     Args:
-        sort: of all rows by expert.
-        counts_CE: `[C, E]`, int64 on the CPU, rows of each expert in each chunk; in sum those of
-            `sort`.
+        sort: all rows sorted by expert.
+        counts_CE: `[C, E]`, int64 on the CPU, rows of each expert in each chunk; their sum over
+            chunks is that of `sort`.
 
     Returns:
-        `sort` with another order; rows that no expert takes stay at the end.
+        `sort` in the new order; rows of no expert remain at the end.
     """
     device, num_rows = sort.row_order.device, sort.row_order.numel()
     count_E = counts_CE.sum(0)
     starts_CE = count_E.cumsum(0) - count_E + counts_CE.cumsum(0) - counts_CE
-    # What no expert takes is a piece of its own.
+    # Rows of no expert are a separate piece.
     taken = int(count_E.sum())
     lengths = torch.cat([counts_CE.flatten(), counts_CE.new_tensor([num_rows - taken])])
     starts = torch.cat([starts_CE.flatten(), starts_CE.new_tensor([taken])])

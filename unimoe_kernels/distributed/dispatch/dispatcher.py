@@ -1,4 +1,4 @@
-"""Dispatch of routed rows to the ranks that hold their experts, and combine of the answers."""
+"""Dispatch of routed rows to the ranks that hold their experts, and combine of the outputs."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from unimoe_kernels.ops import expert_sort, permute, unpermute
 Answer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# What the ranks of a group must have in common when they meet in a dispatch.
+# Values that must be equal on all ranks of a group in a dispatch.
 _AGREED = ("layer", "call", "hidden_size", "dtype", "gradients", "num_chunks", "max_rows")
 
 
 class DispatchReport(NamedTuple):
-    """What the last dispatch of a layer took.
+    """Statistics of the last dispatch of a layer.
 
     Attributes:
-        rows: routed rows that this rank's experts answered.
-        chunks: pieces that the rows came in.
+        rows: number of routed rows that this rank's experts processed.
+        chunks: number of chunks in which the rows were received.
         buffer_rows: rows of the largest receive buffer.
-        buffer_bytes: its bytes; at most two such buffers are filled at a time.
+        buffer_bytes: size of this buffer; at most two such buffers are in use at a time.
     """
 
     rows: int
@@ -43,28 +43,29 @@ class DispatchReport(NamedTuple):
 
 
 class ExpertDispatcher:
-    """Lets experts that lie on the ranks of a group answer the rows of all of them.
+    """Sends routed rows to the ranks that hold their experts and returns the combined outputs.
 
     Rank r of the group holds experts `r * E / ranks` to `(r + 1) * E / ranks - 1`. Rows are sorted
-    by expert and sent with `all_to_all`; they come back in the same order and are weighted and
-    summed where they came from. Nothing is dropped: a rank takes as many rows as are routed to it.
+    by expert and sent with `all_to_all`; the outputs return in the same order and are weighted and
+    summed on the rank of the token. Dispatch is dropless: a rank receives all rows routed to it.
 
     Before the first transfer of a call the ranks exchange, in one collective and one read by the
-    host, their rows per expert and a header that says which call of which layer this is. Ranks that
-    do not meet in the same call all raise.
+    host, their rows per expert and a header that identifies the call and the layer. If ranks are in
+    different calls, all of them raise.
 
-    In chunks, chunk c + 1 and the answers to chunk c - 1 travel while chunk c is multiplied, in the
-    backward likewise. A chunk holds an equal share of the rows that each rank receives, expert
-    after expert, so that matmuls stay as high as they were and most weights are read once.
+    With several chunks, chunk c + 1 and the outputs of chunk c - 1 are transferred while chunk c is
+    computed, also in the backward. A chunk is an equal share of the rows that each rank receives,
+    in expert order, so that matmuls remain large and most weights are read once.
 
     Args:
         group: the ranks.
-        num_experts: E, of all ranks together.
-        name: of the layer, for errors.
-        num_chunks: pieces of a call, at least 1; the more, the smaller the matmuls.
-        max_rows: takes more chunks where a rank would otherwise receive more rows at a time (a
-            chunk may have one more for each rank, from rounding). None for no limit. It bounds the
-            receive buffers; what training keeps for the backward grows with all rows answered here.
+        num_experts: E, the number of experts on all ranks together.
+        name: name of the layer in errors.
+        num_chunks: number of chunks of a call, at least 1; more chunks mean smaller matmuls.
+        max_rows: maximum number of rows that a rank receives at a time (plus one per rank, due to
+            rounding), for which the number of chunks is increased. None for no limit. It bounds the
+            receive buffers; memory that training saves for the backward grows with all rows
+            received.
 
     Attributes:
         report: `DispatchReport` of the last call, None before it.
@@ -103,25 +104,25 @@ class ExpertDispatcher:
         """Routes tokens to the experts of all ranks.
 
         Args:
-            answer: computes `[R, D]` from rows `[R, D]`, ids `[R, 1]` among the experts held here
-                and scores `[R, 1]` of ones.
+            answer: computes outputs `[R, D]` from rows `[R, D]`, ids `[R, 1]` among the experts of
+                this rank and scores `[R, 1]` of ones.
             x: `[T, D]`; T may differ between ranks and be 0.
             ids: `[T, K]`, int32 or int64, among all experts; E or more is skipped.
             scores: `[T, K]`.
 
         Returns:
-            `[T, D]`, dtype of what answer returns.
+            `[T, D]`, dtype of the outputs of `answer`.
 
         Raises:
-            CollectiveError: If a rank dies, does not come in time, or is in another call.
-            NotImplementedError: Under a transform of `torch.func` or in forward mode.
+            CollectiveError: If a rank dies, exceeds the timeout, or is in another call.
+            NotImplementedError: Under a `torch.func` transform or in forward-mode AD.
         """
         _checks.refuse_transforms(f"dispatch of {self.name}")
         top_k = ids.shape[1]
         sort = expert_sort(ids, self.num_experts)
         counts_RE, needs_gradient = self._agree(x, sort.tokens_per_expert)
         if needs_gradient and not x.requires_grad:
-            # Another rank's backward comes through here, so this rank's has to as well.
+            # Another rank's backward includes this dispatch, so this rank's must include it too.
             x = x.detach().requires_grad_()
         counts_CRE = cut_evenly(counts_RE, self._chunks(counts_RE))
         if len(counts_CRE) > 1:
@@ -131,7 +132,7 @@ class ExpertDispatcher:
         return unpermute(out_ND, sort, top_k, scores)
 
     def _agree(self, x: Tensor, tokens_per_expert: Tensor) -> tuple[Tensor, bool]:
-        """Rows per expert of every rank, `[ranks, E]`, and whether x needs gradients anywhere."""
+        """Returns rows per expert of all ranks, `[ranks, E]`, and whether any x needs gradients."""
         self._calls += 1
         header = [
             zlib.crc32(self.name.encode()),
@@ -172,7 +173,7 @@ class ExpertDispatcher:
     def _exchange(
         self, answer: Answer, rows_ND: Tensor, score_dtype: torch.dtype, counts_CRE: Tensor
     ) -> Tensor:
-        """Sends chunk after chunk, lets them be answered, and returns the answers `[N, D]`."""
+        """Sends the chunks, runs the experts on them and returns the outputs `[N, D]`."""
         ranks, own = self.group.size(), self.group.rank()
         # [C, source, target, expert of the target]
         counts = counts_CRE.view(len(counts_CRE), ranks, ranks, -1)
@@ -180,7 +181,7 @@ class ExpertDispatcher:
         local_ids = [_local_ids(chunk[:, own], rows_ND.device) for chunk in counts]
         self._note(rows_ND, came_CR)
         sizes = [sum(sent) for sent in sent_CR]
-        # Rows that no expert takes are not sent; their answers are zeros.
+        # Rows of no expert are not sent; their outputs are zero.
         questions, answers = (Pieces(sizes, len(rows_ND) - sum(sizes)) for _ in range(2))
         chunks = questions.cut(rows_ND)
         dispatches, combines, outputs = [], [], []
@@ -199,7 +200,7 @@ class ExpertDispatcher:
             transfer, received = started.pop(0)
             return transfer.finish(received)
 
-        # One transfer a direction at a time: two would share the link, and the first come late.
+        # One transfer per direction at a time: two would share the link and delay the first.
         dispatch(0)
         for chunk, ids_R1 in enumerate(local_ids):
             rows_RD = finish(dispatches)
@@ -228,7 +229,7 @@ class ExpertDispatcher:
 
 
 def _local_ids(counts_RL: Tensor, device: torch.device) -> Tensor:
-    """`[R, 1]` int32: the expert of each row, for rows that lie by source and then by expert."""
+    """Returns the expert of each row, `[R, 1]` int32, for rows ordered by source, then expert."""
     ranks, experts = counts_RL.shape
     ids = torch.arange(experts, dtype=torch.int32).repeat(ranks)
     return ids.repeat_interleave(counts_RL.flatten()).unsqueeze(1).to(device)

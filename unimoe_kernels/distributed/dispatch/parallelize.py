@@ -1,4 +1,4 @@
-"""Puts the experts of a model on several ranks, and everything else on all of them."""
+"""Distributes the experts of a model over ranks and replicates or shards everything else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from unimoe_kernels.layers.quantized_projection import QuantizedProjection
 
 DATA_MODES = ("replicate", "shard")
 
-# What `unparallelize_moe` has to end, by model.
+# Hooks that `unparallelize_moe` has to remove, by model.
 _gradient_sums: WeakKeyDictionary[nn.Module, list[GradientSum]] = WeakKeyDictionary()
 
 
@@ -35,47 +35,47 @@ def parallelize_moe(
     num_chunks: int = 1,
     max_rows: int | None = None,
 ) -> nn.Module:
-    """Makes a model one of `dp x ep` ranks, each of which has samples of its own.
+    """Parallelises a model over `dp x ep` ranks, each of which processes its own samples.
 
-    The experts of every `MoE` are split over `ep`: their weights become DTensors, sharded in
-    dimension 0, and rows travel to them (`ExpertDispatcher`). Routers, shared experts and all else
-    are data parallel over all ranks; experts are so over `dp`. The weights of the first rank are
-    sent to the others.
+    The experts of every `MoE` are sharded over `ep`: their weights become DTensors, sharded in
+    dimension 0, and rows are sent to them (`ExpertDispatcher`). Routers, shared experts and all
+    other modules are data parallel over all ranks; experts are data parallel over `dp`. Weights are
+    broadcast from the first rank.
 
-    A model that is too large for one rank is built `with torch.device("meta")`. Then each rank gets
-    room for its parts alone, which hold nothing until `load_weights` or `load_sharded` fills them.
+    Build a model that is too large for one rank `with torch.device("meta")`. Each rank then
+    allocates only its own parts, which are uninitialised until `load_weights` or `load_sharded`
+    fills them.
 
-    Gradients are summed, not averaged: every rank divides its loss by the number of supervised
-    tokens of all ranks (`count_over_ranks`), so that the ranks' losses add up to the loss of one
-    process. Auxiliary losses are shares already (`TopKRouter.sum_over_ranks`) and are added as they
-    are. Then all gradients equal those of one process. So does the choice of experts, unless the
-    router has a `capacity_factor`, which counts each rank's tokens by themselves.
+    Gradients are summed, not averaged: every rank must divide its loss by the number of supervised
+    tokens of all ranks (`count_over_ranks`), so that the losses of all ranks sum to the loss of one
+    process. Auxiliary losses are already such shares (`TopKRouter.sum_over_ranks`) and are added
+    unchanged. All gradients then equal those of one process. So does the routing, unless the router
+    has a `capacity_factor`, which applies to the tokens of each rank separately.
 
-    Afterwards: gradients are clipped by `clip_grad_norm`, and optimisers get `parameter_groups`.
-    LoRA is added before, and so is the choice of which parameters require gradients made.
+    Afterwards, clip gradients with `clip_grad_norm` and pass `parameter_groups` to optimisers. Add
+    LoRA, and set which parameters require gradients, before calling this function.
 
     Args:
-        model: changed in place; may hold no `MoE`, then it is data parallel alone.
-        mesh: of `start_parallel`, or any with dimensions `("dp", "ep")`.
-        data: `"replicate"` holds all parameters except experts whole on every rank and sums
-            gradients after the backward. `"shard"` shards everything with FSDP2: experts over
-            `dp`, all else over all ranks, unit by unit. Every rank must then use the same units.
-        units: with `"shard"`, parts of the model that are gathered one after the other, such as
-            decoder layers; None is the members of each `ModuleList` that holds an `MoE` somewhere.
-            What lies in none of them is gathered at once.
+        model: the model, changed in place. Without any `MoE` it is only data parallel.
+        mesh: mesh of `start_parallel`, or any mesh with dimensions `("dp", "ep")`.
+        data: `"replicate"` keeps a full copy of all parameters except experts on every rank and
+            sums gradients after the backward. `"shard"` shards everything with FSDP2: experts over
+            `dp`, all others over all ranks, unit by unit. Every rank must then use the same units.
+        units: with `"shard"`, modules whose parameters are gathered together, such as decoder
+            layers; None is the members of each `ModuleList` that contains an `MoE`. Parameters
+            outside of units are gathered at once.
         num_chunks: see `ExpertDispatcher`.
-        max_rows: likewise.
+        max_rows: see `ExpertDispatcher`.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
         ValueError: If the mesh has other dimensions, data is unknown, E is not a multiple of `ep`,
-            experts are parallel already, a buffer that no checkpoint holds is on the meta device,
-            or FSDP2 cannot split an expert evenly, or at all as it is quantised. Nothing is changed
-            then.
-        CollectiveError: If a rank has another model, by names, shapes, dtypes and which parameters
-            require gradients. Nothing is changed then.
+            experts are already parallel, a non-persistent buffer is on the meta device, or FSDP2
+            cannot shard an expert: unevenly, or quantised. Nothing is changed in this case.
+        CollectiveError: If names, shapes or dtypes of parameters, or which of them require
+            gradients, differ between ranks. Nothing is changed in this case.
     """
     if mesh.mesh_dim_names != MESH_DIMS:
         raise ValueError(f"mesh (dimensions {mesh.mesh_dim_names}) must have {MESH_DIMS}")
@@ -108,19 +108,20 @@ def parallelize_moe(
 
 @torch.no_grad()
 def unparallelize_moe(model: nn.Module) -> nn.Module:
-    """Puts all experts together again on every rank, as before `parallelize_moe`.
+    """Gathers all experts on every rank, undoing `parallelize_moe`.
 
-    Every rank calls it and has room for all experts. Gradients are dropped.
+    Every rank must call this function and have enough memory for all experts. Gradients are
+    discarded.
 
     Args:
-        model: one that was parallelized with `data="replicate"`; changed in place.
+        model: a model parallelised with `data="replicate"`; changed in place.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        ValueError: If it was not.
-        CollectiveError: If a rank dies or does not come in time.
+        ValueError: If the model was not parallelised in this way.
+        CollectiveError: If a rank dies or exceeds the timeout.
     """
     if model not in _gradient_sums:
         raise ValueError(
@@ -148,10 +149,10 @@ def unparallelize_moe(model: nn.Module) -> nn.Module:
 def parameter_groups(
     parameters: Iterable[nn.Parameter],
 ) -> list[dict[str, list[nn.Parameter]]]:
-    """Groups for an optimiser: plain tensors, and DTensors of each mesh.
+    """Returns parameter groups for an optimiser: plain tensors, and DTensors of each mesh.
 
-    Torch's fused and foreach steps do not take both in one group. Parameters that require no
-    gradients are left out; those of a model that is not parallel come as one group.
+    torch's fused and foreach optimisers do not support both in one group. Parameters that do not
+    require gradients are omitted; those of a model that is not parallel are one group.
     """
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -162,11 +163,11 @@ def parameter_groups(
 
 
 def count_over_ranks(count: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Adds up a number over all ranks: what a rank's loss is divided by.
+    """Sums a count over all ranks, for use as the divisor of each rank's loss.
 
     Args:
-        count: `()`, integer, such as the number of supervised tokens here.
-        mesh: with dimensions `("dp", "ep")`; every rank must call.
+        count: `()`, integer, such as the number of supervised tokens on this rank.
+        mesh: mesh with dimensions `("dp", "ep")`; every rank must call this function.
 
     Returns:
         `()`, the sum, at least 1.
@@ -175,7 +176,7 @@ def count_over_ranks(count: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 class _Sum:
-    """Adds up integers over a group."""
+    """Sums integers over a group."""
 
     def __init__(self, group: dist.ProcessGroup, operation: str) -> None:
         self._group = group
@@ -245,7 +246,7 @@ def _check_buffers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _materialise(model: nn.Module, device_type: str) -> None:
-    """Gives memory to what is on the meta device; of experts, to the part that is held here."""
+    """Allocates tensors that are on the meta device; of experts, only this rank's part."""
     device = torch.device(device_type)
     if device_type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
@@ -334,14 +335,14 @@ def _shard(
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
-            # By default FSDP2 asks for averages, which gloo takes for sums.
+            # By default FSDP2 averages gradients, which gloo would sum.
             part.set_force_sum_reduction_for_comms(True)
     if hasattr(model, "set_reduce_scatter_unused_params"):
         model.set_reduce_scatter_unused_params(True)
 
 
 def _placement(parameter: Tensor, ranks: int) -> Shard:
-    """A dimension of an expert's own matrix that the ranks share evenly; dimension 0 is taken."""
+    """Returns a dimension other than 0 of an expert parameter that the ranks divide evenly."""
     for dim in range(1, parameter.dim()):
         if parameter.shape[dim] % ranks == 0:
             return Shard(dim)

@@ -1,4 +1,4 @@
-"""A tensor that is sent or arrives in pieces, without copies to cut it or to put it together."""
+"""A tensor that is sent or received in pieces, split and joined without copies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from unimoe_kernels import _checks
 
 
 class Pieces:
-    """Rows one piece after the other, and zeros where no piece is.
+    """Consecutive pieces of rows, followed by rows of zeros.
 
-    Pieces that are received in `room` need not be put together: they lie in one tensor already.
+    Pieces that are received in `room` are already parts of one tensor, so `join` does not copy
+    them.
 
     Args:
-        sizes: rows of each piece.
-        rest: rows after the last piece.
+        sizes: number of rows of each piece.
+        rest: number of rows after the last piece.
     """
 
     def __init__(self, sizes: Sequence[int], rest: int = 0) -> None:
@@ -26,7 +27,7 @@ class Pieces:
         self._whole: Tensor | None = None
 
     def room(self, piece: int, like: Tensor) -> Tensor:
-        """Where a piece is to be put: `[sizes[piece], ...]`, dtype, device and width of `like`."""
+        """Returns the buffer of a piece: `[sizes[piece], ...]`, otherwise like `like`."""
         if self._whole is None:
             rows = sum(self.sizes)
             self._whole = like.new_empty((rows + self.rest, *like.shape[1:]))
@@ -38,7 +39,7 @@ class Pieces:
         return _Cut.apply(rows, self)
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Puts pieces together; those that were received in `room` are not copied."""
+        """Joins pieces; those that were received in `room` are not copied."""
         return _Join.apply(self, *pieces)
 
     def _put_together(self, pieces: Sequence[Tensor]) -> Tensor:

@@ -11,24 +11,24 @@ from torch.distributed.tensor import DTensor
 
 from unimoe_kernels.distributed.running.failure import collective
 
-# Gradients travel in buffers of about this size: large enough for the bandwidth of a link, small
-# beside a model.
+# Gradients are sent in buffers of about this size: large enough to reach the bandwidth of a link,
+# small compared with a model.
 BUCKET_BYTES = 64 * 2**20
 
 
 class GradientSum:
     """Sums the gradients of parameters over a group at the end of each backward.
 
-    A parameter that got no gradient anywhere keeps None. One that got none here, but some on
-    another rank, gets theirs. So ranks may use different parts of a model, as batches with and
-    without pictures do; what they must have in common is how often they run a backward, and that
-    each of their backwards reaches one of the parameters. Several backwards before an optimiser
-    step add up.
+    A parameter without a gradient on any rank keeps None. One without a gradient on this rank
+    receives the sum of the others. Ranks may therefore use different parts of a model, such as with
+    batches with and without images; but all ranks must run the same number of backwards, each of
+    which must reach at least one of the parameters. Several backwards before an optimiser step are
+    accumulated.
 
     Args:
-        parameters: by name; the same on all ranks, all of which require gradients.
+        parameters: parameters by name, the same on all ranks; all must require gradients.
         group: the ranks that share them.
-        operation: names the sum in errors.
+        operation: name of the sum in errors.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class GradientSum:
         self._parameters = list(parameters)
         self._group = group
         self._operation = operation
-        # Gradients of the backward that is running, and what was there before it, by place.
+        # Gradients of the current backward, and those accumulated before it, by index.
         self._fresh: dict[int, Tensor] = {}
         self._before: dict[int, Tensor] = {}
         self._hooks = [
@@ -46,7 +46,7 @@ class GradientSum:
         ]
 
     def remove(self) -> None:
-        """Ends it: gradients stay on their rank from now on."""
+        """Removes the hooks; gradients are no longer summed."""
         for hook in self._hooks:
             hook.remove()
 
@@ -76,7 +76,7 @@ class GradientSum:
             self._store(places, flat, fresh, before)
 
     def _buckets(self) -> list[list[int]]:
-        """Places of parameters of one dtype, together about `BUCKET_BYTES`, in a fixed order."""
+        """Returns indices of parameters of one dtype, about `BUCKET_BYTES`, in a fixed order."""
         buckets: list[list[int]] = []
         size, dtype = 0, None
         for place, parameter in enumerate(self._parameters):
@@ -89,7 +89,7 @@ class GradientSum:
         return buckets
 
     def _flatten(self, places: list[int], fresh: dict[int, Tensor]) -> Tensor:
-        """All gradients, zeros where there is none, and how many ranks have each (0 or 1 here)."""
+        """Returns all gradients, zeros for missing ones, and flags of which exist (0 or 1)."""
         first = _local(self._parameters[places[0]])
         parts = [
             _local(fresh[place]).reshape(-1)
@@ -116,7 +116,7 @@ class GradientSum:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             grad = _local(parameter.grad)
-            if place not in fresh:  # it holds earlier backwards, and nothing of this one
+            if place not in fresh:  # the gradient is of earlier backwards only
                 grad.add_(total.view_as(grad))
                 continue
             grad.copy_(total.view_as(grad))

@@ -1,4 +1,4 @@
-"""Counts the bytes that the all-to-all operator moves."""
+"""Counters of the bytes that the all-to-all operator transfers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 @dataclass
 class Traffic:
-    """What one rank's transfers amount to.
+    """Totals of one rank's transfers.
 
     Attributes:
-        sent: bytes of rows that went to other ranks.
-        received: bytes of rows that came from other ranks.
+        sent: bytes of rows sent to other ranks.
+        received: bytes of rows received from other ranks.
         kept: bytes of rows whose target was this rank.
-        transfers: number of transfers, backwards included.
-        counts: bytes of counts and headers that went to each other rank, times those ranks.
-        largest_buffer: bytes of the largest receive buffer.
+        transfers: number of transfers, including those of backwards.
+        counts: bytes of counts and headers sent to all other ranks.
+        largest_buffer: size of the largest receive buffer, in bytes.
     """
 
     sent: int = 0
@@ -46,12 +46,12 @@ _counting: list[Traffic] = []
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Counts what this process transfers inside the block; blocks may be nested.
+    """Counts the transfers of this process inside the block; blocks may be nested.
 
     Example:
         >>> with count_traffic() as traffic:
         ...     y = MoE(16, 32, num_experts=4, top_k=2)(torch.ones(3, 16))
-        >>> traffic.sent  # this layer is not split between ranks
+        >>> traffic.sent  # this layer is not sharded between ranks
         0
     """
     traffic = Traffic()
@@ -63,13 +63,13 @@ def count_traffic() -> Iterator[Traffic]:
 
 
 def note_transfer(rows: torch.Tensor, input_splits, output_splits, own: int) -> None:
-    """Tells every open block of a transfer of rows `[R, ...]`."""
+    """Adds a transfer of rows `[R, ...]` to every active block."""
     row_bytes = rows.element_size() * math.prod(rows.shape[1:])
     for traffic in _counting:
         traffic.add_transfer(row_bytes, input_splits, output_splits, own)
 
 
 def note_counts(num_bytes: int) -> None:
-    """Tells every open block of an exchange of counts."""
+    """Adds an exchange of counts to every active block."""
     for traffic in _counting:
         traffic.counts += num_bytes

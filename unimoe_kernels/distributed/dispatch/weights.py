@@ -1,4 +1,4 @@
-"""Safetensors files from and to a model whose weights lie on several ranks."""
+"""Saving and loading safetensors files of a model that is distributed over ranks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from unimoe_kernels.layers.expert_lora import ExpertLoRADict
 
 @torch.no_grad()
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All weights in one piece, on the CPU of rank 0; other ranks get an empty dictionary.
+    """Returns all full weights on the CPU of rank 0, and an empty dictionary on other ranks.
 
-    Every rank calls it. Weights are put together one after the other.
+    Every rank must call this function. Weights are gathered one by one.
     """
     found = {}
     for name, tensor in model.state_dict().items():
@@ -36,11 +36,11 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Writes all weights to one safetensors file, under the names of `model.state_dict()`.
 
-    Every rank calls it; rank 0 writes, under another name first. Weights that share their memory,
-    such as tied embeddings, are written once.
+    Every rank must call this function; rank 0 writes the file atomically. Weights that share
+    memory, such as tied embeddings, are written once.
 
     Raises:
-        CollectiveError: If a rank dies or does not come in time.
+        CollectiveError: If a rank dies or exceeds the timeout.
     """
     from safetensors.torch import save_file
 
@@ -60,16 +60,16 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Reads weights into a model; each rank reads the experts that it holds, tensor by tensor.
+    """Loads weights into a model; each rank reads only its own experts, tensor by tensor.
 
     Args:
-        model: before or after `parallelize_moe`.
-        path: a safetensors file; or a folder with `model.safetensors`, or with the several files
-            that `model.safetensors.index.json` names, as transformers saves them.
+        model: a model before or after `parallelize_moe`.
+        path: a safetensors file, or a folder with `model.safetensors` or with the files listed in
+            `model.safetensors.index.json`, as saved by transformers.
 
     Raises:
-        ValueError: If a file cannot be read, or the names or shapes are not those of the model.
-            Then nothing is changed.
+        ValueError: If a file cannot be read, or names or shapes differ from those of the model.
+            Nothing is changed in this case.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -103,14 +103,14 @@ def _files(path: Path) -> list[Path]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"weights ({index}) must be an index of safetensors files") from error
-    # An index names its neighbours; anything else it names is not read.
+    # An index may list only files in its own folder; any other path is rejected.
     if any(Path(str(name)).name != name for name in names):
         raise ValueError(f"weights ({index}) must name files of its own folder, not {names}")
     return [path / name for name in sorted(names)]
 
 
 def _read(file: Any, name: str, target: Tensor) -> None:
-    """Copies a tensor, or the part of it that lies here, from an open file."""
+    """Copies a tensor, or this rank's part of it, from an open file."""
     if not isinstance(target, DTensor):
         target.copy_(file.get_tensor(name))
         return
@@ -126,7 +126,7 @@ def _read(file: Any, name: str, target: Tensor) -> None:
 
 def _check(path: str | Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     unexpected = sorted(shapes.keys() - state.keys())
-    # A weight that shares its memory with one in the file is read with it.
+    # A weight that shares memory with one in the file need not be in the file.
     read = {_place(name, state[name]) for name in shapes.keys() & state.keys()}
     missing = sorted(name for name, tensor in state.items() if _place(name, tensor) not in read)
     if missing or unexpected:
@@ -143,6 +143,6 @@ def _check(path: str | Path, state: dict[str, Tensor], shapes: dict[str, tuple[i
 
 
 def _place(name: str, tensor: Tensor) -> tuple:
-    """Where a tensor lies in memory; a part without numbers has no place but its name."""
+    """Returns a key of a tensor's memory; an empty part is identified by its name."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return (local.data_ptr() or name, tensor.shape)

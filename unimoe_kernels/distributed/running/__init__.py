@@ -1,1 +1,1 @@
-"""Ranks of a run: their start and end, what they tell each other, checkpoints of all of them."""
+"""Start and end of the ranks of a run, error reports between ranks, and sharded checkpoints."""

@@ -1,4 +1,4 @@
-"""Sharded checkpoints of a training run that load at any number of ranks."""
+"""Sharded checkpoints of a training run that load with any number of ranks."""
 
 from __future__ import annotations
 
@@ -30,22 +30,24 @@ def save_sharded(
     optimizers: Sequence[Optimizer] = (),
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Replaces the checkpoint in a folder; a kill at any moment leaves the old one or the new.
+    """Saves a checkpoint atomically: if interrupted, either the old or the new one remains.
 
-    Every rank writes the parts it holds, in the format of `torch.distributed.checkpoint`. All ranks
-    call it, and hosts share the file system. It also works in one process without process groups.
+    Every rank writes its own parts, in the format of `torch.distributed.checkpoint`. All ranks must
+    call this function, and hosts must share the file system. It also works in one process without
+    process groups.
 
     Args:
-        folder: where the checkpoint is; folders of that name with `.new` and `.old` at the end
-            are used on the way.
-        model: parameters and buffers of its state dict; or some of them, by name. Plain tensors
-            must be equal on all ranks.
-        optimizers: their states, kept by the name of the parameter. Hyperparameters are not kept.
-        extra: what else to keep, as JSON; that of rank 0 counts.
+        folder: folder of the checkpoint; the same names with `.new` and `.old` appended are used
+            temporarily.
+        model: a model, whose state dict is saved, or tensors by name. Plain tensors must be equal
+            on all ranks.
+        optimizers: optimisers whose states are saved, by parameter name. Hyperparameters are not
+            saved.
+        extra: additional data, saved as JSON; only that of rank 0 is used.
 
     Raises:
-        ValueError: If an optimiser holds a parameter that is not in the model.
-        CollectiveError: If a rank dies or does not come in time; then nothing is replaced.
+        ValueError: If an optimiser has a parameter that is not in the model.
+        CollectiveError: If a rank dies or exceeds the timeout; nothing is replaced in this case.
     """
     folder = Path(folder)
     state = _model_state(model) | _optimizer_state(model, optimizers)
@@ -69,26 +71,27 @@ def load_sharded(
     optimizers: Sequence[Optimizer] = (),
     check: Callable[[dict[str, Any]], None] = lambda extra: None,
 ) -> dict[str, Any] | None:
-    """Reads a checkpoint of `save_sharded`, whatever number of ranks wrote it.
+    """Loads a checkpoint of `save_sharded`, written by any number of ranks.
 
-    Bit for bit: every rank reads the parts it holds. Parameters that were or are not split are read
-    likewise. The index file is a pickle; nothing in it but what describes tensors is unpickled.
+    Every rank reads its own parts, bit for bit; a parameter may be sharded now and not when it was
+    saved, or vice versa. The index file is a pickle, of which only the description of tensors is
+    unpickled.
 
     Args:
-        folder: where it is.
-        model: its parameters and buffers, or those given by name, are overwritten.
-        optimizers: as many as were saved, over parameters of the same names; their states are
-            replaced.
-        check: called with what was saved as `extra`, before anything is overwritten; raises for a
-            checkpoint that must not be loaded.
+        folder: folder of the checkpoint.
+        model: a model, whose parameters and buffers are overwritten, or tensors by name.
+        optimizers: as many optimisers as were saved, with parameters of the same names; their
+            states are replaced.
+        check: function that is called with the saved `extra` before anything is overwritten; raises
+            an error if the checkpoint must not be loaded.
 
     Returns:
-        What was saved as `extra`, or None if there is no checkpoint; then nothing is changed.
+        The saved `extra`, or None if there is no checkpoint, in which case nothing is changed.
 
     Raises:
-        ValueError: If the checkpoint cannot be read, or is of other parameters or optimisers. Then
-            nothing is changed.
-        CollectiveError: If a rank dies or does not come in time.
+        ValueError: If the checkpoint cannot be read, or its parameters or optimisers differ.
+            Nothing is changed in this case.
+        CollectiveError: If a rank dies or exceeds the timeout.
     """
     folder = Path(folder)
     if is_first():
@@ -120,7 +123,7 @@ def load_sharded(
 
 
 def discard_sharded(folder: str | Path) -> None:
-    """Removes a checkpoint; all ranks call it."""
+    """Removes a checkpoint; all ranks must call this function."""
     folder = Path(folder)
     if is_first():
         recover_folder(folder)
@@ -131,21 +134,21 @@ def discard_sharded(folder: str | Path) -> None:
 
 @contextmanager
 def _alone_on_purpose() -> Iterator[None]:
-    """Keeps torch from warning of a single process without process groups."""
+    """Suppresses torch's warning about a single process without process groups."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads the index without running what a pickle may ask for."""
+    """Reads the index without executing arbitrary code of a pickle."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
             metadata = _Unpickler(file).load()
         for key, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
-                raise pickle.UnpicklingError(f"{key} is no tensor")
+                raise pickle.UnpicklingError(f"{key} is not a tensor")
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
@@ -175,7 +178,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint")
         return super().find_class(module, name)
 
 
@@ -206,7 +209,7 @@ def _optimizer_state(
 
 
 def _check_files(folder: Path, metadata: Metadata) -> None:
-    """Raises ValueError if a file of tensors is missing or cut short."""
+    """Raises ValueError if a file of tensors is missing or truncated."""
     ends: dict[str, int] = {}
     for place in metadata.storage_data.values():
         end = place.offset + place.length
@@ -214,7 +217,7 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
     for name, end in ends.items():
         size = (folder / name).stat().st_size
         if size < end:
-            raise ValueError(f"{name} is cut short: {size} bytes of {end}")
+            raise ValueError(f"{name} is truncated: {size} bytes of {end}")
 
 
 def _check_entries(
@@ -247,7 +250,7 @@ def _empty_optimizer_state(
     optimizers: Sequence[Optimizer],
     entries: dict[str, Any],
 ) -> dict[str, tuple[Optimizer, nn.Parameter, str, Tensor]]:
-    """Room for every state that was saved, split as its parameter is now."""
+    """Allocates tensors for every saved state, sharded like its parameter is now."""
     parameters, fresh = _parameters(model), {}
     held = [{p for group in o.param_groups for p in group["params"]} for o in optimizers]
     for entry_key, entry in entries.items():

@@ -1,4 +1,4 @@
-"""Errors of collectives that say which rank is to blame, and in which operation."""
+"""Errors of collectives that name the failed rank and the operation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 # A rank is silent when it misses this many beats: several, so that a busy machine that runs its
 # thread late is not taken for a dead one.
 MISSED_BEATS = 6
-# For so many beats rank 0, which may keep the store, stays after it has told why it stops.
+# Number of beats for which rank 0, which may host the store, stays after it has reported an error.
 READING_BEATS = 3
 
 _heartbeat: Heartbeat | None = None
@@ -23,8 +23,8 @@ class CollectiveError(RuntimeError):
     """A collective failed or its ranks disagree; the message names the operation and the rank.
 
     Attributes:
-        operation: what was being done, such as `"dispatch of layers.3.mlp.experts"`.
-        silent_ranks: ranks that show no sign of life, as far as that is known.
+        operation: name of the operation, such as `"dispatch of layers.3.mlp.experts"`.
+        silent_ranks: ranks without a heartbeat, as far as known.
     """
 
     def __init__(self, operation: str, text: str, silent_ranks: tuple[int, ...] = ()) -> None:
@@ -38,13 +38,13 @@ class Heartbeat:
 
     Args:
         store: the store that all ranks share.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of ranks.
-        seconds: between two beats.
+        seconds: interval between two heartbeats.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, seconds: float) -> None:
-        # Clones: a call that waits for a key would block the others on the same connection.
+        # Clones, because a call that waits for a key blocks all others on the same connection.
         self._store, self._beating = store.clone(), store.clone()
         for own in (self._store, self._beating):
             own.set_timeout(timedelta(seconds=max(1.0, MISSED_BEATS * seconds)))
@@ -57,12 +57,12 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._stopped.set()
         self._thread.join()
 
     def silent_ranks(self) -> tuple[int, ...]:
-        """Ranks whose beat stands still; all but this one if the store itself is gone."""
+        """Returns ranks whose heartbeat has stopped; all others if the store is unreachable."""
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         try:
             before = [self._read(rank) for rank in others]
@@ -74,11 +74,11 @@ class Heartbeat:
         return tuple(rank for rank, old, new in silent if old == new)
 
     def report(self, text: str, linger: bool) -> None:
-        """Tells the other ranks why this one stops; the first report of a rank counts.
+        """Reports to the other ranks why this one stops; only the first report of a rank is kept.
 
         Args:
-            text: why.
-            linger: whether rank 0, which may keep the store, stays until the others can have read.
+            text: the reason.
+            linger: whether rank 0, which may host the store, waits so that the others can read it.
         """
         key = self._key("failed", self._rank)
         with suppress(RuntimeError, dist.DistError):
@@ -90,7 +90,7 @@ class Heartbeat:
                 self._stopped.wait(READING_BEATS * self._seconds)
 
     def reports(self) -> dict[int, str]:
-        """What other ranks reported, by rank."""
+        """Returns the reports of other ranks, by rank."""
         with suppress(RuntimeError, dist.DistError):
             self._reports |= self._read_reports(self._store)
         return self._reports
@@ -110,7 +110,7 @@ class Heartbeat:
         while not self._stopped.wait(self._seconds):
             try:
                 self._beat(beat)
-                # Read now what cannot be read any more when its rank took the store with it.
+                # Read reports now: they are lost once the rank that hosts the store has exited.
                 self._reports |= self._read_reports(self._beating)
             except (RuntimeError, dist.DistError):
                 return
@@ -132,13 +132,13 @@ def start_heartbeat(store: dist.Store, rank: int, world_size: int, seconds: floa
     """Starts the heartbeat of this process."""
     global _heartbeat
     stop_heartbeat()
-    # A thread that Python cuts off inside a call of the store takes the whole process with it.
+    # If Python terminates the thread inside a call of the store, the whole process crashes.
     atexit.register(stop_heartbeat)
     _heartbeat = Heartbeat(store, rank, world_size, seconds)
 
 
 def stop_heartbeat() -> None:
-    """Ends it, and says so to ranks that still wait for this one."""
+    """Stops the heartbeat and reports this to ranks that still wait for this one."""
     global _heartbeat
     if _heartbeat is not None:
         _heartbeat.report("it had ended", linger=False)
@@ -149,13 +149,13 @@ def stop_heartbeat() -> None:
 
 @contextmanager
 def collective(operation: str) -> Iterator[None]:
-    """Turns any error of a collective inside into a `CollectiveError`.
+    """Context manager that converts errors of a collective to `CollectiveError`.
 
-    With the heartbeat of `start_parallel` the error names the ranks that died, or says what a rank
-    that stopped by itself reported; without it, only this rank and the operation.
+    With the heartbeat of `start_parallel`, the error names the ranks that died or includes the
+    report of a rank that stopped; without it, only this rank and the operation.
 
     Args:
-        operation: what is being done, for the message.
+        operation: name of the operation in the message.
     """
     try:
         yield
@@ -168,13 +168,13 @@ def collective(operation: str) -> Iterator[None]:
 
 @contextmanager
 def attributed(operation: str) -> Iterator[None]:
-    """Turns an error inside into a `CollectiveError` if another rank died or stopped before it.
+    """Context manager that converts an error caused by another rank to `CollectiveError`.
 
-    For whole steps, whose collectives partly belong to torch. Every other error goes on as it is,
-    and the other ranks are told of it.
+    Use it for whole steps, which include collectives of torch. Errors that no other rank caused are
+    raised unchanged and reported to the other ranks.
 
     Args:
-        operation: what is being done, for the message.
+        operation: name of the operation in the message.
     """
     try:
         yield
@@ -197,7 +197,7 @@ def _diagnosis(error: BaseException) -> tuple[str, tuple[int, ...]]:
     if _heartbeat is None:
         return f"failed ({reason})", ()
     silent, reports = _heartbeat.silent_ranks(), _heartbeat.reports()
-    # A rank that said why it stops and is gone since is not the cause.
+    # A rank that reported why it stopped and has since exited is not the cause.
     silent = tuple(rank for rank in silent if rank not in reports)
     if silent:
         return f"{_ranks(silent)} died or hangs, no sign of life ({reason})", silent

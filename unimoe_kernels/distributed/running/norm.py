@@ -1,4 +1,4 @@
-"""The norm of gradients whose parts lie on different ranks."""
+"""The norm of gradients that are distributed over ranks."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from unimoe_kernels.distributed.running.failure import collective
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, eps: float = 1e-6) -> Tensor:
-    """Scales gradients down to a norm over all ranks, like `torch.nn.utils.clip_grad_norm_`.
+    """Clips the norm of gradients over all ranks, like `torch.nn.utils.clip_grad_norm_`.
 
-    Parts of a DTensor are counted where they lie, and what all ranks hold is counted once. Every
-    rank must call it with the same parameters.
+    Each part of a DTensor is counted on its rank, and replicated gradients are counted once. Every
+    rank must call this function with the same parameters.
 
     Args:
         parameters: plain tensors, DTensors or both, on any meshes; those without a gradient are
-            left out.
-        max_norm: the 2-norm that gradients get if theirs is larger.
-        eps: added to the norm they are divided by, as torch does.
+            skipped.
+        max_norm: maximum 2-norm of all gradients together.
+        eps: added to the norm before dividing by it, as in torch.
 
     Returns:
-        The norm before, `()`, float32 (float64 if a gradient is), equal on all ranks.
+        The norm before clipping, `()`, float32 (float64 if a gradient is), equal on all ranks.
 
     Raises:
         ValueError: If max_norm is not above 0.
-        CollectiveError: If a rank does not take part.
+        CollectiveError: If a rank does not participate.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm ({max_norm}) must be above 0")
@@ -42,7 +42,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, eps: float = 1
     dtype = torch.float64 if wide else torch.float32
     device = parameters[0].device
     squares: dict[tuple[DeviceMesh, tuple[int, ...]] | None, Tensor] = {}
-    # Every kind of part is added up on every rank, also where a rank has no gradient of the kind.
+    # Every rank joins the sum of every kind of part, even if it has no gradient of that kind.
     for parameter in parameters:
         key = _split_over(parameter)
         if key not in squares:
@@ -69,7 +69,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, eps: float = 1
 
 
 def _split_over(parameter: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
-    """The mesh and those of its dimensions that split the parameter; None if none does."""
+    """Returns the mesh and the mesh dimensions that shard the parameter, or None."""
     if not isinstance(parameter, DTensor):
         return None
     dims = tuple(

@@ -1,4 +1,4 @@
-"""Start and end of a run of several processes, and its mesh of data x expert ranks."""
+"""Start and end of a run with several processes, and its mesh of data x expert ranks."""
 
 from __future__ import annotations
 
@@ -37,28 +37,27 @@ def start_parallel(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> DeviceMesh:
-    """Starts the process groups of a run, all or none: every rank calls it once, at first.
+    """Starts the process groups of a run; every rank must call this function once, first.
 
-    Ranks call the roll through the store before they connect. A rank that is missing after
-    `timeout`, or that was started with other sizes or another `fingerprint`, is named by the
-    others.
+    Ranks register in the store before they connect. The others raise an error that names a rank
+    that is missing after `timeout` or was started with other sizes or another `fingerprint`.
 
-    Ranks that lie next to each other share an `ep` group: on hosts of `expert` devices, tokens
-    stay within a host and only gradients cross hosts.
+    Ranks with consecutive numbers share an `ep` group: on hosts with `expert` devices, tokens stay
+    within a host and only gradients are sent between hosts.
 
     Args:
         data: size of the dimension `dp`.
         expert: size of the dimension `ep`; `data * expert` must be the number of processes.
-        device: where the model will be; `"cuda"` takes NCCL (and gloo for tensors on the CPU),
+        device: device type of the model; `"cuda"` uses NCCL (and gloo for tensors on the CPU),
             `"cpu"` gloo.
-        timeout: seconds after which a collective that some rank does not join is given up.
-        heartbeat: seconds between the signs of life that a rank gives through the store. When a
+        timeout: seconds to wait for all ranks to join a collective.
+        heartbeat: seconds between the heartbeats that a rank sends through the store. When a
             collective fails, ranks that miss six of them are named as the cause.
-        fingerprint: what else must be equal on all ranks, such as a digest of the settings.
+        fingerprint: a value that must be equal on all ranks, such as a digest of the settings.
         init_method: as in `torch.distributed.init_process_group`; by default the environment of
             `torchrun`.
-        rank: of this process, with init_method.
-        world_size: number of processes, with init_method.
+        rank: rank of this process; required with init_method.
+        world_size: number of processes; required with init_method.
 
     Returns:
         A mesh with dimensions `("dp", "ep")`.
@@ -66,8 +65,8 @@ def start_parallel(
     Raises:
         ValueError: If a size is below 1, their product is not the number of processes, or the
             environment of torchrun is missing.
-        RuntimeError: If a rank does not come in time or was started otherwise, or process groups
-            exist already.
+        RuntimeError: If a rank exceeds the timeout or was started with other arguments, or process
+            groups already exist.
     """
     for name, size in (("data", data), ("expert", expert)):
         if size < 1:
@@ -107,9 +106,9 @@ def start_parallel(
 
 
 def finish_parallel() -> None:
-    """Ends the process groups after all ranks have come here.
+    """Destroys the process groups after all ranks have called this function.
 
-    Not for a rank that has failed: it must exit, so that the others notice.
+    A rank that has failed must not call it but exit, so that the others notice.
     """
     if dist.is_initialized():
         with collective("end of the run"):
@@ -144,13 +143,13 @@ def _told(what: str) -> Iterator[None]:
 def _store(init_method: str | None, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """The store of all ranks.
 
-    Unlike `torch.distributed.rendezvous` this waits for nobody: the roll call does, and says for
-    whom.
+    Unlike `torch.distributed.rendezvous` this does not wait for other ranks: the registration does,
+    and names the ranks that are missing.
     """
     attempt, kept_by_agent = "0", False
     if init_method is None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # torchrun keeps the store itself, and counts its restarts.
+        # torchrun hosts the store itself and counts its restarts.
         kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     elif init_method.startswith("tcp://"):
@@ -194,7 +193,7 @@ def _call_roll(
 
 
 def _linger(store: dist.Store, rank: int, world_size: int) -> None:
-    """Rank 0 may keep the store: it stays a while, so that the others can read why they stop."""
+    """Delays the exit of rank 0, which may host the store, so that others can read the error."""
     read = [f"unimoe/roll/read/{other}" for other in range(world_size)]
     try:
         store.set(read[rank], "")
@@ -212,7 +211,7 @@ def _is_there(store: dist.Store, key: str) -> bool:
 
 
 def _own_group(lines: torch.Tensor, rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Makes a group of each row of ranks, on all ranks in the same order, and returns ours."""
+    """Creates a group of each row of ranks, in the same order on all ranks; returns this rank's."""
     own = None
     for line in lines.tolist():
         group = dist.new_group(line, timeout=timeout)

@@ -1,4 +1,4 @@
-"""This process among those of the run, where there are others at all."""
+"""Rank of this process, and synchronisation with the other processes of a run, if any."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from unimoe_kernels.distributed.running.failure import CollectiveError, collecti
 
 
 def is_distributed() -> bool:
-    """Whether there are process groups."""
+    """Returns whether process groups are initialised."""
     return dist.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once: rank 0, or the only process."""
+    """Returns whether this is rank 0 or the only process, which writes output files."""
     return not is_distributed() or dist.get_rank() == 0
 
 
 def meet(operation: str) -> None:
-    """Waits until all ranks have come here; a process alone goes on.
+    """Waits until all ranks have called this function; returns at once in a single process.
 
     Raises:
-        CollectiveError: If a rank dies or does not come in time.
+        CollectiveError: If a rank dies or exceeds the timeout.
     """
     if is_distributed():
         with collective(operation):
@@ -35,7 +35,7 @@ def write_once(operation: str, write: Callable[[], None]) -> None:
 
     Raises:
         CollectiveError: On the other ranks if the function raises on rank 0, or if a rank dies or
-            does not come in time.
+            exceeds the timeout.
     """
     failure = None
     if is_first():

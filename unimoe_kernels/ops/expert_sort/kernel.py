@@ -1,11 +1,11 @@
 """Triton kernels of `expert_sort`: a counting sort without atomics, in three launches.
 
-Each block counts its ids by expert; a scan over the blocks turns the counts of an expert into those
-of earlier blocks; each block then places its rows by their rank among the earlier rows of the same
-expert. The order of rows is kept, so the result is the same every run. A last bucket, number
-`num_experts`, takes the rows that belong to another rank.
+Each block counts its ids by expert; an exclusive scan over the blocks gives the rows of an expert
+in earlier blocks; each block then places its rows by their rank among the earlier rows of the same
+expert. The sort is stable, so the result is the same every run. A last bucket, number
+`num_experts`, holds the rows that belong to another rank.
 
-Few rows are one block's work: then one launch does all of it.
+If the rows fit into one block, a single launch sorts them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from unimoe_kernels._triton.planned import Launch, Place, place_of, planned
 
-BLOCK_M = 256  # ids a program
-SMALL_ROWS = 1024  # up to which one program sorts alone, not tuned on a GPU
+BLOCK_M = 256  # ids per program
+SMALL_ROWS = 1024  # maximum number of rows for a single program; not tuned on a GPU
 BLOCK_S = 64  # blocks whose counts are scanned at a time
 BLOCK_E = 16  # buckets compared at a time: BLOCK_M * BLOCK_E comparisons are held in registers
 
@@ -32,7 +32,7 @@ def _load_buckets(ids_ptr, offs_m, num_rows, num_experts):
 
 @triton.jit
 def _positions_of(hit_ME, start_E):
-    """Returns where the rows of some buckets go, in their order; 0 for rows of other buckets."""
+    """Returns the sorted positions of rows of some buckets; 0 for rows of other buckets."""
     rank_ME = tl.cumsum(hit_ME, axis=0) - 1
     return tl.sum(hit_ME * (rank_ME + start_E[None, :]), axis=1)
 
@@ -63,7 +63,7 @@ def scan_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Turns the counts of `BLOCK_E` buckets into those of earlier blocks, and writes the totals."""
+    """Replaces the counts of `BLOCK_E` buckets by their exclusive sums, and writes the totals."""
     offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask_e = offs_e <= num_experts
     total_E = tl.zeros((BLOCK_E,), dtype=tl.int32)
@@ -168,7 +168,7 @@ def expert_sort(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
     return row_order, inverse_order, totals[:-1], offsets
 
 
-# A launch is compiled for the dtype of its ids.
+# A kernel is compiled for each dtype of ids.
 @planned
 def _small(place: Place, num_rows: int, num_experts: int, dtype: torch.dtype) -> Launch:
     block_m = max(64, triton.next_power_of_2(num_rows))

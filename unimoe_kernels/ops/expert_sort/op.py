@@ -1,4 +1,4 @@
-"""`expert_sort`: the order in which routed rows lie when they are grouped by expert."""
+"""`expert_sort`: the order of routed rows grouped by expert."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from unimoe_kernels.ops.expert_sort import plain, reference
 
 
 class ExpertSort(NamedTuple):
-    """Where each routed row goes; all tensors are int32.
+    """Output of `expert_sort`: the order of routed rows, as int32 tensors.
 
-    Row `n` is choice `n % K` of token `n // K`.
+    Routed row `n` is choice `n % K` of token `n // K`.
 
     Attributes:
-        row_order: `[N]`, sorted position -> row.
-        inverse_order: `[N]`, row -> sorted position.
-        tokens_per_expert: `[E]`, rows of each expert.
+        row_order: `[N]`, the routed row at each sorted position.
+        inverse_order: `[N]`, the sorted position of each routed row.
+        tokens_per_expert: `[E]`, number of rows of each expert.
         expert_offsets: `[E + 1]`, expert `e` owns sorted positions
             `expert_offsets[e]` to `expert_offsets[e + 1] - 1`; the last value is the number of rows
-            that any of the E experts takes.
+            that belong to any of the E experts.
     """
 
     row_order: Tensor
@@ -43,10 +43,10 @@ def expert_sort(ids: Tensor, num_experts: int) -> ExpertSort:
         ([2, 2, 2], [0, 2, 4, 6])
 
     Args:
-        ids: `[T, K]` or `[N]`, int32 or int64, any strides. A value of `num_experts` or
-            more drops the row, as belonging to another rank or to none: it is sorted to the end,
-            where `permute` and `grouped_mm` give zeros and `unpermute` adds nothing.
-        num_experts: E, the number of experts held here.
+        ids: `[T, K]` or `[N]`, int32 or int64, any strides. A row with a value of `num_experts` or
+            more is dropped because it belongs to another rank or to no expert: it is sorted to the
+            end, where `permute` and `grouped_mm` write zeros and `unpermute` adds nothing.
+        num_experts: Number of experts E on this rank.
 
     Returns:
         An `ExpertSort` on the device of `ids`.
@@ -54,7 +54,7 @@ def expert_sort(ids: Tensor, num_experts: int) -> ExpertSort:
     Raises:
         ValueError: If `ids` is neither 1-D nor 2-D, has 2**31 or more elements, or `num_experts` is
             less than 1. With `UNIMOE_CHECKS=1` also if an id is negative (otherwise such a row
-            is dropped, too).
+            is dropped as well).
         TypeError: If `ids` is not int32 or int64.
 
     Note:

@@ -1,4 +1,4 @@
-"""`expert_sort` for transforms of torch: nothing is written into a tensor, nothing is searched."""
+"""`expert_sort` for torch's transforms: no in-place writes and no `searchsorted`."""
 
 from __future__ import annotations
 

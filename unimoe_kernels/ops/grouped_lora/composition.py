@@ -14,10 +14,10 @@ PARTS = ("grouped_mm",)
 def forward(
     backend: str, x: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns the update of each row and the narrow products `A x` that the backward keeps."""
+    """Returns the update of each row and the products `A x`, which are kept for the backward."""
     grouped_mm = partial(_backends.run, backend, "grouped_mm")
     low_NR = grouped_mm(x, lora_A, offsets, None)
-    # The scale goes to the narrow product: r columns instead of F.
+    # The scale is applied to the product of width r rather than F.
     return grouped_mm(low_NR * scale, lora_B, offsets, None), low_NR
 
 
@@ -32,7 +32,7 @@ def backward(
     scale: float,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x (empty unless it is needed), A and B."""
+    """Returns the gradients of x (empty unless required), A and B."""
     grouped_mm = partial(_backends.run, backend, "grouped_mm")
     wgrad = partial(_backends.run, backend, "grouped_mm_wgrad")
     grad_B, _ = wgrad(grad_NF, low_NR * scale, offsets, False)

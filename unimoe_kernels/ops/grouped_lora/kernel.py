@@ -1,21 +1,22 @@
-"""Triton kernels of `grouped_lora`: a narrow product and the wide one that follows, in one launch.
+"""Triton kernels of `grouped_lora`: a narrow product and the wide product of it, in one launch.
 
-`y[i] = scale * wide[e] @ (narrow[e] @ x[i])`. Forward, narrow is A and wide is B; the gradient of x
-is the same with the transposes of B and A, on the gradient of y. A program holds the narrow
-products of its rows in registers, so that x is read once and y written once, which is all that
-takes time: with r columns there are r operations for each byte.
+`y[i] = scale * wide[e] @ (narrow[e] @ x[i])`. In the forward, narrow is A and wide is B; the
+gradient of x is the same computation with the transposes of B and A, applied to the gradient of y.
+A program holds the narrow products of its rows in registers, so that x is read once and y written
+once. These transfers are the bottleneck: with rank r there are only r operations per byte.
 
-It is for few rows an expert, which would leave most of a GPU idle. So the columns of y are shared
-out, and each program makes the narrow products of its rows anew: that reads x and narrow from the
-L2 cache again, and saves a launch. How often is worked out on the device from the number of row
-tiles, until one program runs on each processor; beyond that, reading again would slow down the
-others. Where even one sum is long, a launch before this one shares out the sum, and this one adds
-its parts in order.
-By arithmetic, not measured: a program has some 64 KB under way at a time and waits 0.8 us for it,
-so that 14336 columns take it 10 us at rank 16 and 25 us at rank 64, where a launch takes 2 us.
+The kernel is for few rows per expert, which would leave most of a GPU idle. The columns of y are
+therefore split among programs, and each program recomputes the narrow products of its rows: this
+reads x and narrow from the L2 cache again but saves a launch. The number of splits is computed on
+the device from the number of row tiles, such that one program runs on each multiprocessor; with
+more, the repeated reads would slow down the others. If even a single sum is long, a preceding
+launch splits the sum, and this kernel adds the partial sums in order.
+Estimated, not measured: a program has about 64 KB in flight at a time, with a latency of 0.8 us, so
+14336 columns take 10 us at rank 16 and 25 us at rank 64; a launch takes 2 us.
 
-Sizes and the strides of weights are constants of a kernel, the number of rows is not. A rank of 8
-is then known to be one vector of 16 bytes; an argument would only say whether 16 divides it.
+Sizes and strides of weights are compile-time constants, the number of rows is not. The compiler
+then knows that a row of rank 8 is one vector of 16 bytes; of an argument it would only know whether
+it is divisible by 16.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from unimoe_kernels._triton.planned import Launch, Layout, Place, layout_of, pla
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows
 from unimoe_kernels._triton.tiles import Problem, choose, num_programs, rank_columns, rows_bucket
 
-MOST_ROWS = 64  # of an expert on average, as `rows_bucket` counts them
-# Once a program spends an eighth on wide products, sharing these out further gains little.
+MOST_ROWS = 64  # mean number of rows per expert, as returned by `rows_bucket`
+# Once wide products are an eighth of a program's work, splitting them further gains little.
 WIDE_SHARE = 8
 
 
@@ -138,9 +139,9 @@ def grouped_lora_kernel(
 ):
     """Writes `low[i] = narrow[e] @ x[i]` and `y[i] = scale * wide[e] @ low[i]`.
 
-    Rows of no expert get zeros. With `BLOCK_C > 0` the narrow products come from as many partial
-    sums. Low is rounded to its dtype before it is multiplied, so that a backward which reads it
-    sees what the forward has used; the scale meets sums that are not rounded yet.
+    Zeros are written for rows of no expert. With `BLOCK_C > 0` the narrow products are the sums of
+    as many partial sums. Low is rounded to its dtype before it is multiplied, so that the backward
+    reads the values that the forward used; the scale is applied before y is rounded.
     """
     scale = bits_to_float(scale_bits, ACC)
     ends_E, tiles_E = count_row_tiles(offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M, True)
@@ -188,7 +189,7 @@ def grouped_lora_kernel(
             )
         low_MR = low_MR.to(low_ptr.dtype.element_ty)
         split = unit % splits
-        # One of those that share a row tile writes low; a mask is not worth a branch.
+        # One of the programs that share a row tile writes low; a mask costs less than a branch.
         low_mask_mr = (offs_m < tl.where(split == 0, end_m, 0))[:, None] & (offs_r < rank)[None, :]
         low_ptrs = low_ptr + offs_m.to(tl.int64)[:, None] * rank + offs_r[None, :]
         tl.store(low_ptrs, low_MR, mask=low_mask_mr)
@@ -202,7 +203,7 @@ def grouped_lora_kernel(
             last_tile_n = tl.minimum(first_tile_n + tiles_of_split, num_tiles_n)
             for tile_n in range(first_tile_n, last_tile_n):
                 offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-                # No weight is read for rows of no expert.
+                # Weights are not read for rows of no expert.
                 wide_mask_n = offs_n < tl.where(owned, width, 0)
                 wide_RN = load_block(
                     wide_ptrs + offs_n.to(tl.int64)[None, :] * stride_wide_n,
@@ -221,16 +222,16 @@ def grouped_lora_kernel(
 
 
 def covers(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Returns whether the kernels take these sizes: few rows, ranks that fit into registers.
+    """Returns whether the kernels support these sizes: few rows, ranks that fit into registers.
 
-    With many rows two grouped matmuls are faster: on an H100, with 256 and 2048 rows an expert,
-    torch's took 0.6 to 0.7 of the time forward and half of it in training. A backward has the
-    transposes, which are covered if and only if these are.
+    With many rows, two grouped matmuls are faster: on an H100, with 256 and 2048 rows per expert,
+    torch's took 0.6 to 0.7 of the time in the forward and half of it in training. The backward uses
+    the transposes, which are supported if and only if these are.
     """
     if rows_bucket(x.shape[0], lora_A.shape[0]) > MOST_ROWS:
         return False
-    # Compiled for all GPUs, none of these spills registers in a loop or takes more shared memory
-    # than there is. Float32 on the ordinary units begins to spill at 64.
+    # Compiled for all GPUs, none of these spills registers in a loop or exceeds the available
+    # shared memory. float32 without tensor cores begins to spill at 64.
     widest = 128 if x.dtype.itemsize == 2 else 32
     if precision(x.dtype) == "tf32":
         widest = 64

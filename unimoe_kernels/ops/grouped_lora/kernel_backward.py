@@ -1,9 +1,9 @@
 """Triton kernel of the weight gradients of `grouped_lora`: those of A and B in one launch.
 
-Both sum, over the rows of an expert, a row of width D or F times one of width r. A program holds
-some of those columns by all r in registers, so that the wide rows are read once. Its columns are
-few enough that one expert with all of the rows has tiles for most of a GPU; no sum is split, and so
-none has to be put together again.
+Both are sums, over the rows of an expert, of products of a row of width D or F and one of width r.
+A program holds a block of those columns by all r in registers, so that the wide rows are read once.
+Blocks are narrow enough that a single expert with all rows has tiles for most of a GPU; no sum is
+split.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def low_rank_gradient(
         offs_k = start_k + offs_in_k
         mask_k = offs_k < end_k
         offs_k = offs_k.to(tl.int64)
-        # What is past the end belongs to other experts, or is not there at all.
+        # Rows past the end belong to other experts or do not exist.
         rows_mask_mk, low_mask_kr = mask_k[None, :], mask_k[:, None]
         if width % BLOCK_M != 0:
             rows_mask_mk = rows_mask_mk & (offs_m < width)[:, None]
@@ -93,7 +93,7 @@ def grouped_lora_wgrad_kernel(
 ):
     """Writes `grad_A[e] = scale * grad_low.T @ x` and `grad_B[e] = scale * grad.T @ low`.
 
-    They are zero for experts without rows.
+    Both are zero for experts without rows.
     """
     scale = bits_to_float(scale_bits, ACC)
     tiles_of_A = tl.cdiv(inner, BLOCK_M)
@@ -157,7 +157,7 @@ def grouped_lora_wgrad(
     """Returns the gradients of A `[E, r, D]` and of B `[E, F, r]`.
 
     Args:
-        grad: `[N, F]`, contiguous, of the output.
+        grad: `[N, F]`, contiguous, the gradient of the output.
         x: `[N, D]`, contiguous.
         grad_low: `[N, r]`, contiguous: `B.T @ grad` of each row.
         low: `[N, r]`, contiguous: `A @ x` of each row.

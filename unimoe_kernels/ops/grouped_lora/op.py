@@ -1,4 +1,4 @@
-"""`grouped_lora`: low-rank updates of expert weights, without building them."""
+"""`grouped_lora`: low-rank updates of expert weights, without materialising them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def grouped_lora(
     Args:
         x: `[N, D]` in expert order, float16, bfloat16, float32 or float64, any strides.
         lora_A: `[E, r, D]`, dtype and device of `x`.
-        lora_B: `[E, F, r]`, likewise.
-        expert_offsets: `[E + 1]`, int32, as `expert_sort` gives it.
+        lora_B: `[E, F, r]`, dtype and device of `x`.
+        expert_offsets: `[E + 1]`, int32, as returned by `expert_sort`.
         scale: Factor of the update.
 
     Returns:
@@ -36,11 +36,11 @@ def grouped_lora(
         from row `expert_offsets[E]` on.
 
     Raises:
-        ValueError: If the shapes do not fit each other or the devices differ.
-        TypeError: If dtypes differ or are none of those above.
+        ValueError: If shapes do not match or devices differ.
+        TypeError: If dtypes differ or are not among those above.
 
     Note:
-        Differentiable in `x`, `lora_A` and `lora_B`, deterministic. Keeps `x` and the `[N, r]`
+        Differentiable in `x`, `lora_A` and `lora_B`; deterministic. Saves `x` and the `[N, r]`
         products for the backward.
 
     Reference:
@@ -78,7 +78,7 @@ def _backward(backend, ctx, grad, *_):
     x, lora_A, lora_B, low, expert_offsets = ctx.saved_tensors
     backward = partial(_backends.run, backend, "grouped_lora_backward")
     if _backends.is_recorded(grad, x, lora_A, lora_B):
-        # Nothing tells of the products that were kept that they depend on x and A.
+        # The saved products are not connected to x and A in the graph: recompute them.
         low = _backends.run(backend, "grouped_mm", x, lora_A, expert_offsets, None)
         backward = partial(composition.backward, backend)
     saved = (x, lora_A, lora_B, low, expert_offsets)

@@ -1,6 +1,6 @@
-"""`grouped_mm` and its weight gradient where `csrc` fills no default overload: on a GPU.
+"""Default overload of `grouped_mm` and its weight gradient on a GPU.
 
-A call that a kernel in CUDA C++ takes runs there, every other one in Triton, or for lack of it in
+A call that a CUDA C++ kernel supports runs there, all others in Triton or, if Triton is missing, in
 plain torch.
 """
 
@@ -25,7 +25,7 @@ _backends.declare_compiled(
         (expert_offsets.shape[0] - 1, grad.shape[1], x.shape[1])
     ),
 )
-# For few rows an expert: bfloat16 or float16, D a multiple of 8, no bias.
+# For few rows per expert: bfloat16 or float16, D a multiple of 8, no bias.
 _backends.declare_compiled(
     "grouped_mm_few_rows",
     "(Tensor x, Tensor weight, Tensor expert_offsets) -> Tensor",
@@ -38,7 +38,7 @@ _KERNELS = {
 
 
 def grouped_mm(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiplies; arguments as those of the operator."""
+    """Computes `grouped_mm`; arguments as in the operator."""
     gpu = cuda_matmul.gpu_of(x)
     if gpu is not None:
         layouts = cuda_matmul.layout_of(x), cuda_matmul.layout_of(weight)
@@ -55,7 +55,7 @@ def grouped_mm(x: Tensor, weight: Tensor, expert_offsets: Tensor, bias: Tensor |
 def grouped_mm_wgrad(
     grad: Tensor, x: Tensor, expert_offsets: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of the weight and of the bias; arguments as those of the operator."""
+    """Returns the gradients of the weight and of the bias; arguments as in the operator."""
     gpu = cuda_matmul.gpu_of(x)
     if gpu is not None:
         layouts = cuda_matmul.layout_of(grad), cuda_matmul.layout_of(x)

@@ -1,9 +1,9 @@
 """Triton kernels of `grouped_mm`, its weight gradient and its bias gradient.
 
-Grids are persistent, and tiles come from the offsets of the experts on the device. The rows of a
-product can be read through `row_order` from a row for each token (`TOP_K > 0`), so that a fused
-layer needs no permuted copy. Weight gradients read rows in expert order: on an H100 that is 15 to
-28 % faster through tensor descriptors than a gather, which takes pointers.
+Grids are persistent, and tiles are computed from the expert offsets on the device. With `TOP_K > 0`
+rows are gathered from tokens through `row_order`, so a fused layer needs no permuted copy. Weight
+gradients read rows in expert order: on an H100, reading them through tensor descriptors is 15 to
+28 % faster than a gather, which requires pointers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def grouped_mm_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Writes `y[i] = weight[e] @ x[i] + bias[e]`; with `TAIL` zeros for rows of no expert."""
+    """Writes `y[i] = weight[e] @ x[i] + bias[e]` and, with `TAIL`, zeros for rows of no expert."""
     ends_E, tiles_E = count_row_tiles(offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M, TAIL)
     num_tiles_m = tl.max(ends_E, axis=0)
     num_tiles_n = tl.cdiv(width, BLOCK_N)
@@ -139,7 +139,7 @@ def grouped_mm_wgrad_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Writes `grad_weight[e] = grad.T @ x` over the rows of expert e: zeros where it has none."""
+    """Writes `grad_weight[e] = grad.T @ x` over the rows of expert e; zeros if it has none."""
     num_tiles_m, num_tiles_n = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
     tiles_of_expert = num_tiles_m * num_tiles_n
     for tile in range(tl.program_id(0), num_experts * tiles_of_expert, tl.num_programs(0)):
@@ -194,7 +194,7 @@ def grouped_sum_kernel(
     BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Sums the rows of an expert, times their scores if there are any."""
+    """Sums the rows of an expert, weighted by scores with `HAS_SCORES`."""
     expert = tl.program_id(0)
     pid_n = tl.program_id(1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -242,10 +242,10 @@ def grouped_mm(
         weight: `[E, F, D]`, any strides.
         expert_offsets: `[E + 1]`.
         bias: `[E, F]` or None.
-        row_order: `[N]` or None. With it row i is read at `x[row_order[i] // top_k]`.
-        top_k: K, with `row_order`.
-        tail: Whether rows of no expert are written, as zeros.
-        tile: Taken instead of the one that `choose` returns.
+        row_order: `[N]` or None. If given, row i is read from `x[row_order[i] // top_k]`.
+        top_k: K; required with `row_order`.
+        tail: Whether zeros are written for rows of no expert.
+        tile: Tile to use instead of the one that `choose` returns.
     """
     num_rows = (x if row_order is None else row_order).shape[0]
     y = x.new_empty(num_rows, weight.shape[1])
@@ -325,8 +325,8 @@ def grouped_mm_wgrad(
         expert_offsets: `[E + 1]`.
         has_bias: Whether the sum is required.
         scores: `[T, K]` or None, weights of the rows in the sum.
-        row_order: `[N]`, with `scores`: the routed row of each.
-        tile: Taken instead of the one that `choose` returns.
+        row_order: `[N]`, the routed row at each position; required with `scores`.
+        tile: Tile to use instead of the one that `choose` returns.
     """
     num_experts, height, width = expert_offsets.shape[0] - 1, grad.shape[1], x.shape[1]
     expert_offsets, place = expert_offsets.contiguous(), place_of(x)

@@ -1,4 +1,4 @@
-"""`grouped_mm`: every expert multiplies its own rows."""
+"""`grouped_mm`: one matmul per expert over a ragged batch of rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def grouped_mm(
     """Multiplies each group of rows by the weight of its expert.
 
     `y[i] = weight[e] @ x[i] + bias[e]`, where e is the expert that owns row i.
-    Expert `e` owns rows `expert_offsets[e]` to `expert_offsets[e + 1] - 1`. Groups may be of any
-    size, empty too; rows from `expert_offsets[E]` on give zeros.
+    Expert `e` owns rows `expert_offsets[e]` to `expert_offsets[e + 1] - 1`. Groups may have any
+    size, including 0; output rows from `expert_offsets[E]` on are zero.
 
     Example:
         >>> x, weight = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[[10.0]], [[100.0]]])
@@ -26,15 +26,15 @@ def grouped_mm(
     Args:
         x: `[N, D]` in expert order, float16, bfloat16, float32 or float64, any strides.
         weight: `[E, F, D]`, dtype and device of `x`.
-        expert_offsets: `[E + 1]`, int32, rising from 0, as `expert_sort` gives it.
+        expert_offsets: `[E + 1]`, int32, non-decreasing from 0, as returned by `expert_sort`.
         bias: `[E, F]` or None.
 
     Returns:
         `[N, F]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous.
 
     Raises:
-        ValueError: If the shapes do not fit each other or the devices differ.
-        TypeError: If dtypes differ or are none of those above.
+        ValueError: If shapes do not match or devices differ.
+        TypeError: If dtypes differ or are not among those above.
 
     Note:
         Differentiable in `x`, `weight` and `bias`; deterministic. Products are summed in float32
@@ -93,7 +93,7 @@ def _backward(backend, ctx, grad):
         weight = weight.transpose(1, 2)
         grad_x = _backends.run(backend, "grouped_mm", grad, weight, expert_offsets, None)
     if needs_weight or needs_bias:
-        # Only the sum over rows is required when the weight is frozen: give it no columns.
+        # With a frozen weight only the bias gradient is required: pass rows without columns.
         x = grad.new_empty((grad.shape[0], 0)) if x is None else x
         grad_weight, grad_bias = _backends.run(
             backend, "grouped_mm_wgrad", grad, x, expert_offsets, needs_bias

@@ -1,7 +1,8 @@
-"""`grouped_mm` and its weight gradient for transforms of torch: nothing is written into a tensor.
+"""`grouped_mm` and its weight gradient for torch's transforms, without in-place writes.
 
-Where the offsets can be read every expert multiplies its own slice. Under `vmap` over them, under
-`torch.compile` and on a GPU every expert multiplies all rows, zeroed where they are not its own.
+If the offsets can be read, every expert multiplies its own slice. Under `vmap` over the offsets,
+under `torch.compile` and on a GPU, every expert multiplies all rows, with those of other experts
+set to zero.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 def grouped_mm(
     x_ND: Tensor, weight_EFD: Tensor, expert_offsets: Tensor, bias_EF: Tensor | None
 ) -> Tensor:
-    """Multiplies the rows of each expert by its weight; rows that no expert owns give zeros."""
+    """Multiplies the rows of each expert by its weight; rows of no expert are zero."""
     if x_ND.dtype == torch.float16 and x_ND.device.type == "cpu":
         bias_EF = None if bias_EF is None else bias_EF.float()
         return grouped_mm(x_ND.float(), weight_EFD.float(), expert_offsets, bias_EF).half()

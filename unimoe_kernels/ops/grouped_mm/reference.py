@@ -1,9 +1,9 @@
-"""Specification of `grouped_mm` and its weight gradient: one matmul an expert.
+"""Specification of `grouped_mm` and its weight gradient: one matmul per expert.
 
-On a CPU the offsets are read and every expert multiplies its own slice. On a GPU reading them would
-make the host wait, so bfloat16 goes to `torch.nn.functional.grouped_mm` where that runs without
-it, and everything else multiplies all rows by every expert and keeps the rows it owns: right, and
-E times the work.
+On a CPU the offsets are read and every expert multiplies its own slice. On a GPU, reading them
+would synchronise host and device. bfloat16 therefore uses `torch.nn.functional.grouped_mm` if it
+does not synchronise; otherwise every expert multiplies all rows and keeps those that it owns, which
+is correct but takes E times the work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 def grouped_mm(
     x_ND: Tensor, weight_EFD: Tensor, expert_offsets: Tensor, bias_EF: Tensor | None
 ) -> Tensor:
-    """Multiplies the rows of each expert by its weight; rows that no expert owns give zeros."""
+    """Multiplies the rows of each expert by its weight; rows of no expert are zero."""
     if x_ND.dtype == torch.float16 and x_ND.device.type == "cpu":
         # Matmul in float16 runs at 0.3 GFLOP/s on CPUs without AVX512-FP16.
         bias_EF = None if bias_EF is None else bias_EF.float()
@@ -52,7 +52,7 @@ def grouped_mm_wgrad(
         return _wgrad_slices(grad_NF, x_ND, expert_offsets, grad_EFD, grad_bias_EF)
     if not has_bias and _torch_runs_it(x_ND, grad_NF.shape[1]):
         grad_EFD = F.grouped_mm(grad_NF.t(), x_ND, offs=expert_offsets[1:])
-        # An expert without rows has an empty sum, which the kernel need not write.
+        # The kernel need not write the gradient of an expert without rows, which is zero.
         return grad_EFD.masked_fill((expert_offsets.diff() == 0).view(-1, 1, 1), 0), grad_bias_EF
     for e, owned_N in enumerate(_owned_rows(x_ND, expert_offsets)):
         owned_N1 = owned_N.unsqueeze(1)
@@ -101,8 +101,8 @@ def _owned_rows(x_ND: Tensor, expert_offsets: Tensor) -> list[Tensor]:
 
 
 def _torch_runs_it(x_ND: Tensor, width: int) -> bool:
-    # Before sm_90 torch falls back to a loop that waits for the device. Strides of its operands
-    # must be multiples of 16 bytes, eight bfloat16.
+    # Before sm_90 torch falls back to a loop that synchronises with the device. Strides of its
+    # operands must be multiples of 16 bytes, which is eight bfloat16 elements.
     return (
         x_ND.device.type == "cuda"
         and x_ND.dtype == torch.bfloat16

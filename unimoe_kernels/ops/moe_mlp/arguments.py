@@ -1,4 +1,4 @@
-"""The arguments of `moe_mlp` below its schema, which takes no structures."""
+"""Structures for the arguments of `moe_mlp`; operator schemas support only flat arguments."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from unimoe_kernels.quantization.weight import QuantizedWeight
 
 
 class ExpertWeights(NamedTuple):
-    """Stacked weights of E experts, both projections quantised or neither.
+    """Stacked weights of E experts; either both projections are quantised or neither is.
 
     Attributes:
-        first: `[E, G, D]`, the projection before the activation; G is 2F where it has a gate, gate
-            rows first, else F.
+        first: `[E, G, D]`, the projection before the activation; G is 2F with a gate (gate rows
+            first), else F.
         down: `[E, D, F]`.
         first_bias: `[E, G]` or None.
         down_bias: `[E, D]` or None.
@@ -27,7 +27,7 @@ class ExpertWeights(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """The activation and its constants, as in `swiglu`."""
+    """The activation and its constants; see `swiglu`."""
 
     activation: str
     limit: float
@@ -35,12 +35,12 @@ class Gate(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where the N = T * K routed rows lie, as `expert_sort` returns it.
+    """The order of the N = T * K routed rows, as returned by `expert_sort`.
 
     Attributes:
         order: `[N]` int32, the routed row at each position in expert order.
         inverse: `[N]` int32, the position of each routed row.
-        offsets: `[E + 1]` int32, where the rows of each expert begin.
+        offsets: `[E + 1]` int32, the position of each expert's first row.
     """
 
     order: Tensor
@@ -49,14 +49,14 @@ class Rows(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward keeps for the backward.
+    """What the forward saves for the backward.
 
     Attributes:
         x: `[T, D]`.
         scores: `[T, K]`.
-        weights: those of the forward; its `first_bias` is not read.
+        weights: the weights of the forward; `first_bias` is not read.
         hidden: `[N, 2F]`, the pre-activations.
-        rows: where the rows lie.
+        rows: the order of the rows.
     """
 
     x: Tensor
@@ -67,7 +67,7 @@ class Saved(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients are required."""
 
     x: bool
     first: bool
@@ -78,7 +78,7 @@ class Needs(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients, by the names of `Needs`; those that are not asked for may be empty."""
+    """Gradients, with the names of `Needs`; those that are not required may be empty."""
 
     x: Tensor
     first: Tensor

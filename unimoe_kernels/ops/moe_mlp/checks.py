@@ -1,4 +1,4 @@
-"""Checks of the arguments that every way to run a layer's experts has."""
+"""Argument checks shared by all implementations of a layer's experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unimoe_kernels import _checks
 from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights
 from unimoe_kernels.quantization.weight import QuantizedWeight, check_frozen, check_quantized
 
-# What the four weights are called in errors of `moe_mlp`.
+# Names of the four weights in errors of `moe_mlp`.
 NAMES = ExpertWeights("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 
 
@@ -22,19 +22,19 @@ def check_experts(
     names: ExpertWeights = NAMES,
     gated: bool = True,
 ) -> None:
-    """Checks that shapes, dtypes and devices fit each other, once for each signature.
+    """Checks that shapes, dtypes and devices are consistent, once per signature.
 
     Args:
         x: `[T, D]`.
         ids: `[T, K]`, int32 or int64.
         scores: `[T, K]`.
         weights: `[E, G, D]`, `[E, D, F]`, and biases of the same widths.
-        names: of the weights, for errors.
-        gated: whether G must be 2F. Otherwise the activation decides what F is.
+        names: names of the weights in errors.
+        gated: whether G must be 2F. Otherwise F is determined by the activation.
 
     Raises:
-        ValueError: If shapes do not fit or devices differ.
-        TypeError: If dtypes differ, or are none that the operators take.
+        ValueError: If shapes do not match or devices differ.
+        TypeError: If dtypes differ, or are not supported by the operators.
     """
     _check(x, ids, scores, *weights, names, gated)
 
@@ -47,11 +47,12 @@ def check_quantized_experts(
     names: ExpertWeights = NAMES,
     gated: bool = True,
 ) -> None:
-    """`check_experts` where both weights are quantised.
+    """Checks arguments like `check_experts`, for quantised weights.
 
     Raises:
-        ValueError: As `check_experts`, or if parts of a weight do not fit, or require a gradient.
-        TypeError: Likewise, or if a weight is not quantised.
+        ValueError: Like `check_experts`, or if the parts of a weight are inconsistent or require a
+            gradient.
+        TypeError: Like `check_experts`, or if a weight is not quantised.
     """
     for name, weight in zip(names[:2], weights[:2], strict=True):
         if not isinstance(weight, QuantizedWeight):
@@ -62,7 +63,7 @@ def check_quantized_experts(
 
 
 def _signature(x, ids, scores, first, down, first_bias, down_bias, names, gated) -> tuple:
-    """`_checks.signature_of` written out: 1 us less, of 15 that a layer of few tokens takes."""
+    """`_checks.signature_of` written out: saves 1 us of 15 us for a layer with few tokens."""
     first_bias = None if first_bias is None else _checks.signature_of(first_bias)
     down_bias = None if down_bias is None else _checks.signature_of(down_bias)
     return (
@@ -88,7 +89,7 @@ _check = _checks.once_per_signature(_check_once, _signature)
 
 @_checks.once_per_signature
 def _check_quantized(x: Tensor, ids: Tensor, scores: Tensor, *arguments: object) -> None:
-    """`_check` with the parts of both weights one after the other."""
+    """Like `_check_once`, with the parts of both weights as separate arguments."""
     first, down = QuantizedWeight(*arguments[:5]), QuantizedWeight(*arguments[5:10])
     *biases, names, gated = arguments[10:]
     _check_all(x, ids, scores, ExpertWeights(first, down, *biases), names, gated, _check_parts)

@@ -1,7 +1,7 @@
-"""`moe_mlp` where `csrc` fills no default overload: a whole layer in CUDA C++ in one call.
+"""Default overload of `moe_mlp` on a GPU: a whole layer in one call to CUDA C++.
 
-A call that the kernels do not take runs in Triton, or for lack of it as the composition of other
-operators.
+Calls that these kernels do not support run in Triton or, if Triton is missing, as the composition
+of other operators.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _backends.declare_compiled(
     "Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_scores)",
     fake=_backward_fake,
 )
-# The first matmul and its SiLU gate for few rows an expert: rows are gathered from x, and the
+# The first matmul and its SiLU gate for few rows per expert: rows are gathered from x, and the
 # activations are in expert order.
 _backends.declare_compiled(
     "gated_few_rows",
@@ -70,13 +70,13 @@ _taken: dict[tuple, bool] = {}
 
 
 def takes(x: Tensor, ids: Tensor, weights: ExpertWeights, gate: Gate, keep_hidden: bool) -> bool:
-    """Returns whether the layer in CUDA C++ takes a call; x and ids are contiguous."""
+    """Returns whether the CUDA C++ layer supports a call; x and ids must be contiguous."""
     gpu = cuda_matmul.gpu_of(x)
-    # Fake tensors and other subclasses have no address: the operator takes them.
+    # Fake tensors and other subclasses have no address.
     if gpu is None or type(x) is not Tensor:
         return False
     first, down, first_bias, down_bias = weights
-    # What the choice depends on, cheaper to make and to look up than the layouts.
+    # A key of everything the choice depends on, faster to create and look up than layouts.
     signature = (
         gpu,
         x.shape,
@@ -104,7 +104,7 @@ def takes(x: Tensor, ids: Tensor, weights: ExpertWeights, gate: Gate, keep_hidde
 
 
 def infer(x: Tensor, ids: Tensor, scores: Tensor, weights: ExpertWeights) -> Tensor:
-    """Runs a layer of which nothing is kept, and that `takes` accepted."""
+    """Runs a layer without saving anything for a backward; requires `takes` to be True."""
     with torch._C._AutoDispatchBelowAutograd():
         return _inference(x, weights.first, weights.down, ids, scores)
 
@@ -117,7 +117,7 @@ def forward(
     gate: Gate,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Rows]:
-    """Returns what `composition.forward` returns."""
+    """Returns the same as `composition.forward`."""
     if takes(x, ids, weights, gate, keep_hidden):
         y, hidden, *rows = _layer(x, weights.first, weights.down, ids, scores, keep_hidden)
         return y, hidden, Rows(*rows)
@@ -129,7 +129,7 @@ def forward(
 
 
 def backward(grad: Tensor, saved: Saved, gate: Gate, needs: Needs) -> Grads:
-    """Returns what `composition.backward` returns."""
+    """Returns the same as `composition.backward`."""
     x, scores, weights, hidden, rows = saved
     if _takes_backward(grad, saved, gate, needs):
         grads = torch.ops.unimoe.moe_mlp_cuda_backward.default(

@@ -1,10 +1,10 @@
 """`moe_mlp` and its gradient, composed of other operators.
 
-Forward, in rows `N = T * K` sorted by expert, with scores `s` and activation `act`:
+Forward, for the `N = T * K` routed rows sorted by expert, with scores `s` and activation `act`:
 
     X = permute(x)    H = X W1' + b1    A = act(H)    Y = A W2' + b2    y = unpermute(Y, s)
 
-Backward keeps x, H, the scores and the sort, and needs neither Y nor A: with `dO = permute(dy)`,
+The backward requires x, H, the scores and the sort, but neither Y nor A: with `dO = permute(dy)`,
 
     dA' = dO W2    dS = rowsum(dA' * A) + rowsum(dO * b2)    dH = act'(H)[s * dA']
     dW2 = (s * dO)' A    dW1 = dH' X    dx = unpermute(dH W1)
@@ -34,7 +34,7 @@ def forward(
     gate: Gate,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Rows]:
-    """Returns y and what the backward keeps: H (or none of its rows), and where the rows lie."""
+    """Returns y, the pre-activations H (without rows if not kept) and the order of the rows."""
     run = partial(_backends.run, backend)
     y_TD, h_NG, rows = run_pipeline(
         run, x, ids, scores, weights, lambda h_NG: run("swiglu", h_NG, *gate)
@@ -43,9 +43,10 @@ def forward(
 
 
 def backward(backend: str, grad_TD: Tensor, saved: Saved, gate: Gate, needs: Needs) -> Grads:
-    """Returns the gradients; those not asked for are empty, or come along for nothing.
+    """Returns the gradients; those that are not required are empty, or a by-product.
 
-    Quantised weights get none: those of their biases are summed beside weights without columns.
+    Quantised weights have no gradient: with them, bias gradients are computed for weights without
+    columns.
     """
     x, scores, weights, h_NG, rows = saved
     quantized = isinstance(weights.down, QuantizedWeight)
@@ -56,7 +57,7 @@ def backward(backend: str, grad_TD: Tensor, saved: Saved, gate: Gate, needs: Nee
     grad_x, grad_first, grad_down, grad_scores, grad_first_bias, grad_down_bias = (
         x.new_empty(0) for _ in needs
     )
-    # Whatever the scores of another rank's rows are: none of the matmuls reads these rows.
+    # Scores of another rank's rows may have any value: no matmul reads these rows.
     scores_N1 = scores.view(-1, 1).index_select(0, rows.order)
     grad_ND = run("permute", grad_TD, rows.inverse, offsets, top_k)
     needs_hidden = needs.x or needs.first or needs.first_bias
@@ -70,7 +71,7 @@ def backward(backend: str, grad_TD: Tensor, saved: Saved, gate: Gate, needs: Nee
             bias_ND = weights.down_bias.index_select(0, _expert_of_row(rows))
             grad_scores_N = grad_scores_N + (grad_ND.to(scores.dtype) * bias_ND).sum(1)
         grad_scores = grad_scores_N.index_select(0, rows.inverse).view(scores.shape)
-    # The gradient of the scores requires both without the scores; all that follows, with them.
+    # The gradient of the scores uses both factors unscaled; everything below, scaled by the scores.
     if needs.down or needs.down_bias:
         grad_down, grad_down_bias = run(
             "grouped_mm_wgrad",

@@ -1,13 +1,13 @@
 """`moe_mlp` in Triton: the formulas of `composition.py` in fewer, larger kernels.
 
-Forward: rows are gathered from tokens inside the first matmul, whose sums are activated before they
-are written; the second matmul writes rows in expert order, and one pass gathers and sums them. The
-sort and the last pass run on the backend that `expert_sort` and `unpermute` take on their own.
+Forward: the first matmul gathers rows from tokens and applies the activation before it writes its
+output; the second matmul writes rows in expert order, which a last kernel gathers and sums. The
+sort and the sum run on the default backends of `expert_sort` and `unpermute`.
 
-Backward: one matmul, which gathers dy, gives the gradients of scores and pre-activations and the
-weighted activations. Weight gradients read x and dy from a permuted copy, one at a time, that lives
-no longer than its matmul. Rows of another rank are not written, and nothing depends on what is in
-them.
+Backward: one matmul, which gathers dy, computes the gradients of scores and pre-activations and the
+weighted activations. Weight gradients read permuted copies of x and dy, one at a time, each of
+which is freed after its matmul. Rows of another rank are not written, and no result depends on
+their content.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def forward(
     gate: Gate,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Rows]:
-    """Returns what `composition.forward` returns."""
+    """Returns the same as `composition.forward`."""
     top_k = ids.shape[1]
     rows = sort_rows(_backends.call, ids, weights.first.shape[0])
     a_NF, h_NG = kernel.gated(
@@ -42,7 +42,7 @@ def forward(
 
 
 def backward(grad_TD: Tensor, saved: Saved, gate: Gate, needs: Needs) -> Grads:
-    """Returns what `composition.backward` returns."""
+    """Returns the same as `composition.backward`."""
     x, scores, weights, h_NG, rows = saved
     offsets, top_k = rows.offsets, scores.shape[1]
     grad_x, grad_first, grad_down, grad_first_bias, grad_down_bias = (

@@ -1,6 +1,6 @@
 """Triton kernel of the first matmul of the fused `moe_mlp`.
 
-It gathers tokens while it reads them, and activates its sums before they leave the registers.
+The kernel gathers tokens as it reads them and applies the activation to its sums in registers.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ def gated_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Writes `act(W1 x + b1)` of the gathered rows, and with `KEEP_HIDDEN` what is activated.
+    """Writes `act(W1 x + b1)` of the gathered rows and, with `KEEP_HIDDEN`, the pre-activations.
 
-    What is kept is zero for rows of no expert: a saved tensor has nothing in it by chance.
+    Pre-activations are zero for rows of no expert, so that a saved tensor has no uninitialised
+    memory.
     """
     ends_E, tiles_E = count_row_tiles(
         offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M, KEEP_HIDDEN
@@ -148,8 +149,8 @@ def gated(
         row_order: `[N]`.
         top_k: K.
         gate: Activation, limit and alpha.
-        keep_hidden: Whether pre-activations `[N, 2F]` are written, or `[0, 2F]` is returned.
-        tile: Taken instead of the one that `choose` returns.
+        keep_hidden: Whether pre-activations `[N, 2F]` are returned; otherwise `[0, 2F]`.
+        tile: Tile to use instead of the one that `choose` returns.
     """
     num_rows, double_width = row_order.shape[0], weight.shape[1]
     out = x.new_empty(num_rows, double_width // 2)

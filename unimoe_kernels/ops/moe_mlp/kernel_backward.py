@@ -1,7 +1,7 @@
 """Triton kernels of the backward of the fused `moe_mlp`.
 
-They compute `dA' = dO W2` and need it nowhere else: the gradients of the scores and of the
-pre-activations, and the weighted activations for the gradient of W2, come out of its registers.
+They compute `dA' = dO W2` without storing it: the gradients of the scores and of the
+pre-activations, and the weighted activations for the gradient of W2, are computed from registers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def finish_gated_backward(
     ALPHA: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes what comes of some columns of dA'; returns the sum of `dA' * A` over them."""
+    """Writes the results of some columns of dA' and returns the sum of `dA' * A` over them."""
     mask_mn = (offs_m < end_m)[:, None] & (offs_n < width)[None, :]
     offs_m = offs_m.to(tl.int64)
     gate_MN, up_MN = load_halves(hidden_ptr, offs_m, offs_n, width, mask_mn, ACC)
@@ -110,10 +110,10 @@ def gated_backward_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Writes what needs `dA' = dO W2`, tile by tile.
+    """Writes the results that depend on `dA' = dO W2`, tile by tile.
 
-    `partial[column tile, row]` gets the sum of `dA' * A` over the columns of the tile,
-    `grad_hidden` `act'(H)[score * dA']`, and `activated` `score * A`.
+    `partial[column tile, row]` is the sum of `dA' * A` over the columns of the tile, `grad_hidden`
+    is `act'(H)[score * dA']`, and `activated` is `score * A`.
     """
     ends_E, tiles_E = count_row_tiles(offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M, False)
     num_tiles_m = tl.max(ends_E, axis=0)
@@ -164,7 +164,7 @@ def gated_backward_kernel(
         known_m = tl.minimum(offs_m, end_m - 1)
         score_M = tl.load(scores_ptr + tl.load(row_order_ptr + known_m)).to(ACC)
         partial_M = tl.zeros((BLOCK_M,), dtype=ACC)
-        # Quarter by quarter: sums and both halves of H would not fit into the registers at once.
+        # In quarters: the sums and both halves of H would not fit into registers at once.
         left_MN, right_MN = split_halves(acc_MN, BLOCK_M, BLOCK_N)
         for half in tl.static_range(2):
             first_MN, second_MN = split_halves(
@@ -214,7 +214,7 @@ def score_grad_kernel(
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Sums the partial sums of a row in order, and with a bias adds `dO * b2`."""
+    """Adds the partial sums of a row in order and, with a bias, `dO * b2`."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < tl.load(offsets_ptr + num_experts)
     acc_M = tl.zeros((BLOCK_M,), dtype=ACC)
@@ -263,10 +263,10 @@ def gated_backward(
         offsets: `[E + 1]`.
         row_order: `[N]`.
         gate: Activation, limit and alpha.
-        needs_scores: Whether the first is required; else it is empty. Likewise for the others.
-        needs_hidden: See there.
-        needs_activated: See there.
-        tile: Taken instead of the one that `choose` returns.
+        needs_scores: Whether the gradient of the scores is required; otherwise it is empty.
+        needs_hidden: Whether the gradient of the pre-activations is required; likewise.
+        needs_activated: Whether the activations times score are required; likewise.
+        tile: Tile to use instead of the one that `choose` returns.
     """
     num_experts, inner, width = down_proj.shape
     (num_rows,), top_k, place = row_order.shape, scores.shape[1], place_of(grad)

@@ -1,4 +1,4 @@
-"""`moe_mlp`: the experts of a layer as one operator that keeps little for its backward."""
+"""`moe_mlp`: the experts of a layer as one operator that saves little for its backward."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def moe_mlp(
     `act` is `swiglu` with the given activation.
 
     Example:
-        >>> # one expert and scores of one: the feed-forward block itself
+        >>> # one expert with a score of 1 equals the feed-forward block
         >>> x, gate_up_proj, down_proj = torch.ones(3, 2), torch.ones(1, 8, 2), torch.ones(1, 2, 4)
         >>> ids, scores = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
         >>> y = moe_mlp(x, gate_up_proj, down_proj, ids, scores)
@@ -47,9 +47,9 @@ def moe_mlp(
     Args:
         x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.
         gate_up_proj: `[E, 2F, D]`, gate rows first, dtype and device of `x`.
-        down_proj: `[E, D, F]`, likewise.
-        ids: `[T, K]`, int32 or int64. A value of E or more drops this choice, as of another rank or
-            of none: it adds 0.
+        down_proj: `[E, D, F]`, dtype and device of `x`.
+        ids: `[T, K]`, int32 or int64. A choice with a value of E or more belongs to another rank or
+            to no expert: it is dropped and adds 0.
         scores: `[T, K]`, any floating dtype, used in float32 (float64 for float64 `x`).
         activation: As in `swiglu`, with its `limit` and `alpha`.
         gate_up_bias: `[E, 2F]` or None.
@@ -61,12 +61,12 @@ def moe_mlp(
         `[T, D]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous.
 
     Raises:
-        ValueError: If shapes do not fit each other, devices differ or `activation` is unknown. With
-            `UNIMOE_CHECKS=1` also if an id is negative (otherwise it is dropped, too).
-        TypeError: If dtypes differ or are none of those above.
+        ValueError: If shapes do not match, devices differ or `activation` is unknown. With
+            `UNIMOE_CHECKS=1` also if an id is negative (otherwise it is dropped as well).
+        TypeError: If dtypes differ or are not among those above.
 
     Note:
-        Differentiable in everything but `ids`; deterministic. Keeps for the backward `x`, the
+        Differentiable in everything but `ids`; deterministic. Saves for the backward `x`, the
         pre-activations `[N, 2F]`, the scores, two int32 orders `[N]` and the offsets.
     """
     x, *weights = _checks.autocast(x, gate_up_proj, down_proj, gate_up_bias, down_bias)
@@ -77,7 +77,7 @@ def moe_mlp(
 
 
 def _run(x: Tensor, ids: Tensor, scores: Tensor, weights: ExpertWeights, gate: Gate) -> Tensor:
-    """`moe_mlp` on arguments that were checked."""
+    """Runs `moe_mlp` on arguments that have been checked."""
     keep_hidden = _backends.is_recorded(x, scores, *weights)
     backend = None if _backends.is_captured() else _backends.backend_of("moe_mlp", x)
     _checks.check_ids(ids)
@@ -106,7 +106,7 @@ def _arguments(
     alpha,
     keep_hidden,
 ):
-    """Turns the arguments of the schema into those of an implementation."""
+    """Groups the arguments of the schema into those of an implementation."""
     weights = ExpertWeights(gate_up_proj, down_proj, gate_up_bias, down_bias)
     return x, ids, scores, weights, Gate(activation, limit, alpha), keep_hidden
 
@@ -148,7 +148,7 @@ def _backward(backend, ctx, grad, *_):
     needs = Needs(x=n[0], first=n[1], down=n[2], scores=n[4], first_bias=n[5], down_bias=n[6])
     grad = grad.contiguous()
     if _backends.is_recorded(grad, x, scores, *weights, hidden):
-        # Nothing tells of the pre-activations that were kept what they depend on.
+        # The saved pre-activations are not connected to their inputs in the graph.
         run = partial(_backends.run, backend)
         _, hidden = pre_activations(run, x, weights, rows, scores.shape[1])
         saved = Saved(x, scores, weights, hidden, rows)
@@ -179,7 +179,7 @@ def _backward_arguments(
     alpha,
     needs,
 ):
-    """Turns the arguments of the backward's schema into those of an implementation."""
+    """Groups the arguments of the backward's schema into those of an implementation."""
     weights = ExpertWeights(gate_up_proj, down_proj, None, down_bias)
     rows = Rows(row_order, inverse_order, offsets)
     saved = Saved(x, scores, weights, gate_up_rows, rows)

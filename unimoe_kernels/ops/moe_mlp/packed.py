@@ -1,4 +1,4 @@
-"""Inference on a CPU: one operator, and weights packed once instead of in every call."""
+"""Inference on a CPU: one operator, with weights packed once rather than in every call."""
 
 from __future__ import annotations
 
@@ -24,55 +24,55 @@ _infer = torch.ops.unimoe.moe_mlp_inference.default
 
 
 def infer(*arguments: object) -> Tensor:
-    """Calls `moe_mlp` where nothing is kept, with packed weights or without."""
+    """Calls `moe_mlp` without saving anything for a backward, with packed weights if available."""
     with torch._C._AutoDispatchBelowAutograd():
         return _infer(*arguments)
 
 
 class _Packed(NamedTuple):
-    """A weight's panels, and what the weight was when they were made."""
+    """A weight's panels, and the state of the weight when they were packed."""
 
     weight: weakref.ref[Tensor]
     state: tuple
     panels: Tensor
 
 
-# By identity of the weight: tensors compare by their numbers.
+# Keyed by the identity of the weight, because tensors compare elementwise.
 _packed: dict[int, _Packed] = {}
 
 
 def pack_expert_weight(weight: Tensor, sides: int) -> int:
-    """Keeps a copy of a stacked weight in the order that matmuls read, until `panels_of` needs it.
+    """Stores a copy of a stacked weight in the order that matmuls read, for `panels_of`.
 
     Args:
         weight: `[E, out, in]` on the CPU, float32, bfloat16 or float16.
         sides: 2 for a `gate_up_proj`, whose two halves are read side by side, 1 for a `down_proj`.
 
     Returns:
-        Bytes of the copy.
+        Size of the copy in bytes.
 
     Raises:
         RuntimeError: If the C++ extension is not compiled.
     """
     if not _extension.loaded:
-        raise RuntimeError(f"pack_weights needs the C++ extension: {_extension.error}")
+        raise RuntimeError(f"pack_weights requires the C++ extension: {_extension.error}")
     return _pack(weight, sides).nbytes
 
 
 def forget_expert_weight(weight: Tensor) -> None:
-    """Gives up the copy of a weight, if there is one."""
+    """Frees the copy of a weight, if there is one."""
     _packed.pop(id(weight), None)
 
 
 def panels_of(gate_up_proj: Tensor, down_proj: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Returns the panels of both weights as they are now, or None where they are not packed."""
+    """Returns up-to-date panels of both weights, or None if they are not packed."""
     if not _packed:
         return None
     weights = (gate_up_proj, down_proj)
     if not all(id(weight) in _packed for weight in weights):
         return None
     if not all(weight.is_cpu and weight.dtype in PACKABLE for weight in weights):
-        # They have been converted since, and will not be packed again.
+        # The weights have been converted since, and will not be packed again.
         for weight in weights:
             forget_expert_weight(weight)
         return None

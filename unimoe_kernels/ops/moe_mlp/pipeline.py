@@ -1,4 +1,4 @@
-"""The steps of a layer's experts, written once for every way to run them."""
+"""The steps of a layer's experts, shared by all implementations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unimoe_kernels.quantization.weight import QuantizedWeight
 
 # Calls an operator by name, such as `functools.partial(_backends.run, "default")`.
 Run = Callable[..., object]
-# Given the product `[N, out]` of a projection, its input `[N, in]` and the expert offsets.
+# Maps the product `[N, out]` of a projection, its input `[N, in]` and the offsets to a product.
 Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -33,7 +33,7 @@ def multiply(
 
 
 def sort_rows(run: Run, ids: Tensor, num_experts: int) -> Rows:
-    """Sorts the routed rows `[T, K]` of ids by expert."""
+    """Sorts the routed rows of ids `[T, K]` by expert."""
     order, inverse, _, offsets = run("expert_sort", ids.view(-1), num_experts)
     return Rows(order, inverse, offsets)
 
@@ -56,20 +56,20 @@ def run_pipeline(
     correct_first: Correction | None = None,
     correct_down: Correction | None = None,
 ) -> tuple[Tensor, Tensor, Rows]:
-    """Sorts, permutes, multiplies, activates, multiplies and sums.
+    """Runs sort, permutation, first projection, activation, second projection and weighted sum.
 
     Args:
-        run: calls the operators.
+        run: calls an operator by name.
         x: `[T, D]`, contiguous.
         ids: `[T, K]`, int32, contiguous.
-        scores: `[T, K]`, in the dtype that sums are kept in, contiguous.
-        weights: of the experts, dtype of `x`.
+        scores: `[T, K]`, in the accumulation dtype, contiguous.
+        weights: weights of the experts, dtype of `x`.
         activate: maps pre-activations `[N, G]` to `[N, F]`, contiguous, dtype of `x`.
-        correct_first: None, or what the product of `first` becomes.
-        correct_down: None, or what the product of `down` becomes.
+        correct_first: None, or a function applied to the product of `first`.
+        correct_down: None, or a function applied to the product of `down`.
 
     Returns:
-        The output `[T, D]`, the pre-activations `[N, G]`, and where the rows lie.
+        The output `[T, D]`, the pre-activations `[N, G]` and the order of the rows.
     """
     top_k = ids.shape[1]
     rows = sort_rows(run, ids, weights.first.shape[0])

@@ -1,4 +1,4 @@
-"""`run_experts`: the experts of any layer, through `moe_mlp` where it covers them."""
+"""`run_experts`: the experts of any layer, by `moe_mlp` if it supports them."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ def run_experts(
 ) -> Tensor:
     """Runs each token through its K experts and sums the results, weighted by score.
 
-    As `moe_mlp`, for experts that it does not cover as well: with another activation, and with a
-    correction of either product, such as LoRA or a norm.
+    Unlike `moe_mlp`, it also supports experts with any activation, and with a correction of either
+    product, such as LoRA or a norm.
 
     Args:
         x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.
-        ids: `[T, K]`, int32 or int64. A value of E or more drops this choice: it adds 0.
+        ids: `[T, K]`, int32 or int64. A choice with a value of E or more is dropped and adds 0.
         scores: `[T, K]`, any floating dtype, used in float32 (float64 for float64 `x`).
-        weights: of the experts, dtype and device of `x`; both projections may be quantised.
-        activation: a name that `swiglu` knows, or a function of the pre-activations `[N, G]`, in
-            expert order, to `[N, F]`.
-        correct_first: None, or a function of the product `[N, G]` of the first projection, its
-            input `[N, D]` and the expert offsets, to what takes its place.
-        correct_down: likewise of the product `[N, D]` of the second projection, its input `[N, F]`
-            and the expert offsets.
+        weights: weights of the experts, dtype and device of `x`; both projections may be quantised.
+        activation: name of an activation of `swiglu`, or a function that maps pre-activations
+            `[N, G]`, in expert order, to `[N, F]`.
+        correct_first: None, or a function that maps the product `[N, G]` of the first projection,
+            its input `[N, D]` and the expert offsets to a corrected product.
+        correct_down: None, or a function that maps the product `[N, D]` of the second projection,
+            its input `[N, F]` and the expert offsets to a corrected product.
 
     Returns:
         `[T, D]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous.
 
     Raises:
-        ValueError: If shapes do not fit each other, devices differ or `activation` is unknown.
-        TypeError: If dtypes differ, or are none of those above.
+        ValueError: If shapes do not match, devices differ or `activation` is unknown.
+        TypeError: If dtypes differ or are not among those above.
     """
     corrected = correct_first is not None or correct_down is not None
     quantized = any(isinstance(weight, QuantizedWeight) for weight in weights[:2])

@@ -9,7 +9,7 @@ from torch import Tensor
 from unimoe_kernels._triton.planned import Launch, Place, place_of, planned
 
 MAX_BLOCK_N = 1024
-BLOCK_ELEMENTS = 2048  # of a program: 8 elements a thread with 8 warps, not tuned on a GPU
+BLOCK_ELEMENTS = 2048  # per program: 8 elements per thread with 8 warps; not tuned on a GPU
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -25,7 +25,7 @@ def permute_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Copies `BLOCK_N` columns of `BLOCK_M` tokens; rows past the routed ones become zero."""
+    """Copies `BLOCK_N` columns of `BLOCK_M` tokens; rows from `expert_offsets[E]` on are zero."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < num_tokens
@@ -38,7 +38,7 @@ def permute_kernel(
         position_M = tl.load(inverse_order_ptr + choice_offs_m, mask=mask_m, other=0)
         row_MN = tl.where((position_M < num_routed)[:, None], x_MN, tl.zeros_like(x_MN))
         out_offs_mn = position_M.to(tl.int64)[:, None] * width + offs_n[None, :]
-        # The rows are not to push x out of the cache.
+        # Streaming stores, so that the rows do not evict x from the cache.
         tl.store(out_ptr + out_offs_mn, row_MN, mask=mask_mn, cache_modifier=".cs")
 
 

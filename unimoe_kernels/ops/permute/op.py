@@ -12,7 +12,8 @@ from unimoe_kernels.ops.permute import reference
 def permute(x: Tensor, sort: ExpertSort, top_k: int) -> Tensor:
     """Copies every token once for each of its experts, grouped by expert.
 
-    `out[i] = x[sort.row_order[i] // top_k]` for rows that an expert held here takes, zeros after.
+    `out[i] = x[sort.row_order[i] // top_k]` for rows that belong to one of the E experts; the
+    remaining rows, from `sort.expert_offsets[E]` on, are zero.
 
     Example:
         >>> x = torch.tensor([[0.0], [1.0], [2.0]])
@@ -23,7 +24,7 @@ def permute(x: Tensor, sort: ExpertSort, top_k: int) -> Tensor:
     Args:
         x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.
         sort: Result of `expert_sort` on ids `[T, K]`, same device as `x`.
-        top_k: K.
+        top_k: Number of experts per token K.
 
     Returns:
         `[N, D]` with `N = T * K`, dtype of `x`, contiguous.
@@ -31,7 +32,7 @@ def permute(x: Tensor, sort: ExpertSort, top_k: int) -> Tensor:
     Raises:
         ValueError: If `x` is not 2-D, `top_k` is less than 1, `sort` does not have `T * top_k` rows
             or is on another device.
-        TypeError: If `x` has another dtype.
+        TypeError: If `x` has a dtype that is not listed above.
 
     Note:
         Differentiable in `x`. The backward sums the K rows of a token in choice order with float32

@@ -1,4 +1,4 @@
-"""Triton kernels of `swiglu` and its gradient: each program takes a few rows and columns."""
+"""Triton kernels of `swiglu` and its gradient: each program computes a few rows and columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unimoe_kernels._triton.launch import accumulator
 from unimoe_kernels._triton.planned import Launch, Place, place_of, planned
 
 MAX_BLOCK_N = 1024
-BLOCK_ELEMENTS = 2048  # of a program: 16 elements a thread with 4 warps, not tuned on a GPU
+BLOCK_ELEMENTS = 2048  # per program: 16 elements per thread with 4 warps; not tuned on a GPU
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -73,7 +73,7 @@ def swiglu(gate_up: Tensor, activation: str, limit: float, alpha: float) -> Tens
 def swiglu_backward(
     grad: Tensor, gate_up: Tensor, activation: str, limit: float, alpha: float
 ) -> Tensor:
-    """Returns the gradient in contiguous rows."""
+    """Returns the gradient with respect to contiguous rows."""
     grad_gate_up = gate_up.new_empty(gate_up.shape)
     tensors = (grad, gate_up, grad_gate_up)
     _launch(swiglu_backward_kernel, tensors, grad.shape, (activation, limit, alpha))

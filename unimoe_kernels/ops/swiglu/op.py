@@ -1,4 +1,4 @@
-"""`swiglu`: the gated activation between the two matmuls of an expert."""
+"""`swiglu`: the gated activation between the two projections of an expert."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def swiglu(
     Args:
         gate_up: `[N, 2F]`, gate first, float16, bfloat16, float32 or float64, any strides.
         activation: `"silu"`, `"gelu"` (exact), `"gelu_tanh"`, `"relu"` or `"swiglu_clamped"`.
-        limit: Clamp of `"swiglu_clamped"`; the others ignore it.
-        alpha: Slope of the sigmoid of `"swiglu_clamped"`; the others ignore it.
+        limit: Clamp of `"swiglu_clamped"`; ignored by the others.
+        alpha: Slope of the sigmoid of `"swiglu_clamped"`; ignored by the others.
 
     Returns:
         `[N, F]`, dtype of `gate_up`, contiguous.
 
     Raises:
         ValueError: If `gate_up` is not 2-D or its last size is odd, or `activation` is unknown.
-        TypeError: If `gate_up` has another dtype.
+        TypeError: If `gate_up` has a dtype that is not listed above.
 
     Note:
         Differentiable in `gate_up`, deterministic. Computed in float32 (float64 for float64) and

@@ -1,4 +1,4 @@
-"""`swiglu` and its gradient for transforms of torch, which want no buffer used twice."""
+"""`swiglu` and its gradient for torch's transforms, which do not support reusing buffers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def swiglu(gate_up: Tensor, activation: str, limit: float, alpha: float) -> Tensor:
-    """Does what the specification does, one new tensor after the other."""
+    """Computes the same as the reference, without in-place operations."""
     wide = gate_up if gate_up.dtype == torch.float64 else gate_up.float()
     gate, up = wide.chunk(2, -1)
     if activation == "swiglu_clamped":
@@ -24,9 +24,9 @@ def swiglu(gate_up: Tensor, activation: str, limit: float, alpha: float) -> Tens
 def swiglu_backward(
     grad: Tensor, gate_up: Tensor, activation: str, limit: float, alpha: float
 ) -> Tensor:
-    """Lets torch differentiate `swiglu`, which it can do again with the result."""
+    """Returns the gradient as computed by autograd, which can differentiate it again."""
     with torch.enable_grad():
-        # A tensor of its own between the graph so far and the new one, also for one without graph.
+        # A view separates the new graph from the existing one, if there is one.
         gate_up = gate_up.view_as(gate_up)
         if not gate_up.requires_grad:
             gate_up.requires_grad_()

@@ -1,6 +1,6 @@
 """Specification of `swiglu` and its gradient.
 
-Buffers are reused where they can be: on a CPU the first touch of fresh memory costs as much as the
+Buffers are reused if possible: on a CPU, the first access to new memory takes as long as the
 arithmetic.
 """
 
@@ -27,7 +27,7 @@ def swiglu(gate_up: Tensor, activation: str, limit: float, alpha: float) -> Tens
 def swiglu_backward(
     grad: Tensor, gate_up: Tensor, activation: str, limit: float, alpha: float
 ) -> Tensor:
-    """Returns the gradient of `swiglu` in `gate_up`."""
+    """Returns the gradient of `swiglu` with respect to `gate_up`."""
     gate, up = _halves(gate_up)
     grad = grad.to(gate.dtype)
     grad_gate_up = gate.new_empty(gate_up.shape)
@@ -37,7 +37,7 @@ def swiglu_backward(
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         sigmoid = torch.sigmoid(alpha * gate)
         slope = sigmoid * (1 + alpha * gate * (1 - sigmoid))
-        # Not multiplied by 0: what is cut off may be NaN or infinite.
+        # Masked rather than multiplied by 0: gradients of clamped elements may be NaN or infinite.
         grad_gate.copy_((grad * (up + 1) * slope).masked_fill_(~gate_open, 0))
         grad_up.copy_((grad * gate * sigmoid).masked_fill_(~up_open, 0))
     else:

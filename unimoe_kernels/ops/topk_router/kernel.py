@@ -1,8 +1,8 @@
-"""Triton kernels of `topk_router`: a few tokens a step, all their experts at once.
+"""Triton kernels of `topk_router`: a few tokens per step, all their experts at once.
 
-The best K are found in K rounds of a maximum over keys that hold a value's order and, below it, how
-low its id is: the choice is exact, and among equals the lower id wins. Counts and sums for the
-losses are kept by each program and added up in order by a kernel of one program.
+The top K are found in K rounds of a maximum over keys whose high bits order the values and whose
+low bits order the ids: the choice is exact, and ties go to the lower id. Each program accumulates
+counts and sums for the losses, which a kernel of one program adds up in order.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from unimoe_kernels._triton.router import (
 )
 
 REDUCE_ELEMENTS = 2048
-# A processor gets one program for every so many steps that it has, up to a number: programs hide
-# one another's waits, and one program adds up what all of them counted. Not tuned on a GPU.
+# A multiprocessor runs one program per STEPS_PER_PROGRAM of its steps, up to a maximum: several
+# programs hide one another's latency, but a single program adds up the counts of all. Not tuned on
+# a GPU.
 STEPS_PER_PROGRAM = 4
 MAX_PROGRAMS_PER_PROCESSOR = 4
 
@@ -63,7 +64,7 @@ def topk_router_kernel(
     ACC: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Writes scores and ids, and for the losses counts and sums of this program's tokens."""
+    """Writes scores and ids, and the program's counts and sums for the losses."""
     SIGMOID: tl.constexpr = MODE == "sigmoid" or MODE == "sigmoid_renorm"
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < num_experts
@@ -119,14 +120,14 @@ def topk_router_kernel(
         if MODE == "sigmoid_renorm":
             scores_TK = scores_TK / (tl.sum(scores_TK, axis=1) + TINY)[:, None]
         elif MODE == "topk_softmax" or MODE == "softmax_topk_renorm":
-            # The softmax over all, renormalised over the chosen, is the softmax over these.
+            # The softmax over all experts, renormalised over the chosen, is that over the chosen.
             scores_TK, _ = softmax_of(scores_TK, offs_k < TOP_K)
         choices_offs_tk = offs_t.to(tl.int64)[:, None] * TOP_K + offs_k[None, :]
         mask_tk = mask_t[:, None] & (offs_k < TOP_K)[None, :]
         tl.store(ids_ptr + choices_offs_tk, ids_TK, mask=mask_tk)
         tl.store(scores_ptr + choices_offs_tk, scores_TK * SCALE, mask=mask_tk)
         probability_TE = share_TE / share_sum_T[:, None] if SIGMOID else softmax_TE
-        # Tokens that do not count may be NaN.
+        # Tokens that are masked out of the losses may be NaN.
         probability_TE = tl.where(counted_T[:, None], probability_TE, 0)
         probability_E += tl.sum(probability_TE, axis=0)
         square_T += tl.where(counted_T, logsumexp_T * logsumexp_T, 0)
@@ -155,7 +156,7 @@ def reduce_kernel(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Adds up what the programs counted and summed, in float64, and writes the losses."""
+    """Adds up the counts and sums of all programs, in float64, and writes the losses."""
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < num_experts
     chosen_E = tl.zeros((BLOCK_E,), dtype=tl.int32)
@@ -262,7 +263,7 @@ def _launches(
             "TOP_GROUPS": top_groups,
             "BLOCK_G": triton.next_power_of_2(num_groups),
             "GROUP_SIZE": group_size,
-            # DeepSeek-V2 ranks groups by their best expert; V3, which has the bias, by two.
+            # DeepSeek-V2 ranks groups by their best expert; V3, which has a bias, by the best two.
             "BEST": min(2, group_size) if has_bias else 1,
             "BLOCK_K": triton.next_power_of_2(top_k),
             "BLOCK_T": block_t,

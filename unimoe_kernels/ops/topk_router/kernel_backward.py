@@ -1,4 +1,4 @@
-"""Triton kernels of the gradient of `topk_router`: a few tokens a program, all experts at once.
+"""Triton kernels of the gradient of `topk_router`: a few tokens per program, all experts at once.
 
 The load-balancing loss depends on how often each expert is chosen, which is counted first.
 """
@@ -38,7 +38,7 @@ def count_choices_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Adds to `counts[e]` the counted choices of expert e, and to `counts[E]` the tokens."""
+    """Adds the counted choices of expert e to `counts[e]`, and the tokens to `counts[E]`."""
     offs_e = tl.arange(0, BLOCK_E)
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     counted_T = counted_tokens(mask_ptr, offs_t, num_tokens, HAS_MASK)
@@ -46,7 +46,7 @@ def count_choices_kernel(
     for k in range(CHOICES):
         chosen_T = tl.load(ids_ptr + offs_t.to(tl.int64) * TOP_K + k, mask=counted_T, other=-1)
         count_E += tl.sum((offs_e[None, :] == chosen_T[:, None]).to(tl.int32), axis=0)
-    # Integers: the sum is the same in any order.
+    # Integer atomics are deterministic: the sum is the same in any order.
     tl.atomic_add(counts_ptr + offs_e, count_E, mask=(offs_e < num_experts) & (count_E > 0))
     tl.atomic_add(counts_ptr + num_experts, tl.sum(counted_T.to(tl.int32), axis=0))
 
@@ -73,7 +73,7 @@ def topk_router_backward_kernel(
     BLOCK_T: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Writes the gradient in the logits of some tokens."""
+    """Writes the gradient with respect to the logits of some tokens."""
     SIGMOID: tl.constexpr = MODE == "sigmoid" or MODE == "sigmoid_renorm"
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < num_experts
@@ -128,7 +128,7 @@ def topk_router_backward_kernel(
 
 @triton.jit
 def gather_chosen(value_TE, offs_e, ids_TK, offs_k, TOP_K: tl.constexpr):
-    """Returns `[tokens, tops]`, the values of the chosen experts."""
+    """Returns `[BLOCK_T, BLOCK_K]`, the values of the chosen experts."""
     chosen_TK = tl.zeros(ids_TK.shape, dtype=value_TE.dtype)
     for k in range(TOP_K):
         own_T = tl.sum(tl.where((offs_k == k)[None, :], ids_TK, 0), axis=1)
@@ -140,7 +140,7 @@ def gather_chosen(value_TE, offs_e, ids_TK, offs_k, TOP_K: tl.constexpr):
 
 @triton.jit
 def scatter_chosen(value_TE, offs_e, ids_TK, offs_k, TOP_K: tl.constexpr):
-    """Returns `[tokens, experts]`, the values at the chosen experts and zeros."""
+    """Returns `[BLOCK_T, BLOCK_E]`, the values at the chosen experts and zeros elsewhere."""
     spread_TE = tl.zeros((value_TE.shape[0], offs_e.shape[0]), dtype=value_TE.dtype)
     for k in range(TOP_K):
         own_T = tl.sum(tl.where((offs_k == k)[None, :], ids_TK, 0), axis=1)
@@ -160,7 +160,7 @@ def topk_router_backward(
     scale: float,
     balance: str,
 ) -> Tensor:
-    """Returns the gradient in contiguous logits."""
+    """Returns the gradient with respect to contiguous logits."""
     num_tokens, num_experts = logits.shape
     grad_logits = logits.new_empty(logits.shape)
     if num_tokens == 0:

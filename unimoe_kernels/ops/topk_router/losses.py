@@ -18,21 +18,23 @@ def router_losses(
     sigmoid: bool,
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The load-balancing loss `E * sum_e f_e * P_e` and the z-loss `mean(logsumexp(logits) ** 2)`.
+    """Returns the load-balancing loss and the z-loss of a router.
 
-    `f_e` is the fraction of choices that fall on expert e, `P_e` its mean probability.
+    The load-balancing loss is `E * sum_e f_e * P_e`, where `f_e` is the fraction of choices that
+    fall on expert e and `P_e` its mean probability. The z-loss is `mean(logsumexp(logits) ** 2)`.
 
     Args:
         logits: `[T, E]`, float32 or float64, of the tokens of this rank.
-        ids: `[T, K]`, integer, the choices that count; those of E or more do not.
-        token_mask: `[T]`, bool; tokens with False count in neither loss. None means all True.
-        sigmoid: whether probabilities are sigmoids divided by their sum, instead of a softmax.
-        sum_over_ranks: None, or what adds up int64 `[E + 1]` over all ranks that share a batch.
-            Then both losses are this rank's share: `f_e` and the number of tokens are of all ranks,
-            and the shares of all ranks add up to the losses of all tokens.
+        ids: `[T, K]`, integer, the choices to count; ids of E or more are not counted.
+        token_mask: `[T]`, bool; tokens with False are excluded from both losses. None means all
+            True.
+        sigmoid: Whether probabilities are sigmoids divided by their sum rather than a softmax.
+        sum_over_ranks: None, or a function that sums int64 `[E + 1]` over all ranks that share a
+            batch. Both losses are then this rank's share: `f_e` and the number of tokens are those
+            of all ranks, and the shares of all ranks sum to the losses of all tokens.
 
     Returns:
-        Two `()`, dtype of logits; 0 without tokens.
+        Two scalars in the dtype of `logits`; 0 without tokens.
 
     Reference:
         Switch Transformers, arXiv 2101.03961, equation 4; ST-MoE, arXiv 2202.08906, equation 5.
@@ -49,12 +51,12 @@ def router_losses(
 
 
 def counted(logits: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Returns which tokens the losses count, `[T]` bool."""
+    """Returns a mask `[T]`, bool, of the tokens that the losses include."""
     return torch.ones_like(logits[:, 0], dtype=torch.bool) if token_mask is None else token_mask
 
 
 def choices_of(ids: Tensor, mask_T: Tensor, num_experts: int) -> Tensor:
-    """Returns how many choices of the tokens that count fall on each expert, `[E]` int64."""
+    """Returns the number of choices of each expert, `[E]` int64, over the tokens in `mask_T`."""
     left_out = ~mask_T.unsqueeze(1) | (ids >= num_experts)
     place = ids.long().masked_fill(left_out, num_experts).flatten()
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
@@ -62,7 +64,7 @@ def choices_of(ids: Tensor, mask_T: Tensor, num_experts: int) -> Tensor:
 
 
 def fractions(choices_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the share of all choices that each expert has; 0 where there are none."""
+    """Returns each expert's fraction of all choices; 0 without choices."""
     return choices_E.to(dtype) / choices_E.sum().clamp(min=1)
 
 

@@ -1,4 +1,4 @@
-"""`topk_router`: which experts a token goes to, how they are weighted, and the losses on it."""
+"""`topk_router`: top-k routing with scores and auxiliary losses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ BALANCES = ("all", "first")
 
 
 class TopKRouterOutput(NamedTuple):
-    """Where each token goes and how even the load is.
+    """Output of `topk_router`.
 
     Attributes:
         scores: `[T, K]`, float32 (float64 for float64 logits), weights of the chosen experts, best
             choice first.
         ids: `[T, K]`, int32, the chosen experts.
-        tokens_per_expert: `[E]`, int32, rows that each expert gets, masked tokens included.
-        load_balancing_loss: Scalar in the dtype of `scores`; 1 when the load is even.
+        tokens_per_expert: `[E]`, int32, number of rows routed to each expert, masked tokens
+            included.
+        load_balancing_loss: Scalar in the dtype of `scores`; 1 if the load is even.
         router_z_loss: Scalar in the dtype of `scores`.
     """
 
@@ -45,16 +46,16 @@ def topk_router(
     token_mask: Tensor | None = None,
     balance: str = "all",
 ) -> TopKRouterOutput:
-    """Chooses the `top_k` experts of each token, exactly: among equals the lower id wins.
+    """Selects the `top_k` experts of each token; ties go to the lower id.
 
     ======================  =======================  ======================================
     mode                    chosen by                scores
     ======================  =======================  ======================================
     `topk_softmax`          logits                   softmax over the chosen (Uni-MoE, Mixtral)
     `softmax_topk`          logits                   softmax over all experts
-    `softmax_topk_renorm`   logits                   that, divided by its sum over the chosen
+    `softmax_topk_renorm`   logits                   the same, divided by its sum over the chosen
     `sigmoid`               sigmoid                  sigmoid
-    `sigmoid_renorm`        sigmoid                  that, divided by its sum (DeepSeek-V3)
+    `sigmoid_renorm`        sigmoid                  the same, divided by its sum (DeepSeek-V3)
     ======================  =======================  ======================================
 
     `load_balancing_loss = E * sum_e f_e * P_e`, with `f_e` the fraction of choices that fall on
@@ -71,26 +72,27 @@ def topk_router(
 
     Args:
         logits: `[T, E]`, float16, bfloat16, float32 or float64, any strides.
-        top_k: K, the number of experts a token takes.
+        top_k: Number of experts per token K.
         mode: See the table.
-        correction_bias: `[E]` or None, added to the probabilities (sigmoid, or softmax over all)
-            for the choice alone. No gradient flows into it. Not for `topk_softmax`.
-        num_groups: Experts lie in this many equal groups, in order of their ids.
-        top_groups: A token uses this many groups: those whose best expert (with
-            `correction_bias`: the sum of whose best two) is highest.
-        scale: Factor on the scores.
-        token_mask: `[T]`, bool, or None. Tokens where it is False are routed like any other but
-            count in neither loss. Without any True both losses are 0.
+        correction_bias: `[E]` or None, added to the probabilities (sigmoid, or softmax over all
+            experts) for the selection only. No gradient flows into it. Not supported with
+            `topk_softmax`.
+        num_groups: Number of equal groups that the experts form, in order of their ids.
+        top_groups: Number of groups from which a token's experts are selected: those with the
+            highest best expert or, with `correction_bias`, the highest sum of the best two.
+        scale: Factor applied to the scores.
+        token_mask: `[T]`, bool, or None. Tokens with False are routed like all others but excluded
+            from both losses, which are 0 if no token is True.
         balance: `"all"` counts all K choices of a token in `f_e`, `"first"` only its best.
 
     Returns:
         A `TopKRouterOutput` on the device of `logits`.
 
     Raises:
-        ValueError: If `logits` is not 2-D, `top_k`, `num_groups` or `top_groups` do not fit E,
-            `correction_bias` or `token_mask` have another shape or device, or `mode` or `balance`
-            is unknown. With `UNIMOE_CHECKS=1` also if a logit is NaN.
-        TypeError: If a dtype is none of those above.
+        ValueError: If `logits` is not 2-D, `top_k`, `num_groups` or `top_groups` is incompatible
+            with E, `correction_bias` or `token_mask` has a wrong shape or device, or `mode` or
+            `balance` is unknown. With `UNIMOE_CHECKS=1` also if a logit is NaN.
+        TypeError: If a dtype is not one of those above.
 
     Note:
         Scores and losses are differentiable in `logits`; deterministic. Everything is computed in

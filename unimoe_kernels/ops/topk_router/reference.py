@@ -49,7 +49,7 @@ def topk_router_backward(
     scale: float,
     balance: str,
 ) -> Tensor:
-    """Returns the gradient of the scores and both losses in the logits."""
+    """Returns the gradient of the scores and both losses with respect to the logits."""
     logits_TE, ids_TK = _accumulate(logits), ids.long()
     num_experts = logits_TE.shape[1]
     mask_T = counted(logits_TE, token_mask)
@@ -93,7 +93,7 @@ def _accumulate(logits: Tensor) -> Tensor:
 def _choice(
     logits_TE: Tensor, bias_E: Tensor | None, mode: str, num_groups: int, top_groups: int
 ) -> Tensor:
-    """Returns what the top-k compares: `-inf` in the groups that a token does not use."""
+    """Returns the values that top-k compares: `-inf` in the groups that a token does not use."""
     choice_TE = logits_TE.sigmoid() if mode.startswith("sigmoid") else logits_TE
     if bias_E is not None:
         choice_TE = logits_TE.softmax(1) if choice_TE is logits_TE else choice_TE
@@ -115,7 +115,7 @@ def _scores(logits_TE: Tensor, ids_TK: Tensor, mode: str) -> Tensor:
         return logits_TE.softmax(1).gather(1, ids_TK)
     chosen_TK = logits_TE.gather(1, ids_TK)
     if not mode.startswith("sigmoid"):
-        # The softmax over all experts, renormalised over the chosen, is the softmax over these.
+        # Softmax over all experts, renormalised over the chosen, equals softmax over the chosen.
         return chosen_TK.softmax(1)
     scores_TK = chosen_TK.sigmoid()
     if mode == "sigmoid_renorm":

@@ -1,4 +1,4 @@
-"""Triton kernels of `unpermute` and its gradient: one program a token, one program a routed row."""
+"""Triton kernels of `unpermute` (a program per token) and its gradient (one per routed row)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def unpermute_kernel(
         position = tl.load(inverse_order_ptr + token * TOP_K + k)
         routed = position < num_routed
         rows_offs_n = position.to(tl.int64) * width + offs_n
-        # No column of a row that belongs to another rank is read.
+        # Rows that belong to another rank are not read.
         rows_mask_n = offs_n < tl.where(routed, width, 0)
         rows_N = tl.load(rows_ptr + rows_offs_n, mask=rows_mask_n, other=0).to(ACC)
         if HAS_SCORES:
@@ -130,7 +130,7 @@ def unpermute_backward(
     scores: Tensor,
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of contiguous rows and scores."""
+    """Returns the gradients with respect to contiguous rows and scores."""
     num_rows, width = rows.shape
     grad_rows, grad_scores = rows.new_empty(num_rows, width), torch.empty_like(scores)
     if num_rows == 0:

@@ -1,4 +1,4 @@
-"""`unpermute`: the rows of each token summed back, weighted by score."""
+"""`unpermute`: the score-weighted sum of the rows of each token."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def unpermute(rows: Tensor, sort: ExpertSort, top_k: int, scores: Tensor | None 
     Args:
         rows: `[N, D]` in expert order, float16, bfloat16, float32 or float64, any strides.
         sort: Result of `expert_sort` on ids `[T, K]` with `N = T * K`, same device as `rows`.
-        top_k: K.
+        top_k: Number of experts per token K.
         scores: `[T, K]`, any floating dtype, used in float32 (float64 for float64 rows). None
-            weighs every row by 1.
+            weights every row by 1.
 
     Returns:
         `[T, D]`, dtype of `rows`, contiguous. Rows of another rank's experts are never read and add
         exactly 0.
 
     Raises:
-        ValueError: If `rows` is not 2-D, `top_k` is less than 1, `sort` or `scores` do not fit the
-            shape of `rows` or are on another device.
-        TypeError: If a dtype is none of those above.
+        ValueError: If `rows` is not 2-D, `top_k` is less than 1, or `sort` or `scores` does not
+            match the shape of `rows` or is on another device.
+        TypeError: If a dtype is not one of those above.
 
     Note:
         Differentiable in `rows` and `scores`. Sums run in choice order in float32 (float64 for
@@ -72,7 +72,7 @@ def _triton(rows, inverse_order, expert_offsets, scores, top_k):
 
 def _setup_context(ctx, inputs, output):
     rows, inverse_order, expert_offsets, scores, top_k = inputs
-    # Without scores the gradient is a copy of rows of grad: the rows themselves are not needed.
+    # Without scores, the gradient is a copy of rows of grad and does not depend on rows.
     rows = None if scores is None else rows
     ctx.save_for_backward(rows, inverse_order, expert_offsets, scores)
     ctx.top_k = top_k
@@ -117,7 +117,7 @@ def _backward_backward(backend, ctx, grad_grad_rows, grad_grad_scores):
     sort = (inverse_order, expert_offsets)
     grad_grad_rows = grad_grad_rows.contiguous()
     grad_grad_scores = grad_grad_scores.contiguous()
-    # Both results are products of two of grad, rows and scores.
+    # Both results are bilinear: each is a product of two of grad, rows and scores.
     unpermute_ = partial(_backends.run, backend, "unpermute")
     grad_grad = unpermute_(grad_grad_rows, *sort, scores, ctx.top_k)
     grad_grad = grad_grad + unpermute_(rows, *sort, grad_grad_scores, ctx.top_k)

@@ -1,4 +1,4 @@
-"""The gradient of `unpermute` for transforms of torch: nothing is written into another tensor."""
+"""The gradient of `unpermute` for torch's transforms, without in-place writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def unpermute_backward(
     scores_TK: Tensor,
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of the weighted sum in the rows and in the scores."""
+    """Returns the gradients of the weighted sum with respect to the rows and the scores."""
     accumulate = torch.float64 if rows_ND.dtype == torch.float64 else torch.float32
     grad_TKD = grad_TD.to(accumulate).unsqueeze(1)
     elsewhere_TK = (inverse_order >= expert_offsets[-1]).view(-1, top_k)

@@ -35,7 +35,7 @@ def unpermute_backward(
     scores_TK: Tensor,
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of the weighted sum in the rows and in the scores."""
+    """Returns the gradients of the weighted sum with respect to the rows and the scores."""
     accumulate = torch.float64 if rows_ND.dtype == torch.float64 else torch.float32
     grad_TKD = grad_TD.to(accumulate).unsqueeze(1)
     elsewhere_TK = (inverse_order >= expert_offsets[-1]).view(-1, top_k)
