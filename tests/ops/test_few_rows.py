@@ -235,7 +235,7 @@ def test_what_cannot_be_served_is_refused(device, message):
 
 def test_gated_refuses_by_name(device):
     x, weight, offsets, order, _ = sample_gated("uniform", 4, 2, 3, 16, 5, torch.half, device)
-    with pytest.raises(RuntimeError, match=r"gate_up_proj \(9 rows an expert\)"):
+    with pytest.raises(RuntimeError, match=r"gate_up_proj \(9 rows per expert\)"):
         OPS.gated_few_rows(x, weight[:, :9], offsets, order, 2)
     with pytest.raises(RuntimeError, match=r"top_k \(0\) must be at least 1"):
         OPS.gated_few_rows(x, weight, offsets, order, 0)
