@@ -83,7 +83,10 @@ class Answerer:
             processor = UniMoEProcessor.from_pretrained(folder)
         if mesh is not None:
             if quantized:
-                raise ValueError(f"model ({folder}) has quantised experts: ranks cannot share them")
+                raise ValueError(
+                    f"model ({folder}) has quantised experts, which are not supported with several"
+                    " processes"
+                )
             model = load_in_parallel(folder, mesh)
             dtype = resolve_dtype(precision, model.dtype, model.device)
             return cls(model.to(dtype), processor, is_parallel=True)
@@ -227,13 +230,10 @@ def _check_quantizable(
 ) -> None:
     if is_quantized:
         raise ValueError(
-            f"quantize ({format!r}) must not be given: model ({folder}) is quantised already"
+            f"quantize ({format!r}) is not supported with model ({folder}), which is quantised"
         )
     if mesh is not None:
-        raise ValueError(
-            f"quantize ({format!r}) must not be given with several processes: ranks cannot share"
-            " quantised experts"
-        )
+        raise ValueError(f"quantize ({format!r}) is not supported with several processes")
 
 
 def _check_model_type(folder: Path) -> None:

@@ -71,8 +71,8 @@ def test_what_cannot_be_quantised_is_refused_before_it_is_loaded(
     code, _, error = run(command, "--model", folder, "--quantize", "int4", *options)
     assert code == 1
     assert error == (
-        f"unimoe {command}: quantize ('int4') must not be given: model ({folder}) is quantised"
-        " already"
+        f"unimoe {command}: quantize ('int4') is not supported with model ({folder}), which is"
+        " quantised"
     )
 
 
@@ -89,7 +89,7 @@ def test_an_unknown_format_is_refused(command, capsys, tmp_path):
 
 def test_ranks_cannot_share_them(source):
     (source / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"^quantize \('int4'\) must not be given with several"):
+    with pytest.raises(ValueError, match=r"^quantize \('int4'\) is not supported with several"):
         Answerer.from_pretrained(source, mesh=object(), quantize="int4")
 
 
