@@ -16,8 +16,9 @@ from unimoe_kernels.quantization.rounding import quantize_weight
 from unimoe_kernels.quantization.weight import QuantizedWeight
 
 FEWEST_ROWS = 16
-"""Routed rows below which an expert's weights are rounded to nearest. With 16 rows the error on
-other inputs is 6 % less than that of rounding to nearest, with 64 rows 35 % less (width 256)."""
+"""Number of routed rows below which an expert's weights are rounded to nearest. With 16 correlated
+rows the error on other inputs is 11 % lower than that of rounding to nearest, with 64 31 % (width
+256)."""
 # Numbers of weights and second moments of the experts that are calibrated at a time.
 _CHUNK = 1 << 24
 
@@ -83,7 +84,9 @@ class Calibration:
         for start in range(0, len(seen), at_once):
             chosen = seen[start : start + at_once]
             moments = torch.stack([_moments(rows, e) for e in chosen])
-            part = quantize_weight_by_inputs(weight[chosen], moments, format, group_size, **options)
+            part = quantize_weight_by_inputs(
+                weight[chosen], moments, [counts[e] for e in chosen], format, group_size, **options
+            )
             for whole, own in zip(result[:2], part[:2], strict=True):
                 whole[chosen] = own
         return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 def quantize_weight_by_inputs(
     weight: Tensor,
     moments: Tensor,
+    counts: Sequence[int],
     format: str,
     group_size: int | None = None,
     *,
@@ -41,6 +44,8 @@ def quantize_weight_by_inputs(
     Args:
         weight: `[E, out, in]`, as for `quantize_weight`.
         moments: `[E, in, in]` float32: sum of the outer products of each expert's inputs.
+        counts: number of inputs of each expert. With few of them, correlations between inputs are
+            trusted less.
         format: as for `quantize_weight`.
         group_size: likewise.
         zero_points: likewise.
@@ -54,7 +59,8 @@ def quantize_weight_by_inputs(
         TypeError: Likewise.
 
     Reference:
-        GPTQ, arXiv 2210.17323, with activation order and scales fixed beforehand.
+        GPTQ, arXiv 2210.17323, with activation order, scales fixed beforehand, and correlations
+        shrunk as in arXiv 0907.4698.
     """
     nearest = quantize_weight(weight, format, group_size, zero_points=zero_points, name=name)
     if weight.is_meta:
@@ -65,7 +71,7 @@ def quantize_weight_by_inputs(
     importance_EI = torch.where(diagonal_EI > 0, diagonal_EI, diagonal_EI.new_ones(()))
     scales_EOG = _best_scales(exact_EOI, importance_EI, nearest)
     order_EI = diagonal_EI.sort(dim=1, descending=True, stable=True).indices
-    factor_EII = _inverse_factor(moments, order_EI)
+    factor_EII = _inverse_factor(_shrunk(moments, counts), order_EI)
     integers_EOI = _round_in_order(exact_EOI, scales_EOG, nearest, order_EI, factor_EII, group)
     integers_EOI = integers_EOI.to(FORMATS[format].dtype)
     values = pack_int4(integers_EOI) if format == "int4" else integers_EOI
@@ -91,6 +97,25 @@ def _best_scales(exact_EOI: Tensor, importance_EI: Tensor, nearest: QuantizedWei
             better = error < least
             best, least = torch.where(better, scales, best), torch.minimum(error, least)
     return best
+
+
+def _shrunk(moments: Tensor, counts: Sequence[int]) -> Tensor:
+    """Shrinks correlations towards 0, the more so the fewer inputs they were estimated from.
+
+    Oracle approximating shrinkage of the correlation matrix (arXiv 0907.4698). Without it, a few
+    hundred uncorrelated inputs of width 576 raise the error on other inputs to 1.6 times that of
+    rounding to nearest.
+    """
+    size = moments.shape[-1]
+    deviation_EI = moments.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    inverse_EI = torch.where(deviation_EI > 0, 1 / deviation_EI, torch.zeros_like(deviation_EI))
+    correlation_EII = moments * inverse_EI.unsqueeze(1) * inverse_EI.unsqueeze(2)
+    squares_E = correlation_EII.square().sum((1, 2)).double()
+    count_E = torch.tensor(counts, dtype=torch.float64, device=moments.device)
+    over_E = (count_E + 1 - 2 / size) * (squares_E - size).clamp(min=1e-6)
+    share_E = (((1 - 2 / size) * squares_E + size**2) / over_E).clamp(max=1).float()
+    kept_EII = (1 - share_E)[:, None, None] * moments
+    return kept_EII + torch.diag_embed(share_E[:, None] * deviation_EI.square())
 
 
 def _zero(zeros: Tensor | None, format: str) -> Tensor | int:
