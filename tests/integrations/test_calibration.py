@@ -195,7 +195,17 @@ def test_lora_stays_and_counts():
     assert (logits_of(model) - exact).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+QUICK = ("mixtral", "qwen3_moe", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if str(family) in QUICK else pytest.param(family, marks=pytest.mark.slow)
+        for family in FAMILIES
+    ],
+    ids=str,
+)
 def test_experts_of_every_family_are_calibrated(family):
     model = tiny_model(family, **WIDTHS)
     experts = [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "down_proj")]

@@ -161,6 +161,8 @@ def test_gradients_that_are_not_asked_for(backend, needs):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("format", ["int8", "int4-32-zeros"])
 def test_moe_mlp_quantized_opcheck(overload, format, requires_grad):
+    if overload == "triton" and format != "int8":
+        pytest.skip("takes long in the interpreter")
     x, first, down, ids, scores, biases = sample(format)
     for value in (x, scores, *biases):
         value.requires_grad_(requires_grad)
