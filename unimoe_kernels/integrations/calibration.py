@@ -51,7 +51,7 @@ class Calibration:
         self.order = self._check()
 
     def rows_of(self, experts: nn.Module, pending: Iterable[nn.Module]) -> _Recorder:
-        """Records the rows of `experts`; each forward stops at the next of the `pending` experts."""
+        """Records the rows of `experts`. Each forward stops at the next of the pending experts."""
         recorder = _Recorder(unmerged_lora(experts))
         others = [one for one in pending if one is not experts]
         with _recording(experts, recorder), _stopping(others, recorder):

@@ -37,8 +37,8 @@ def load_and_quantize(
     """Loads a float model and quantises its experts as their weights are read.
 
     The result is that of `quantize_experts(from_pretrained(folder), ...)`, but each stacked weight
-    is quantised as soon as it is read, so memory holds at most one float expert weight. The dtype is
-    that of the files.
+    is quantised as soon as it is read, so memory holds at most one float weight of the experts. The
+    dtype is that of the files.
 
     Args:
         folder: folder of a transformers model or a Uni-MoE, in safetensors.

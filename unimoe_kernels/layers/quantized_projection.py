@@ -53,7 +53,7 @@ class QuantizedProjection(nn.Module):
         dtype: torch.dtype | None = None,
         name: str = "weight",
     ) -> QuantizedProjection:
-        """Creates a projection of shape `(E, out, in)` filled with zeros, to load a state dict into.
+        """Creates a projection of shape `(E, out, in)`, all zeros, to load a state dict into.
 
         Raises:
             ValueError: See `quantize_weight`; `name` is the name of the weight in errors.

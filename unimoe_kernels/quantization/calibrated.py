@@ -32,7 +32,7 @@ def quantize_weight_by_inputs(
     zero_points: bool = False,
     name: str = "weight",
 ) -> QuantizedWeight:
-    """Quantises a stacked weight so that its products with given inputs change as little as possible.
+    """Quantises a stacked weight so that its products with given inputs change least.
 
     The scale of each group is chosen first: of several candidates, the one with the least error,
     weighted by the mean square of each input. Columns are then rounded in descending order of that

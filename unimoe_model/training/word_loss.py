@@ -16,9 +16,9 @@ def word_loss(
 ) -> torch.Tensor:
     """Predicts the tokens of each row's answer, in any order, from the row's soft tokens.
 
-    If soft tokens mean nothing to the LLM, training first teaches the LLM to ignore them. Soft
-    tokens near the embeddings of words carry meaning from the start, and this loss teaches the
-    connector which words, without running the LLM.
+    A connector whose soft tokens mean nothing to the LLM first learns to output what the LLM
+    ignores. Near the embeddings of words, soft tokens have a meaning from the start, and the
+    connector learns which words without running the LLM.
 
     The loss is the cross entropy of the answer's tokens, except end tokens, under a softmax over
     the vocabulary. The logit of a token is `SHARPNESS` times the mean cosine similarity between its

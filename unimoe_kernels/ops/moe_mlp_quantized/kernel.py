@@ -153,9 +153,7 @@ def activate_parts_kernel(
     BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Adds the partial sums of gate and up in order; its outputs are those of
-    `gated_quantized_kernel`.
-    """
+    """Adds the partial sums of gate and up in order. Same outputs as `gated_quantized_kernel`."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < width
