@@ -82,7 +82,7 @@ class _Body:
         self.refused = 0
 
     async def receive(self):
-        """Same as the server's `receive`, but raises an internal error once the body is refused."""
+        """Same as the server's `receive`, but returns a disconnect once the body is refused."""
         if self._is_whole:
             return await self._receive()
         if self.refused:

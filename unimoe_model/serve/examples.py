@@ -40,7 +40,7 @@ def make_example(kind: str, folder: Path) -> Path:
 
 
 def _picture(shape: str, place: float) -> Image.Image:
-    """Draws a shape centred at `place` from the left, at four times the size for smooth edges."""
+    """Draws a shape centred at `place`, a fraction of the width, at four times the size."""
     size = 4 * 192
     picture = Image.new("RGB", (size, size), "#8a8f98")
     pen = ImageDraw.Draw(picture)
