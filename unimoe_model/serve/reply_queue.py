@@ -22,7 +22,7 @@ class QueueFullError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a request: the number of requests before it and the estimated wait in seconds."""
+    """A place in the queue: number of requests before, and the estimated wait in seconds."""
 
     before: int
     seconds: float
