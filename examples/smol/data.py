@@ -1,7 +1,7 @@
-"""Writes the data of examples/smol as files that `unimoe train` and `unimoe eval` read.
+"""Writes the data of examples/smol as files for `unimoe train` and `unimoe eval`.
 
-    data.json           what decides the data: sizes, versions of the packages
-    answers.json        what SmolLM2 said to the prompts
+    data.json           settings that determine the data: sizes, package versions
+    answers.json        replies of SmolLM2 to the prompts
     media/              pictures, speech and sounds
     train/<task>.jsonl  training examples
     test/<task>.jsonl   held-out examples

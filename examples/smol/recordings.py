@@ -33,7 +33,7 @@ def is_audible(path: Path) -> bool:
 
 
 def clips_of(path: Path) -> Iterator[Reader]:
-    """Yields readers of a recording's clips of 1.83 s: one, or up to three of a longer recording."""
+    """Returns readers of a recording's clips of 1.83 s: one, or up to three if it is longer."""
     info = soundfile.info(path)
     count = min(MOST_CLIPS, max(1, int(info.duration // _SECONDS)))
     return (_clip_reader(path, number) for number in range(count))

@@ -62,7 +62,7 @@ class Forecast:
 
 
 def forecast(recipe: Mapping[str, Any], tokens_per_second: float) -> Forecast:
-    """Estimates the duration of a recipe's stages, and the fraction of steps that fits in the limit.
+    """Estimates the duration of a recipe's stages, and the fraction of steps within the limit.
 
     Args:
         recipe: `arm_recipe` of an arm.

@@ -130,7 +130,7 @@ def descriptions(package: Path) -> list[Item]:
 
 
 def caption(picture: Path) -> str:
-    """Returns the name of a picture, lower case, without an article; empty if there is no short one.
+    """Returns the name of a picture in lower case without an article; empty if none is short.
 
     `"A white kitten."` gives `"white kitten"`.
     """

@@ -1,4 +1,4 @@
-"""Prompts with a picture, a spoken question and a sound; the question is about one of the others."""
+"""Prompts with a picture, a sound and a spoken question about one of them or both."""
 
 import random
 

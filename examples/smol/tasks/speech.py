@@ -120,7 +120,7 @@ def _instructions(said: Sequence[tuple[str, str, str]], plan: MediaPlan) -> list
 
 
 def _spoken_questions(split: str, most: int, plan: MediaPlan) -> list[Example]:
-    """Returns questions of easy-VQA, each spoken once per voice, about one of their pictures."""
+    """Returns questions of easy-VQA, each spoken once per voice, about pictures they belong to."""
     by_text: dict[str, list[easy_vqa.Question]] = {}
     for question in easy_vqa.questions(split):
         by_text.setdefault(question.question, []).append(question)
