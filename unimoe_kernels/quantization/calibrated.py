@@ -41,22 +41,22 @@ def quantize_weight_by_inputs(
     those of `quantize_weight`.
 
     Args:
-        weight: `[E, out, in]`, as in `quantize_weight`.
-        moments: `[E, in, in]` float32, the sum of the outer products of each expert's inputs.
-        format: see `quantize_weight`.
-        group_size: see `quantize_weight`.
-        zero_points: see `quantize_weight`.
+        weight: `[E, out, in]`, as for `quantize_weight`.
+        moments: `[E, in, in]` float32: sum of the outer products of each expert's inputs.
+        format: as for `quantize_weight`.
+        group_size: likewise.
+        zero_points: likewise.
         name: name of the weight in errors.
 
     Returns:
         The quantised weight, in new memory.
 
     Raises:
-        ValueError: See `quantize_weight`.
-        TypeError: See `quantize_weight`.
+        ValueError: As `quantize_weight`.
+        TypeError: Likewise.
 
     Reference:
-        GPTQ, arXiv 2210.17323, with activation order and with scales fixed beforehand.
+        GPTQ, arXiv 2210.17323, with activation order and scales fixed beforehand.
     """
     nearest = quantize_weight(weight, format, group_size, zero_points=zero_points, name=name)
     if weight.is_meta:
