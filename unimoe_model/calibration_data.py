@@ -1,4 +1,4 @@
-"""Inputs that experts are calibrated on, from a file of texts or of training data."""
+"""Calibration inputs for experts, from a file of texts or of training data."""
 
 import json
 from pathlib import Path
@@ -10,24 +10,24 @@ from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.data.conversations import read_conversations
 
 TOKENS = 8192
-"""Lines are read until there are so many."""
+"""Number of tokens after which no further lines are read."""
 ROW_TOKENS = 512
 _ARGUMENTS = {"image": "images", "video": "videos", "speech": "speech", "audio": "audio"}
 
 
 def calibration_inputs(model: Path, file: Path) -> list[dict]:
-    """Keyword arguments of a model's forward, one row each, about 8192 tokens in all.
+    """Reads keyword arguments for a model's forward, about 8192 tokens in all.
 
     Args:
-        model: folder with tokenizer, of a Uni-MoE with its processor.
-        file: JSON lines, `{"text": ...}` each; or training data of a Uni-MoE (docs/training.md),
-            with its media. Another model takes training data without media, as plain text.
+        model: model folder with a tokenizer; that of a Uni-MoE must also have its processor.
+        file: JSON lines of `{"text": ...}`, or Uni-MoE training data with media
+            (docs/training.md). Other models accept training data without media, as plain text.
 
     Returns:
-        At least one.
+        At least one mapping of keyword arguments; each has a batch size of 1.
 
     Raises:
-        ValueError: If the file is missing, empty, or holds something else.
+        ValueError: If the file is missing, empty or in another format.
     """
     is_ours = read_config(model).get("model_type") == UniMoEConfig.model_type
     if is_ours:
@@ -65,7 +65,7 @@ def calibration_inputs(model: Path, file: Path) -> list[dict]:
 
 
 def _texts(file: Path) -> list[str] | None:
-    """The texts of a file of them, None if its first line is no text."""
+    """Returns the texts of a file, or None if its first line is not a text."""
     if not file.is_file():
         raise ValueError(f"calibrate ({file}) must be a file of JSON lines; there is no such file")
     texts: list[str] = []

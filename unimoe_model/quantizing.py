@@ -1,4 +1,4 @@
-"""Quantises the experts of a model folder: what `unimoe quantize` runs."""
+"""Quantisation of the experts of a model folder, as run by `unimoe quantize`."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from unimoe_model.calibration_data import calibration_inputs
 from unimoe_model.checkpoints.files import shards
 from unimoe_model.checkpoints.writing import refuse_existing, whole_folder
 
-# What save_pretrained writes; all else of a folder, such as the tokenizer, is copied.
+# Files written by `save_pretrained`; all other files, such as those of the tokenizer, are copied.
 _WRITTEN = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -24,25 +24,26 @@ def quantize_folder(
     zero_points: bool = False,
     calibrate: Path | None = None,
 ) -> tuple[int, int]:
-    """Writes a model with its experts quantised; all else of the folder is copied.
+    """Writes a copy of a model folder with quantised experts.
 
-    Weights are read one after the other, and the float experts are never held. With calibration
-    data the model has to run, and all of it is held.
+    Weights are read one after the other, and at most one float expert weight is in memory. With
+    calibration data the model has to run, so that the whole float model is in memory.
 
     Args:
-        source: a Uni-MoE, or a model of transformers with experts whose implementation can be
-            chosen, in safetensors.
-        target: a new folder, written whole or not at all; `load_quantized` reads it.
+        source: folder of a Uni-MoE, or of a transformers model with a selectable experts
+            implementation, in safetensors.
+        target: new folder, written whole or not at all; `load_quantized` loads it.
         format: see `quantize_experts`.
-        group_size: likewise.
-        zero_points: likewise.
-        calibrate: None to round to nearest, or a file as `calibration_inputs` reads it.
+        group_size: see `quantize_experts`.
+        zero_points: see `quantize_experts`.
+        calibrate: None to round to nearest, or a data file; see `calibration_inputs`.
 
     Returns:
-        Bytes of the files of weights before, and of the weights after.
+        Size in bytes of the source's weight files, and of the quantised model's weights.
 
     Raises:
-        ValueError: If target exists, source is no such model, or it cannot be quantised so.
+        ValueError: If `target` exists, `source` is not such a model, or the model cannot be
+            quantised with these options.
     """
     refuse_existing(target)
     if not (source / "config.json").is_file():
@@ -65,7 +66,7 @@ def quantize_folder(
 
 
 def _calibrated(source: Path, file: Path, *options: object) -> torch.nn.Module:
-    """The model, quantised by what its experts see of a file."""
+    """Returns the model with its experts quantised and calibrated on the data of a file."""
     from transformers import AutoModelForCausalLM
 
     register_with_transformers()

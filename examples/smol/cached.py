@@ -1,4 +1,4 @@
-"""JSON that is made once."""
+"""JSON files that are computed once."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from unimoe_kernels import atomic_write
 
 
 def cached(file: Path, make: Callable[[], Any]) -> Any:
-    """What a JSON file holds; if it is not there, it is made and written, whole or not at all."""
+    """Returns the contents of a JSON file. A missing file is computed and written atomically."""
     if not file.exists():
         made = make()
         file.parent.mkdir(parents=True, exist_ok=True)

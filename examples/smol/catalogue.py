@@ -1,4 +1,4 @@
-"""All items of all sources that are here."""
+"""The items of all available sources."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,18 +22,18 @@ from examples.smol.sources.instructions import Instruction
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items by what is done with them; sources that are not here have none.
+    """Items by use; sources that are not available have none.
 
     Attributes:
-        drawings: of each style.
+        drawings: drawings by style.
         stamps: pictures.
         photographs: pictures, all held out.
         sounds: recordings of the stamps and of Sonic Pi.
         descriptions: recordings of people, with transcripts.
         words: single words spoken by a person, all held out.
-        sentences: spoken by people, all held out.
-        instructions: to be spoken.
-        prompts: to be answered.
+        sentences: sentences spoken by people, all held out.
+        instructions: instructions that speech is synthesised from.
+        prompts: prompts that the language model replies to.
     """
 
     drawings: dict[str, list[Item]]
@@ -48,18 +48,18 @@ class Catalogue:
 
 
 def debian_folders(folder: Path) -> dict[str, Path]:
-    """Folders of the packages that `unpack_packages` has put below a folder."""
+    """Returns the folders of the packages that `unpack_packages` has unpacked into a folder."""
     return {name: folder / name for name in wanted_versions() if (folder / name).is_dir()}
 
 
 def load_catalogue(debian: Path) -> Catalogue:
-    """Lists the items of what is installed from PyPI and unpacked from Debian.
+    """Lists the items of packages that are installed from PyPI or unpacked from Debian.
 
     Args:
         debian: folder of the unpacked packages.
 
     Raises:
-        MissingAssetError: If a package of PyPI is not installed.
+        MissingAssetError: If a package from PyPI is not installed.
     """
     folders = debian_folders(debian)
 
@@ -84,7 +84,7 @@ def load_catalogue(debian: Path) -> Catalogue:
 
 
 def split_groups(catalogue: Catalogue) -> dict[str, set[str]]:
-    """Groups of each set of which some are held out."""
+    """Returns the groups of each set that has held-out groups."""
     return {
         "stamps": {item.group for item in catalogue.stamps},
         "sounds": {f"{item.source} {item.group}" for item in catalogue.sounds},
@@ -95,5 +95,5 @@ def split_groups(catalogue: Catalogue) -> dict[str, set[str]]:
 
 
 def is_held_out(split: Mapping[str, frozenset[str]], name: str, group: str) -> bool:
-    """Whether the split names a group of a set."""
+    """Returns whether a group of a set is held out."""
     return group in split.get(name, frozenset())

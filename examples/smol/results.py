@@ -1,4 +1,4 @@
-"""What a run measured: accuracy of held-out tasks beside that of blind, start and probes."""
+"""Results of a run: held-out accuracy of the model, the blind baseline, the start and probes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ LEARNED_FROM = {
     "human_word": "word",
     "new_instruction": "instruction",
 }
-"""Training task that a held-out one asks about, where it has another name."""
+"""Training task of each held-out task that has another name."""
 PROBED = (
     "drawing",
     "stamp",
@@ -33,11 +33,11 @@ PROBED = (
     "family",
     "sound",
 )
-"""Tasks about one item, whose answers a linear probe can learn."""
+"""Tasks about a single item, whose answers a linear probe can learn."""
 RANKED = ("drawing", "stamp")
-"""Tasks whose right name is looked for among the likeliest of all names."""
+"""Tasks for which top-5 accuracy over all names is computed."""
 START_ITEMS = 40
-"""Questions of each task that the untrained model is asked."""
+"""Number of questions per task for the untrained model."""
 TOP = 5
 _PICTURES = {"image": "images", "speech": "speech", "audio": "audio"}
 
@@ -47,13 +47,13 @@ Features = Callable[[str, Path], EncodedMedia]
 def accuracies(
     answers: Path, tasks: Sequence[str], examples: Examples, limit: int | None = None
 ) -> dict[str, dict]:
-    """Accuracy of held-out tasks.
+    """Returns the accuracy of held-out tasks.
 
     Args:
         answers: folder of the evaluations of a model.
-        tasks: which of them.
-        examples: what was asked, and what was learned.
-        limit: only the first so many were asked.
+        tasks: held-out tasks to include.
+        examples: test and training examples.
+        limit: number of examples of each task that were evaluated, from the first; None for all.
     """
     found = {}
     for task in tasks:
@@ -74,13 +74,13 @@ def ask_start(
     features: Features,
     reporter: ProgressReporter,
 ) -> None:
-    """Asks the untrained model the first questions of each task.
+    """Evaluates the untrained model on the first questions of each task.
 
     Args:
-        model: its folder.
-        evaluations: of the recipe.
-        output: gets a folder for each evaluation.
-        features: of media files.
+        model: folder of the model.
+        evaluations: evaluations of the recipe.
+        output: folder in which each evaluation gets a folder.
+        features: features of media files.
         reporter: shows the progress.
     """
     for own in evaluations:
@@ -104,7 +104,7 @@ def top_shares(
     examples: Examples,
     tasks: Sequence[str] = RANKED,
 ) -> dict[str, float]:
-    """How often the right name is among the likeliest five of all names that were learned."""
+    """Returns how often the right name is among the five likeliest of all trained names."""
     shares = {}
     for task in tasks:
         asked = examples["test"].get(task)
@@ -123,7 +123,7 @@ def top_shares(
 
 
 def table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """The results as lines; what was not measured is a dash."""
+    """Formats the results as lines; values that were not measured are dashes."""
     columns = ("accuracy", "start", "blind", "probe", "top5", "probe_top5")
     heads = ("model", "start", "blind", "probe", "top 5", "probe's")
     lines = [f"{'task':<16}{'items':>6}" + "".join(f"{head:>9}" for head in heads)]

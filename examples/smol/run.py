@@ -3,8 +3,8 @@
 Example:
     python -m examples.smol.run --output runs/smol
 
-One seed gives one model; `--arm dense` trains the dense one of the same active FLOPs. A run that
-was stopped goes on from where it was.
+The model is determined by the seed. `--arm dense` trains the dense model with the same active
+FLOPs. A run that was stopped is resumed.
 """
 
 import argparse
@@ -50,21 +50,21 @@ from unimoe_model.training.starting_model import build_start, describe_start
 
 
 def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str, Any]:
-    """Prepares, trains, evaluates and reports; what an earlier run has finished is not done again.
+    """Prepares, trains, evaluates and reports; steps that an earlier run has finished are skipped.
 
     Args:
         output: folder of data, features and runs.
         arm: `"moe"` or `"dense"`.
-        seed: of the weights that are drawn and of the data's order.
-        quick: goes the whole way on little data.
+        seed: seed of the initial weights and of the order of the data.
+        quick: whether to run all steps on little data.
 
     Returns:
-        `"tasks"`: of each held-out task its items, and the accuracy of the model, of the blind
-        baseline, of the untrained start and of a linear probe; `"text"`: see `text_kept`;
-        `"stages"`: seconds and tokens of each.
+        `"tasks"`: for each held-out task the number of items, and the accuracy of the model, the
+        blind baseline, the untrained model and a linear probe; `"text"`: see `text_kept`;
+        `"stages"`: seconds and tokens of each stage.
 
     Raises:
-        ValueError: If the output holds other data.
+        ValueError: If `output` contains other data.
         MissingAssetError: If a package of weights or data is not installed.
         OSError: If a file cannot be written.
     """
@@ -103,7 +103,7 @@ def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str
 
 
 def prepare(output: Path, arm: str, sizes: Sizes, reporter: ProgressReporter) -> Examples:
-    """Writes the language model of an arm and the data, as far as they are missing."""
+    """Writes the language model of an arm and the data, unless they exist, and returns examples."""
     debian = output / "debian"
     unpack_packages(debian, reporter)
     language_model = output / "language_model"
@@ -116,17 +116,17 @@ def prepare(output: Path, arm: str, sizes: Sizes, reporter: ProgressReporter) ->
 def measure(
     recipe: Recipe, run: Run, output: Path, examples: Examples, reporter: ProgressReporter
 ) -> dict[str, Any]:
-    """Asks the last stage's model the held-out questions, and measures what it stands beside.
+    """Evaluates the model of the last stage and the baselines on the held-out questions.
 
     Args:
-        recipe: of the run.
-        run: whose stages are done.
+        recipe: recipe of the run.
+        run: run whose stages are finished.
         output: folder of the data and of the language model.
-        examples: of the data.
+        examples: examples of the data.
         reporter: shows the progress.
 
     Returns:
-        As `run_smol`.
+        See `run_smol`.
     """
     last = [stage.name for stage in recipe.stages][-1]
     folder = run.folder(last)
@@ -164,7 +164,7 @@ def measure(
 
 
 def _start_folder(recipe: Recipe, output: Path) -> Path:
-    """The model before training, as the seed that came first drew it."""
+    """Returns the folder of the untrained model, initialised with the seed of the first run."""
     folder = output / "start" / "model"
     if not folder.exists():
         start = describe_start(recipe, RecipeData(recipe).texts())
@@ -217,7 +217,7 @@ def _answers(folder: Path) -> list[str]:
 
 
 def main() -> int:
-    """Runs as the command line says; errors of the user are one line on stderr."""
+    """Runs the command line; user errors are printed to stderr as one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/smol"), help="default runs/smol")
     parser.add_argument("--arm", choices=ARMS, default="moe", help="default moe")

@@ -1,4 +1,4 @@
-"""The recipe of each arm, made of smol.yaml and of what data are there."""
+"""The recipe of each arm, built from smol.yaml and the available data."""
 
 from collections.abc import Collection
 from copy import deepcopy
@@ -17,16 +17,16 @@ _QUICK_STEPS = 3
 def write_recipe(
     folder: Path, arm: str, seed: int, quick: bool = False, share: float = 1.0
 ) -> Path:
-    """Writes the recipe of an arm into the folder of the run, beside the data.
+    """Writes the recipe of an arm into a folder, next to `data`, and returns its path.
 
-    Data and held-out questions whose file is not there are left out.
+    Data and held-out questions whose file does not exist are left out.
 
     Args:
-        folder: holds `data`.
+        folder: folder that contains `data`.
         arm: `"moe"` or `"dense"`.
-        seed: is in the name of the file, which the folder of the run is named like.
-        quick: takes a few steps of each stage.
-        share: of the steps of each stage that are taken.
+        seed: seed, part of the file name, after which the folder of the run is named.
+        quick: whether to run only a few steps of each stage.
+        share: fraction of the steps of each stage to run.
 
     Raises:
         ValueError: If a stage is left without data.
@@ -48,14 +48,14 @@ def write_recipe(
 
 
 def arm_recipe(arm: str, share: float = 1.0) -> dict[str, Any]:
-    """The recipe of an arm with all data.
+    """Returns the recipe of an arm with all data.
 
     Args:
         arm: `"moe"` or `"dense"`.
-        share: of the steps of each stage that are taken; at least one is.
+        share: fraction of the steps of each stage to run; at least one step is run.
 
     Raises:
-        ValueError: If there is no such arm.
+        ValueError: If `arm` is unknown.
     """
     if arm not in ARMS:
         raise ValueError(f"arm ({arm!r}) must be one of {', '.join(ARMS)}")
@@ -70,7 +70,8 @@ def _dense(recipe: dict[str, Any]) -> dict[str, Any]:
     stages = {stage["name"]: stage for stage in recipe["stages"]}
     experts = deepcopy(stages[EXPERTS[0]])
     del experts["data"]
-    # A step each in turn: the very batches of the experts, whose steps are equally many.
+    # Stages alternate step by step, which gives the same batches as training the experts: their
+    # numbers of steps are equal.
     experts["data_in_turn"] = [stages[name]["data"] for name in EXPERTS]
     experts["steps"] = sum(stages[name]["steps"] for name in EXPERTS)
     tune = stages["tune"]

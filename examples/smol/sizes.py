@@ -1,24 +1,24 @@
-"""How many items of each set are taken."""
+"""The number of items of each set."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Most items of each set.
+    """The maximum number of items of each set.
 
     Attributes:
-        drawings: names whose drawings are learned; None is all.
-        variants: renderings of each picture that is learned.
+        drawings: names whose drawings are trained; None for all.
+        variants: renderings of each training picture.
         asked_pictures: training pictures of easy-VQA.
         words: spoken words.
         questions: spoken questions about pictures.
-        transcripts: phrases to be written down.
+        transcripts: phrases to be transcribed.
         instructions: spoken instructions.
-        prompts: prompts that SmolLM2 answers; None is all.
-        spoken_prompts: of these, spoken too.
-        notes: of General MIDI.
-        mixed: prompts of a picture, a spoken question and a sound.
+        prompts: prompts that SmolLM2 replies to; None for all.
+        spoken_prompts: prompts that are also spoken.
+        notes: notes of General MIDI.
+        mixed: prompts with a picture, a spoken question and a sound.
         held_out: held-out examples of each task.
     """
 

@@ -1,4 +1,4 @@
-"""How fast this machine trains the language model, and how long the recipe takes at that speed."""
+"""Training speed of the language model on this machine, and the duration of the recipe."""
 
 import time
 from collections.abc import Mapping
@@ -24,23 +24,23 @@ STEP_TOKENS = {
     "experts": 1120,
     "tune": 1110,
 }
-"""Tokens of a step, measured on the whole data."""
+"""Tokens per step by stage, measured on all data."""
 WORK = {"align": 1.3, "tune": 1.8}
-"""Time of a token beside one of the language model alone: speech connectors, experts with LoRA."""
+"""Time per token relative to the language model alone: speech connectors, experts with LoRA."""
 WORDS_STEP_TOKENS = 300
-"""Tokens that would take the time of a step of `words`, which runs connectors alone."""
+"""Tokens that take the same time as a step of stage `words`, which runs only connectors."""
 MOST_SECONDS = 100 * 60
-"""Of training: with data, features and questions a run then ends within two hours."""
+"""Limit of the training time. With data, features and evaluation, a run takes under two hours."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What training takes.
+    """The estimated duration of training.
 
     Attributes:
-        tokens_per_second: of the language model, forward and backward.
-        seconds: by stage, of the steps that are taken.
-        share: of the recipe's steps that are taken.
+        tokens_per_second: speed of the language model, forward and backward.
+        seconds: seconds by stage, for the steps that are run.
+        share: fraction of the recipe's steps that are run.
     """
 
     tokens_per_second: float
@@ -62,7 +62,7 @@ class Forecast:
 
 
 def forecast(recipe: Mapping[str, Any], tokens_per_second: float) -> Forecast:
-    """Time of the stages of a recipe, and the share of their steps that there is time for.
+    """Estimates the duration of a recipe's stages, and the fraction of steps within the limit.
 
     Args:
         recipe: `arm_recipe` of an arm.
@@ -80,11 +80,13 @@ def forecast(recipe: Mapping[str, Any], tokens_per_second: float) -> Forecast:
 
 
 def training_speed(language_model: Path, file: Path) -> float:
-    """Tokens a second of forward and backward, kept in a file: a run goes on with what it began.
+    """Returns tokens per second of forward and backward.
+
+    The value is stored in a file, so that a resumed run uses the same one.
 
     Args:
-        language_model: folder of transformers; only its sizes matter.
-        file: JSON that is read if it is there.
+        language_model: folder in the layout of transformers; only the sizes of the model matter.
+        file: JSON file, which is read if it exists.
     """
     return cached(file, lambda: {"tokens_per_second": _measured(language_model)})[
         "tokens_per_second"
@@ -104,7 +106,7 @@ def _measured(language_model: Path) -> float:
         started = time.perf_counter()
         with autocast(device, precision):
             hidden = model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        # Reading a value waits for the device.
+        # Reading a value synchronises with the device.
         hidden.float().square().mean().backward()
         embeddings.grad.sum().item()
         times.append(time.perf_counter() - started)

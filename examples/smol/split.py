@@ -3,7 +3,7 @@
 Example:
     python -m examples.smol.split --debian runs/smol/debian
 
-writes the file anew from what is installed; training and evaluation only read it.
+rewrites the file from the installed sources; training and evaluation only read it.
 """
 
 import argparse
@@ -21,12 +21,12 @@ _ONE_IN = 5
 
 
 def is_drawn(source: str, group: str) -> bool:
-    """Whether a group is held out when the split is written: one in five, by a hash of its name."""
+    """Returns whether a new split holds out a group: one in five, by a hash of its name."""
     return zlib.crc32(f"{source}/{group}".encode()) % _ONE_IN == 0
 
 
 def draw_split(groups: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """The held-out groups of each source, sorted."""
+    """Draws the held-out groups of each source, sorted."""
     return {
         source: sorted({group for group in own if is_drawn(source, group)})
         for source, own in groups.items()
@@ -34,10 +34,10 @@ def draw_split(groups: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
 
 
 def read_split(path: Path = SPLIT_FILE) -> dict[str, frozenset[str]]:
-    """The held-out groups of each source.
+    """Reads the held-out groups of each source.
 
     Raises:
-        ValueError: If the file is no JSON object of lists of names.
+        ValueError: If the file is not a JSON object of lists of names.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -47,7 +47,7 @@ def read_split(path: Path = SPLIT_FILE) -> dict[str, frozenset[str]]:
 
 
 def main() -> int:
-    """Writes the split of what is installed."""
+    """Writes the split of the installed sources."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--debian", type=Path, required=True, help="unpacked packages of Debian")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Words that are spoken: by eSpeak NG to learn from, and some of them by people to test with."""
+"""Spoken words: synthesised by eSpeak NG for training; for some, recordings of people for tests."""
 
 from examples.demo.spoken import WORDS
 

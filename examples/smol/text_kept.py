@@ -1,4 +1,4 @@
-"""Whether the model still talks as SmolLM2 does: perplexity of held-out text, and chat prompts."""
+"""Comparison with SmolLM2 after training: perplexity of held-out text, and chat replies."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from unimoe_model.modeling import UniMoEForConditionalGeneration
 
 BLOCK = 256
 MOST_BLOCKS = 24
-"""Of each kind of text, from its beginning: 6144 tokens."""
+"""Number of blocks of each kind of text, from its beginning: 6144 tokens."""
 ANSWER_TOKENS = 48
 CHAT_PROMPTS = 10
 
@@ -25,17 +25,17 @@ CHAT_PROMPTS = 10
 def text_kept(
     language_model: Path, trained: Path, texts: Mapping[str, str], prompts: Sequence[str]
 ) -> dict[str, dict]:
-    """Compares a trained model with the language model that it was made of.
+    """Compares a trained model with the language model that it was built from.
 
     Args:
-        language_model: folder of the latter.
-        trained: folder of the former.
+        language_model: folder of the language model.
+        trained: folder of the trained model.
         texts: held-out text by kind; one that is shorter than a block counts as one block.
-        prompts: of the user.
+        prompts: prompts of the user.
 
     Returns:
-        `"perplexity"`: by kind those of `"before"` and `"after"`; `"chat"`: prompt, and answers of
-        `"before"` and `"after"`, of each prompt.
+        `"perplexity"`: values `"before"` and `"after"` by kind; `"chat"`: for each prompt its text
+        and the replies `"before"` and `"after"`.
 
     Raises:
         ValueError: If a text has fewer than two tokens.
@@ -44,7 +44,7 @@ def text_kept(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     blocks = {kind: token_blocks(tokenizer, text).to(device) for kind, text in texts.items()}
     found = {}
-    # One after the other, so that only one is in memory.
+    # One after the other, so that only one model is in memory.
     for name, family, folder in (
         ("before", AutoModelForCausalLM, language_model),
         ("after", UniMoEForConditionalGeneration, trained),
@@ -65,7 +65,9 @@ def text_kept(
 
 
 def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """The first whole blocks of a text's token ids, `[blocks, BLOCK]`; a short one is one block.
+    """Returns the first whole blocks of a text's token ids, `[blocks, BLOCK]`.
+
+    A text that is shorter than a block is one shorter block.
 
     Raises:
         ValueError: If the text has fewer than two tokens.
@@ -80,7 +82,7 @@ def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def text_lines(kept: Mapping[str, dict]) -> str:
-    """The comparison as lines."""
+    """Formats the comparison as lines."""
     lines = [f"{'perplexity of':<16}{'SmolLM2':>9}{'model':>9}{'change':>9}"]
     for kind, own in kept["perplexity"].items():
         change = f"{100 * (own['after'] / own['before'] - 1):+.1f} %"

@@ -1,12 +1,12 @@
-"""Products of rows with weights of few bits, whose numbers become floats after they are loaded.
+"""Products of rows with quantised weights, which are converted to floats after they are loaded.
 
-A block of a weight `[E, out, in]` has rows `R` and columns `C` as they are stored; where it is
-multiplied from the other side it is transposed in registers. Integers are exact in every float
-format that is multiplied. Where their scales come in is a constant, `SCALES`:
+A block of a weight `[E, out, in]` has rows `R` and columns `C` in the stored layout; if needed, it
+is transposed in registers. The integers are exact in every float dtype of the matmuls. The constant
+`SCALES` determines what is multiplied by the scales:
 
-`"row"`     one scale an output row: the finished sums are multiplied by it
+`"row"`     the finished sums; there is one scale per output row
 `"sums"`    the sums of each step along K, which lies in one group: cheap where rows are few
-`"weight"`  the numbers themselves, which are rounded to the dtype of the rows then
+`"weight"`  the integers, whose products are then rounded to the dtype of the rows
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import triton.language as tl
 from unimoe_kernels._triton.loads import load_block, place_rows, read_rows
 from unimoe_kernels._triton.matmul import add_product
 
-# The zero point of "int4" where groups have none of their own.
+# The zero point of "int4" without zero points per group.
 INT4_OFFSET = tl.constexpr(8)
 
 
 @triton.jit
 def groups_of_block(GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Returns how many groups a block has in a row; `GROUP` is 0 where a group is the row."""
+    """Returns the number of groups in a row of a block; `GROUP` is 0 if a group is a whole row."""
     if GROUP == 0 or GROUP >= BLOCK_C:
         return 1
     else:
@@ -32,7 +32,7 @@ def groups_of_block(GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def first_group(start_c, GROUP: tl.constexpr):
-    """Returns the group that a column lies in."""
+    """Returns the index of the group that contains a column."""
     if GROUP == 0:
         return 0
     else:
@@ -51,7 +51,10 @@ def read_integers(
     FOUR_BITS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
 ):
-    """Reads int8 `[R, C]`, less the zero points; 0 or less its zero point where there is none."""
+    """Reads int8 `[R, C]` and subtracts the zero points.
+
+    Masked elements are 0 for `"int8"`, and 0 minus the zero point for `"int4"`.
+    """
     integers_RC = load_block(values_ptrs, mask_r, mask_b, EVEN_R, EVEN_C)
     if FOUR_BITS:
         low_RB, high_RB = integers_RC & 15, integers_RC >> 4
@@ -66,7 +69,7 @@ def read_integers(
 
 @triton.jit
 def spread(groups_RG, R: tl.constexpr, C: tl.constexpr):
-    """Returns `[R, C]` from what groups of columns share."""
+    """Expands one value per group of columns, `[R, G]`, to `[R, C]`."""
     G: tl.constexpr = groups_RG.shape[1]
     if G == 1:
         return tl.broadcast_to(groups_RG, (R, C))
@@ -109,12 +112,12 @@ def multiply_quantized_rows(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Returns `[M, N]`: rows of x, `start_m` to `end_m`, times columns of the expert's weight.
+    """Returns `[M, N]`: rows `start_m` to `end_m` of x times columns of the expert's weight.
 
-    The sums run from `begin_k` to `end_k` of `inner`. The columns are rows of the weight, or with
-    `TRANSPOSED` its columns. With `TWO` the second result is the product with those `shift` further
-    on; otherwise it is zero. Rows of expert number `num_experts` are those of none: nothing is read
-    for them, and their products are zero.
+    The sums run from `begin_k` to `end_k` of `inner`. The columns are the rows of the stored weight
+    or, with `TRANSPOSED`, its columns. With `TWO` the second result is the product with the columns
+    that are offset by `shift`; otherwise it is zero. Expert `num_experts` stands for rows of no
+    expert: nothing is read for them, and their products are zero.
     """
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -127,7 +130,7 @@ def multiply_quantized_rows(
     )
     stored_width = width if TRANSPOSED else inner
     groups = 1 if GROUP == 0 else stored_width // GROUP
-    # Rows of the block as they are stored, and its first column.
+    # Rows of the block in the stored layout, and its first column.
     base = expert.to(tl.int64) * stored_rows
     offs_r = base + (begin_k + offs_k if TRANSPOSED else offs_n)
     start_c = start_n if TRANSPOSED else begin_k
@@ -222,7 +225,7 @@ def add_quantized(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Returns `acc + x @ weight`, or with scales per row the sum without them."""
+    """Returns `acc + x @ weight`; with `SCALES` `"row"` the scales are not applied yet."""
     zeros_ptrs = zeros_ptr + offs_rg if HAS_ZEROS else None
     integers_RC = read_integers(
         values_ptrs, zeros_ptrs, mask_r, mask_b, mask_g, EVEN_R, EVEN_C, FOUR_BITS, HAS_ZEROS
@@ -232,7 +235,7 @@ def add_quantized(
         scales_RC = spread(scales_RG, integers_RC.shape[0], integers_RC.shape[1])
         weight_RC = (integers_RC.to(ACC) * scales_RC).to(x_MK.dtype)
     else:
-        # The interpreter turns no integers into bfloat16.
+        # Triton's interpreter cannot convert integers to bfloat16.
         weight_RC = integers_RC.to(ACC if UPCAST else x_MK.dtype)
     weight_KN = weight_RC if TRANSPOSED else weight_RC.T
     if SCALES == "sums":

@@ -1,4 +1,4 @@
-"""How products with weights of few bits are launched: their constants, tiles, parts and grids."""
+"""Launch parameters of products with quantised weights: constants, tiles, parts and grids."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from unimoe_kernels._triton.tiles import (
     product_constants,
 )
 
-# Rows of an expert up to which its weights are read, not multiplied, most of the time.
+# Average rows per expert up to which reading the weights takes longer than multiplying.
 FEW_ROWS = 32
-# A part of a sum that is cut is no shorter.
+# Least length of a part of a split sum.
 SHORTEST_PART = 512
 MAX_PARTS = 8
-# Programs that a processor runs at once, of those for few rows.
+# Concurrent programs per multiprocessor, for few rows.
 AT_ONCE = 4
 
 
 class Stored(NamedTuple):
-    """A quantised weight as the choice of its kernel sees it.
+    """The properties of a quantised weight that determine its launch.
 
     Attributes:
         experts: E.
-        rows: of one expert, as they are stored.
-        width: numbers of a row.
+        rows: rows of one expert in the stored layout.
+        width: numbers per row.
         group: numbers that share a scale.
-        four_bits: two integers in a byte, or int8.
+        four_bits: whether a byte holds two integers; if not, values are int8.
         has_zeros: whether groups have zero points.
-        transposed: whether it is multiplied along its rows, not along its columns.
+        transposed: whether the product sums over the rows of the weight instead of its columns.
     """
 
     experts: int
@@ -53,7 +53,7 @@ class Stored(NamedTuple):
 def stored(
     values: Tensor, scales: Tensor, zeros: Tensor | None, transposed: bool = False
 ) -> Stored:
-    """Returns how a weight `[E, out, in]` is stored."""
+    """Returns the `Stored` properties of a weight `[E, out, in]`."""
     experts, rows, width = values.shape
     four_bits = values.dtype == torch.uint8
     width *= 1 + four_bits
@@ -63,12 +63,12 @@ def stored(
 
 
 def choose(problem: Problem, weight: Stored, device: Device) -> Tile:
-    """Returns the tile of a product: by arithmetic alone, nothing was measured yet.
+    """Returns the tile of a product. It is derived by arithmetic alone, without measurements.
 
-    Few rows: as low as the tensor cores allow, with a group in each step where groups have 64
-    numbers or more, so that the sums are scaled and not the numbers. Many rows: the numbers of a
-    step pass through registers on their way to shared memory, so that tiles are half as wide as
-    those of floats.
+    Few rows: the tile is as low as the tensor cores allow. A step lies in one group where groups
+    have 64 numbers or more, so that the sums are scaled instead of the weights. Many rows: the
+    weights of a step pass through registers on their way to shared memory, so tiles are half as
+    wide as those of float weights.
     """
     if device.capability == 0:
         return Tile(*INTERPRETED)
@@ -77,7 +77,7 @@ def choose(problem: Problem, weight: Stored, device: Device) -> Tile:
         side = 64 if problem.dtype == torch.float32 else 32
         shape = (16 if few else side, side, 16, 4)
     elif problem.inner % 16 or width % 16:
-        # Numbers are read one by one, so that addresses take the registers.
+        # Without alignment, elements are loaded one by one, and addresses occupy the registers.
         shape = (16 if few else 64, 32 if problem.kind == "rows" else 64, 32, 4)
     elif few:
         shape = (16 if problem.rows <= 16 else 32, 64, 128, 4)
@@ -102,9 +102,10 @@ def choose(problem: Problem, weight: Stored, device: Device) -> Tile:
 
 
 def num_parts(problem: Problem, tile: Tile, num_rows: int, device: Device) -> int:
-    """Returns into how many parts the sums are cut, a power of 2: 1 where tiles are enough.
+    """Returns the number of parts into which the sums are split, a power of 2.
 
-    A few rows of narrow experts have fewer tiles than a GPU runs at a time.
+    It is 1 where there are enough tiles. A few rows and narrow experts give fewer tiles than a GPU
+    runs concurrently.
     """
     if problem.rows > FEW_ROWS or device.capability == 0:
         return 1
@@ -121,7 +122,7 @@ def num_parts(problem: Problem, tile: Tile, num_rows: int, device: Device) -> in
 
 
 def part_length(inner: int, tile: Tile, parts: int) -> int:
-    """Returns the numbers of each part but the last: whole steps."""
+    """Returns the length of each part except the last, a multiple of the step along K."""
     return triton.cdiv(triton.cdiv(inner, tile.block_k), parts) * tile.block_k
 
 
@@ -147,7 +148,7 @@ def constants(problem: Problem, weight: Stored, tile: Tile) -> dict[str, object]
 def num_programs(
     problem: Problem, weight: Stored, tile: Tile, num_tiles: int, device: Device
 ) -> int:
-    """Returns the size of a persistent grid: as many programs as run at the same time."""
+    """Returns the size of a persistent grid: the number of programs that run concurrently."""
     if device.capability == 0:
         return min(num_tiles, device.processors)
     used = tile.num_stages * _stage_bytes(problem, weight, tile) + _block_bytes(problem, tile)
@@ -161,11 +162,11 @@ def _columns(problem: Problem, tile: Tile) -> int:
 
 
 def _stage_bytes(problem: Problem, weight: Stored, tile: Tile) -> int:
-    """Returns the shared memory of the operands of one step, as they are read."""
+    """Returns the bytes of shared memory of the operands of one step, with packed weights."""
     of_weight = _columns(problem, tile) * tile.block_k // (1 + weight.four_bits)
     return tile.block_m * tile.block_k * problem.dtype.itemsize + of_weight
 
 
 def _block_bytes(problem: Problem, tile: Tile) -> int:
-    """Returns the shared memory of a step's numbers as floats."""
+    """Returns the bytes of shared memory of the weights of one step as floats."""
     return _columns(problem, tile) * tile.block_k * problem.dtype.itemsize

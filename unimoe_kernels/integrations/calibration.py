@@ -1,4 +1,4 @@
-"""Runs a model on calibration inputs and gives each layer's experts the rows that they see."""
+"""Calibration: runs a model on inputs and records the rows that each layer's experts receive."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ class Calibration:
     """Calibration inputs, checked by one forward of the float model.
 
     Args:
-        model: with float experts that run on our operators.
-        found: its experts by name.
-        inputs: what the model is called with: mappings of keyword arguments, tuples of positional
-            ones, or single arguments.
+        model: a model with float experts that run on the operators of this package.
+        found: names and modules of its experts.
+        inputs: inputs of the model: mappings of keyword arguments, tuples of positional arguments,
+            or single arguments.
 
     Attributes:
-        order: the experts that the inputs reach, in the order in which a forward reaches them.
+        order: the experts reached by the inputs, in the order in which a forward reaches them.
 
     Raises:
-        ValueError: If inputs is empty, or a layer of experts gets or gives NaN or infinity.
+        ValueError: If `inputs` is empty, or the input or output of a layer of experts contains NaN
+            or infinity.
     """
 
     def __init__(self, model: nn.Module, found: Named, inputs: Iterable[Any]) -> None:
@@ -51,7 +52,7 @@ class Calibration:
         self.order = self._check()
 
     def rows_of(self, experts: nn.Module, pending: Iterable[nn.Module]) -> _Recorder:
-        """Runs the model up to the next of the `pending` experts, and returns what these saw."""
+        """Records the rows of `experts`. Each forward stops at the next of the pending experts."""
         recorder = _Recorder(unmerged_lora(experts))
         others = [one for one in pending if one is not experts]
         with _recording(experts, recorder), _stopping(others, recorder):
@@ -73,7 +74,7 @@ class Calibration:
         group_size: int | None,
         zero_points: bool,
     ) -> QuantizedWeight:
-        """Rounds a stacked weight `[E, out, in]` by the rows that each expert saw."""
+        """Quantises a stacked weight `[E, out, in]` with the recorded rows of each expert."""
         options = {"zero_points": zero_points, "name": name}
         result = quantize_weight(weight, format, group_size, **options)
         num_experts, out, width = weight.shape
@@ -92,7 +93,7 @@ class Calibration:
         return result
 
     def warn(self) -> None:
-        """Names the experts that saw too few rows, if any did, in one warning."""
+        """Issues one warning that names the experts with too few rows, if there are any."""
         unreached = [name for one, name in self._names.items() if one not in self.order]
         parts = [f"{name or 'experts'}: {few}" for name, few in self._few.items() if few]
         parts += [f"{name or 'experts'}: all" for name in unreached]
@@ -132,7 +133,7 @@ class Calibration:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, so that no dropout or jitter changes what is seen."""
+    """Sets evaluation mode within the context, so that no dropout or jitter changes the rows."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -143,15 +144,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _StopError(Exception):
-    """Ends a forward before experts whose turn has not come."""
+    """Ends a forward before experts that are calibrated later."""
 
 
 class _Recorder(nn.Module):
-    """Stands where LoRA of experts does, whose calls get the inputs of both projections.
+    """Replaces the LoRA of experts, whose methods receive the inputs of both projections.
 
     Attributes:
-        first: of each call, the rows `[N, D]` in expert order, times their scores, and the offsets.
-        down: likewise `[N, F]`.
+        first: for each call, the rows `[N, D]` in expert order, times their scores, and the expert
+            offsets.
+        down: likewise with rows `[N, F]`.
         reached: whether the experts were called in this forward.
     """
 
@@ -166,19 +168,19 @@ class _Recorder(nn.Module):
         self._scores: Tensor
 
     def route(self, _experts: nn.Module, inputs: tuple) -> None:
-        """Notes the scores in the order of the rows: an expert's output counts by its score."""
+        """Stores the scores in expert order: rows are weighted by them, as expert outputs are."""
         _, ids, scores = inputs
         self.reached = True
         order = ids.flatten().sort(stable=True).indices
         self._scores = scores.flatten()[order].float().unsqueeze(1)
 
     def correct_first(self, out: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Records the rows."""
+        """Records the inputs of the first projection and applies the replaced LoRA, if any."""
         self.first.append((rows.float() * self._scores, offsets.tolist()))
         return out if self._lora is None else self._lora.correct_first(out, rows, offsets)
 
     def correct_down(self, out: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Records the rows."""
+        """Records the inputs of `down_proj` and applies the replaced LoRA, if any."""
         self.down.append((rows.float() * self._scores, offsets.tolist()))
         return out if self._lora is None else self._lora.correct_down(out, rows, offsets)
 

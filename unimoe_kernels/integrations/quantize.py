@@ -1,4 +1,4 @@
-"""Quantises the experts of whole models."""
+"""Quantisation of the experts of whole models."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from unimoe_kernels.quantization.formats import check_options, group_of
 from unimoe_kernels.quantization.rounding import check_finite
 from unimoe_kernels.quantization.weight import QuantizedWeight
 
-# The key of a configuration that transformers reads before it loads a folder. A record without
-# `quant_method` makes it raise; with an unknown one it would only warn, and draw the experts anew.
+# The configuration key that transformers reads before it loads a folder. Without `quant_method` it
+# raises an error; with an unknown one it would only warn, and initialise the experts randomly.
 RECORD = "quantization_config"
 METHOD = "unimoe"
 
@@ -34,16 +34,16 @@ def quantize_experts(
     zero_points: bool = False,
     calibration: Iterable[Any] | None = None,
 ) -> nn.Module:
-    """Rounds the weights of all experts of a model to few bits, one stacked weight after the other.
+    """Quantises the weights of all experts of a model in place, one stacked weight after the other.
 
-    What is held at any time is the model and one quantised weight more; each float weight is given
-    up when it is rounded. The experts compute on from the quantised weights, which are frozen. LoRA
-    on top trains (`add_expert_lora`, `GroupedExperts.add_lora`). Everything else of the model, such
-    as attention and routers, stays as it is.
+    Each float weight is released as soon as it is quantised, so memory never holds more than the
+    model and one quantised weight. The experts then compute with the quantised weights, which are
+    frozen; LoRA on top of them can be trained (`add_expert_lora`, `GroupedExperts.add_lora`). The
+    rest of the model, such as attention and routers, is not changed.
 
-    Serves `GroupedExperts`, itself or in `MoE` and whole models, and models of transformers whose
-    experts implementation can be chosen (`"unimoe"` is chosen here and has to stay). A model of
-    transformers is saved by its `save_pretrained` and comes back with `load_quantized`.
+    Supported are `GroupedExperts`, by itself or in `MoE` and whole models, and transformers models
+    with a selectable experts implementation (`"unimoe"` is selected here and must not be changed).
+    A transformers model is saved with `save_pretrained` and loaded with `load_quantized`.
 
     Example:
         >>> moe = quantize_experts(MoE(64, 128, num_experts=4, top_k=2), "int4", group_size=64)
@@ -51,27 +51,28 @@ def quantize_experts(
         QuantizedProjection((4, 256, 64), format='int4', group_size=64, zero_points=False)
 
     Args:
-        model: changed in place; before it is compiled, sharded or split between ranks.
+        model: the model, before it is compiled, sharded or split between ranks.
         format: `"int8"` or `"int4"`.
-        group_size: numbers along the sum that share a scale, 32, 64 or 128; None is one scale an
+        group_size: numbers along the sum that share a scale: 32, 64 or 128. None is one scale per
             output row for `"int8"` and 64 for `"int4"`.
-        zero_points: whether groups have zero points besides, for `"int4"`.
-        calibration: None to round to nearest, or inputs of the model, a few hundred tokens or more:
-            mappings of keyword arguments, tuples of positional ones, or single arguments. Weights
-            are then rounded so that the outputs of each expert on the rows routed to it change
-            least (GPTQ, arXiv 2210.17323), layer by layer, each behind the quantised layers before
-            it. Experts that see fewer than 16 rows are rounded to nearest, and named in a warning.
-            Formats and speed of the result are the same.
+        zero_points: whether groups also have zero points; `"int4"` only.
+        calibration: None to round to nearest, or inputs of the model with a few hundred tokens or
+            more: mappings of keyword arguments, tuples of positional arguments, or single
+            arguments. Weights are then rounded to minimise the change of each expert's outputs on
+            the rows routed to it (GPTQ, arXiv 2210.17323). Layers are calibrated in order, each on
+            the outputs of the quantised layers before it. Experts with fewer than 16 rows are
+            rounded to nearest, and a warning names them. The formats, and the speed of the result,
+            are the same.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the model has no experts, the format is unknown, a width is no multiple of
-            the group, weights hold NaN or infinity, or are sharded; if calibration is empty or
-            gives NaN or infinity in a layer of experts. Nothing is changed then.
+        ValueError: If the model has no experts, the format is unknown, a width is not a multiple of
+            the group size, weights contain NaN or infinity or are sharded, or `calibration` is
+            empty or produces NaN or infinity in a layer of experts. The model is then unchanged.
         TypeError: If experts are of a subclass of `GroupedExperts`.
-        RuntimeError: If experts are quantised already, or LoRA is merged into their weights.
+        RuntimeError: If experts are already quantised, or LoRA is merged into their weights.
     """
     check_options(format, group_size, zero_points)
     found = all_experts(model)
@@ -103,7 +104,7 @@ def quantize_experts(
 
 
 def check_quantizable(name: str, experts: nn.Module, format: str, group_size: int | None) -> None:
-    """Raises unless experts can be quantised, without a look at their numbers."""
+    """Raises an error if experts cannot be quantised; the values of weights are not checked."""
     prefix = f"{name}." if name else ""
     parts = quantized_parts(experts)
     if parts:
@@ -123,7 +124,7 @@ def check_quantizable(name: str, experts: nn.Module, format: str, group_size: in
 
 
 def projections(experts: nn.Module) -> tuple[str, str]:
-    """The names of both stacked weights."""
+    """Returns the names of both stacked weights."""
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"
 
 
@@ -134,22 +135,22 @@ def convert(
     zero_points: bool,
     quantize: Callable[[str, Tensor], QuantizedWeight] | None = None,
 ) -> None:
-    """Quantises experts in place, on the meta device too; see `quantize_in_place`."""
+    """Quantises experts in place, also on the meta device; see `quantize_in_place`."""
     quantize_in_place(experts, projections(experts), format, group_size, zero_points, quantize)
     take_up(experts)
 
 
 def take_up(experts: nn.Module) -> None:
-    """Makes experts whose two weights are quantised compute from them."""
+    """Switches experts to computing with their two quantised weights."""
     if isinstance(experts, GroupedExperts):
-        # Hooks, LoRA and other references to the module stay.
+        # Assigning the class keeps hooks, LoRA and other references to the module.
         experts.__class__ = QuantizedExperts
     else:
         experts.register_forward_pre_hook(_check_implementation)
 
 
 def mark(model: nn.Module, format: str, group_size: int | None, zero_points: bool) -> None:
-    """Records in the configuration of a model of transformers how it is quantised."""
+    """Records the quantisation options in the configuration of a transformers model."""
     inner = innermost(model)
     if getattr(inner, "config", None) is None:
         return
@@ -160,16 +161,16 @@ def mark(model: nn.Module, format: str, group_size: int | None, zero_points: boo
         "zero_points": zero_points,
     }
     setattr(inner.config, RECORD, record)
-    # Weights are saved under their own names: what transformers would turn into one weight an
-    # expert is not there.
+    # Weights are saved under their own names: the float weights that transformers would split into
+    # one weight per expert do not exist.
     inner._weight_conversions = []
 
 
 def _convert_calibrated(calibration: Calibration, options: tuple) -> None:
-    """Quantises the experts that calibration reaches, each behind those before it."""
+    """Quantises the experts reached by calibration in order, each after those before it."""
     pending = list(calibration.order)
     while pending:
-        # In a function of its own, so that rows of one layer are held at a time.
+        # A separate function, so that the rows of only one layer are in memory at a time.
         _calibrate_first(calibration, pending, options)
         pending.pop(0)
 

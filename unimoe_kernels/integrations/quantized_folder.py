@@ -1,4 +1,4 @@
-"""Loads models whose experts were quantised before they were saved."""
+"""Loading of saved models with quantised experts."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from unimoe_kernels.integrations.transformers import register_with_transformers
 
 
 def load_quantized(folder: str | Path, **kwargs: Any) -> nn.Module:
-    """Loads what `save_pretrained` wrote of a model with quantised experts.
+    """Loads a model with quantised experts that was saved with `save_pretrained`.
 
-    As `from_pretrained` would, but for the experts: the model is built without memory, its experts
-    made quantised ones, and the files read into them. Their float weights never exist.
+    Everything but the experts is loaded as by `from_pretrained`. The model is built on the meta
+    device, its experts are replaced by quantised ones, and the files are read into them. The float
+    weights of the experts are never created.
 
     Args:
-        folder: holds config.json and safetensors files.
-        **kwargs: for `from_pretrained` of transformers, such as `dtype` (the saved one by default)
-            and `device_map`.
+        folder: folder with config.json and safetensors files.
+        **kwargs: passed to `from_pretrained` of transformers, such as `dtype` (by default the saved
+            one) and `device_map`.
 
     Returns:
-        The model in evaluation mode, on `experts_implementation="unimoe"` where experts are those
-        of transformers.
+        The model in evaluation mode, with `experts_implementation="unimoe"` if the experts are
+        those of transformers.
 
     Raises:
         ImportError: If transformers is missing.
         FileNotFoundError: If the folder has no safetensors file.
-        ValueError: If its config is not that of a model with quantised experts, or
-            `output_loading_info` is among the arguments.
-        RuntimeError: If weights are missing or left over, or of another shape.
+        ValueError: If the configuration is not that of a model with quantised experts, or
+            `output_loading_info` is given.
+        RuntimeError: If weights are missing, unexpected or of another shape.
     """
     import transformers
 
@@ -50,7 +51,7 @@ def load_quantized(folder: str | Path, **kwargs: Any) -> nn.Module:
             f" config must have quantized_by {METHOD!r}"
         )
     options = (record["format"], record["group_size"], record["zero_points"])
-    # With it transformers would look for a quantiser of its own.
+    # If present, transformers would look for one of its own quantisers.
     delattr(config, RECORD)
     own = class_of(config)
     upcycled = getattr(config, upcycle.RECORD, None)
@@ -69,7 +70,7 @@ def load_quantized(folder: str | Path, **kwargs: Any) -> nn.Module:
 
 
 def class_of(config: Any) -> type[nn.Module]:
-    """The class that a configuration says was saved."""
+    """Returns the class of the saved model, as named by its configuration."""
     import transformers
 
     (name, *_) = config.architectures or [None]
@@ -84,18 +85,18 @@ def class_of(config: Any) -> type[nn.Module]:
 
 
 def _quantized_class(base: type[nn.Module], options: tuple) -> type[nn.Module]:
-    """A class that `from_pretrained` can make and fill, with experts quantised as it is built."""
+    """Returns a subclass for `from_pretrained` whose constructor quantises its experts."""
 
     class Quantized(base):
         def __init__(self, config, *args, **kwargs):
             super().__init__(config, *args, **kwargs)
             for _, experts in all_experts(self):
                 convert(experts, *options)
-                # Files fill all of them: there is nothing to draw.
+                # All of their tensors come from the files: none is initialised randomly.
                 for part in experts.modules():
                     part._is_hf_initialized = True
 
-    # transformers reads the kind of loss from the name.
+    # transformers derives the loss function from the class name.
     Quantized.__name__ = Quantized.__qualname__ = base.__name__
     return Quantized
 

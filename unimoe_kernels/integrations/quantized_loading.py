@@ -1,4 +1,4 @@
-"""Loads float models with their experts rounded while the files are read, weight by weight."""
+"""Loading of float models whose experts are quantised weight by weight as files are read."""
 
 from __future__ import annotations
 
@@ -27,30 +27,31 @@ from unimoe_kernels.quantization.formats import check_options
 from unimoe_kernels.quantization.rounding import quantize_weight
 from unimoe_kernels.quantization.weight import QuantizedWeight
 
-# With it transformers reads a weight when its turn comes, and not all of them ahead.
+# If set, transformers reads each weight when it is needed, instead of all of them ahead of time.
 _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def load_and_quantize(
     folder: str | Path, format: str, group_size: int | None = None, zero_points: bool = False
 ) -> nn.Module:
-    """Loads a folder of floats as `quantize_experts(from_pretrained(folder), ...)` would.
+    """Loads a float model and quantises its experts as their weights are read.
 
-    But for one stacked weight at a time, the float experts never exist: each is rounded as soon as
-    it is read. The dtype is that of the files.
+    The result is that of `quantize_experts(from_pretrained(folder), ...)`, but each stacked weight
+    is quantised as soon as it is read, so memory holds at most one float weight of the experts. The
+    dtype is that of the files.
 
     Args:
-        folder: of transformers or a Uni-MoE, in safetensors.
+        folder: folder of a transformers model or a Uni-MoE, in safetensors.
         format: see `quantize_experts`.
-        group_size: likewise.
-        zero_points: likewise.
+        group_size: see `quantize_experts`.
+        zero_points: see `quantize_experts`.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         ImportError: If transformers is missing.
-        ValueError: As `quantize_experts`, or if weights of the config are missing.
+        ValueError: See `quantize_experts`; also if weights of the configuration are missing.
     """
     import transformers
 
@@ -89,7 +90,7 @@ def load_and_quantize(
 
 
 def _rounding_class(base: type[nn.Module], options: tuple) -> type[nn.Module]:
-    """A class whose experts round each stacked weight that `from_pretrained` gives them."""
+    """Returns a subclass whose experts quantise each stacked weight set by `from_pretrained`."""
 
     class Rounding(base):
         def __init__(self, config, *args, **kwargs):
@@ -100,7 +101,7 @@ def _rounding_class(base: type[nn.Module], options: tuple) -> type[nn.Module]:
             for name, experts in found:
                 _round_on_arrival(name, experts, options)
 
-    # transformers reads the kind of loss from the name.
+    # transformers derives the loss function from the class name.
     Rounding.__name__ = Rounding.__qualname__ = base.__name__
     return Rounding
 
@@ -118,7 +119,7 @@ def _round_on_arrival(name: str, experts: nn.Module, options: tuple) -> None:
         kind.__setattr__(self, key, value)
         if key in keys and isinstance(value, nn.Parameter) and not value.is_meta:
             quantize_in_place(self, (key,), *options, quantize)
-            # Nothing is left to draw.
+            # Nothing is left to be initialised randomly.
             self._is_hf_initialized = getattr(self, key)._is_hf_initialized = True
 
     experts.__class__ = type(kind.__name__, (kind,), {"__setattr__": set_attribute})

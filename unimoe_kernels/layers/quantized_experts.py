@@ -1,4 +1,4 @@
-"""All experts of a layer with weights of few bits, with or without LoRA."""
+"""All experts of a layer with quantised weights, with or without LoRA."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from unimoe_kernels.quantization.weight import QuantizedWeight
 
 
 class QuantizedExperts(GroupedExperts):
-    """`GroupedExperts` whose two stacked weights are quantised, and frozen.
+    """`GroupedExperts` with both stacked weights quantised and frozen.
 
-    They are buffers, in a state dict `gate_up_proj.values`, `gate_up_proj.scales`, with zero points
-    `gate_up_proj.zeros`, and likewise for `down_proj`. Biases and LoRA stay parameters. x may have
-    any floating dtype; LoRA is made in that of the scales.
+    The quantised weights are buffers. Their state dict keys are `gate_up_proj.values`,
+    `gate_up_proj.scales` and, with zero points, `gate_up_proj.zeros`; likewise for `down_proj`.
+    Biases and LoRA remain parameters. The input may have any floating dtype; LoRA parameters have
+    the dtype of the scales.
 
-    Built by itself it holds zeros, to be filled by `load_state_dict`; `quantize_experts` makes one
-    of a trained layer.
+    The constructor fills the weights with zeros, to be loaded by `load_state_dict`.
+    `quantize_experts` converts a trained layer.
 
     Attributes:
         gate_up_proj: `QuantizedProjection` `[E, 2F, D]`, gate rows first.
@@ -34,13 +35,13 @@ class QuantizedExperts(GroupedExperts):
         hidden_size: D.
         intermediate_size: F.
         format: `"int8"` or `"int4"`.
-        group_size: numbers that share a scale along the sum; None for the default of the format.
+        group_size: numbers along the sum that share a scale; None for the default of the format.
         zero_points: whether groups have zero points.
-        **options: of `GroupedExperts`; dtype is that of biases and scales.
+        **options: options of `GroupedExperts`; `dtype` is that of biases and scales.
 
     Raises:
-        ValueError: As `GroupedExperts`, or if the format is unknown or D or F is no multiple of the
-            group.
+        ValueError: See `GroupedExperts`; also if the format is unknown, or D or F is not a multiple
+            of the group size.
     """
 
     def __init__(
@@ -74,10 +75,10 @@ class QuantizedExperts(GroupedExperts):
         return quantized_parts(self)["gate_up_proj"].format
 
     def reset_parameters(self) -> None:
-        """Refuses, once weights are quantised: there is nothing to draw them by.
+        """Initialises the parameters, which is not possible once weights are quantised.
 
         Raises:
-            RuntimeError: If they are.
+            RuntimeError: If weights are quantised.
         """
         if quantized_parts(self):
             raise RuntimeError(f"experts are quantised ({self.format}), they cannot be drawn anew")
@@ -91,10 +92,10 @@ class QuantizedExperts(GroupedExperts):
         freeze_base: bool = True,
         split_gate_up: bool = False,
     ) -> None:
-        """As `GroupedExperts.add_lora`; it cannot be merged.
+        """Adds LoRA as `GroupedExperts.add_lora` does; it cannot be merged into the weights.
 
         Raises:
-            ValueError: Also if freeze_base is False.
+            ValueError: See `GroupedExperts.add_lora`; also if `freeze_base` is False.
         """
         if not freeze_base:
             raise ValueError("freeze_base (False) must be True: quantised weights are frozen")
@@ -123,9 +124,9 @@ def quantize_in_place(
 ) -> None:
     """Replaces stacked parameters of experts by `QuantizedProjection`, one after the other.
 
-    Where they are stored transposed, as `is_transposed` of transformers tells, the quantised ones
-    are `[E, out, in]` all the same. `quantize` takes the place of rounding to nearest; it gets a
-    name and `[E, out, in]`.
+    The quantised weights are always `[E, out, in]`, also where transformers stores the parameters
+    transposed (`is_transposed`). `quantize` replaces rounding to nearest; its arguments are the
+    name of the parameter and its value `[E, out, in]`.
     """
     for name in names:
         weight_EOI = experts.get_parameter(name).detach()

@@ -1,4 +1,4 @@
-"""A stacked weight in a quantised format, as a module that holds its parts as buffers."""
+"""A module that holds a quantised stacked weight as buffers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from unimoe_kernels.quantization.weight import QuantizedWeight
 
 
 class QuantizedProjection(nn.Module):
-    """The weight `[E, out, in]` of one projection of all experts, frozen.
+    """The frozen weight `[E, out, in]` of one projection of all experts.
 
-    Conversions to another dtype move the scales alone, to float32 or bfloat16: float16 would round
-    small ones to zero, and float64 adds nothing.
+    `.to(dtype)` converts only the scales, and only to float32 or bfloat16: float16 would round
+    small scales to zero, and float64 adds no precision.
 
     Attributes:
-        values: buffer, see `QuantizedWeight`.
-        scales: buffer.
+        values: buffer; see `QuantizedWeight`.
+        scales: buffer; see `QuantizedWeight`.
         zeros: buffer, or None without zero points.
         format: `"int8"` or `"int4"`.
         group_size: numbers of a row that share a scale.
 
     Args:
-        weight: what to hold, without a copy.
+        weight: the quantised weight, which is not copied.
     """
 
     values: Tensor
@@ -53,10 +53,10 @@ class QuantizedProjection(nn.Module):
         dtype: torch.dtype | None = None,
         name: str = "weight",
     ) -> QuantizedProjection:
-        """Makes one of a shape `(E, out, in)`, all zero, to be filled from a state dict.
+        """Creates a projection of shape `(E, out, in)`, all zeros, to load a state dict into.
 
         Raises:
-            ValueError: As `quantize_weight`; name is what its errors call the weight.
+            ValueError: See `quantize_weight`; `name` is the name of the weight in errors.
         """
         dtype = dtype or torch.get_default_dtype()
         floats = torch.empty(shape, device="meta", dtype=dtype)
@@ -73,24 +73,24 @@ class QuantizedProjection(nn.Module):
 
     @property
     def weight(self) -> QuantizedWeight:
-        """The buffers as operators take them: of those split between ranks, what is held here."""
+        """The buffers as an operator argument; the local shards if split between ranks."""
         parts = map(local_part, (self.values, self.scales, self.zeros))
         return QuantizedWeight(*parts, self.format, self.group_size)
 
     @property
     def shape(self) -> torch.Size:
-        """`(E, out, in)`, of all ranks."""
+        """`(E, out, in)`, with E counted over all ranks."""
         *leading, width = self.values.shape
         return torch.Size((*leading, width * FORMATS[self.format].numbers))
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers are."""
+        """The device of the buffers."""
         return self.values.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the scales, in which LoRA is made."""
+        """The dtype of the scales, and of LoRA parameters that are added."""
         return self.scales.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedProjection:
@@ -110,7 +110,7 @@ class QuantizedProjection(nn.Module):
 
 
 def quantized_parts(module: nn.Module) -> dict[str, QuantizedProjection]:
-    """The quantised projections that a module of experts holds, by name."""
+    """Returns the quantised projections of an experts module by name."""
     return {
         name: part
         for name, part in module.named_children()

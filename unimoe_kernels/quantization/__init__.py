@@ -1,1 +1,1 @@
-"""Formats of quantised weights: how numbers are rounded, packed and read back, in plain torch."""
+"""Quantised weight formats: rounding, packing and dequantisation in plain torch."""

@@ -1,4 +1,4 @@
-"""Rounds weights so that the outputs on given inputs change least, rather than the weights."""
+"""Rounding of weights that minimises the change of the outputs, rather than of the weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from unimoe_kernels.quantization.rounding import (
 )
 from unimoe_kernels.quantization.weight import QuantizedWeight
 
-# Columns whose errors are carried on one at a time; to those behind a block, by one matmul.
+# Within a block of columns, errors are propagated column by column; to the columns after the
+# block, by one matmul.
 _BLOCK = 128
-# Added to the diagonal of the second moments, as a share of its mean, and tenfold for as long as
-# they are not positive definite in float32.
+# Added to the diagonal of the second moments, relative to its mean. Multiplied by 10 until they are
+# positive definite in float32.
 _DAMPING = 0.01
-# Clipping a group's largest magnitude often costs less than a coarser step for all others.
+# Clipping a group's largest magnitude often causes less error than a coarser step for the others.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
@@ -34,12 +35,13 @@ def quantize_weight_by_inputs(
     zero_points: bool = False,
     name: str = "weight",
 ) -> QuantizedWeight:
-    """Rounds a stacked weight so that its products with given inputs change least.
+    """Quantises a stacked weight so that its products with given inputs change least.
 
-    Scales come first, group by group: of several, that with the least error weighted by the mean
-    square of each input. Then columns are rounded in the order of that mean square, and the columns
-    not yet rounded take up the error of each, as the second moments of the inputs say. Formats and
-    speed are those of `quantize_weight`.
+    The scale of each group is chosen first: of several candidates, the one with the least error,
+    weighted by the mean square of each input. Columns are then rounded in descending order of that
+    mean square. The error of each column is compensated in the columns that are not rounded yet,
+    according to the second moments of the inputs. The formats, and the speed of the result, are
+    those of `quantize_weight`.
 
     Args:
         weight: `[E, out, in]`, as for `quantize_weight`.
@@ -49,10 +51,10 @@ def quantize_weight_by_inputs(
         format: as for `quantize_weight`.
         group_size: likewise.
         zero_points: likewise.
-        name: of the weight, for errors.
+        name: name of the weight in errors.
 
     Returns:
-        The parts, in new memory.
+        The quantised weight, in new memory.
 
     Raises:
         ValueError: As `quantize_weight`.
@@ -125,19 +127,19 @@ def _zero(zeros: Tensor | None, format: str) -> Tensor | int:
 
 
 def _inverse_factor(moments: Tensor, order_EI: Tensor) -> Tensor:
-    """Upper triangular U with `U^T U` the inverse of the damped moments, in that order."""
+    """Returns upper triangular U; `U^T U` is the inverse of the damped moments in `order_EI`."""
     size = moments.shape[-1]
     index = order_EI.unsqueeze(2).expand(-1, -1, size)
     ordered = moments.gather(1, index).gather(2, index.transpose(1, 2))
     diagonal = ordered.diagonal(dim1=1, dim2=2)
-    # Inputs that are always zero get a diagonal of their own and carry no error on.
+    # Inputs that are always zero get a nonzero diagonal, and propagate no error.
     mean = diagonal.mean(1, keepdim=True)
     mean = torch.where(mean > 0, mean, mean.new_ones(()))
     damping = _DAMPING
     while True:
         damped = ordered + torch.diag_embed(damping * mean.expand_as(diagonal))
-        # With both orders reversed, the factor of the moments themselves is upper triangular, and
-        # its inverse is what is asked for.
+        # With rows and columns reversed, the factor of the moments is upper triangular, and its
+        # inverse is U.
         lower, info = torch.linalg.cholesky_ex(damped.flip(1, 2))
         if not info.any():
             break
@@ -154,10 +156,10 @@ def _round_in_order(
     factor_EII: Tensor,
     group: int,
 ) -> Tensor:
-    """The integers as they are stored, `[E, out, in]` float32, in the order of the weight."""
+    """Returns the stored integers, `[E, out, in]` float32, in the column order of the weight."""
     rows, width = exact_EOI.shape[1:]
     index = order_EI.unsqueeze(1).expand(-1, rows, -1)
-    # Columns first: each is read and written whole.
+    # Columns are the first dimension: each is read and written as a whole.
     left = exact_EOI.gather(2, index).permute(2, 0, 1).contiguous()
     group_of = (order_EI // group).unsqueeze(1).expand(-1, rows, -1)
     scales = scales_EOG.gather(2, group_of).permute(2, 0, 1).contiguous()

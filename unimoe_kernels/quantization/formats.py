@@ -1,4 +1,4 @@
-"""The formats by name, and what each one allows."""
+"""The quantised formats by name, and the options of each."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 class Format(NamedTuple):
-    """How one number of a weight is stored.
+    """Storage of the numbers of a quantised weight.
 
     Attributes:
-        dtype: of `values`.
+        dtype: dtype of `values`.
         numbers: how many numbers one element of `values` holds.
-        lowest: the smallest integer that stands for a number, before its zero point.
-        highest: the largest.
-        rows: whether one scale may serve a whole output row.
+        lowest: smallest integer that represents a number, before the zero point is added.
+        highest: largest such integer.
+        rows: whether a whole output row may share one scale.
         zero_points: whether groups may have zero points.
-        group_size: the default; None for one scale an output row.
+        group_size: default group size; None for one scale per output row.
     """
 
     dtype: torch.dtype
@@ -35,10 +35,11 @@ FORMATS = {
     "int4": Format(torch.uint8, 2, -8, 7, rows=False, zero_points=True, group_size=64),
 }
 GROUP_SIZES = (32, 64, 128)
-# Half the bytes of float32 at the same error: values are rounded to multiples of the scale as it
-# is stored. float16 would round the scales of small weights to zero.
+# bfloat16 has half the bytes of float32 at the same error, since values are rounded to multiples of
+# the stored scale. float16 would round the scales of small weights to zero.
 SCALE_DTYPES = (torch.float32, torch.bfloat16)
-# A number of "int4" is stored plus this. Without zero points it is every group's zero point.
+# Added to each "int4" integer when it is stored. Without zero points it is the zero point of every
+# group.
 INT4_OFFSET = 8
 
 
@@ -46,7 +47,7 @@ def format_of(name: str) -> Format:
     """Returns a format by name.
 
     Raises:
-        ValueError: If there is no such format.
+        ValueError: If the format is unknown.
     """
     if name not in FORMATS:
         raise ValueError(f"format ({name!r}) must be one of {', '.join(FORMATS)}")
@@ -54,10 +55,10 @@ def format_of(name: str) -> Format:
 
 
 def check_options(format: str, group_size: int | None, zero_points: bool) -> None:
-    """Checks what can be checked without a weight.
+    """Checks the options that do not depend on a weight.
 
     Raises:
-        ValueError: If the format is unknown, or has no such groups or no zero points.
+        ValueError: If the format is unknown, or does not support the group size or zero points.
     """
     found = format_of(format)
     if group_size is not None and group_size not in GROUP_SIZES:
@@ -67,16 +68,16 @@ def check_options(format: str, group_size: int | None, zero_points: bool) -> Non
 
 
 def group_of(format: str, group_size: int | None, width: int, name: str = "weight") -> int:
-    """Returns how many numbers of a row of `width` share a scale.
+    """Returns how many numbers of a row share a scale.
 
     Args:
         format: name of a format.
         group_size: 32, 64, 128, or None for the default of the format.
         width: numbers in a row.
-        name: of the weight, for the error.
+        name: name of the weight in errors.
 
     Raises:
-        ValueError: If width is no multiple of the group, or the options are wrong.
+        ValueError: If `width` is not a multiple of the group size, or an option is invalid.
     """
     check_options(format, group_size, False)
     group_size = group_size or FORMATS[format].group_size

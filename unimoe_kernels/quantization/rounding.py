@@ -1,4 +1,4 @@
-"""Rounds weights to a format and reads them back: the specification that kernels are tested by."""
+"""Quantisation and dequantisation of weights: the specification that kernels are tested against."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def quantize_weight(
     zero_points: bool = False,
     name: str = "weight",
 ) -> QuantizedWeight:
-    """Rounds a stacked weight to the nearest numbers of a format.
+    """Quantises a stacked weight by rounding to nearest.
 
-    The scale of a group is that of its largest magnitude: `max|w| / 127` for `"int8"`. For `"int4"`
-    it is `-w / 8` of the number w of largest magnitude, which so becomes -8: of the 16 integers one
-    more is used than by `max|w| / 7`, and the error is 12 % less. With zero points it is
-    `(max(w) - min(w)) / 15` with zero inside of the range. Numbers are rounded to multiples of the
-    scale as it is stored.
+    The scale of a group follows from its largest magnitude. For `"int8"` it is `max|w| / 127`. For
+    `"int4"` it is `-w / 8`, where w is the number of largest magnitude, which becomes -8: this uses
+    one more of the 16 integers than `max|w| / 7`, and the error is 12 % lower. With zero points it
+    is `(max(w) - min(w)) / 15`, where the range is extended to include zero. Numbers are rounded to
+    multiples of the stored scale.
 
     Example:
         >>> weight = torch.tensor([[[-8.0, 7.0, 0.4, 3.0] * 16]])
@@ -34,18 +34,19 @@ def quantize_weight(
     Args:
         weight: `[E, out, in]`, float16, bfloat16, float32 or float64.
         format: `"int8"` or `"int4"`.
-        group_size: numbers of a row that share a scale, 32, 64 or 128. None is one scale an output
+        group_size: numbers of a row that share a scale: 32, 64 or 128. None is one scale per output
             row for `"int8"` and 64 for `"int4"`.
-        zero_points: whether groups have zero points, for `"int4"`.
-        name: of the weight, for errors.
+        zero_points: whether groups have zero points; `"int4"` only.
+        name: name of the weight in errors.
 
     Returns:
-        The parts, in new memory; scales in float32 for float32 and float64 weights, else bfloat16.
+        The quantised weight, in new memory. Scales are float32 for float32 and float64 weights, and
+        bfloat16 otherwise.
 
     Raises:
-        ValueError: If the format is unknown, `in` is no multiple of the group, or weight holds NaN
-            or infinity.
-        TypeError: If weight is quantised already or no floating-point tensor.
+        ValueError: If the format is unknown, `in` is not a multiple of the group size, or `weight`
+            contains NaN or infinity.
+        TypeError: If `weight` is already quantised or not a floating-point tensor.
     """
     check_options(format, group_size, zero_points)
     if isinstance(weight, QuantizedWeight):
@@ -65,7 +66,7 @@ def quantize_weight(
     )
     zeros = torch.empty(scales.shape, dtype=torch.uint8, **like) if zero_points else None
     values = torch.empty(num_experts, rows, width // found.numbers, dtype=found.dtype, **like)
-    # One expert at a time: what is held besides the result is a few copies of one expert.
+    # One expert at a time: besides the result, memory holds only a few copies of one expert.
     for e, weight_OI in enumerate(weight):
         exact = weight_OI.to(_checks.accumulation_dtype(weight.dtype))
         grouped_OGI = exact.reshape(rows, groups, group)
@@ -80,13 +81,13 @@ def quantize_weight(
 
 
 def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns the numbers that a quantised weight stands for.
+    """Returns the numbers that a quantised weight represents.
 
-    They are computed in float32 (float64 for float64) and rounded once to dtype.
+    They are computed in float32 (float64 if `dtype` is float64) and rounded once to `dtype`.
 
     Args:
         weight: `[E, out, in]`.
-        dtype: of the result; None for that of the scales.
+        dtype: dtype of the result; None for that of the scales.
 
     Returns:
         `[E, out, in]`.
@@ -102,21 +103,21 @@ def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype | None = None)
 
 
 def pack_int4(integers: Tensor) -> Tensor:
-    """Packs integers from 0 to 15, uint8 `[..., n]`, to bytes `[..., n / 2]`, the first one low."""
+    """Packs integers from 0 to 15, uint8 `[..., n]`, into bytes `[..., n / 2]`, low bits first."""
     return integers[..., ::2] | integers[..., 1::2] << 4
 
 
 def unpack_int4(values: Tensor) -> Tensor:
-    """Undoes `pack_int4`."""
+    """Inverse of `pack_int4`."""
     return torch.stack((values & 15, values >> 4), -1).flatten(-2)
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raises ValueError if a weight holds NaN or infinity, naming the first expert that does."""
+    """Raises ValueError naming the first expert whose weight contains NaN or infinity."""
     if weight.is_meta:
         return
     for e, own in enumerate(weight):
-        # Scales are float32 at most.
+        # Scales are at most float32, so a float64 weight must be finite in float32.
         own = own.float() if own.dtype == torch.float64 else own
         if not own.isfinite().all():
             found = "NaN" if own.isnan().any() else "infinity"
@@ -126,7 +127,7 @@ def check_finite(name: str, weight: Tensor) -> None:
 def _scales(
     grouped: Tensor, format: str, zero_points: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | int]:
-    """Returns the scales `[out, groups]`, as they are stored, and the zero points."""
+    """Returns the scales `[out, groups]`, in their stored dtype, and the zero points."""
     if format == "int8":
         return (grouped.abs().amax(-1) / FORMATS["int8"].highest).to(dtype), 0
     if not zero_points:
@@ -143,16 +144,16 @@ def _scales(
 def round_to_scales(
     grouped: Tensor, scale: Tensor, zero: Tensor | int | None, format: str
 ) -> Tensor:
-    """Rounds numbers to the nearest multiples of scales that are given.
+    """Rounds numbers to the nearest multiples of given scales.
 
     Args:
         grouped: `[..., group]`.
-        scale: `[...]`, as stored.
-        zero: `[...]`, or None for the zero point of a format without them.
+        scale: `[...]`, in the stored dtype.
+        zero: `[...]` zero points, or None for the fixed zero point of the format.
         format: name of a format.
 
     Returns:
-        The integers as they are stored, in the dtype of `grouped`.
+        The stored integers, in the dtype of `grouped`.
     """
     found = FORMATS[format]
     zero = INT4_OFFSET if zero is None else zero
@@ -164,5 +165,5 @@ def round_to_scales(
 
 
 def _divisor(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale, or 1 in groups of zeros."""
+    """Returns the scales, with 1 in place of 0 for groups of zeros."""
     return scale.to(dtype).masked_fill(scale == 0, 1)

@@ -15,17 +15,18 @@ class QuantizedWeight(NamedTuple):
     """A stacked weight `[E, out, in]` in a quantised format.
 
     Number i of an output row is `scale * (integer - zero)`, with the scale and zero point of group
-    `i // group_size`. Every tensor has E as its first dimension, by which it can be sharded.
+    `i // group_size`. The first dimension of every tensor is E; tensors can be sharded along it.
 
     Attributes:
         values: the integers. `"int8"`: `[E, out, in]` int8, from -127 to 127. `"int4"`:
-            `[E, out, in / 2]` uint8, two integers from 0 to 15 in a byte: byte j of a row holds
-            number 2j in its low four bits and number 2j + 1 in its high four.
+            `[E, out, in / 2]` uint8, two integers from 0 to 15 per byte: byte j of a row holds
+            number 2j in its low four bits and number 2j + 1 in its high four bits.
         scales: `[E, out, in / group_size]`, float32 or bfloat16; may be negative.
-        zeros: `[E, out, in / group_size]` uint8, from 0 to 15, or None. Without them the zero point
-            of `"int4"` is 8 and that of `"int8"` is 0.
+        zeros: `[E, out, in / group_size]` uint8 zero points from 0 to 15, or None. If None, the
+            zero point of `"int4"` is 8 and that of `"int8"` is 0.
         format: `"int8"` or `"int4"`.
-        group_size: numbers of a row that share a scale: 32, 64, 128, or, in `"int8"`, all of them.
+        group_size: numbers of a row that share a scale: 32, 64, 128 or, for `"int8"`, the whole
+            row.
     """
 
     values: Tensor
@@ -48,7 +49,7 @@ class QuantizedWeight(NamedTuple):
         )
 
     def of_experts(self, first: int, end: int) -> QuantizedWeight:
-        """Returns the weights of experts `first` to `end - 1`, views."""
+        """Returns the weights of experts `first` to `end - 1`, as views."""
         zeros = None if self.zeros is None else self.zeros[first:end]
         return self._replace(
             values=self.values[first:end], scales=self.scales[first:end], zeros=zeros
@@ -56,11 +57,11 @@ class QuantizedWeight(NamedTuple):
 
 
 def check_quantized(name: str, weight: QuantizedWeight) -> None:
-    """Checks that the parts of a quantised weight fit each other.
+    """Checks that the tensors of a quantised weight are consistent.
 
     Raises:
-        ValueError: If the format is unknown, or shapes or devices do not fit.
-        TypeError: If weight is no `QuantizedWeight`, or a part has another dtype than its format.
+        ValueError: If the format is unknown, or shapes or devices do not match.
+        TypeError: If `weight` is not a `QuantizedWeight`, or a dtype is not that of the format.
     """
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(f"{name} ({type(weight).__name__}) must be a QuantizedWeight")
@@ -90,12 +91,12 @@ def check_quantized(name: str, weight: QuantizedWeight) -> None:
 
 
 def check_frozen(name: str, weight: QuantizedWeight) -> None:
-    """Raises ValueError if the scales require a gradient, which no operator computes."""
+    """Raises ValueError if the scales require a gradient: no operator computes one."""
     if weight.scales.requires_grad:
         raise ValueError(f"{name}.scales must not require gradients: quantised weights are frozen")
 
 
 def assemble(values: Tensor, scales: Tensor, zeros: Tensor | None, format: str) -> QuantizedWeight:
-    """Returns a quantised weight from its parts, which tell the size of its groups."""
+    """Builds a quantised weight from its tensors; their shapes determine the group size."""
     width = values.shape[2] * FORMATS[format].numbers
     return QuantizedWeight(values, scales, zeros, format, width // scales.shape[2])

@@ -1,1 +1,1 @@
-"""A model over HTTP: the page and the OpenAI chat format that `unimoe serve` runs."""
+"""HTTP server of a model: the web page and the OpenAI chat API of `unimoe serve`."""

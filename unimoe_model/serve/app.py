@@ -1,4 +1,4 @@
-"""The application: programs' routes, the page, and what guards them."""
+"""The ASGI application: API routes, the page, and the middleware that protects them."""
 
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
@@ -17,13 +17,13 @@ with needed_by("serving", "serve"):
 def build_app(
     replies: Replies, name: str, hosts: Collection[str] = (), token: str | None = None
 ) -> Gate:
-    """The whole application, for an ASGI server.
+    """Builds the application for an ASGI server.
 
     Args:
-        replies: what replies.
-        name: of the model.
-        hosts: names beside `localhost` that requests may come for.
-        token: that they must give; None for none.
+        replies: generates the replies.
+        name: name of the model.
+        hosts: accepted host names besides `localhost`.
+        token: token that requests must have; None if none is required.
     """
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Bodies of requests are bounded in bytes and in the time that they take."""
+"""Limits on the size and the duration of request bodies."""
 
 import asyncio
 
@@ -6,15 +6,16 @@ from unimoe_model.serve.limits import Limits
 from unimoe_model.serve.security import error_body, send_error
 
 DRAINED = 4 * 2**30
-"""Bytes that are read and dropped, so that a client that sends first reads why it is refused."""
+"""Bytes of a refused body that are read and discarded: a client that sends its whole body before
+reading then receives the error response."""
 
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies that are too large or too slow, and holds none.
+    """ASGI middleware that refuses bodies that are too large or too slow, without buffering them.
 
     Args:
-        app: what is guarded.
-        limits: `body_bytes` and `body_seconds`.
+        app: the protected application.
+        limits: `body_bytes` and `body_seconds` are used.
     """
 
     def __init__(self, app, limits: Limits):
@@ -22,7 +23,7 @@ class BodyLimit:
         self._limits = limits
 
     async def __call__(self, scope, receive, send):
-        """Answers a request that is refused, and passes on others."""
+        """Responds to a refused request with an error, and passes others to the application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -43,7 +44,7 @@ class BodyLimit:
         try:
             await self._app(scope, body.receive, guarded)
         except Exception:
-            # The application saw a body that ends early; what it makes of that is not the reason.
+            # The application saw a body that ended early; its own error is not the cause.
             if not body.refused:
                 raise
         if body.refused and not has_started:
@@ -81,7 +82,7 @@ class _Body:
         self.refused = 0
 
     async def receive(self):
-        """As the server's own; raises what the application need not know where it is refused."""
+        """Same as the server's `receive`, but returns a disconnect once the body is refused."""
         if self._is_whole:
             return await self._receive()
         if self.refused:
@@ -101,7 +102,7 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Reads the rest and drops it."""
+        """Reads and discards the rest of the body."""
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 while not self._is_whole and self._bytes < DRAINED:

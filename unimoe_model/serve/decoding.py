@@ -1,4 +1,4 @@
-"""Media of clients, decoded in a process that can be killed."""
+"""Decoding of clients' media in a process that can be killed."""
 
 import json
 import multiprocessing
@@ -15,9 +15,9 @@ class MediaDecoder:
     """A process that decodes one item at a time.
 
     Args:
-        processor: of the model.
-        limits: of size, duration, time and memory.
-        frame_seed: None chooses the frames of videos evenly, a number at random.
+        processor: processor of the model.
+        limits: limits of size, duration, time and memory.
+        frame_seed: seed of random video frames; None for evenly spaced frames.
     """
 
     def __init__(self, processor: UniMoEProcessor, limits: Limits, frame_seed: int | None = None):
@@ -30,7 +30,7 @@ class MediaDecoder:
         self._is_closed = False
 
     def start(self) -> None:
-        """Starts the process, unless it runs; the first item waits until it is ready."""
+        """Starts the process if it is not running. The first `read` waits until it is ready."""
         if self._process is not None and self._process.is_alive():
             return
         from unimoe_model.serve.decoding_worker import work
@@ -43,12 +43,12 @@ class MediaDecoder:
         self._is_ready = False
 
     def close(self) -> None:
-        """Kills the process for good, also while it decodes; from any thread."""
+        """Kills the process permanently, also while it decodes; callable from any thread."""
         self._is_closed = True
         process = self._process
         if process is not None:
             process.kill()
-        with self._lock:  # what was being decoded has failed by now
+        with self._lock:  # the current decoding has failed by now
             self._kill()
 
     def _kill(self) -> None:
@@ -63,14 +63,14 @@ class MediaDecoder:
 
         Args:
             kind: media kind.
-            content: the file, or its bytes.
+            content: path or bytes of the file.
 
         Returns:
             Pixels `[H, W, 3]` or `[frames, H, W, 3]` uint8, or `[samples]` float32 at the rate of
             the kind's encoder.
 
         Raises:
-            ValueError: If it is none of its kind, too large, or takes too long to decode.
+            ValueError: If the file is not of this kind, too large, or takes too long to decode.
         """
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         if size > self._limits.body_bytes:
@@ -115,4 +115,4 @@ class MediaDecoder:
             self._kill()
             raise ValueError(f"{kind} could not be decoded: its decoder ended") from error
         array = np.frombuffer(pixels_or_samples, found["dtype"]).reshape(found["shape"])
-        return array.copy()  # torch refuses memory that is read only
+        return array.copy()  # torch requires writable memory

@@ -1,8 +1,7 @@
-"""The process that decodes media: reads headers, refuses what is too large, and decodes the rest.
+"""The process that decodes media: checks sizes in headers before it decodes a file.
 
-It is killed when it takes too long, and the kernel refuses it memory beyond its share. What it
-sends back are a JSON object and raw samples, which a decoder that was taken over cannot turn into
-code of the server.
+It is killed when it takes too long, and the kernel limits its memory. It sends back a JSON object
+and raw samples, so that a compromised decoder cannot execute code in the server.
 """
 
 import io
@@ -25,9 +24,10 @@ with needed_by("decoding media", "serve"):
     from PIL import Image
 
 PICTURES = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF", "AVIF")
-"""Pillow's other readers include one that runs Ghostscript, and many for rare formats."""
+"""Accepted picture formats. Pillow's other readers include one that runs Ghostscript, and many for
+rare formats."""
 
-# FFmpeg also reads playlists, which name other files and addresses: only containers are opened.
+# FFmpeg also reads playlists, which can refer to other files and URLs: only containers are opened.
 _VIDEO_MAGIC = {
     4: (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"),
     0: (b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"FLV\x01", b"\0\0\1\xba", b"\0\0\1\xb3", b"\x47"),
@@ -36,11 +36,11 @@ _RATES = (1000, 768_000)
 
 
 def work(connection: Connection, limits: Limits) -> None:
-    """Decodes what comes through the connection, until it is closed."""
+    """Decodes files received through the connection until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Image.init()
     Image.ID[:] = [name for name in Image.ID if name in PICTURES]
-    Image.MAX_IMAGE_PIXELS = None  # the check below names the limit
+    Image.MAX_IMAGE_PIXELS = None  # the check below names the limit in its error
     _bound_memory(limits.decoding_bytes)
     connection.send_bytes(b"{}")
     while True:
@@ -68,7 +68,7 @@ def _message(error: Exception, kind: str, limits: Limits) -> str:
         if isinstance(cause, MemoryError):
             return f"{kind} takes more memory than {limits.decoding_bytes >> 20} MiB to decode"
         cause = cause.__cause__
-    # Readers call what they read from by its type.
+    # In errors, readers name their source by its type.
     return str(error).replace("file <BytesIO>", "file") or repr(error)
 
 
@@ -115,7 +115,7 @@ def _picture(content: io.BytesIO) -> Image.Image:
 
 
 def require_size(kind: str, size: tuple[int, int], limits: Limits, padded: bool) -> None:
-    """Refuses pictures and frames that are too large."""
+    """Raises ValueError for pictures and frames that are too large."""
     width, height = size
     pixels = max(size) ** 2 if padded else width * height
     if pixels > limits.pixels or max(size) > limits.side:
@@ -140,7 +140,7 @@ def _probe_video(content: io.BytesIO, limits: Limits, padded: bool) -> None:
     except ValueError:
         raise
     except Exception:
-        pass  # no picture: FFmpeg reads it
+        pass  # not a picture: FFmpeg reads it
     if not any(head[at:].startswith(magics) for at, magics in _VIDEO_MAGIC.items()):
         raise ValueError(
             "video must be an MP4, WebM, MKV, AVI, OGG, MPEG or GIF; this file is none"
@@ -184,7 +184,10 @@ def _probe_recording(content: io.BytesIO, kind: str, limits: Limits) -> None:
 
 
 def wav_seconds(content: bytes) -> float | None:
-    """Duration that a WAV's header claims; None of other files. libsndfile corrects it silently."""
+    """Returns the seconds stated by a WAV header, which libsndfile corrects silently.
+
+    None for other files.
+    """
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         return None
     at, bytes_a_second = 12, 0
@@ -193,7 +196,7 @@ def wav_seconds(content: bytes) -> float | None:
         if name == b"fmt " and at + 20 <= len(content):
             bytes_a_second = struct.unpack_from("<I", content, at + 16)[0]
         elif name == b"data":
-            # Browsers and ffmpeg write this size where they stream and do not know it.
+            # Browsers and FFmpeg write this size when they stream and do not know it.
             if not bytes_a_second or size == 0xFFFFFFFF:
                 return None
             return size / bytes_a_second

@@ -1,4 +1,4 @@
-"""Examples of the page: a drawing, a tone and a video of our own, made when they are asked for."""
+"""Examples of the page: a drawing, a tone and a video, generated on request."""
 
 import wave
 from pathlib import Path
@@ -17,11 +17,11 @@ EXAMPLES = {
     "audio": ("A tone", "how high is the tone?"),
     "video": ("A rolling ball", "what color is the shape?"),
 }
-"""For each media kind a title and a question."""
+"""Title and question by media kind."""
 
 
 def make_example(kind: str, folder: Path) -> Path:
-    """Writes the example of a media kind into a folder."""
+    """Writes the example of a media kind into a folder and returns its path."""
     if kind == "image":
         path = folder / "triangle.png"
         _picture("triangle", 0.5).save(path)
@@ -40,7 +40,7 @@ def make_example(kind: str, folder: Path) -> Path:
 
 
 def _picture(shape: str, place: float) -> Image.Image:
-    """A shape whose middle is so far from the left, four times as large while it is drawn."""
+    """Draws a shape centred at `place`, a fraction of the width, at four times the size."""
     size = 4 * 192
     picture = Image.new("RGB", (size, size), "#8a8f98")
     pen = ImageDraw.Draw(picture)

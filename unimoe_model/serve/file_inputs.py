@@ -1,4 +1,4 @@
-"""Gradio's inputs for files, of which the server is told the path and nothing is opened."""
+"""Gradio file inputs that pass on the path of a file without opening it."""
 
 from abc import ABCMeta
 
@@ -10,15 +10,15 @@ with needed_by("serving", "serve"):
 
 
 def only_paths(base: type[gr.components.Component], uploads: Uploads) -> type:
-    """A kind of input that passes on where its file lies, and does nothing with it.
+    """Returns a subclass of an input that passes on the path of its file without processing it.
 
-    By itself Gradio opens pictures, converts sound and video, and downloads what a client gives as
-    an address, all in the process of the server. It makes inputs anew from their class as the page
-    changes them, so that methods of one object would not last.
+    By default, Gradio opens pictures, converts sound and video, and downloads URLs given by a
+    client, all in the server process. Gradio creates inputs anew from their class when the page
+    changes them, so overriding methods of an instance would not last.
 
     Args:
         base: `gr.Image`, `gr.Audio` or `gr.Video`.
-        uploads: where files must lie.
+        uploads: the folder that files must be in.
     """
 
     def preprocess(self, payload):
@@ -36,6 +36,6 @@ def only_paths(base: type[gr.components.Component], uploads: Uploads) -> type:
         "async_move_resource_to_block_cache": keep,
         "__module__": __name__,
     }
-    # Gradio's own metaclass writes an interface file beside this one. The name is that of the base,
-    # by which the browser knows the component.
+    # Gradio's own metaclass would write an interface file next to this one. The name is that of the
+    # base, by which the browser identifies the component.
     return ABCMeta.__new__(type(base), base.__name__, (base,), methods)

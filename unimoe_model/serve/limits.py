@@ -1,4 +1,4 @@
-"""Bounds on what one client may take from a server."""
+"""Limits on the resources that clients may use."""
 
 from dataclasses import dataclass
 
@@ -7,23 +7,23 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused, and when a reply ends.
+    """Maximum values of requests, decoding, replies and uploads.
 
     Attributes:
-        body_bytes: of a request; more is read and dropped.
-        body_seconds: until a request's body must be here.
-        items: media of a request.
-        characters: of all messages of a request.
-        pixels: of a picture or frame; of a picture that is padded, those of its square.
+        body_bytes: bytes of a request body; a longer one is read, discarded and refused.
+        body_seconds: seconds to receive a request body.
+        items: media items per request.
+        characters: characters in all messages of a request.
+        pixels: pixels of a picture or frame; for a picture that is padded, those of its square.
         side: pixels of the longer side.
         seconds: duration of a recording or video.
-        samples: of a recording, all channels counted.
-        decoding_seconds: for one item, after which its process is killed.
-        decoding_bytes: memory that decoding may take.
-        queue: requests that wait or are replied to; further ones get 503.
-        reply_seconds: for one reply, after which it is cut off.
-        conversations: pages that are remembered; the one used longest ago is forgotten.
-        uploads_bytes: files of the page that were uploaded and not sent yet, of all clients.
+        samples: samples of a recording, summed over channels.
+        decoding_seconds: seconds to decode one item, after which its process is killed.
+        decoding_bytes: memory of the decoding process.
+        queue: requests that wait or are being replied to; further ones receive status 503.
+        reply_seconds: seconds per reply, after which it is cut off.
+        conversations: conversations of pages that are kept; the least recently used one is dropped.
+        uploads_bytes: bytes of files that all clients have uploaded on the page and not yet sent.
     """
 
     body_bytes: int = 32 * MIB

@@ -1,4 +1,4 @@
-"""Counters of a server in Prometheus' text format."""
+"""Metrics of a server in Prometheus' text format."""
 
 import threading
 from collections import Counter
@@ -9,10 +9,10 @@ _RATES = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 class Histogram:
-    """Numbers by upper bounds.
+    """A cumulative histogram.
 
     Args:
-        bounds: in ascending order.
+        bounds: upper bounds of the buckets, in ascending order.
     """
 
     def __init__(self, bounds: Sequence[float]):
@@ -21,14 +21,14 @@ class Histogram:
         self._sum, self._count = 0.0, 0
 
     def observe(self, value: float) -> None:
-        """Counts a number."""
+        """Adds a value."""
         self._sum += value
         self._count += 1
         for index, bound in enumerate(self._bounds):
             self._counts[index] += value <= bound
 
     def lines(self, name: str) -> list[str]:
-        """Its samples."""
+        """Returns its lines in the text format, for a metric of the given name."""
         buckets = [
             f'{name}_bucket{{le="{bound:g}"}} {count}'
             for bound, count in zip(self._bounds, self._counts, strict=True)
@@ -38,11 +38,11 @@ class Histogram:
 
 
 class Metrics:
-    """What `/metrics` tells.
+    """The metrics that `/metrics` returns.
 
     Args:
-        waiting: gives the number of requests in line behind the one that is replied to.
-        admitted: gives the number of all that are here.
+        waiting: returns the number of requests that wait for their reply to begin.
+        admitted: returns the number of all admitted requests.
     """
 
     def __init__(self, waiting: Callable[[], int], admitted: Callable[[], int]):
@@ -54,20 +54,20 @@ class Metrics:
         self._rate = Histogram(_RATES)
 
     def ended(self, how: str) -> None:
-        """Counts a request: `"end"`, `"length"`, `"stopped"`, `"refused"`, `"full"` and so on."""
+        """Counts an ended request by outcome: `"end"`, `"length"`, `"stopped"`, `"refused"`, ..."""
         with self._lock:
             self._endings[how] += 1
 
     def replied(
         self, prompt: int, generated: int, first_token: float | None, seconds: float
     ) -> None:
-        """Counts tokens of a reply.
+        """Counts the tokens of a reply and records its latency and rate.
 
         Args:
             prompt: tokens of the prompt.
             generated: tokens of the reply.
-            first_token: seconds from the request to the first piece of text, the queue included.
-            seconds: from the first piece to the end.
+            first_token: seconds from the request to the first piece of text, including the queue.
+            seconds: seconds from the first piece to the end.
         """
         with self._lock:
             self._tokens["prompt"] += prompt
@@ -78,7 +78,7 @@ class Metrics:
                 self._rate.observe((generated - 1) / seconds)
 
     def text(self) -> str:
-        """All of it, as Prometheus reads it."""
+        """Returns all metrics in Prometheus' text format."""
         with self._lock:
             families = [
                 ("queue_waiting", "gauge", "Requests that wait for their turn.", None),

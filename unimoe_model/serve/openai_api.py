@@ -1,4 +1,4 @@
-"""The OpenAI chat format over HTTP."""
+"""The OpenAI chat API over HTTP."""
 
 import asyncio
 import json
@@ -27,11 +27,11 @@ _SSE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 class ChatApi:
-    """Routes for programs.
+    """The routes of the API.
 
     Args:
-        replies: what replies.
-        name: of the model.
+        replies: generates the replies.
+        name: name of the model.
     """
 
     def __init__(self, replies: Replies, name: str):
@@ -40,7 +40,7 @@ class ChatApi:
         self._created = int(time.time())
 
     def routes(self) -> list[Route]:
-        """All of them."""
+        """Returns all routes."""
         return [
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.models),
@@ -49,18 +49,18 @@ class ChatApi:
         ]
 
     async def health(self, request: Request) -> Response:
-        """Tells that the server is up, and how many requests it has."""
+        """Returns that the server is up, and the number of requests it has."""
         queue = self._replies.queue
         return JSONResponse({"status": "ok", "queue": len(queue), "model": self._name})
 
     async def metrics(self, request: Request) -> Response:
-        """What Prometheus reads."""
+        """Returns the metrics for Prometheus."""
         return PlainTextResponse(
             self._replies.metrics.text(), media_type="text/plain; version=0.0.4"
         )
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
+        """Returns the list of models, which has one element."""
         model = {"id": self._name, "object": "model", "owned_by": "unimoe"}
         return JSONResponse({"object": "list", "data": [model | {"created": self._created}]})
 
@@ -74,7 +74,7 @@ class ChatApi:
             return JSONResponse(error_body(str(error), "server_error"), 503, headers)
         is_ours = True
         try:
-            # Not `request.body()`, which keeps a copy until the reply is through.
+            # Not `request.body()`, which keeps a copy until the reply is finished.
             body = b"".join([chunk async for chunk in request.stream()])
             asked = await asyncio.to_thread(self._parse, body)
             del body
@@ -100,7 +100,7 @@ class ChatApi:
 
 
 async def _while_connected(request: Request, responding) -> Response:
-    """Awaits a response, and cancels it where the client goes away."""
+    """Awaits a response, and cancels it if the client disconnects."""
     task = asyncio.ensure_future(responding)
 
     async def gone():
@@ -134,9 +134,11 @@ class _Completion:
         }
 
     async def respond(self) -> Response:
-        """The response; a streamed one once its first event is known, so that errors have a status.
+        """Returns the response.
 
-        A request that has to wait streams at once, with comments that tell its place.
+        A stream starts with its first event, so that an error before it has a status code. If the
+        request has to wait, the stream starts at once, with comments that give its place in the
+        queue.
         """
         asked = self._asked
         conversation = self._replies.conversation(
@@ -231,7 +233,7 @@ def _usage(ended: Ended) -> dict:
 
 
 def _waiting(place: Place) -> str:
-    """A comment, which clients pass over."""
+    """Returns a comment with the place in the queue, which clients ignore."""
     return f": {place.before} before this one, about {place.seconds:.0f} s\n\n"
 
 

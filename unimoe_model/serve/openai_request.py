@@ -1,4 +1,4 @@
-"""Requests in the OpenAI chat format: what is taken, and what is refused by name."""
+"""Parsing of requests in the OpenAI chat format; unsupported fields are refused by name."""
 
 import base64
 import binascii
@@ -9,7 +9,7 @@ from typing import Any
 from unimoe_model.chat.sampling import Sampling
 from unimoe_model.serve.replies import MediaFile, Message
 
-# What changes nothing here; other fields that are not served are refused.
+# Fields that have no effect here; other unsupported fields are refused.
 _IGNORED = {
     "user",
     "metadata",
@@ -33,7 +33,7 @@ _SERVED = {
     "top_p",
     "seed",
 }
-# Defaults of the format, which some clients write out.
+# Defaults of the format, which some clients send explicitly.
 _NEUTRAL = {
     "n": 1,
     "presence_penalty": 0,
@@ -51,10 +51,10 @@ _SOUNDS = ("speech", "audio")
 
 
 class RequestError(ValueError):
-    """A request that is refused.
+    """Raised for a request that is refused.
 
     Attributes:
-        param: the field that it is refused for.
+        param: the field that caused the error.
     """
 
     def __init__(self, message: str, param: str | None = None):
@@ -64,17 +64,17 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request that is taken.
+    """A valid request.
 
     Attributes:
-        model: that it names.
+        model: name of the model.
         message: last message of the user.
         earlier: turns before it.
-        system: None takes the server's.
-        max_new_tokens: None takes the server's.
-        sampling: None takes the server's.
-        stream: whether pieces are sent as they come.
-        include_usage: whether a stream ends with the numbers of tokens.
+        system: system message; None for the server's.
+        max_new_tokens: maximum length of the reply; None for the server's.
+        sampling: sampling options; None for the server's.
+        stream: whether pieces are sent as they are generated.
+        include_usage: whether a stream ends with the token counts.
     """
 
     model: str
@@ -88,15 +88,15 @@ class ChatRequest:
 
 
 def parse_request(body: bytes, most_items: int, default: Sampling) -> ChatRequest:
-    """Reads a request.
+    """Parses a request.
 
     Args:
         body: JSON.
-        most_items: media that one may have.
-        default: sampling of the server, of which a request gives parts.
+        most_items: maximum number of media items.
+        default: sampling options of the server, which a request may override individually.
 
     Raises:
-        RequestError: If it is no such request, or asks for what is not served.
+        RequestError: If the request is malformed, or uses an unsupported feature.
     """
     try:
         request = json.loads(body)
@@ -255,6 +255,6 @@ def _base64(data: Any, place: str) -> bytes:
 
 
 def _shown(value: Any) -> str:
-    """A value as errors show it, which may be a long one."""
+    """Formats a value for errors; long ones are shortened."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""The page, in Gradio, whose analytics, sharing, API and URL downloads are off."""
+"""The page, in Gradio, with analytics, sharing, API and URL downloads disabled."""
 
 import os
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ from unimoe_model.serve.replies import MediaFile, Message, Replies
 from unimoe_model.serve.sessions import Sessions, View
 from unimoe_model.serve.uploads import UNSENT_SECONDS, Uploads
 
-# Both are read when Gradio is imported or components are made.
+# Gradio reads both when it is imported or components are created.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 with needed_by("serving", "serve"):
@@ -24,15 +24,15 @@ _TABS = {"image": "Picture", "speech": "Speech", "audio": "Sound", "video": "Vid
 
 
 def mount_page(app: FastAPI, replies: Replies, name: str) -> Uploads:
-    """Puts the page under `/`.
+    """Mounts the page at `/`.
 
     Args:
-        app: that has the other routes already.
-        replies: what replies.
-        name: of the model.
+        app: application that already has the other routes.
+        replies: generates the replies.
+        name: name of the model.
 
     Returns:
-        Where uploaded files lie; closed by the application's end.
+        The folder of uploaded files, which is deleted when the application ends.
     """
     uploads = Uploads()
     uploads.make_default()
@@ -69,12 +69,12 @@ def _theme() -> gr.themes.Base:
 
 
 class Page:
-    """The components and what they do.
+    """The components of the page and their event handlers.
 
     Args:
-        replies: what replies.
-        name: of the model.
-        uploads: of its files.
+        replies: generates the replies.
+        name: name of the model.
+        uploads: folder of uploaded files.
     """
 
     def __init__(self, replies: Replies, name: str, uploads: Uploads):
@@ -84,7 +84,7 @@ class Page:
         self._sessions = Sessions(replies)
 
     def blocks(self) -> gr.Blocks:
-        """Lays out the page."""
+        """Creates the layout of the page."""
         with gr.Blocks(
             title=f"{self._name} · Uni-MoE", analytics_enabled=False, fill_width=True
         ) as blocks:

@@ -1,4 +1,4 @@
-"""What the page shows of a conversation, as HTML. Everything that is not ours is escaped."""
+"""HTML of conversations on the page. All text from users and models is escaped."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ took whose tokens.</div>"""
 
 
 def said(text: str, items: Iterable[Attached] = ()) -> str:
-    """A message of the user and what its files became."""
+    """Returns a message of the user, and the descriptions of its encoded files."""
     cards = "".join(map(_card, items))
     media = f'<div class="um-media">{cards}</div>' if cards else ""
     words = f'<div class="um-text">{escape(text)}</div>' if text else ""
@@ -39,7 +39,7 @@ def said(text: str, items: Iterable[Attached] = ()) -> str:
 
 
 def replied(text: str, how: str = "end") -> str:
-    """A reply that has ended."""
+    """Returns a finished reply."""
     words = f'<div class="um-text">{escape(text)}</div>' if text else ""
     note = _ENDINGS.get(how, "")
     if not text:
@@ -48,7 +48,7 @@ def replied(text: str, how: str = "end") -> str:
 
 
 def replying(text: str) -> str:
-    """A reply while it is generated."""
+    """Returns a reply that is being generated."""
     return (
         f'<div class="um-turn um-model"><div class="um-text">{escape(text)}'
         '<span class="um-caret"></span></div></div>'
@@ -56,7 +56,7 @@ def replying(text: str) -> str:
 
 
 def waiting(place: Place) -> str:
-    """Where a message stands in the queue."""
+    """Returns the place of a message in the queue."""
     if not place.before:
         return _status("reading")
     others = "1 request is" if place.before == 1 else f"{place.before} requests are"
@@ -71,7 +71,7 @@ def _status(text: str) -> str:
 
 
 def failed(message: str) -> str:
-    """Why there is no reply."""
+    """Returns the error shown instead of a reply."""
     return f'<div class="um-turn um-error" role="alert">{escape(message)}</div>'
 
 
@@ -90,7 +90,7 @@ def _card(item: Attached) -> str:
 
 
 def _thumbnail(read: np.ndarray) -> str:
-    """A picture, or the frames of a video that the model is given, side by side."""
+    """Returns a picture, or the frames of a video that the model receives, side by side."""
     frames = read[None] if read.ndim == 3 else read[:: max(1, len(read) // 4)][:4]
     edge = _PREVIEW if len(frames) == 1 else _PREVIEW // 2
     images = []
@@ -122,7 +122,7 @@ def _waveform(samples: np.ndarray) -> str:
 
 
 def routing(found: RoutingMap | None) -> str:
-    """One small table a layer: who the tokens belong to, and which share each expert takes."""
+    """Returns a small table per layer with the share of each expert by modality."""
     if found is None:
         return (
             '<div class="um-map-empty">This model has no MoE layers of a Uni-MoE, so there is no'
@@ -144,7 +144,7 @@ def routing(found: RoutingMap | None) -> str:
 def _layer(found: RoutingMap, index: int) -> str:
     names = "".join(f'<th scope="col">{escape(name)}</th>' for name in found.experts)
     rows = ""
-    # With top-k experts a token, no expert takes more than the k-th part of the rows.
+    # With top-k routing, an expert receives at most 1/k of the rows.
     most = max(max(found.share(name, index)) for name in found.tokens)
     for name in found.tokens:
         cells = ""
@@ -161,7 +161,7 @@ def _layer(found: RoutingMap, index: int) -> str:
 
 
 def header(name: str, model) -> str:
-    """Title, model, and how it is made."""
+    """Returns the title, the name of the model and its architecture."""
     layers = len(list(model.moe_layers()))
     config = model.config
     experts = (

@@ -1,4 +1,4 @@
-"""Processes that share the experts of a served model: the first one serves, the others follow."""
+"""Processes that share the experts of a served model: rank 0 serves, the others follow."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -13,21 +13,22 @@ from unimoe_model.training.stopping import StopRequest
 
 _POLL = timedelta(seconds=1)
 _GRACE_POLLS = 20
-"""How often a rank that was asked to end waits for the first one, which ends its reply before."""
+"""Polls that a rank waits after a signal for the first rank, which finishes its reply before."""
 
 
 class Ranks:
-    """Tells the other ranks when a reply is generated.
+    """Synchronises the ranks for each reply.
 
-    Between replies they wait at the store and not in a collective, which would time out
-    where no request comes for a while.
+    Between replies, the other ranks wait at the store instead of in a collective, which would time
+    out if no request arrives for a while.
 
     Args:
-        model: after `parallelize_moe`.
+        model: model after `parallelize_moe`.
 
     Attributes:
-        failure: why the ranks are out of step, after which nothing can be generated; else None.
-        on_failure: is called then.
+        failure: error that left the ranks out of step, after which nothing can be generated; None
+            otherwise.
+        on_failure: called when `failure` is set.
     """
 
     def __init__(self, model):
@@ -42,10 +43,13 @@ class Ranks:
 
     @torch.inference_mode()
     def generate(self, **options) -> torch.Tensor:
-        """What `model.generate` returns, together with the other ranks; on the first one.
+        """Generates together with the other ranks; to be called on the first rank.
 
-        An error between two forwards, such as one of sampling, leaves the ranks in step. After one
-        in a forward, `failure` is set.
+        An error between two forwards, such as one of sampling, leaves the ranks in step. An error
+        within a forward sets `failure`.
+
+        Returns:
+            The output of `model.generate`.
 
         Raises:
             RuntimeError: If the ranks are out of step, or `end` was called.
@@ -56,7 +60,7 @@ class Ranks:
         inputs: Mapping[str, torch.Tensor] = {name: options.pop(name) for name in names}
         has_begun = False
 
-        # The others join the first forward: an error before it concerns this rank alone.
+        # The others join at the first forward: an error before it affects only this rank.
         def before(module, args):
             nonlocal has_begun
             if not has_begun:
@@ -84,12 +88,12 @@ class Ranks:
                 hook.remove()
 
     def _leave(self) -> None:
-        """Goes on as a rank does that is done, until the others are as well."""
+        """Runs forwards like a rank that is done, until the others are done as well."""
         device = self._model.device
         ids = torch.zeros((1, 1), dtype=torch.long, device=device)
         try:
             while True:
-                # What `generate` does with `synced_gpus` before each forward.
+                # `generate` with `synced_gpus` does the same before each forward.
                 unfinished = torch.zeros((), device=device)
                 dist.all_reduce(unfinished)
                 if not unfinished:
@@ -104,7 +108,7 @@ class Ranks:
         self.on_failure()
 
     def end(self) -> None:
-        """Lets the other ranks return from `take_part`."""
+        """Makes the other ranks return from `take_part`."""
         self._tell("end")
 
     def _tell(self, what: str) -> None:
@@ -116,12 +120,13 @@ class Ranks:
             self._number += 1
 
     def take_part(self) -> None:
-        """Computes rows of the first rank until it ends; on the others.
+        """Computes rows of the first rank until it ends; to be called on the other ranks.
 
-        SIGINT and SIGTERM, which launchers send to all ranks, wait for the first rank to end.
+        After SIGINT or SIGTERM, which launchers send to all ranks, it waits for the first rank to
+        end.
 
         Raises:
-            KeyboardInterrupt: If a signal came and the first rank does not end.
+            KeyboardInterrupt: If the first rank does not end in time after a signal.
         """
         polls = 0
         with StopRequest() as stop:

@@ -1,4 +1,4 @@
-"""Replies to clients: one at a time, media decoded elsewhere, ended when the client leaves."""
+"""Replies to clients: one at a time, cancelled on disconnect; another process decodes media."""
 
 import asyncio
 import threading
@@ -23,12 +23,12 @@ from unimoe_model.serve.reply_queue import Place, ReplyQueue, Ticket
 from unimoe_model.serve.routing_map import RoutingMap, routing_recorded
 
 ARGUMENTS = {"image": "images", "video": "videos", "speech": "speech", "audio": "audio"}
-"""Names of the media kinds as arguments of `Conversation.reply`."""
+"""Argument of `Conversation.reply` for each media kind."""
 
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A file of a client that is not decoded yet: its bytes, or where it lies."""
+    """A client's file before decoding, as bytes or a path."""
 
     kind: str
     content: bytes | Path
@@ -36,7 +36,7 @@ class MediaFile:
 
 @dataclass(frozen=True)
 class Message:
-    """What a user says."""
+    """A message of the user."""
 
     text: str
     files: tuple[MediaFile, ...] = ()
@@ -44,7 +44,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Attached:
-    """An item was decoded and encoded; `read` is what was decoded."""
+    """Event: a media item was decoded, to `read`, and encoded."""
 
     kind: str
     description: str
@@ -53,20 +53,20 @@ class Attached:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of the reply's text."""
+    """Event: a piece of the reply's text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The reply is through.
+    """Event: the reply has ended.
 
     Attributes:
-        how: as `Conversation.ending`, or `"time"` at the limit for one reply.
-        prompt_tokens: of the whole prompt, soft tokens included.
-        reply_tokens: of the reply.
-        routing: which experts took the tokens that were computed; None of a dense model.
+        how: see `Conversation.ending`, or `"time"` if the time limit was reached.
+        prompt_tokens: tokens of the whole prompt, including soft tokens.
+        reply_tokens: tokens of the reply.
+        routing: the experts chosen for the computed tokens; None for a dense model.
     """
 
     how: str
@@ -83,12 +83,12 @@ class Replies:
 
     Args:
         answerer: model and processor.
-        limits: of requests.
-        system: what stands before the first turn; None is the processor's.
-        max_new_tokens: longest reply.
-        sampling: how tokens are chosen unless a request says otherwise.
-        frame_seed: None chooses the frames of videos evenly, a number at random.
-        generate: as in `Conversation`.
+        limits: limits of requests.
+        system: system message; None for the processor's.
+        max_new_tokens: maximum length of a reply.
+        sampling: default sampling options, which a request can override.
+        frame_seed: seed of random video frames; None for evenly spaced frames.
+        generate: see `Conversation`.
 
     Raises:
         ValueError: If an option is out of range.
@@ -116,16 +116,16 @@ class Replies:
         self._decoder = MediaDecoder(self.processor, limits, frame_seed)
         self._executor = ThreadPoolExecutor(1, "reply")
         self._job: _Job | None = None
-        self.conversation()  # refuses options that are out of range
+        self.conversation()  # raises for options that are out of range
 
     def start(self) -> None:
-        """Starts the process that decodes."""
+        """Starts the decoding process."""
         self._decoder.start()
 
     def close(self) -> None:
-        """Stops the reply that is generated, waits for its end, and ends the process that decodes.
+        """Stops the current reply, waits for its end, and ends the decoding process.
 
-        Twice does no harm.
+        May be called more than once.
         """
         job = self._job
         if job is not None:
@@ -139,7 +139,7 @@ class Replies:
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
     ) -> Conversation:
-        """A new conversation; None takes the server's options."""
+        """Returns a new conversation; options that are None are the server's."""
         return Conversation(
             self.model,
             self.processor,
@@ -157,15 +157,18 @@ class Replies:
         earlier: Sequence[tuple[Message, str]] = (),
         stopped: threading.Event | None = None,
     ) -> AsyncIterator[Event]:
-        """Waits for its turn and replies; closing the iterator stops that.
+        """Waits for the ticket's turn and replies; closing the iterator stops the reply.
 
         Args:
-            ticket: of the queue; it leaves at the end.
-            conversation: what replies.
-            message: what the user says.
-            earlier: turns that the conversation does not know, of which it is made anew.
-            stopped: ends the reply where it is set before it begins; `Conversation.stop` ends it
-                while it is generated.
+            ticket: ticket of the queue, which it leaves at the end.
+            conversation: conversation that generates the reply.
+            message: message of the user.
+            earlier: previous turns, from which the conversation is restored if given.
+            stopped: prevents the reply if set before it begins. While the reply is generated,
+                `Conversation.stop` ends it.
+
+        Yields:
+            Places in the queue, then the events of the reply.
 
         Raises:
             ContextFullError: If the conversation does not fit in the context.
@@ -200,7 +203,7 @@ class Replies:
         except Exception:
             self.metrics.ended("refused")
             raise
-        except BaseException:  # the client has left
+        except BaseException:  # the client has disconnected
             self.metrics.ended("gone")
             raise
         finally:
@@ -209,7 +212,7 @@ class Replies:
                     job.stop()
                     with suppress(Exception):
                         await asyncio.shield(running)
-            finally:  # also where the wait is cancelled once more
+            finally:  # also if the wait is cancelled again
                 if self._job is job:
                     self._job = None  # which holds keys and values
                 ticket.leave()
@@ -223,7 +226,7 @@ class Replies:
 
 
 class _Job:
-    """One reply in the thread that generates."""
+    """One reply in the generating thread."""
 
     def __init__(
         self,
@@ -244,12 +247,12 @@ class _Job:
         self._is_late = False
 
     def stop(self) -> None:
-        """Ends the reply after its current token; from any thread."""
+        """Ends the reply after its current token; callable from any thread."""
         self._stopped.set()
         self._conversation.stop()
 
     def run(self) -> None:
-        """Decodes, encodes and generates."""
+        """Decodes and encodes the media, and generates the reply."""
         clock = threading.Timer(self._replies.limits.reply_seconds, self._run_out)
         clock.daemon = True
         clock.start()
@@ -264,7 +267,7 @@ class _Job:
         self.stop()
 
     def _give(self, event: Event | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed as the server ends
+        with suppress(RuntimeError):  # the loop is closed when the server ends
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     def _reply(self) -> None:
@@ -289,7 +292,7 @@ class _Job:
         self._give(Ended(ending, *conversation.num_tokens, record.map()))
 
     def _listened(self, pieces):
-        # `reply` forgets a stop that came before it.
+        # `reply` resets a stop that was requested before it.
         if self._stopped.is_set():
             self._conversation.stop()
         yield from pieces

@@ -1,4 +1,4 @@
-"""Who is replied to next: one request at a time, in the order in which they were complete."""
+"""The queue of requests: one reply at a time, in the order in which requests were complete."""
 
 import asyncio
 import math
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 
 class QueueFullError(RuntimeError):
-    """No further request is taken now.
+    """Raised when the queue accepts no further request.
 
     Attributes:
-        retry_after: seconds after which there should be room.
+        retry_after: estimated seconds until there is room.
     """
 
     def __init__(self, most: int, retry_after: int):
@@ -22,18 +22,18 @@ class QueueFullError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a request stands: how many are before it, and for how many seconds about."""
+    """A place in the queue: number of requests before, and the estimated wait in seconds."""
 
     before: int
     seconds: float
 
 
 class ReplyQueue:
-    """A bounded line. All methods are called from one event loop.
+    """A bounded queue. All methods must be called from one event loop.
 
     Args:
-        most: requests that are admitted at a time, the one that is replied to included.
-        guess: seconds a reply takes, before one was seen.
+        most: maximum number of admitted requests, including the one that is being replied to.
+        guess: assumed seconds per reply before any was measured.
     """
 
     def __init__(self, most: int, guess: float = 5.0):
@@ -44,19 +44,19 @@ class ReplyQueue:
         self._line: list[Ticket] = []
 
     def __len__(self) -> int:
-        """Requests that were admitted and have not ended."""
+        """Number of admitted requests that have not ended."""
         return len(self._admitted)
 
     @property
     def waiting(self) -> int:
-        """Requests in line behind the one that is replied to."""
+        """Number of requests that wait behind the one that is being replied to."""
         return max(len(self._line) - 1, 0)
 
     def admit(self) -> "Ticket":
-        """Takes a request in, before its body is read.
+        """Admits a request, before its body is read.
 
         Raises:
-            QueueFullError: If as many as may be are here.
+            QueueFullError: If the maximum number of requests is admitted.
         """
         if len(self._admitted) >= self._most:
             raise QueueFullError(self._most, max(1, math.ceil(self._duration())))
@@ -75,7 +75,7 @@ class ReplyQueue:
 
 
 class Ticket:
-    """One request in a `ReplyQueue`; `leave` must be called in the end."""
+    """One request in a `ReplyQueue`; `leave` must be called when it ends."""
 
     def __init__(self, queue: ReplyQueue):
         self._queue = queue
@@ -83,7 +83,7 @@ class Ticket:
         self.started: float | None = None
 
     def place(self) -> Place:
-        """How many are before it, and about how long they take."""
+        """Returns the number of requests before this one, and the estimated wait."""
         line = self._queue._line
         before = line.index(self) if self in line else len(line)
         seconds = before * self._queue._duration()
@@ -93,7 +93,7 @@ class Ticket:
         return Place(before, seconds)
 
     async def turn(self, every: float = 1.0) -> AsyncIterator[Place]:
-        """Joins the line; ends when it is this request's turn, and gives its place meanwhile.
+        """Joins the queue, and yields the request's place until its turn.
 
         Args:
             every: seconds between places.
@@ -109,7 +109,7 @@ class Ticket:
                 continue
 
     def leave(self) -> None:
-        """Makes room for others; twice does no harm."""
+        """Leaves the queue; may be called more than once."""
         queue = self._queue
         if self not in queue._admitted:
             return

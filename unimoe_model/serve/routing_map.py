@@ -1,4 +1,4 @@
-"""Which experts took whose tokens in one reply."""
+"""The routing of one reply: rows per expert, by layer and modality."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ class RoutingMap:
     """Counts of routed rows.
 
     Attributes:
-        layers: numbers of the decoder layers that hold experts.
-        experts: name of each expert.
-        tokens: tokens of each modality that occurs; `"reply"` are those generated.
-        taken: for each of them, `[layers][experts]` routed rows; a token has one for each of its
+        layers: indices of the decoder layers with experts.
+        experts: names of the experts.
+        tokens: number of tokens by modality that occurs; `"reply"` counts the generated ones.
+        taken: routed rows `[layers][experts]` by modality; a token has one row for each of its
             top-k experts.
     """
 
@@ -30,13 +30,13 @@ class RoutingMap:
     taken: dict[str, list[list[int]]]
 
     def share(self, modality: str, layer: int) -> list[float]:
-        """Share of a modality's routed rows that each expert takes, in the layer of this index."""
+        """Returns each expert's share of a modality's routed rows, in the layer of this index."""
         row = self.taken[modality][layer]
         return [count / max(sum(row), 1) for count in row]
 
 
 class RoutingRecord:
-    """What `routing_recorded` collects."""
+    """The data collected by `routing_recorded`."""
 
     def __init__(self, model):
         self._model = model
@@ -44,7 +44,7 @@ class RoutingRecord:
         self.chosen: dict[int, list[torch.Tensor]] = {}
 
     def map(self) -> RoutingMap | None:
-        """The counts; None where nothing was routed, as in a dense model."""
+        """Returns the counts; None if nothing was routed, as in a dense model."""
         if not self.chosen or not self.ids:
             return None
         config = self._model.config
@@ -59,7 +59,7 @@ class RoutingRecord:
             routed = torch.cat(self.chosen[layer]).long().cpu()
             for name in taken:
                 ids = routed[of[: len(routed)] == names.index(name)].flatten()
-                # Ids past the experts stand for null experts and choices given up.
+                # Ids beyond the experts stand for null experts and dropped choices.
                 counts = torch.bincount(ids[ids < experts], minlength=experts)
                 taken[name].append(counts.tolist())
         origins = config.expert_origins or [str(expert) for expert in range(experts)]
@@ -69,7 +69,7 @@ class RoutingRecord:
 
 @contextmanager
 def routing_recorded(model) -> Iterator[RoutingRecord]:
-    """Records what is routed while one reply is generated.
+    """Records the routing while one reply is generated.
 
     The first forward computes the new part of the prompt, each further one a token of the reply.
     """

@@ -1,4 +1,4 @@
-"""Who may talk to a server: the names it goes by, and a token where others reach it."""
+"""Access control of a server: its host names, and a token if other machines can reach it."""
 
 import hashlib
 import hmac
@@ -13,7 +13,7 @@ COOKIE = "unimoe_token"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Returns whether an address is reachable only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -21,7 +21,7 @@ def is_loopback(host: str) -> bool:
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict:
-    """An error in the form that OpenAI's clients read."""
+    """Returns an error in the format of OpenAI clients."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -35,17 +35,17 @@ async def send_error(send, status: int, body: dict, headers: Collection[tuple] =
 
 
 class Gate:
-    """ASGI middleware that lets requests through by their Host, their Origin and a token.
+    """ASGI middleware that checks the Host, the Origin and the token of requests.
 
-    A page of another site can make a browser send requests here, and a name that it owns can be
-    made to mean this address (DNS rebinding); neither is let through. An IP address as Host is
-    always accepted: it has no name that could be rebound.
+    A page of another site can make a browser send requests to this server, and a host name owned by
+    that site can resolve to this address (DNS rebinding); both are refused. An IP address as Host
+    is always accepted: it has no name that could be rebound.
 
     Args:
-        app: what is guarded.
-        names: host names, besides `localhost`, that the server goes by.
-        token: what `Authorization: Bearer`, the cookie or `?token=` must give; None asks for none.
-            The last sets the cookie.
+        app: the protected application.
+        names: host names of the server besides `localhost`.
+        token: token required in `Authorization: Bearer`, the cookie or `?token=`, which sets the
+            cookie; None if none is required.
     """
 
     def __init__(self, app, names: Collection[str] = (), token: str | None = None):
@@ -55,7 +55,7 @@ class Gate:
         self._cookie = hashlib.sha256(token.encode()).hexdigest() if token else ""
 
     async def __call__(self, scope, receive, send):
-        """Answers a request that is not let through, and passes on others."""
+        """Responds to a refused request with an error, and passes others to the application."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
@@ -121,7 +121,7 @@ class Gate:
         return False
 
     async def _enter(self, scope, send) -> None:
-        """Keeps the token out of the address that the browser shows and sends on."""
+        """Sets the cookie and redirects to the URL without the token, which is then not leaked."""
         headers = [
             (b"location", (scope.get("root_path", "") + scope["path"]).encode()),
             (

@@ -1,4 +1,4 @@
-"""Conversations of the page, one an open page, and the messages that go to them."""
+"""Conversations of the page, one per open page, and replies to their messages."""
 
 import threading
 import time
@@ -14,12 +14,12 @@ from unimoe_model.serve.reply_queue import Place
 from unimoe_model.user_errors import USER_ERRORS
 
 _SHOWN_EVERY = 0.05
-"""Seconds between two views of a reply: browsers fall behind where each word is one."""
+"""Seconds between two views of a reply: browsers cannot keep up with one view per word."""
 
 
 @dataclass
 class Session:
-    """A conversation, and what its page shows of it."""
+    """A conversation and the state of its page."""
 
     conversation: Conversation
     shown: list[str] = field(default_factory=list)
@@ -27,20 +27,20 @@ class Session:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop(self) -> None:
-        """Ends the reply, or takes the message out of the queue."""
+        """Ends the reply, or removes the message from the queue."""
         self.stopped.set()
         self.conversation.stop()
 
 
 @dataclass(frozen=True)
 class View:
-    """What changes on the page; None stays as it is.
+    """An update of the page; parts that are None are not changed.
 
     Attributes:
-        past: messages before the one that is replied to.
-        live: that one and its reply.
-        routing: map of the experts.
-        refused: the text of a message that is given back.
+        past: HTML of the messages before the current one.
+        live: HTML of the current message and its reply.
+        routing: HTML of the routing.
+        refused: text of a message that is returned to the input field.
     """
 
     past: str | None = None
@@ -50,12 +50,12 @@ class View:
 
 
 class Sessions:
-    """The conversations that are remembered.
+    """The conversations that are kept.
 
-    Keys and values, which take by far the most memory, are kept for the last one alone.
+    Keys and values, which use by far the most memory, are kept only for the most recent one.
 
     Args:
-        replies: what replies.
+        replies: generates the replies.
     """
 
     def __init__(self, replies: Replies):
@@ -64,11 +64,11 @@ class Sessions:
         self._latest: Session | None = None
 
     def __len__(self) -> int:
-        """Conversations that are remembered."""
+        """Number of conversations that are kept."""
         return len(self._sessions)
 
     def get(self, key: str) -> Session:
-        """The session of a page, a new one where there is none."""
+        """Returns the session of a page; a new one if there is none."""
         if key not in self._sessions:
             idle = [known for known, session in self._sessions.items() if not session.events]
             while idle and len(self._sessions) >= self._replies.limits.conversations:
@@ -89,8 +89,11 @@ class Sessions:
         """Replies to a message of a page; closing the iterator stops the reply.
 
         Args:
-            key: of the session.
-            message: of the user.
+            key: key of the session.
+            message: message of the user.
+
+        Yields:
+            Updates of the page.
         """
         session = self.get(key)
         if session.events is not None:
@@ -154,7 +157,7 @@ class Sessions:
         self._latest = session
 
     def restart(self, key: str) -> None:
-        """Forgets what was said on a page."""
+        """Ends the session of a page, unless a reply is being generated."""
         session = self._sessions.get(key)
         if session is not None and session.events is None:
             self.forget(key)

@@ -1,4 +1,4 @@
-"""Files that the page uploads: where they lie, and that nothing stays of them."""
+"""Files uploaded on the page: their folder and their deletion."""
 
 import os
 import tempfile
@@ -10,30 +10,30 @@ from unimoe_model.serve.limits import Limits
 from unimoe_model.serve.security import error_body, send_error
 
 UNSENT_SECONDS = 600
-"""How long a file is kept that was uploaded and not sent."""
+"""Seconds that an uploaded file is kept without being sent."""
 
 
 class Uploads:
-    """A folder of its own for what Gradio writes; it is gone when the server ends."""
+    """A temporary folder for the files that Gradio writes; it is deleted when the server ends."""
 
     def __init__(self):
-        # Python deletes it at its end where `close` is not called.
+        # Python deletes it at exit if `close` is not called.
         self._kept = tempfile.TemporaryDirectory(prefix="unimoe-serve-", ignore_cleanup_errors=True)
         self.folder = Path(self._kept.name).resolve()
 
     def make_default(self) -> None:
-        """Gradio, which reads the variable, writes there; before any of its components is made."""
+        """Makes Gradio write there; must be called before any of its components is created."""
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder)
 
     def place(self) -> Path:
-        """A new folder for one file."""
+        """Creates a folder for one file."""
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def own(self, name: str) -> Path:
-        """A file that was uploaded.
+        """Returns the path of an uploaded file.
 
         Raises:
-            ValueError: If it lies elsewhere, or there is none.
+            ValueError: If the file does not exist or is not in this folder.
         """
         path = Path(name).resolve()
         if not path.is_relative_to(self.folder) or not path.is_file():
@@ -41,7 +41,7 @@ class Uploads:
         return path
 
     def delete(self, paths: Iterable[Path]) -> None:
-        """Deletes files, and the folders in which they lie alone."""
+        """Deletes files, and their folders if these are then empty."""
         for path in paths:
             path.unlink(missing_ok=True)
             if path.parent != self.folder:
@@ -51,11 +51,11 @@ class Uploads:
                     continue
 
     def held(self) -> int:
-        """Bytes of all files."""
+        """Returns the bytes of all files."""
         return sum(path.stat().st_size for path in self._files())
 
     def expire(self, seconds: float) -> None:
-        """Deletes what was uploaded longer ago and never sent."""
+        """Deletes files that were uploaded more than `seconds` ago and not sent."""
         oldest = time.time() - seconds
         self.delete([path for path in self._files() if path.stat().st_mtime < oldest])
 
@@ -63,7 +63,7 @@ class Uploads:
         return [path for path in self.folder.rglob("*") if path.is_file()]
 
     def limited(self, app, limits: Limits):
-        """An ASGI application whose uploads are refused while too many files wait to be sent."""
+        """Wraps an ASGI application to refuse uploads while too many bytes wait to be sent."""
         underway = 0
 
         async def guarded(scope, receive, send):
@@ -86,5 +86,5 @@ class Uploads:
         return guarded
 
     def close(self) -> None:
-        """Deletes everything."""
+        """Deletes the folder."""
         self._kept.cleanup()

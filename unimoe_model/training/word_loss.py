@@ -1,4 +1,4 @@
-"""A loss that brings soft tokens near the embeddings of the answer's words, without the LLM."""
+"""A loss that aligns soft tokens with the embeddings of the answer's words, without the LLM."""
 
 import torch
 from torch import nn
@@ -7,30 +7,34 @@ from torch.nn import functional as F
 from unimoe_model.tokenization import IGNORED
 
 SHARPNESS = 20.0
-"""What cosines are multiplied with before the softmax."""
+"""Factor of the cosines before the softmax."""
 LENGTH_WEIGHT = 0.1
 
 
 def word_loss(
     model: nn.Module, batch: dict[str, torch.Tensor], count: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """How well the soft tokens of each row point at the tokens of its answer, in any order.
+    """Predicts the tokens of each row's answer, in any order, from the row's soft tokens.
 
-    A connector whose soft tokens mean nothing to the LLM first learns to be ignored. Near the
-    embeddings of words they mean something from the start, and which words is learned without the
-    LLM.
+    A connector whose soft tokens mean nothing to the LLM first learns to output what the LLM
+    ignores. Near the embeddings of words, soft tokens have a meaning from the start, and the
+    connector learns which words without running the LLM.
 
-    The loss is the cross entropy of the answer's tokens, but that of the end, under a softmax over
-    the vocabulary of `SHARPNESS` times the mean cosine of a row's soft tokens and an embedding,
-    both from the mean embedding. Added to it is `LENGTH_WEIGHT` times the squared relative
-    difference of the soft tokens' distance from the mean embedding and that of embeddings.
+    The loss is the cross entropy of the answer's tokens, except end tokens, under a softmax over
+    the vocabulary. The logit of a token is `SHARPNESS` times the mean cosine similarity between its
+    embedding and the row's soft tokens, both relative to the mean embedding. A second term is
+    `LENGTH_WEIGHT` times the mean squared relative difference between the distance of soft tokens
+    from the mean embedding and the average distance of embeddings from it.
 
     Args:
-        model: has `input_embeddings(**inputs)`, an embedding table, which gets no gradient, and the
-            configuration of a Uni-MoE.
+        model: a model with `input_embeddings(**inputs)`, an embedding table, for which no gradient
+            is computed, and the configuration of a Uni-MoE.
         batch: inputs and labels; each row holds one sample with media.
-        count: what the sum is divided by instead of the number of answer tokens in the batch, those
-            of the end included.
+        count: divisor of the sum; by default the number of answer tokens in the batch, including
+            end tokens.
+
+    Returns:
+        The loss, a scalar.
 
     Raises:
         ValueError: If a row has no media.

@@ -1,7 +1,7 @@
-"""Emoji in three drawing styles with one set of names; the third, Noto, is held out.
+"""Emoji in three drawing styles with common names; the third style, Noto, is held out.
 
-OpenMoji comes as a colour font, EmojiOne 3 as pictures of 64 pixels, Noto as a font of bitmaps.
-Both drawings of a cat, its face and all of it, are called "cat".
+OpenMoji is a colour font, EmojiOne 3 consists of pictures of 64 pixels, and Noto is a bitmap font.
+Several drawings may have one name: a cat and a cat's face are both called "cat".
 """
 
 import unicodedata
@@ -19,16 +19,16 @@ with needed_by("drawing pictures"):
 HELD_OUT_STYLE = "noto"
 PACKAGES = {"gemojione": "ruby-gemojione", "noto": "fonts-noto-color-emoji"}
 """Debian packages of the styles that are not on PyPI."""
-_NOTO_SIZE = 109  # the only one that its bitmaps have
+_NOTO_SIZE = 109  # the only size of its bitmaps
 _FONT_SIZE = 128
 
 
 def drawings(style: str, package: Path | None = None) -> list[Item]:
-    """Drawings of one style, one a character that it has.
+    """Returns the drawings of one style, one per character.
 
     Args:
         style: `"openmoji"`, `"gemojione"` or `"noto"`.
-        package: folder of the unpacked Debian package of the two latter.
+        package: folder of the unpacked Debian package, for the latter two.
 
     Raises:
         ValueError: If the style is unknown.

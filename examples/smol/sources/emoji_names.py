@@ -1,4 +1,4 @@
-"""Short names of the things that emoji show, made of Unicode's names."""
+"""Short names of the things that emoji show, derived from Unicode names."""
 
 import re
 import unicodedata
@@ -98,7 +98,7 @@ _ALIASES = {
     "wastebasket": "waste basket",
     "wrapped present": "gift",
 }
-"""Everyday names; drawings of one name are several pictures of it."""
+"""Everyday names; several characters may have one name."""
 
 _NO_THING = re.compile(
     r"clock face|symbol|sign\b|arrow|circled|squared|modifier|button|input|letter|mark\b|only\b|"
@@ -116,11 +116,11 @@ _NO_THING = re.compile(
     r"swimmer|snowboarder|lifter|guardsman|worker|dancer|dancing|spy|officer|tuxedo|bride|pregnant|"
     r"princ|racing$|children|barber|performing|bridge|stadium|motorway|school$|classical|school s"
 )
-"""What is no thing, cannot be told from others at this size, or has no everyday name."""
+"""Emoji that are not things, are indistinguishable at this size, or have no everyday name."""
 
 
 def emoji_names() -> dict[str, str]:
-    """Everyday name of each character that shows a nameable thing; several may share one."""
+    """Returns the everyday name of each character that shows a thing; several may share one."""
     found = {}
     for start, stop in _RANGES:
         for character in map(chr, range(start, stop)):
@@ -133,9 +133,9 @@ def emoji_names() -> dict[str, str]:
 
 
 def known_name(caption: str, names: Collection[str]) -> str:
-    """The longest end of a caption that is a known name, else the caption.
+    """Returns the longest suffix of a caption that is a known name, or else the caption.
 
-    `"tamworth pig"` gives `"pig"`, and `"cluster of grapes"` `"grapes"`.
+    `"tamworth pig"` gives `"pig"`, and `"cluster of grapes"` gives `"grapes"`.
     """
     words = caption.split()
     ends = [" ".join(words[start:]) for start in range(len(words))]

@@ -1,4 +1,4 @@
-"""Short instructions and questions to be spoken, each with the one right answer."""
+"""Short instructions and questions for synthesised speech, each with a single right answer."""
 
 import itertools
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _REPEATED = (
 
 @dataclass(frozen=True)
 class Instruction:
-    """What is said, what is right, and what is only held out together."""
+    """An instruction, its right answer, and the group that is held out together."""
 
     text: str
     answer: str
@@ -34,7 +34,7 @@ class Instruction:
 
 
 def instructions() -> list[Instruction]:
-    """Sums, opposites, colours, calls and legs of animals, their young, and words to repeat."""
+    """Returns sums, opposites, colours, animals' calls, legs and young, and words to repeat."""
     found = []
     for first, second in itertools.product(range(1, _MOST_ADDED + 1), repeat=2):
         text = f"what is {NUMBERS[first]} plus {NUMBERS[second]}?"

@@ -1,4 +1,4 @@
-"""Speech of people, all of it held out: prompts of Asterisk, and PocketSphinx' test recordings."""
+"""Speech of people, all held out: prompts of Asterisk, and test recordings of PocketSphinx."""
 
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,10 @@ SPEAKER = "Allison Smith"
 
 
 def words(package: Path) -> list[Item]:
-    """Numbers, days, months and the spelling alphabet, spoken by Allison Smith at 8 kHz.
+    """Returns numbers, days, months and the spelling alphabet, spoken by Allison Smith at 8 kHz.
 
     Args:
-        package: folder of the unpacked package of Asterisk's prompts.
+        package: folder of the unpacked package with Asterisk's prompts.
     """
     (folder,) = package.glob("usr/share/asterisk/sounds/en_US_f_*")
     files = {
@@ -33,10 +33,10 @@ def words(package: Path) -> list[Item]:
 
 
 def sentences(package: Path) -> list[Item]:
-    """Sentences of a LibriVox reading and names of cards, at 16 kHz, with transcripts.
+    """Returns sentences of a LibriVox reading and names of cards, at 16 kHz, with transcripts.
 
     Args:
-        package: folder of the unpacked package of PocketSphinx' test data.
+        package: folder of the unpacked package with PocketSphinx's test data.
     """
     root = package / "usr/share/pocketsphinx/test/data"
     items = []

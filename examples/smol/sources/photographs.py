@@ -1,4 +1,4 @@
-"""Photographs of scikit-image, all of them held out; the names are ours."""
+"""Photographs of scikit-image, all held out, with names assigned here."""
 
 from examples.smol.item import Item
 from examples.stand_ins.assets import asset_file
@@ -20,7 +20,7 @@ NAMES = {
 
 
 def pictures() -> list[Item]:
-    """The photographs of things that have a name.
+    """Returns the photographs of things that have a name.
 
     Raises:
         MissingAssetError: If the package scikit-image is not installed.

@@ -1,4 +1,4 @@
-"""Held-out text of three kinds, for perplexity: talk, a manual and literature."""
+"""Held-out text for perplexity: a manual and literature."""
 
 import gzip
 import re
@@ -10,12 +10,12 @@ _FEWEST_WORDS = 25
 
 
 def manual() -> str:
-    """Python's language reference, every eighth topic."""
+    """Returns every eighth topic of Python's language reference."""
     return "\n\n".join(text.strip() for _, text in sorted(topics.items())[::8])
 
 
 def literature(package: Path) -> str:
-    """Entries of Ambrose Bierce's "The Devil's Dictionary" of at least 25 words.
+    """Returns the entries of Ambrose Bierce's "The Devil's Dictionary" of at least 25 words.
 
     Args:
         package: folder of the unpacked Debian package.

@@ -1,4 +1,4 @@
-"""Samples of Sonic Pi (CC0): what kind of instrument each is, by its name."""
+"""Samples of Sonic Pi (CC0), labelled with the kind of instrument by their file names."""
 
 from pathlib import Path
 
@@ -20,11 +20,11 @@ KINDS = {
     "tabla": "tabla",
     "vinyl": "vinyl record",
 }
-"""Label by the beginning of the file's name; others are mixed bags."""
+"""Label by the first part of the file name; files with other names are of mixed kinds."""
 
 
 def sounds(package: Path) -> list[Item]:
-    """Clips of all samples of these kinds.
+    """Returns the clips of all samples of these kinds.
 
     Args:
         package: folder of the unpacked Debian package.

@@ -1,8 +1,8 @@
 """Tux Paint's stamps: pictures of things with captions, sounds and spoken descriptions (GPL-2).
 
-Half of the pictures are photographs of things cut out of their background, the others drawings.
-Letters, coins, chess pieces and other signs are left out. Of the sounds some are silent, some
-belong to several animals, and some are played more than once; equal recordings are one group.
+Half of the pictures are photographs of things without background, the others are drawings.
+Letters, coins, chess pieces and other signs are left out. Some sounds are silent, some belong to
+several animals, and some occur more than once; equal recordings form one group.
 """
 
 import re
@@ -40,7 +40,7 @@ CATEGORIES = {
     "hobbies/music": "musical instrument",
     "seasonal/christmas": "christmas decoration",
 }
-"""What kind of thing a picture shows, by the folder that it is in."""
+"""Kind of thing that a picture shows, by folder."""
 _LEFT_OUT = (
     "symbols/",
     "seasonal/hanukkah",
@@ -49,7 +49,7 @@ _LEFT_OUT = (
     "town/roadsigns",
     "people/body_parts",
 )
-"""Folders of signs, of what no short name says, and of what is white on white."""
+"""Folders of signs, of pictures without a short name, and of white pictures."""
 _CARTOON = "/cartoon/"
 
 SOUND_KINDS = {
@@ -59,15 +59,15 @@ SOUND_KINDS = {
     "hobbies/music": "musical instrument",
     "household": "household object",
 }
-"""What makes a sound, by the folder that it is in."""
+"""Kind of thing that makes a sound, by folder."""
 
 
 def pictures(package: Path, names: Collection[str] = ()) -> list[Item]:
-    """Pictures whose caption is a name of at most three words.
+    """Returns the pictures whose caption is a name of at most three words.
 
     Args:
         package: folder of the unpacked Debian package.
-        names: known names; a caption that ends in one has it as its label.
+        names: known names; a caption that ends in one gets it as its label.
     """
     root = package.joinpath(*_PLACE)
     items = []
@@ -92,7 +92,7 @@ def pictures(package: Path, names: Collection[str] = ()) -> list[Item]:
 
 
 def sounds(package: Path) -> list[Item]:
-    """Recordings of animals, instruments and things; the label is the kind of thing.
+    """Returns recordings of animals, instruments and things; the label is the kind of thing.
 
     Args:
         package: see `pictures`.
@@ -103,7 +103,7 @@ def sounds(package: Path) -> list[Item]:
         place = path.relative_to(root).as_posix()
         kind = _of_folder(place, SOUND_KINDS)
         if kind and "_desc" not in path.stem and is_audible(path):
-            # The same recording stands for several animals: ram, goat and mountain goat.
+            # Several animals, such as ram, goat and mountain goat, have the same recording.
             group = f"{kind} {recording_key(path)}"
             for number, read in enumerate(clips_of(path)):
                 name = f"{_slug(place)}-{number}"
@@ -112,7 +112,7 @@ def sounds(package: Path) -> list[Item]:
 
 
 def descriptions(package: Path) -> list[Item]:
-    """Spoken English names of what pictures show; the label is the picture's caption.
+    """Returns spoken English names of pictures; the label is the picture's caption.
 
     Args:
         package: see `pictures`.
@@ -130,7 +130,7 @@ def descriptions(package: Path) -> list[Item]:
 
 
 def caption(picture: Path) -> str:
-    """Name of what a picture shows, in lower case without an article; empty if it has no short one.
+    """Returns the name of a picture in lower case without an article; empty if none is short.
 
     `"A white kitten."` gives `"white kitten"`.
     """
@@ -141,7 +141,7 @@ def caption(picture: Path) -> str:
 
 
 def first_line(picture: Path) -> str:
-    """English description of a picture, which stands in a text file beside it."""
+    """Returns the English description of a picture, from the text file next to it."""
     path = picture.with_suffix(".txt")
     if not path.is_file():
         return ""
@@ -149,7 +149,7 @@ def first_line(picture: Path) -> str:
 
 
 def recording_key(path: Path) -> str:
-    """Equal for files that hold the same recording."""
+    """Returns a key that is equal for files with the same recording."""
     samples, rate = soundfile.read(path, dtype="int16")
     return f"{zlib.crc32(samples.tobytes()):08x}-{rate}"
 

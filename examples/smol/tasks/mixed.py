@@ -1,4 +1,4 @@
-"""Prompts of a picture, a spoken question and a sound: the question says which of them counts."""
+"""Prompts with a picture, a sound and a spoken question about one of them or both."""
 
 import random
 
@@ -14,12 +14,12 @@ ABOUT_BOTH = ("what is seen and heard?", "what can you see and hear?")
 
 
 def mixed(split: str, most: int, plan: MediaPlan) -> list[Example]:
-    """So many prompts about pictures of easy-VQA and notes of General MIDI.
+    """Returns prompts about pictures of easy-VQA and notes of General MIDI.
 
     Args:
-        split: `"train"` or `"test"`, of pictures, voices and notes.
-        most: how many.
-        plan: gets the phrases and notes.
+        split: `"train"` or `"test"`; applies to pictures, voices and notes.
+        most: number of prompts.
+        plan: plan to which the phrases and notes are added.
     """
     rng = random.Random(f"mixed/{split}")
     pictures = easy_vqa_captions(split)

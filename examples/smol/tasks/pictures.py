@@ -1,4 +1,4 @@
-"""Pictures: what one shows, what kind of thing that is, and easy-VQA's questions."""
+"""Picture tasks: the name of a thing, the kind of thing, and easy-VQA's questions."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,9 +19,9 @@ ASK_KIND = "what kind of thing is in the picture?"
 def training_pictures(
     catalogue: Catalogue, split: Mapping[str, frozenset[str]], plan: MediaPlan, sizes: Sizes
 ) -> dict[str, list[Example]]:
-    """Tasks `picture`, `kind` and `image_qa`.
+    """Returns the tasks `picture`, `kind` and `image_qa`.
 
-    Drawings of Noto, the stamps that the split names and easy-VQA's test set are in none.
+    They exclude drawings of Noto, the stamps held out by the split and easy-VQA's test set.
     """
     drawn = trained_drawings(catalogue, sizes)
     stamps = [item for item in catalogue.stamps if not is_held_out(split, "stamps", item.group)]
@@ -36,9 +36,10 @@ def training_pictures(
 def held_out_pictures(
     catalogue: Catalogue, split: Mapping[str, frozenset[str]], plan: MediaPlan, sizes: Sizes
 ) -> dict[str, list[Example]]:
-    """Tasks `drawing` (a style), `stamp` and `kind` (things), `photograph` and `image_qa`.
+    """Returns the tasks `drawing`, `stamp`, `kind`, `photograph` and `image_qa`.
 
-    What a drawing or a stamp shows has a name that is trained.
+    `drawing` holds out a style; `stamp` and `kind` hold out things. The names of `drawing` and
+    `stamp` occur in training.
     """
     trained = trained_drawings(catalogue, sizes)
     names = {item.label for item in trained}
@@ -55,7 +56,7 @@ def held_out_pictures(
 
 
 def trained_drawings(catalogue: Catalogue, sizes: Sizes) -> list[Item]:
-    """Drawings of the styles that are trained, of the names that are taken."""
+    """Returns the drawings of the training styles, for up to `sizes.drawings` names."""
     styles = [own for style, own in catalogue.drawings.items() if style != HELD_OUT_STYLE]
     names = sorted({item.label for own in styles for item in own})
     taken = set(draw(names, sizes.drawings))
@@ -63,7 +64,7 @@ def trained_drawings(catalogue: Catalogue, sizes: Sizes) -> list[Item]:
 
 
 def easy_vqa_captions(split: str, most: int | None = None) -> list[tuple[Example, str]]:
-    """Pictures of easy-VQA, as examples without a question, and what is in them."""
+    """Returns pictures of easy-VQA, as examples without a question, and their captions."""
     paths = easy_vqa.image_paths(split, most)
     labels = easy_vqa.labels(split)[: len(paths)]
     return [

@@ -1,4 +1,4 @@
-"""Sounds: families of General MIDI, instruments, and what makes a recorded sound."""
+"""Sound tasks: General MIDI families, instruments, and sources of recorded sounds."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ ASK_SOUND = "what kind of sound is this?"
 def training_sounds(
     catalogue: Catalogue, split: Mapping[str, frozenset[str]], plan: MediaPlan, sizes: Sizes
 ) -> dict[str, list[Example]]:
-    """Tasks `family`, `instrument` and `sound`."""
+    """Returns the tasks `family`, `instrument` and `sound`."""
     notes = draw(general_midi.notes_of("train"), sizes.notes)
     return {
         "family": _families(notes, plan),
@@ -36,7 +36,7 @@ def training_sounds(
 def held_out_sounds(
     catalogue: Catalogue, split: Mapping[str, frozenset[str]], plan: MediaPlan, sizes: Sizes
 ) -> dict[str, list[Example]]:
-    """Tasks `family`, at keys that no training note has, and `sound`, of other recordings."""
+    """Returns `family`, at keys without training notes, and `sound`, of held-out recordings."""
     notes = draw(general_midi.notes_of("test"), sizes.held_out)
     return {
         "family": _families(notes, plan),

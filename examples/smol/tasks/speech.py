@@ -1,4 +1,4 @@
-"""Speech: words, instructions, phrases to be written down, and questions about pictures."""
+"""Speech tasks: words, instructions, transcripts, and questions about pictures."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,14 @@ def training_speech(
     sizes: Sizes,
     chat: Sequence[tuple[str, str]],
 ) -> dict[str, list[Example]]:
-    """Tasks `word`, `transcript`, `instruction`, `spoken_question` and `spoken_chat`.
+    """Returns the tasks `word`, `transcript`, `instruction`, `spoken_question` and `spoken_chat`.
 
     Args:
-        catalogue: has the instructions and the spoken descriptions.
-        split: names what is held out of them.
-        plan: gets the phrases and recordings.
-        sizes: most of each.
-        chat: prompts that are not held out, and their answers.
+        catalogue: catalogue with the instructions and the spoken descriptions.
+        split: held-out groups of both.
+        plan: plan to which the phrases and recordings are added.
+        sizes: maximum number of each.
+        chat: training prompts and their replies.
     """
     voices = QUESTION_VOICES["train"]
     learned = [
@@ -60,10 +60,10 @@ def training_speech(
 def held_out_speech(
     catalogue: Catalogue, split: Mapping[str, frozenset[str]], plan: MediaPlan, sizes: Sizes
 ) -> dict[str, list[Example]]:
-    """Tasks `word`, `instruction` and `spoken_question` in held-out voices, and those of people.
+    """Returns `word`, `instruction` and `spoken_question` in held-out voices, and human speech.
 
-    `digit` and `human_word` are words that people speak, `human_speech` phrases to be written down,
-    `new_instruction` instructions that no training voice speaks.
+    `digit` and `human_word` are words spoken by people, and `human_speech` phrases to be
+    transcribed. `new_instruction` has instructions that no training voice speaks.
     """
     voices = QUESTION_VOICES["test"]
     spoken = [(own, voice) for own in catalogue.instructions for voice in voices]
@@ -120,7 +120,7 @@ def _instructions(said: Sequence[tuple[str, str, str]], plan: MediaPlan) -> list
 
 
 def _spoken_questions(split: str, most: int, plan: MediaPlan) -> list[Example]:
-    """Questions of easy-VQA, each spoken once a voice, about pictures that it is asked of."""
+    """Returns questions of easy-VQA, each spoken once per voice, about pictures they belong to."""
     by_text: dict[str, list[easy_vqa.Question]] = {}
     for question in easy_vqa.questions(split):
         by_text.setdefault(question.question, []).append(question)

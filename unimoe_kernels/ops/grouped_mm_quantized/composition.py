@@ -1,4 +1,4 @@
-"""`grouped_mm_quantized` composed of `grouped_mm`: all weights are read back to floats first."""
+"""`grouped_mm_quantized` composed of `dequantize_weight` and `grouped_mm`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def forward(
     format: str,
     transposed: bool,
 ) -> Tensor:
-    """Multiplies the rows of each expert by its weight, rounded to the dtype of x."""
+    """Multiplies the rows of each expert by its weight, dequantised to the dtype of `x`."""
     weight: QuantizedWeight = assemble(values, scales, zeros, format)
     floats = dequantize_weight(weight, x.dtype)
     floats = floats.transpose(1, 2) if transposed else floats

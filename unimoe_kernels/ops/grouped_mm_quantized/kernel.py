@@ -1,8 +1,8 @@
 """Triton kernels of `grouped_mm_quantized`.
 
-As those of `grouped_mm`, with weights that become floats after they are loaded. Where few rows of
-narrow experts have too few tiles for a GPU, sums are cut into parts, which a second kernel adds up
-in order.
+Like those of `grouped_mm`, but weights are converted to floats after they are loaded. Where few
+rows and narrow experts give too few tiles to fill a GPU, the sums are split into parts, which a
+second kernel adds in order.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def grouped_mm_quantized_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Writes `y[i] = weight[e] @ x[i] + bias[e]`; with `TAIL` zeros for rows of no expert.
+    """Writes `y[i] = weight[e] @ x[i] + bias[e]`; with `TAIL` also zeros for rows of no expert.
 
-    Of sums in parts, `y[part, i]` gets each one.
+    If the sums are split, each partial sum is written to `y[part, i]`.
     """
     ends_E, tiles_E = count_row_tiles(offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M, TAIL)
     num_tiles_m = tl.max(ends_E, axis=0)
@@ -141,7 +141,7 @@ def add_parts_kernel(
     BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Adds the parts of sums in order, and the bias; rows of no expert are zeros."""
+    """Adds the partial sums in order, and the bias; rows of no expert are zeros."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < width
@@ -175,19 +175,19 @@ def grouped_mm_quantized(
     tile: Tile | None = None,
     num_parts: int | None = None,
 ) -> Tensor:
-    """Multiplies rows of contiguous `x`; see `ops/grouped_mm_quantized/op.py`.
+    """Multiplies each row by its expert's weight; see `ops/grouped_mm_quantized/op.py`.
 
     Args:
-        x: `[N, D]`, or if transposed `[N, F]`.
-        values: `[E, F, D]`, or packed; contiguous, as `scales` and `zeros`.
-        scales: of its groups.
-        zeros: likewise, or None.
+        x: `[N, D]`, or `[N, F]` if transposed; contiguous.
+        values: `[E, F, D]`, or packed; contiguous, like `scales` and `zeros`.
+        scales: Scales of the groups.
+        zeros: Zero points of the groups, or None.
         expert_offsets: `[E + 1]`.
-        bias: `[E, F]`, or if transposed `[E, D]`, or None.
-        transposed: Whether the transposed weight is multiplied.
-        tail: Whether rows of no expert are written, as zeros.
-        tile: Taken instead of the one that `choose` returns.
-        num_parts: Taken instead of what `quantized_launch.num_parts` returns.
+        bias: `[E, F]`, or `[E, D]` if transposed, or None.
+        transposed: Whether to multiply by the transposed weight.
+        tail: Whether rows of no expert are written as zeros.
+        tile: Overrides `quantized_launch.choose`.
+        num_parts: Overrides `quantized_launch.num_parts`.
     """
     weight = stored(values, scales, zeros, transposed)
     num_rows = x.shape[0]
@@ -231,18 +231,18 @@ def partial_products(
     num_parts: int,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Returns the parts `[P, N, F]` of the sums of gathered rows; those of no expert are unwritten.
+    """Returns the partial sums `[P, N, F]` of gathered rows; rows of no expert are not written.
 
     Args:
         x: `[T, D]`, contiguous.
-        values: `[E, F, D]`, or packed; contiguous, as `scales` and `zeros`.
-        scales: of its groups.
-        zeros: likewise, or None.
+        values: `[E, F, D]`, or packed; contiguous, like `scales` and `zeros`.
+        scales: Scales of the groups.
+        zeros: Zero points of the groups, or None.
         offsets: `[E + 1]`.
-        row_order: `[N]`. Row i is read at `x[row_order[i] // top_k]`.
+        row_order: `[N]`. Row i is read from `x[row_order[i] // top_k]`.
         top_k: K.
         num_parts: P.
-        tile: Taken instead of the one that `choose` returns.
+        tile: Overrides `quantized_launch.choose`.
     """
     weight = stored(values, scales, zeros)
     (num_rows,) = row_order.shape

@@ -1,4 +1,4 @@
-"""`grouped_mm_quantized`: every expert multiplies its own rows by a weight of few bits."""
+"""`grouped_mm_quantized`: multiplies each expert's rows by its quantised weight."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def grouped_mm_quantized(
 ) -> Tensor:
     """Multiplies each group of rows by the quantised weight of its expert.
 
-    `grouped_mm` of the numbers that the weight stands for, which are not kept as floats. Those of
-    `"int8"` and `"int4"` are `scale * (integer - zero)`; see `QuantizedWeight`.
+    Equivalent to `grouped_mm` with the dequantised weight, without storing that weight as floats.
+    The numbers of `"int8"` and `"int4"` are `scale * (integer - zero)`; see `QuantizedWeight`.
 
     Example:
         >>> weight = quantize_weight(torch.tensor([[[127.0, -1.0]], [[0.0, 254.0]]]), "int8")
@@ -37,24 +37,24 @@ def grouped_mm_quantized(
 
     Args:
         x: `[N, D]` in expert order, float16, bfloat16, float32 or float64, any strides.
-        weight: `[E, F, D]`, on the device of `x`. It is frozen: it gets no gradient.
-        expert_offsets: `[E + 1]`, int32, rising from 0, as `expert_sort` gives it.
+        weight: `[E, F, D]`, on the device of `x`. It is frozen: no gradient is computed for it.
+        expert_offsets: `[E + 1]`, int32, nondecreasing from 0, as returned by `expert_sort`.
         bias: `[E, F]`, dtype and device of `x`, or None.
-        transposed: Whether to multiply by the transposed weight, as the gradient of `x` does: x is
-            then `[N, F]`, bias `[E, D]` and the result `[N, D]`.
+        transposed: Whether to multiply by the transposed weight, as the gradient of `x` requires.
+            `x` is then `[N, F]`, `bias` `[E, D]` and the result `[N, D]`.
 
     Returns:
         `[N, F]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous; zeros
         from row `expert_offsets[E]` on.
 
     Raises:
-        ValueError: If shapes do not fit each other, devices differ, the format is unknown, or the
-            scales require a gradient.
-        TypeError: If a dtype is none of those above, or that of another format.
+        ValueError: If shapes do not match, devices differ, the format is unknown, or the scales
+            require a gradient.
+        TypeError: If a dtype is not one of those above, or not that of the format.
 
     Note:
         Differentiable in `x` and `bias`; deterministic. Products are summed in float32 (float64 for
-        float64). Weights are rounded to the dtype of `x` where many rows are multiplied.
+        float64 `x`). With many rows, weights are rounded to the dtype of `x`.
     """
     x, bias = _checks.autocast(x, bias)
     if not isinstance(weight, QuantizedWeight):
@@ -123,7 +123,7 @@ def _backward(backend, ctx, grad):
         turned = (expert_offsets, None, ctx.format, not ctx.transposed)
         grad_x = _backends.run(backend, "grouped_mm_quantized", grad, *weight, *turned)
     if ctx.needs_input_grad[5]:
-        # Only the sum over rows is needed: a weight without columns gives it.
+        # Only the sum over rows is needed, which a weight gradient without columns provides.
         no_columns = grad.new_empty((grad.shape[0], 0))
         _, grad_bias = _backends.run(
             backend, "grouped_mm_wgrad", grad, no_columns, expert_offsets, True

@@ -1,4 +1,4 @@
-"""The arguments of `moe_mlp_quantized` in its schema, and as the structures of `moe_mlp`."""
+"""Conversion between the schema arguments of `moe_mlp_quantized` and structures of `moe_mlp`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from unimoe_kernels.ops.moe_mlp.arguments import ExpertWeights
 from unimoe_kernels.quantization.weight import QuantizedWeight, assemble
 
-# Both projections and their biases, as a schema has them.
+# Both projections and their biases in the schema.
 WEIGHTS = (
     "Tensor gate_up_values, Tensor gate_up_scales, Tensor? gate_up_zeros, str gate_up_format, "
     "Tensor down_values, Tensor down_scales, Tensor? down_zeros, str down_format, "
@@ -17,12 +17,12 @@ NUM_WEIGHTS = WEIGHTS.count(",") + 1
 
 
 def flatten(weights: ExpertWeights) -> tuple[Tensor | str | None, ...]:
-    """Returns quantised weights and biases as `WEIGHTS` lists them."""
+    """Returns the tensors and formats of weights and biases in the order of `WEIGHTS`."""
     return (*_parts(weights.first), *_parts(weights.down), weights.first_bias, weights.down_bias)
 
 
 def unflatten(*flat: Tensor | str | None) -> ExpertWeights:
-    """Undoes `flatten`."""
+    """Inverse of `flatten`."""
     return ExpertWeights(assemble(*flat[:4]), assemble(*flat[4:8]), *flat[8:])
 
 

@@ -1,4 +1,4 @@
-"""`moe_mlp_quantized` and its gradient: the formulas of `moe_mlp`, with quantised matmuls."""
+"""`moe_mlp_quantized` and its backward: the formulas of `moe_mlp` with quantised matmuls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def forward(backend: str, x: Tensor, ids: Tensor, scores: Tensor, *flat) -> tuple[Tensor, ...]:
-    """Returns y, the pre-activations (or none of their rows), and where the rows lie."""
+    """Returns y, the pre-activations (zero rows unless kept), and the order of the rows."""
     weights = unflatten(*flat[:NUM_WEIGHTS])
     *gate, keep_hidden = flat[NUM_WEIGHTS:]
     y, hidden, rows = composition.forward(
@@ -29,7 +29,7 @@ def forward(backend: str, x: Tensor, ids: Tensor, scores: Tensor, *flat) -> tupl
 
 
 def backward(backend: str, grad: Tensor, x: Tensor, scores: Tensor, hidden: Tensor, *flat) -> Grads:
-    """Returns the gradients of x, scores and both biases; those not asked for may be empty."""
+    """Returns the gradients of x, scores and both biases; those not needed may be empty."""
     rows, flat = Rows(*flat[:3]), flat[3:]
     weights = unflatten(*flat[:NUM_WEIGHTS])
     *gate, needs = flat[NUM_WEIGHTS:]
@@ -38,7 +38,7 @@ def backward(backend: str, grad: Tensor, x: Tensor, scores: Tensor, hidden: Tens
 
 
 def gradients(backend: str, grad: Tensor, saved: Saved, gate: Gate, needs: list[bool]) -> Grads:
-    """The same with structures for arguments."""
+    """Same as `backward`, with structures as arguments."""
     x, scores, first_bias, down_bias = needs
     wanted = Needs(x, False, False, scores, first_bias, down_bias)
     found = composition.backward(backend, grad, saved, gate, wanted)
@@ -55,7 +55,7 @@ def recorded_gradients(
     gate: Gate,
     needs: list[bool],
 ) -> Grads:
-    """Returns gradients that can be differentiated: in the pre-activations, too."""
+    """Returns gradients for double backward: pre-activations are recomputed and recorded."""
     run = partial(_backends.run, backend)
     _, hidden = pre_activations(run, x, weights, rows, scores.shape[1])
     return gradients(backend, grad, Saved(x, scores, weights, hidden, rows), gate, needs)

@@ -1,6 +1,6 @@
-"""The forward of `moe_mlp_quantized` in Triton: the steps of `moe_mlp/fused.py`.
+"""The forward of `moe_mlp_quantized` in Triton, with the steps of `moe_mlp/fused.py`.
 
-The backward is that of `composition.py`, by the kernels of its parts.
+The backward is that of `composition.py`, which runs the kernels of its parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from unimoe_kernels.ops.moe_mlp_quantized.arguments import NUM_WEIGHTS, unflatte
 
 
 def forward(x: Tensor, ids: Tensor, scores: Tensor, *flat) -> tuple[Tensor, ...]:
-    """Returns what `composition.forward` returns."""
+    """Returns the same tuple as `composition.forward`."""
     weights = unflatten(*flat[:NUM_WEIGHTS])
     *gate, keep_hidden = flat[NUM_WEIGHTS:]
     gate, top_k = Gate(*gate), ids.shape[1]

@@ -1,7 +1,7 @@
 """Triton kernels of the first matmul of the fused `moe_mlp_quantized`.
 
-It gathers tokens while it reads them, and activates its sums before they leave the registers, or,
-where they are cut into parts, as it adds these up.
+Tokens are gathered as they are read. The activation is applied to the sums in registers or, where
+the sums are split into parts, when the parts are added.
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ def gated_quantized_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Writes `act(W1 x + b1)` of the gathered rows, and with `KEEP_HIDDEN` what is activated.
+    """Writes `act(W1 x + b1)` of gathered rows, and with `KEEP_HIDDEN` also the pre-activations.
 
-    What is kept is zero for rows of no expert: a saved tensor has nothing in it by chance.
+    Pre-activations of rows of no expert are zero, so that the saved tensor has no uninitialised
+    values.
     """
     ends_E, tiles_E = count_row_tiles(
         offsets_ptr, num_rows, num_experts, BLOCK_E, BLOCK_M, KEEP_HIDDEN
@@ -152,7 +153,7 @@ def activate_parts_kernel(
     BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Adds the parts of gate and up in order, and writes what `gated_quantized_kernel` does."""
+    """Adds the partial sums of gate and up in order. Same outputs as `gated_quantized_kernel`."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < width
@@ -183,7 +184,7 @@ def activate_parts_kernel(
 
 
 def num_parts(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None, rows: int) -> int:
-    """Returns into how many parts the sums of so many routed rows are cut."""
+    """Returns the number of parts into which the sums of `rows` routed rows are split."""
     weight = stored(values, scales, zeros)
     return _plan_parts(place_of(x), weight, rows, x.dtype, precision(x.dtype))
 
@@ -205,16 +206,16 @@ def gated(
 
     Args:
         x: `[T, D]`, contiguous.
-        values: `[E, 2F, D]`, or packed; contiguous, as `scales` and `zeros`.
-        scales: of its groups.
-        zeros: likewise, or None.
+        values: `[E, 2F, D]`, or packed; contiguous, like `scales` and `zeros`.
+        scales: Scales of the groups.
+        zeros: Zero points of the groups, or None.
         bias: `[E, 2F]` or None.
         offsets: `[E + 1]`.
         row_order: `[N]`.
         top_k: K.
         gate: Activation, limit and alpha.
-        keep_hidden: Whether pre-activations `[N, 2F]` are written, or `[0, 2F]` is returned.
-        tile: Taken instead of the one that `choose` returns.
+        keep_hidden: Whether to write the pre-activations `[N, 2F]`; if not, `[0, 2F]` is returned.
+        tile: Overrides `quantized_launch.choose`.
     """
     (num_rows,), weight = row_order.shape, stored(values, scales, zeros)
     out, hidden = _outputs(x, num_rows, weight.rows, keep_hidden)
@@ -245,7 +246,7 @@ def activate_parts(
     gate: tuple[str, float, float],
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns what `gated` returns, from the parts `[P, N, 2F]` of its sums; `x` has its dtype."""
+    """Returns the outputs of `gated` from its partial sums `[P, N, 2F]`, in the dtype of `x`."""
     count, num_rows, double_width = parts.shape
     out, hidden = _outputs(x, num_rows, double_width, keep_hidden)
     if out.numel():

@@ -1,4 +1,4 @@
-"""`moe_mlp_quantized`: the experts of a layer with weights of few bits, as one operator."""
+"""`moe_mlp_quantized`: the experts of a layer with quantised weights, as one operator."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def moe_mlp_quantized(
 ) -> Tensor:
     """Runs each token through its K quantised experts and sums the results, weighted by score.
 
-    `moe_mlp` of the numbers that the weights stand for, which are not kept as floats.
+    Equivalent to `moe_mlp` with the dequantised weights, without storing those weights as floats.
 
     Example:
         >>> x, scores = torch.randn(3, 64), torch.ones(3, 1)
@@ -45,11 +45,11 @@ def moe_mlp_quantized(
 
     Args:
         x: `[T, D]`, float16, bfloat16, float32 or float64, any strides.
-        gate_up_proj: `[E, 2F, D]`, gate rows first, device of `x`. It is frozen: no gradient.
+        gate_up_proj: `[E, 2F, D]`, gate rows first, device of `x`. Frozen: it has no gradient.
         down_proj: `[E, D, F]`, likewise; may have another format.
-        ids: `[T, K]`, int32 or int64. A value of E or more drops this choice: it adds 0.
+        ids: `[T, K]`, int32 or int64. A value of E or more drops this choice, which then adds 0.
         scores: `[T, K]`, any floating dtype, used in float32 (float64 for float64 `x`).
-        activation: As in `swiglu`, with its `limit` and `alpha`.
+        activation: See `swiglu`, as for `limit` and `alpha`.
         gate_up_bias: `[E, 2F]`, dtype of `x`, or None.
         down_bias: `[E, D]`, likewise.
         limit: Clamp of `"swiglu_clamped"`.
@@ -59,13 +59,13 @@ def moe_mlp_quantized(
         `[T, D]`, dtype of `x` (under `torch.autocast` that of torch's matmuls), contiguous.
 
     Raises:
-        ValueError: If shapes do not fit each other, devices differ, `activation` or a format is
-            unknown, or scales require a gradient. With `UNIMOE_CHECKS=1` also if an id is negative.
-        TypeError: If dtypes differ or are none of those above, or a weight is not quantised.
+        ValueError: If shapes do not match, devices differ, `activation` or a format is unknown, or
+            scales require a gradient. With `UNIMOE_CHECKS=1` also if an id is negative.
+        TypeError: If dtypes differ or are not among those above, or a weight is not quantised.
 
     Note:
-        Differentiable in `x`, `scores` and the biases; deterministic. Keeps for the backward what
-        `moe_mlp` keeps. Weights are rounded to the dtype of `x` where many rows are multiplied.
+        Differentiable in `x`, `scores` and the biases; deterministic. Saves the same tensors for
+        the backward as `moe_mlp`. With many rows, weights are rounded to the dtype of `x`.
     """
     x, *biases = _checks.autocast(x, gate_up_bias, down_bias)
     weights = ExpertWeights(gate_up_proj, down_proj, *biases)
