@@ -149,7 +149,9 @@ def test_writers_of_one_file_do_not_disturb_each_other(path):
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     folder = tmp_path / "none"
     with (
-        pytest.raises(FileNotFoundError, match=rf"a.json\) must be in a folder .*: {folder}$"),
+        pytest.raises(
+            FileNotFoundError, match=rf"a.json\) must be in an existing folder: {folder}$"
+        ),
         atomic_write(folder / "a.json"),
     ):
         pytest.fail("the block must not run")
@@ -158,7 +160,7 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
 
 def test_a_folder_is_no_file(tmp_path):
     with (
-        pytest.raises(IsADirectoryError, match=r"path \(.*\) must be a file, and is a folder"),
+        pytest.raises(IsADirectoryError, match=r"path \(.*\) must be a file, but is a folder"),
         atomic_write(tmp_path),
     ):
         pytest.fail("the block must not run")

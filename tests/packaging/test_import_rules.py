@@ -136,10 +136,13 @@ def test_references_import_torch_only(name):
 @pytest.mark.parametrize("pattern", ["ops/*/kernel*.py", "_triton/*.py"])
 def test_kernels_import_triton_torch_and_what_kernels_share(pattern):
     def allowed(path, item):
-        shared = item.module.startswith("unimoe_kernels._triton.")
+        shared = f"{item.module}.".startswith("unimoe_kernels._triton.")
         return is_stdlib(item) or item.top in ("torch", "triton") or shared
 
     assert not violations(f"unimoe_kernels/{pattern}", allowed)
+
+
+STEPS = ("arguments", "pipeline")
 
 
 def test_fused_operators_import_kernels():
@@ -148,7 +151,8 @@ def test_fused_operators_import_kernels():
             name.startswith("kernel") for name in item.names
         )
         own = f"unimoe_kernels.ops.{path.parent.name}"
-        steps = item.module in (f"{own}.arguments", f"{own}.pipeline")
+        parts = {own, own.removesuffix("_quantized")}
+        steps = item.module in {f"{part}.{name}" for part in parts for name in STEPS}
         choice = item.module == "unimoe_kernels" and item.names == ("_backends",)
         return is_stdlib(item) or item.top == "torch" or kernels or steps or choice
 
@@ -221,10 +225,10 @@ def test_dispatch_imports_layers_ops_and_running():
         if item.module == "safetensors" or item.module == "safetensors.torch":
             return item.lazy
         parts = ("unimoe_kernels.ops", "unimoe_kernels.layers")
-        lora = item.module == "unimoe_kernels.layers.expert_lora"
+        of_experts = ("expert_lora", "quantized_projection")
         return (
             item.module in parts
-            or lora
+            or item.module in {f"unimoe_kernels.layers.{name}" for name in of_experts}
             or item.module.startswith("unimoe_kernels.distributed.dispatch.")
             or item.module.startswith("unimoe_kernels.distributed.running.")
             or (item.module == "unimoe_kernels" and item.names == ("_checks",))

@@ -132,9 +132,9 @@ def _backward(backend, ctx, grad):
 
 
 def _triton(x, values, scales, zeros, expert_offsets, bias, format, transposed):
-    from unimoe_kernels.ops.grouped_mm_quantized.kernel import grouped_mm_quantized
+    from unimoe_kernels.ops.grouped_mm_quantized import kernel
 
-    return grouped_mm_quantized(x, values, scales, zeros, expert_offsets, bias, transposed)
+    return kernel.grouped_mm_quantized(x, values, scales, zeros, expert_offsets, bias, transposed)
 
 
 _backends.declare(
