@@ -1,6 +1,6 @@
 """Input checks and conversions shared by the layers."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -87,7 +87,10 @@ def weight_of(module: torch.nn.Module, name: str) -> Any:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-def local_part(weight: torch.Tensor | None) -> torch.Tensor | None:
+_Held = TypeVar("_Held", torch.Tensor, torch.Tensor | None)
+
+
+def local_part(weight: _Held) -> _Held:
     """Returns the local part of a DTensor; any other tensor, or None, is returned as it is."""
     # Importing the DTensor class takes half a second, which plain tensors avoid.
     if weight is None or type(weight) in (torch.Tensor, torch.nn.Parameter):

@@ -74,8 +74,8 @@ class QuantizedProjection(nn.Module):
     @property
     def weight(self) -> QuantizedWeight:
         """The buffers as an operator argument; the local shards if split between ranks."""
-        parts = map(local_part, (self.values, self.scales, self.zeros))
-        return QuantizedWeight(*parts, self.format, self.group_size)
+        values, scales = local_part(self.values), local_part(self.scales)
+        return QuantizedWeight(values, scales, local_part(self.zeros), self.format, self.group_size)
 
     @property
     def shape(self) -> torch.Size:
