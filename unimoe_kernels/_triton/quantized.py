@@ -246,3 +246,11 @@ def add_quantized(
         return acc_MN + part_MN * scale_N[None, :]
     else:
         return add_product(x_MK, weight_KN, acc_MN, PRECISION, UPCAST)
+
+
+@triton.jit
+def expert_of_rows(offsets_ptr, offs_m, num_experts, BLOCK_E: tl.constexpr):
+    """Returns the expert of each row, int64; `num_experts` for rows of no expert."""
+    offs_e = tl.arange(0, BLOCK_E)
+    end_E = tl.load(offsets_ptr + offs_e + 1, mask=offs_e < num_experts, other=2**31 - 1)
+    return tl.sum((end_E[None, :] <= offs_m[:, None]).to(tl.int32), axis=1).to(tl.int64)

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from unimoe_kernels._triton.launch import Device
+from unimoe_kernels._triton.launch import Device, accumulator
 from unimoe_kernels._triton.problem import Problem, Tile
 from unimoe_kernels._triton.tiles import (
     GROUP_M,
@@ -24,6 +24,9 @@ FEW_ROWS = 32
 # Least length of a part of a split sum.
 SHORTEST_PART = 512
 MAX_PARTS = 8
+# Rows and columns of a block in which partial sums are added.
+ADD_BLOCK_ROWS = 4
+ADD_BLOCK_COLUMNS = 128
 # Concurrent programs per multiprocessor, for few rows.
 AT_ONCE = 4
 
@@ -142,6 +145,21 @@ def constants(problem: Problem, weight: Stored, tile: Tile) -> dict[str, object]
         "GROUP": group,
         "SCALES": scales,
         **product_constants(problem, tile),
+    }
+
+
+def adding_grid(num_rows: int, width: int) -> tuple[int, int]:
+    """Returns the grid of a kernel that adds partial sums of `[num_rows, width]`."""
+    return triton.cdiv(num_rows, ADD_BLOCK_ROWS), triton.cdiv(width, ADD_BLOCK_COLUMNS)
+
+
+def adding_constants(num_experts: int, dtype: torch.dtype) -> dict[str, object]:
+    """Returns the constants of a kernel that adds partial sums for rows of a dtype."""
+    return {
+        "BLOCK_E": triton.next_power_of_2(num_experts + 1),
+        "BLOCK_M": ADD_BLOCK_ROWS,
+        "BLOCK_N": ADD_BLOCK_COLUMNS,
+        "ACC": accumulator(dtype),
     }
 
 

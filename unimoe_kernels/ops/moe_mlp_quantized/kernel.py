@@ -14,16 +14,13 @@ from torch import Tensor
 from unimoe_kernels._triton import quantized_launch
 from unimoe_kernels._triton.activation import activate, gate_constants
 from unimoe_kernels._triton.halves import store_halves
-from unimoe_kernels._triton.launch import accumulator, precision
+from unimoe_kernels._triton.launch import precision
 from unimoe_kernels._triton.planned import Launch, Place, place_of, planned
 from unimoe_kernels._triton.problem import Problem, Tile
-from unimoe_kernels._triton.quantized import multiply_quantized_rows
+from unimoe_kernels._triton.quantized import expert_of_rows, multiply_quantized_rows
 from unimoe_kernels._triton.quantized_launch import Stored, stored
 from unimoe_kernels._triton.schedule import count_row_tiles, locate_rows, locate_tile
 from unimoe_kernels._triton.tiles import rows_bucket
-
-ADD_BLOCK_ROWS = 4
-ADD_BLOCK_COLUMNS = 128
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -168,9 +165,7 @@ def activate_parts_kernel(
         up_MN += tl.load(parts_ptrs + width, mask=owned_mn, other=0)
         parts_ptrs += tl.cast(num_rows, tl.int64) * (2 * width)
     if HAS_BIAS:
-        offs_e = tl.arange(0, BLOCK_E)
-        end_E = tl.load(offsets_ptr + offs_e + 1, mask=offs_e < num_experts, other=2**31 - 1)
-        expert_M = tl.sum((end_E[None, :] <= offs_m[:, None]).to(tl.int32), axis=1).to(tl.int64)
+        expert_M = expert_of_rows(offsets_ptr, offs_m, num_experts, BLOCK_E)
         bias_ptrs = bias_ptr + expert_M[:, None] * (2 * width) + offs_n[None, :]
         gate_MN += tl.load(bias_ptrs, mask=owned_mn, other=0).to(ACC)
         up_MN += tl.load(bias_ptrs + width, mask=owned_mn, other=0).to(ACC)
@@ -326,15 +321,12 @@ def _activate(
     return Launch(
         place,
         activate_parts_kernel,
-        (triton.cdiv(num_rows, ADD_BLOCK_ROWS), triton.cdiv(width, ADD_BLOCK_COLUMNS)),
+        quantized_launch.adding_grid(num_rows, width),
         sizes,
         {
             "HAS_BIAS": has_bias,
             "KEEP_HIDDEN": keep_hidden,
             **gate_constants(gate),
-            "BLOCK_E": triton.next_power_of_2(num_experts + 1),
-            "BLOCK_M": ADD_BLOCK_ROWS,
-            "BLOCK_N": ADD_BLOCK_COLUMNS,
-            "ACC": accumulator(dtype),
+            **quantized_launch.adding_constants(num_experts, dtype),
         },
     )
