@@ -1,11 +1,24 @@
-"""A training step of LoRA on frozen experts, compared with peft and a dense FFN."""
+"""A training step of LoRA on frozen experts, compared with peft and a dense FFN.
 
+`ours-int4` trains LoRA on experts that were quantised to int4 in groups of 64, or of 32 where a
+width is no multiple of 64.
+"""
+
+import copy
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from unimoe_kernels import MoE, SwiGLUFFN, add_expert_lora, stack_experts
+from unimoe_kernels import (
+    MoE,
+    SwiGLUFFN,
+    add_expert_lora,
+    dequantize_weight,
+    quantize_experts,
+    stack_experts,
+)
 from unimoe_kernels.testing import relative_error
 
 from .candidates import Candidate, UnavailableError, Work
@@ -28,6 +41,7 @@ def bench_expert_lora(record, lora_case, device, dtype):
             "dense": problem.dense,
             "peft-eager": lambda: problem.peft("eager"),
             "peft-grouped_mm": lambda: problem.peft("grouped_mm"),
+            "ours-int4": problem.ours_int4,
             "ours": problem.ours,
         },
         problem.work,
@@ -51,7 +65,6 @@ class LoraProblem:
         with torch.no_grad():
             for lora in self._adapters().values():
                 lora.lora_B.normal_(std=RANK**-0.5, generator=generator)
-        self._expected = self._reference()
         rows, size = case.tokens * K, self._base.x.element_size()
         flops = 2 * (6 * rows * D * F + 2 * case.tokens * D * E)
         flops += 3 * 2 * rows * RANK * (2 * D + 3 * F)
@@ -59,7 +72,24 @@ class LoraProblem:
 
     def ours(self) -> Candidate:
         """`add_expert_lora`."""
-        return self._candidate("ours", self._layer, lambda: _gradients(self._adapters()))
+        gradients = functools.partial(_gradients, self._adapters())
+        return self._candidate("ours", self._layer, gradients, lambda: self._expected)
+
+    def ours_int4(self) -> Candidate:
+        """`quantize_experts` before `add_lora`, checked with the numbers of the rounded weights."""
+        D, F, _, _ = self._base.layer
+        layer = copy.deepcopy(self._base.moe).requires_grad_(False)
+        quantize_experts(layer, "int4", 32 if D % 64 or F % 64 else 64)
+        exact = copy.deepcopy(self._base.moe)
+        with torch.no_grad():
+            for target in TARGETS:
+                weight = getattr(layer.experts, target).weight
+                getattr(exact.experts, target).copy_(dequantize_weight(weight, weight.scales.dtype))
+        add_expert_lora(layer, RANK, alpha=RANK)
+        adapters = layer.experts.expert_lora
+        adapters.load_state_dict(self._adapters().state_dict())
+        gradients = functools.partial(_gradients, adapters)
+        return self._candidate("ours-int4", layer, gradients, lambda: self._reference(exact))
 
     def peft(self, implementation: str) -> Candidate:
         """peft on Mixtral's block of transformers, with the same weights."""
@@ -86,9 +116,8 @@ class LoraProblem:
                 wrapper = wrappers[target]
                 wrapper.lora_A["default"].weight.copy_(lora.lora_A.flatten(0, 1))
                 wrapper.lora_B["default"].weight.copy_(lora.lora_B.permute(1, 2, 0).flatten(1))
-        return self._candidate(
-            f"peft-{implementation}", block, lambda: _gradients_of_peft(wrappers)
-        )
+        gradients = functools.partial(_gradients_of_peft, wrappers)
+        return self._candidate(f"peft-{implementation}", block, gradients, lambda: self._expected)
 
     def dense(self) -> Candidate:
         """One frozen SwiGLU FFN as wide as K experts, its three projections with such LoRA."""
@@ -97,12 +126,22 @@ class LoraProblem:
         layer = SwiGLUFFN(D, K * F, **like).requires_grad_(False)
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(layer, name, _LoraLinear(getattr(layer, name)))
-        return self._candidate("dense", layer, None)
+        return self._candidate("dense", layer)
 
     def _adapters(self) -> nn.ModuleDict:
         return self._layer.experts.expert_lora
 
-    def _candidate(self, name: str, layer: nn.Module, gradients: Gradients | None) -> Candidate:
+    @functools.cached_property
+    def _expected(self) -> dict[str, torch.Tensor]:
+        return self._reference(self._base.moe)
+
+    def _candidate(
+        self,
+        name: str,
+        layer: nn.Module,
+        gradients: Gradients | None = None,
+        expected: Gradients | None = None,
+    ) -> Candidate:
         base = self._base
 
         def step(x: torch.Tensor) -> torch.Tensor:
@@ -119,22 +158,22 @@ class LoraProblem:
             y = step(x)
             answers = {"output": y[0, base.clear], "gradient of x": x.grad} | gradients()
             limit = TOLERANCE[x.dtype]
-            for what, expected in self._expected.items():
-                error = relative_error(answers[what], expected)
+            for what, exact in expected().items():
+                error = relative_error(answers[what], exact)
                 assert error < limit, f"{name}: {what} has relative error {error:.2g}"
 
         return Candidate(
             run=run,
             check=check if gradients is not None else None,
             forward=lambda: layer(base.x.detach().requires_grad_()),
-            weights=tuple(layer.parameters()),
+            weights=(*layer.parameters(), *layer.buffers()),
         )
 
-    def _reference(self) -> dict[str, torch.Tensor]:
+    def _reference(self, moe: MoE) -> dict[str, torch.Tensor]:
         """Outputs of the published layer with expert weights `W + B @ A`, in float64."""
         base = self._base
         merged = MoE(*base.layer, device=base.x.device, dtype=torch.float64)
-        merged.load_state_dict(base.moe.state_dict())
+        merged.load_state_dict(moe.state_dict())
         pairs = {
             target: (lora.lora_A.detach().double(), lora.lora_B.detach().double())
             for target, lora in self._adapters().items()

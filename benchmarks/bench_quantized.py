@@ -1,8 +1,8 @@
-"""A layer with quantised experts beside the same layer with its float weights.
+"""A layer with quantised experts beside the same layer with its float weights, and beside peers.
 
 `ours` is int4 in groups of 64, or of 32 where a width is no multiple of 64. Each quantised layer is
 checked beside a float layer of the numbers that it stands for; what rounding costs is in
-docs/quantization.md.
+docs/quantization.md. `dense-torchao` is the dense layer with torchao's int8 weights.
 """
 
 import copy
@@ -15,13 +15,15 @@ from torch import nn
 from unimoe_kernels import MoE, SwiGLUFFN, dequantize_weight, quantize_experts
 from unimoe_kernels.testing import relative_error
 
-from .candidates import Candidate, in_turns, own_gradients
+from .candidates import Candidate, Provider, UnavailableError, in_turns, own_gradients
 from .problem import TOLERANCE, Problem, problems_of
+from .quantized_peers import QUANTIZED_LAYERS
+from .remote import RemoteLayer
 
 FORMATS = {
-    "int8": ("int8", None, False),
-    "int8-groups": ("int8", 64, False),
-    "int4-zeros": ("int4", 64, True),
+    "ours-int8": ("int8", None, False),
+    "ours-int8-groups": ("int8", 64, False),
+    "ours-int4-zeros": ("int4", 64, True),
     "ours": ("int4", 64, False),
 }
 
@@ -32,25 +34,46 @@ def bench_quantized(record, quantized_case, device, dtype):
     def of_all(make):
         return lambda: in_turns([make(problem) for problem in problems], turns)
 
-    makers = {"floats": _floats, "dense": _dense}
+    makers = {"ours-float": _float, "dense": _dense, "dense-torchao": _dense_torchao}
     makers |= {name: functools.partial(_quantized, name) for name in FORMATS}
-    record(
-        quantized_case,
-        {name: of_all(make) for name, make in makers.items()},
-        problems[0].work,
-    )
+    providers: dict[str, Provider] = {name: of_all(make) for name, make in makers.items()}
+    providers |= {name: functools.partial(_peer, name, problems[0]) for name in QUANTIZED_LAYERS}
+    record(quantized_case, providers, problems[0].work)
 
 
-def _floats(problem: Problem) -> Candidate:
-    return problem.candidate("floats", own_gradients(problem.moe))
+def _float(problem: Problem) -> Candidate:
+    return problem.candidate("ours-float", own_gradients(problem.moe))
 
 
 def _dense(problem: Problem) -> Candidate:
+    return problem.candidate("dense", _dense_layer(problem), comparable=False)
+
+
+def _dense_torchao(problem: Problem) -> Candidate:
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise UnavailableError(f"torchao does not import: {error}") from error
+    layer = _dense_layer(problem)
+    quantize_(layer, Int8WeightOnlyConfig())
+    return problem.candidate("dense-torchao", layer, comparable=False)
+
+
+def _dense_layer(problem: Problem) -> nn.Module:
     D, F, _, K = problem.layer
     layer = SwiGLUFFN(D, K * F, device=problem.x.device, dtype=problem.x.dtype)
     for weight in layer.parameters():
         nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-    return problem.candidate("dense", layer, comparable=False)
+    return layer
+
+
+def _peer(name: str, problem: Problem) -> Candidate:
+    if problem.x.device.type != "cpu":
+        raise UnavailableError(f"{name} runs on CPUs")
+    if problem.x.dtype != torch.bfloat16 or problem.case.mode != "forward":
+        raise UnavailableError(f"{name} is measured in bfloat16, without gradients")
+    remote = RemoteLayer(name, problem.case, problem.x.dtype)
+    return Candidate(run=remote.time_one_call, in_process=False)
 
 
 def _quantized(name: str, problem: Problem) -> Candidate:

@@ -41,7 +41,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    for name in ("transformers", "triton", "zentorch", "liger_kernel"):
+    for name in ("transformers", "triton", "zentorch", "kt_kernel", "torchao", "liger_kernel"):
         version = _version(name)
         if version:
             facts[name] = version

@@ -134,7 +134,8 @@ def smollm2_table(train: str, held_out: str) -> None:
         print(f"SmolLM2 skipped: {error}")
         return
     held, seen = (
-        rows_of(tokenizer(text)["input_ids"], count) for text, count in ((held_out, 16), (train, 8))
+        rows_of(tokenizer(text)["input_ids"], count)
+        for text, count in ((held_out, 16), (train, 64))
     )
     model = upcycle(dense, num_experts=2)
     table("SmolLM2-135M-Instruct, 4-bit file, upcycled to 2 experts", model, held, seen)

@@ -15,6 +15,7 @@ import torch
 from .candidates import UnavailableError
 from .memory import give_back_freed_memory, keep_freed_memory
 from .problem import Problem, problems_of
+from .quantized_peers import QUANTIZED_LAYERS
 from .shapes import Case
 
 _START_SECONDS = 120
@@ -159,4 +160,4 @@ def _zentorch_layer(problem: Problem) -> Callable[[], None]:
     return torch.no_grad()(run)
 
 
-_LAYERS = {"zentorch": _zentorch_layer}
+_LAYERS = {"zentorch": _zentorch_layer, **QUANTIZED_LAYERS}

@@ -205,6 +205,7 @@ SETS = {
     "host": ShapeSet(layer=(), host=HOST, launch=LAUNCH, threads=1),
     "quantized": ShapeSet(
         layer=(),
+        lora=(Case("medium-mixtral", 1024, "training", dtype="bfloat16"),),
         quantized=tuple(
             Case(layer, T, dtype="bfloat16")
             for layer, few in (("large-qwen3", 4), ("medium-mixtral", 1))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .history import Row
 
-NO_PEERS = ("dense", "gate")
+NO_PEERS = ("dense", "dense-torchao", "gate")
 """Providers that compute something else."""
 
 
