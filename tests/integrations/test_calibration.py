@@ -123,6 +123,9 @@ def test_bad_inputs_leave_the_model_as_it_is():
     embedding = model.model.embed_tokens.weight
     cases = [
         ([], ValueError, "calibration must hold at least one input"),
+        ("text", TypeError, r"calibration \(str\) must be an iterable of inputs"),
+        (IDS, TypeError, r"calibration \(Tensor\) must be an iterable of inputs"),
+        ({"input_ids": IDS}, TypeError, r"calibration \(dict\) must be an iterable of inputs"),
         ([{"input_ids": IDS}, {"nothing": IDS}], (TypeError, ValueError), "nothing|input_ids"),
         (
             [{"input_ids": IDS}, {"inputs_embeds": embedding[IDS] * torch.nan}],

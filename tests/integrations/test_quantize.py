@@ -217,6 +217,8 @@ def test_bad_models_are_left_as_they_are():
     assert all(torch.equal(before[k], state[k]) for k in state if "layers.1" not in k)
     with pytest.raises(ValueError, match="has no experts with stacked weights"):
         quantize_experts(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model \(str\) must be a torch.nn.Module"):
+        quantize_experts("runs/model")
     model = quantize_experts(mixtral(), "int4", 32)
     with pytest.raises(RuntimeError, match=r"layers.0.mlp.experts is quantised already \(int4\)"):
         quantize_experts(model, "int8")

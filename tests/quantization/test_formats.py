@@ -172,6 +172,15 @@ def test_bad_weights_are_refused():
         quantize_weight(weight, "int4", 48)
     with pytest.raises(ValueError, match=r"down has rows of 96 .* multiple of group_size \(64\)"):
         quantize_weight(weight, "int4", name="down")
+    for size in ("64", 64.0, True):
+        with pytest.raises(ValueError, match=rf"group_size \({size!r}\) must be one of"):
+            quantize_weight(weight, "int4", size)
+    with pytest.raises(TypeError, match=r"zero_points \('no'\) must be a bool"):
+        quantize_weight(weight, "int4", 32, zero_points="no")
+    with pytest.raises(TypeError, match=r"weight \(Tensor\) must be a QuantizedWeight"):
+        dequantize_weight(weight)
+    with pytest.raises(TypeError, match=r"dtype \(torch.int8\) must be a floating-point dtype"):
+        dequantize_weight(quantize_weight(weight, "int8"), torch.int8)
     with pytest.raises(ValueError, match=r"zero_points \(True\) must be False with .*int8"):
         quantize_weight(weight, "int8", 32, zero_points=True)
     with pytest.raises(TypeError, match=r"weight is quantised already \(int8\)"):

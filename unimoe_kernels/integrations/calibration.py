@@ -40,9 +40,15 @@ class Calibration:
     Raises:
         ValueError: If `inputs` is empty, or the input or output of a layer of experts contains NaN
             or infinity.
+        TypeError: If `inputs` is a single input or a string.
     """
 
     def __init__(self, model: nn.Module, found: Named, inputs: Iterable[Any]) -> None:
+        if isinstance(inputs, (str, bytes, Mapping, Tensor)) or not isinstance(inputs, Iterable):
+            raise TypeError(
+                f"calibration ({type(inputs).__name__}) must be an iterable of inputs of the model,"
+                " such as a list"
+            )
         self._model = model
         self._inputs = list(inputs)
         if not self._inputs:

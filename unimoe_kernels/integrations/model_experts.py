@@ -35,8 +35,11 @@ def all_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Returns experts with stacked weights, by their names without wrappers.
 
     Raises:
+        TypeError: If the model is not a module.
         ValueError: If there are none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model ({type(model).__name__}) must be a torch.nn.Module")
     found = [
         (clean(name), module)
         for name, module in innermost(model).named_modules()

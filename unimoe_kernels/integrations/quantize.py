@@ -71,7 +71,8 @@ def quantize_experts(
         ValueError: If the model has no experts, the format is unknown, a width is not a multiple of
             the group size, weights contain NaN or infinity or are sharded, or `calibration` is
             empty or produces NaN or infinity in a layer of experts. The model is then unchanged.
-        TypeError: If experts are of a subclass of `GroupedExperts`.
+        TypeError: If the model is not a module, experts are of a subclass of `GroupedExperts`,
+            `zero_points` is not a bool, or `calibration` is a single input or a string.
         RuntimeError: If experts are already quantised, or LoRA is merged into their weights.
     """
     check_options(format, group_size, zero_points)

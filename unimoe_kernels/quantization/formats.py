@@ -59,10 +59,13 @@ def check_options(format: str, group_size: int | None, zero_points: bool) -> Non
 
     Raises:
         ValueError: If the format is unknown, or does not support the group size or zero points.
+        TypeError: If `zero_points` is not a bool.
     """
     found = format_of(format)
-    if group_size is not None and group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size ({group_size}) must be one of {GROUP_SIZES} or None")
+    if group_size is not None and (type(group_size) is not int or group_size not in GROUP_SIZES):
+        raise ValueError(f"group_size ({group_size!r}) must be one of {GROUP_SIZES} or None")
+    if not isinstance(zero_points, bool):
+        raise TypeError(f"zero_points ({zero_points!r}) must be a bool")
     if zero_points and not found.zero_points:
         raise ValueError(f"zero_points ({zero_points}) must be False with format {format!r}")
 

@@ -91,7 +91,14 @@ def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype | None = None)
 
     Returns:
         `[E, out, in]`.
+
+    Raises:
+        TypeError: If `weight` is not quantised, or `dtype` is not a floating-point dtype.
     """
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError(f"weight ({type(weight).__name__}) must be a QuantizedWeight")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype ({dtype}) must be a floating-point dtype")
     dtype = dtype or weight.scales.dtype
     wide = _checks.accumulation_dtype(dtype)
     zeros = INT4_OFFSET if weight.format == "int4" else 0
