@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from unimoe_kernels import upcycle
+from unimoe_kernels import quantize_experts, upcycle
 
 SIZES = {
     "vocab_size": 40,
@@ -40,6 +40,8 @@ IDS = torch.randint(3, 40, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
 def build(name):
+    """Returns a model by its name in `CONFIGS`; `"<name> int4"` has quantised experts."""
+    name, _, format = name.partition(" ")
     config_class, options = CONFIGS[name]
     config = getattr(transformers, config_class)(**SIZES, **options)
     torch.manual_seed(0)
@@ -50,7 +52,7 @@ def build(name):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model.eval()
+    return (quantize_experts(model, format, 32) if format else model).eval()
 
 
 def fill(model):

@@ -43,7 +43,7 @@ def trained(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "mixtral int4"])
 @pytest.mark.parametrize("order", ["peft first", "peft last"])
 def test_both_train(name, order):
     model = with_both(name, order)

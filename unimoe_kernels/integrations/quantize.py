@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unimoe_kernels import _checks
 from unimoe_kernels.integrations.calibration import Calibration, evaluating
-from unimoe_kernels.integrations.model_experts import all_experts, innermost
+from unimoe_kernels.integrations.model_experts import all_experts, innermost, peft_layers
 from unimoe_kernels.integrations.transformers import register_with_transformers
 from unimoe_kernels.layers import GroupedExperts, QuantizedExperts
 from unimoe_kernels.layers.quantized_experts import quantize_in_place
@@ -73,10 +73,12 @@ def quantize_experts(
             empty or produces NaN or infinity in a layer of experts. The model is then unchanged.
         TypeError: If the model is not a module, experts are of a subclass of `GroupedExperts`,
             `zero_points` is not a bool, or `calibration` is a single input or a string.
-        RuntimeError: If experts are already quantised, or LoRA is merged into their weights.
+        RuntimeError: If experts are already quantised, LoRA is merged into their weights, or peft
+            has added LoRA to them.
     """
     check_options(format, group_size, zero_points)
     found = all_experts(model)
+    _refuse_adapters_of_peft(model)
     for name, experts in found:
         check_quantizable(name, experts, format, group_size)
         for key in projections(experts):
@@ -102,6 +104,17 @@ def quantize_experts(
             convert(experts, *options)
     mark(model, format, group_size, zero_points)
     return model
+
+
+def _refuse_adapters_of_peft(model: nn.Module) -> None:
+    """Refuses peft's `target_parameters` on experts, which require the float parameters."""
+    for name, layer in peft_layers(model).items():
+        parameter = getattr(layer, "parameter_name", None)
+        if parameter is not None and parameter in projections(layer.get_base_layer()):
+            raise RuntimeError(
+                f"{name}.{parameter} has LoRA of peft's target_parameters, which requires the"
+                " float weight: quantise first, then call add_expert_lora()"
+            )
 
 
 def check_quantizable(name: str, experts: nn.Module, format: str, group_size: int | None) -> None:
