@@ -1,9 +1,12 @@
 """Starts the ranks of a test as processes of their own, and reads what they found."""
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,40 +14,35 @@ HERE = Path(__file__).parent
 
 
 class Ended(NamedTuple):
-    code: int
+    code: int | None
     output: str
 
 
 def launch(script, world, folder, *arguments, limit=300):
     """Runs `script FOLDER RANK WORLD ARGUMENTS` on every rank; returns how each of them ended.
 
-    All are killed once `limit` seconds have passed: a rank that hangs fails its test.
+    Args:
+        script: its path, or its name in the folder of this file.
+        limit: seconds after which all ranks are killed, with None for their exit codes.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, HERE / script, folder, str(rank), str(world), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for rank in range(world)
-    ]
-    try:
-        return [Ended(p.returncode, text) for p in processes for text in [_text(p, limit)]]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
-def _text(process, limit):
-    try:
-        return process.communicate(timeout=limit)[0]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return f"{process.communicate()[0]}\nstill ran after {limit} s"
+    server = _server()
+    with tempfile.TemporaryDirectory() as outputs:
+        files = [f"{outputs}/{rank}" for rank in range(world)]
+        request = {
+            "script": str(HERE / script),
+            "arguments": [
+                [str(folder), str(rank), str(world), *map(str, arguments)] for rank in range(world)
+            ],
+            "environment": _environment(),
+            "outputs": files,
+            "limit": limit,
+        }
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+        texts = [Path(file).read_text(encoding="utf-8") for file in files]
+    hung = f"\nstill ran after {limit} s"
+    return [Ended(c, t + hung * (c is None)) for c, t in zip(codes, texts, strict=True)]
 
 
 def found(script, world, folder, *arguments, limit=300):
@@ -58,3 +56,21 @@ def found(script, world, folder, *arguments, limit=300):
 def write(folder, rank, result):
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+@functools.cache
+def _server():
+    """The process that ranks are forked from; it ends with this one."""
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "rank_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+    )
+    atexit.register(process.kill)
+    return process
+
+
+def _environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

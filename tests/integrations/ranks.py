@@ -1,4 +1,4 @@
-"""What each rank of `test_parallel.py` runs: `ranks.py FOLDER RANK`; rank 0 writes errors.json.
+"""What each rank of `test_parallel.py` runs: `ranks.py FOLDER RANK`; rank 0 writes found.json.
 
 Errors are relative to one process that runs eager experts on the whole batch.
 """
@@ -149,7 +149,7 @@ def main(folder, rank):
         "changed in place": in_place_errors(),
     }
     if rank == 0:
-        (folder / "errors.json").write_text(json.dumps(errors), encoding="utf-8")
+        (folder / "found.json").write_text(json.dumps(errors), encoding="utf-8")
     dist.destroy_process_group()
 
 

@@ -1,10 +1,8 @@
 """Parallel plans of transformers, and FSDP2, over our experts: two processes beside one."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
+import launcher
 import pytest
 import torch
 import transformers
@@ -35,19 +33,7 @@ def errors(tmp_path_factory):
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, RANKS, folder, str(rank)], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        texts = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
-    return json.loads((folder / "errors.json").read_text(encoding="utf-8"))
+    return launcher.found(RANKS, 2, folder)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """LoRA of experts whose weights lie on two ranks; `lora_ranks.py` is what they run."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
+import launcher
 import pytest
 
 RANKS = Path(__file__).with_name("lora_ranks.py")
@@ -12,20 +10,7 @@ RANKS = Path(__file__).with_name("lora_ranks.py")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora_ranks")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, RANKS, folder, str(rank)], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        texts = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
-    return json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    return launcher.found(RANKS, 2, tmp_path_factory.mktemp("lora_ranks"))
 
 
 @pytest.mark.parametrize(
