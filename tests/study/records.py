@@ -18,6 +18,7 @@ def made(arm="a", seed=0, losses=(1.0,) * 30, accuracy=None, taken=None, **other
         "precision": "fp32",
         "machine": "a machine",
         "version": "0",
+        "commit": "",
     }
     facts |= others
     return Record(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 
@@ -123,6 +124,8 @@ def test_report_and_page(finished):
     for text in ("# A small study", "First words.", "Last words.", "figure 3", "mixed experts"):
         assert text in page
     assert page.count("| not decided |") == 2
+    commit = metrics(finished)["mixed-0"]["commit"]
+    assert f"unimoe {version('unimoe')}{commit and f' at {commit}'}" in page
     for picture in ("study-loss.png", "study-routing-mixed.png"):
         assert f"](images/{picture})" in page
         assert (finished / "docs/images" / picture).stat().st_size > 1000
@@ -173,6 +176,7 @@ def claims_of(folder):
     return page[: page.index("## Runs")]
 
 
+@pytest.mark.slow
 def test_seeds_at_several_sittings(case, finished, tmp_path):
     folder = tmp_path / "files"
     shutil.copytree(case, folder)

@@ -1,6 +1,7 @@
-"""Name of the machine that trained a run."""
+"""Names of the machine and of the code that trained a run."""
 
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -10,7 +11,25 @@ def machine_name(device: torch.device) -> str:
     """Name of the GPU, or of the CPU and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' * (threads != 1)}"
+
+
+def source_commit() -> str:
+    """Commit of the checkout that this package is imported from; "" if it was installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        ended = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git
+        return ""
+    return ended.stdout.strip()
 
 
 def _processor() -> str:

@@ -47,6 +47,7 @@ class Record:
         precision: `"bf16"` or `"fp32"`.
         machine: name of the GPU, or of the CPU and the number of threads.
         version: version of unimoe.
+        commit: commit of unimoe in a checkout, else "".
     """
 
     arm: str
@@ -62,6 +63,7 @@ class Record:
     precision: str
     machine: str
     version: str
+    commit: str
 
 
 def record_path(folder: Path, arm: str, seed: int) -> Path:

@@ -10,6 +10,7 @@ from unimoe_model.evaluation.files import write_whole
 from unimoe_model.study import verdicts
 from unimoe_model.study.plan import Study
 from unimoe_model.study.plots import save_loss_curves, save_routing_map
+from unimoe_model.study.record import Record
 from unimoe_model.study.tables import Rows, arms_table, claims_table
 from unimoe_model.study.verdicts import Results, findings
 
@@ -134,9 +135,13 @@ def _runs(study: Study, results: Results) -> str:
             own = record.hash if stage == record.stage else ""
             trained[record.seed, stage, own] = seconds
     hours = sum(trained.values()) / 3600
-    machines = sorted({f"{r.machine}, {r.precision}, unimoe {r.version}" for r in records})
+    machines = sorted({f"{r.machine}, {r.precision}, {_code(r)}" for r in records})
     done = f"{len(records)} of {len(study.runs())} runs are done: {hours:.1f} hours of training."
     return "\n".join([done, "", *(f"- {machine}" for machine in machines)])
+
+
+def _code(record: Record) -> str:
+    return f"unimoe {record.version}{record.commit and f' at {record.commit}'}"
 
 
 def _markdown(title: str, parts: Sequence[Part]) -> str:

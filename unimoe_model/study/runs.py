@@ -14,7 +14,7 @@ from unimoe_model.folder_lock import FolderLock
 from unimoe_model.generation import Answerer
 from unimoe_model.precision import resolve_precision
 from unimoe_model.study.arm_recipe import arm_recipe, arm_settings, needed_stages
-from unimoe_model.study.machine import machine_name
+from unimoe_model.study.machine import machine_name, source_commit
 from unimoe_model.study.plan import Arm, Study
 from unimoe_model.study.progress import StudyReporter
 from unimoe_model.study.record import (
@@ -124,6 +124,7 @@ class Grid:
             precision=resolve_precision(recipe.precision, self._device),
             machine=machine_name(self._device),
             version=version("unimoe"),
+            commit=source_commit(),
         )
         write_record(self.metrics, record)
         self._forget(folder, run, arm, seed)
