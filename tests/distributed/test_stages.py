@@ -53,6 +53,7 @@ def check(run, alone):
                 assert relative_error(weights[name], tensor) < 1e-9, (stage, name)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_experts(recipe, alone, tmp_path):
     assert found("stage_ranks.py", 2, tmp_path, 2, recipe)["sent"] > 0
     check(tmp_path / "run", alone)

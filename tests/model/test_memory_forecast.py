@@ -169,7 +169,9 @@ def _model(config, train):
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("train", [whole("language_model", "connectors"), LORA])
+@pytest.mark.parametrize(
+    "train", [pytest.param(whole("language_model", "connectors"), marks=pytest.mark.slow), LORA]
+)
 def test_layers_that_are_alike_are_simulated_once(recomputes, train, config):
     own = config({"num_hidden_layers": 9}, num_experts=4, moe_layers="even")
     settings = Optimization(1, 4, 1e-3, gradient_checkpointing=recomputes)

@@ -66,7 +66,7 @@ def wide(tiny_model, tokenizer, tmp_path, encoders):
     return save(model, UniMoEProcessor.from_config(model.config, tokenizer), tmp_path / "model")
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_a_folder_that_was_quantised(wide, run, tmp_path, format):
     folder = tmp_path / format
     assert run("quantize", "--model", wide, "--to", folder, "--format", format)[0] == 0
@@ -79,6 +79,7 @@ def test_a_folder_that_was_quantised(wide, run, tmp_path, format):
             assert check_replies(server, Answerer.from_pretrained(wide), "model") != of_quantized
 
 
+@pytest.mark.slow
 def test_one_that_is_quantised_as_it_is_loaded(wide, tmp_path):
     (tmp_path / "encoders.yaml").write_text(
         "vision: fakes:FakeVision\nspeech: fakes:FakeSpeech\naudio: fakes:FakeAudio\n"
@@ -92,8 +93,8 @@ def test_one_that_is_quantised_as_it_is_loaded(wide, tmp_path):
     ("family", "template", "options"),
     [
         ("llama", CHATML, {}),  # SmolLM2, as `make smol` builds on
-        ("qwen3", THINKING, {}),
-        ("mistral", INST, {"bos_token": "<s>"}),
+        pytest.param("qwen3", THINKING, {}, marks=pytest.mark.slow),
+        pytest.param("mistral", INST, {"bos_token": "<s>"}, marks=pytest.mark.slow),
     ],
 )
 def test_llms_with_a_chat_template(tiny_config, encoders, tmp_path, family, template, options):

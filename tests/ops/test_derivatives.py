@@ -34,13 +34,19 @@ class Call(NamedTuple):
         return tuple(torch.randn(shape, dtype=torch.float64) for shape in self.case.shapes(SIZES))
 
 
-def runs():
-    """Every case with every backend of the CPU; in Triton's interpreter the first one alone."""
+def runs(interpreter=()):
+    """Every case with every backend of the CPU; in Triton's interpreter the first one alone.
+
+    Args:
+        interpreter: marks of the runs in Triton's interpreter.
+    """
     for op in filter(registry.differentiable, cases.operators()):
         for index, case in enumerate(cases.cases(op)):
             for name in available_backends(op, "cpu"):
                 if name != "triton" or index == 0:
-                    yield pytest.param(Call(op, case), name, id=f"{op}-{case.name}-{name}")
+                    marks = interpreter if name == "triton" else ()
+                    own = f"{op}-{case.name}-{name}"
+                    yield pytest.param(Call(op, case), name, id=own, marks=marks)
 
 
 case_and_backend = pytest.mark.parametrize(("case", "name"), list(runs()))
@@ -70,7 +76,7 @@ def test_first_derivatives_in_every_mode(case, name):
         )
 
 
-@case_and_backend
+@pytest.mark.parametrize(("case", "name"), list(runs(interpreter=pytest.mark.slow)))
 def test_second_derivatives(case, name):
     with use_backend(name):
         assert torch.autograd.gradgradcheck(
