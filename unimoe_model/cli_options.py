@@ -26,7 +26,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--devices",
-        type=_numbers,
+        type=integers,
         default=(),
         metavar="N,...",
         help="with --check: numbers of GPUs to forecast memory for",
@@ -44,7 +44,7 @@ def command_parser() -> argparse.ArgumentParser:
     study.add_argument("study", type=Path, help="YAML, see docs/studies.md")
     study.add_argument("--output", type=Path, help="folder of runs and report; default runs/STUDY")
     study.add_argument(
-        "--seeds", type=_numbers, metavar="N,...", help="train these alone, for several processes"
+        "--seeds", type=integers, metavar="N,...", help="train these alone, for several processes"
     )
     what = study.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="list the runs, and stop")
@@ -199,8 +199,16 @@ def _add_conversation(command: argparse.ArgumentParser) -> None:
     _add_encoders(command)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
+def integers(text: str) -> tuple[int, ...]:
+    """Reads integers separated by commas.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is something else.
+    """
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be integers separated by commas") from None
 
 
 def _add_encoders(command: argparse.ArgumentParser) -> None:

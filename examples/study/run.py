@@ -15,6 +15,7 @@ from examples.demo.data import write_data, write_text
 from examples.demo.exit_code import exit_code_of
 from examples.demo.limits import DataLimits
 from examples.demo.parts import keep_memory
+from unimoe_model.cli_options import integers
 from unimoe_model.study.command import run_study
 from unimoe_model.training.progress import own_reporter
 
@@ -77,7 +78,7 @@ def main() -> int:
     """Runs as the command line says; errors of the user are one line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
-    parser.add_argument("--seeds", type=int, nargs="+", help="train these alone")
+    parser.add_argument("--seeds", type=integers, metavar="N,...", help="train these alone")
     parser.add_argument("--quick", action="store_true", help="the whole way on little data")
     parser.add_argument("--check", action="store_true", help="list the runs, and stop")
     options = parser.parse_args()
