@@ -135,7 +135,7 @@ def smollm2_table(train: str, held_out: str) -> None:
         return
     held, seen = (
         rows_of(tokenizer(text)["input_ids"], count)
-        for text, count in ((held_out, 16), (train, 64))
+        for text, count in ((held_out, 16), (train, 32))
     )
     model = upcycle(dense, num_experts=2)
     table("SmolLM2-135M-Instruct, 4-bit file, upcycled to 2 experts", model, held, seen)

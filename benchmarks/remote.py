@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -75,23 +76,30 @@ class _Worker:
             os.environ.pop("OMP_WAIT_POLICY")
             if previous is not None:
                 os.environ["OMP_WAIT_POLICY"] = previous
-        atexit.register(self._process.terminate)
+        atexit.register(self._process.kill)
         self._dead = ""
 
     def stop(self) -> None:
-        atexit.unregister(self._process.terminate)
-        self._process.terminate()
+        atexit.unregister(self._process.kill)
+        self._process.kill()
         self._process.join()
+
+    def _signal(self, name: str) -> None:
+        """Stops the process between calls: threads of a peer may spin for longer than OpenMP's."""
+        if hasattr(signal, name):  # not on Windows
+            os.kill(self._process.pid, getattr(signal, name))
 
     def ask(self, question: tuple) -> float | None:
         if self._dead:
             raise UnavailableError(self._dead)
         try:
+            self._signal("SIGCONT")
             self._pipe.send(question)
             if not self._pipe.poll(_START_SECONDS):
                 self._dead = f"no answer within {_START_SECONDS} s"
                 raise UnavailableError(self._dead)
             kind, value = self._pipe.recv()
+            self._signal("SIGSTOP")
         except (EOFError, OSError) as error:
             self._dead = f"its process ended: {error}"
             raise UnavailableError(self._dead) from error

@@ -26,12 +26,12 @@ def steps_to_loss(runs: Runs, arm: str, loss: float, window: int = 20) -> float:
 
 
 def final_loss(runs: Runs, arm: str, window: int = 20) -> float:
-    """Mean loss of the last `window` steps, nats a token."""
+    """Mean loss of the last `window` steps, nats per token."""
     return float(np.mean(runs[arm].losses[-window:]))
 
 
 def loss_spread(runs: Runs, arm: str, window: int = 20, last: int | None = None) -> float:
-    """Standard deviation of the loss within windows of `window` steps, nats a token.
+    """Standard deviation of the loss within windows of `window` steps, nats per token.
 
     The root mean square of the residuals of a straight line fitted to each window, so that the
     decrease of the loss does not count as spread; each window has `window - 2` degrees of freedom.

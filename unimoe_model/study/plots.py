@@ -38,7 +38,7 @@ def save_loss_curves(
         axis.plot(steps, mean_S, color=color, linewidth=1.6, label=arm)
         axis.fill_between(steps, mean_S - spread_S, mean_S + spread_S, color=color, alpha=0.15)
     axis.set_xlabel("step", fontsize=9)
-    axis.set_ylabel("cross-entropy, nats a token", fontsize=9)
+    axis.set_ylabel("cross-entropy, nats per token", fontsize=9)
     axis.tick_params(labelsize=9)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=9, frameon=False)

@@ -59,7 +59,8 @@ def _claim_row(study: Study, finding: Finding) -> list[str]:
     def shown(value: float) -> str:
         if not math.isfinite(value):
             return "-" if math.isnan(value) else ("-∞" if value < 0 else "∞")
-        return f"{kind.scale * value:.{kind.digits}f}"
+        # Adding zero keeps values that round to zero from being shown as -0.0.
+        return f"{round(kind.scale * value, kind.digits) + 0:.{kind.digits}f}"
 
     means = [
         f"{label}: {shown(float(np.mean(own)) if own else float('nan'))}"
