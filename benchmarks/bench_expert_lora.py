@@ -77,9 +77,8 @@ class LoraProblem:
 
     def ours_int4(self) -> Candidate:
         """`quantize_experts` before `add_lora`, checked with the numbers of the rounded weights."""
-        D, F, _, _ = self._base.layer
         layer = copy.deepcopy(self._base.moe).requires_grad_(False)
-        quantize_experts(layer, "int4", 32 if D % 64 or F % 64 else 64)
+        quantize_experts(layer, "int4", self._base.layer.group_size)
         exact = copy.deepcopy(self._base.moe)
         with torch.no_grad():
             for target in TARGETS:

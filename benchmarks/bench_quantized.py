@@ -20,11 +20,12 @@ from .problem import TOLERANCE, Problem, problems_of
 from .quantized_peers import QUANTIZED_LAYERS
 from .remote import RemoteLayer
 
+# Format, whether numbers have scales by group, and zero points.
 FORMATS = {
-    "ours-int8": ("int8", None, False),
-    "ours-int8-groups": ("int8", 64, False),
-    "ours-int4-zeros": ("int4", 64, True),
-    "ours": ("int4", 64, False),
+    "ours-int8": ("int8", False, False),
+    "ours-int8-groups": ("int8", True, False),
+    "ours-int4-zeros": ("int4", True, True),
+    "ours": ("int4", True, False),
 }
 
 
@@ -77,10 +78,8 @@ def _peer(name: str, problem: Problem) -> Candidate:
 
 
 def _quantized(name: str, problem: Problem) -> Candidate:
-    D, F, _, _ = problem.layer
-    format, group_size, zero_points = FORMATS[name]
-    if group_size is not None and (D % group_size or F % group_size):
-        group_size = 32
+    format, is_grouped, zero_points = FORMATS[name]
+    group_size = problem.layer.group_size if is_grouped else None
     layer = copy.deepcopy(problem.moe)
     quantize_experts(layer, format, group_size, zero_points=zero_points)
 

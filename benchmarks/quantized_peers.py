@@ -26,10 +26,7 @@ INT8_TOLERANCE, INT4_TOLERANCE = 0.1, 0.5
 
 def zentorch_int8(problem: Problem) -> Layer:
     """AMD's fused layer for CPUs: int8 weights with a scale per row, activations in int8."""
-    try:
-        import zentorch  # noqa: F401
-    except ImportError as error:
-        raise UnavailableError(f"zentorch does not import: {error}") from error
+    import_zentorch()
     experts = problem.moe.experts
     first, down = (quantize_weight(w, "int8") for w in (experts.gate_up_proj, experts.down_proj))
     x_TD = problem.x[0].contiguous()
@@ -39,12 +36,24 @@ def zentorch_int8(problem: Problem) -> Layer:
     scales = [weight.scales[..., 0].contiguous() for weight in (first, down)]
 
     def run() -> None:
-        scores_TK, ids_TK = _route(problem, x_TD)
+        scores_TK, ids_TK = route(problem, x_TD)
         torch.ops.zentorch.zentorch_fused_moe(
             y_TD, x_TD, *values, None, None, scores_TK, ids_TK.int(), False, "silu", *scales
         )
 
     return _checked("zentorch-int8", problem, run, y_TD, INT8_TOLERANCE)
+
+
+def import_zentorch() -> None:
+    """Registers zentorch's operators.
+
+    Raises:
+        UnavailableError: If it cannot be imported.
+    """
+    try:
+        import zentorch  # noqa: F401
+    except ImportError as error:
+        raise UnavailableError(f"zentorch does not import: {error}") from error
 
 
 def kt_kernel(problem: Problem, four_bits: bool) -> Layer:
@@ -78,7 +87,7 @@ def kt_kernel(problem: Problem, four_bits: bool) -> Layer:
     rows = torch.tensor([len(x_TD)], dtype=torch.int32)
 
     def run() -> None:
-        scores_TK, ids_TK = _route(problem, x_TD)
+        scores_TK, ids_TK = route(problem, x_TD)
         pointers = (t.data_ptr() for t in (ids_TK, scores_TK, x_TD, y_TD))
         pool.submit(moe.forward_task(rows.data_ptr(), K, *pointers, False))
         pool.sync()
@@ -98,7 +107,8 @@ def _kt_pool(threads: int):
     return kt_kernel_ext.CPUInfer(workers)
 
 
-def _route(problem: Problem, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def route(problem: Problem, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns scores (float32) and expert ids (int64), `[T, K]`, for peers without a router."""
     chosen_TK, ids_TK = torch.topk(x_TD @ problem.moe.router.weight.T, problem.layer.K)
     return chosen_TK.softmax(-1, dtype=torch.float32), ids_TK
 

@@ -16,7 +16,7 @@ import torch
 from .candidates import UnavailableError
 from .memory import give_back_freed_memory, keep_freed_memory
 from .problem import Problem, problems_of
-from .quantized_peers import QUANTIZED_LAYERS
+from .quantized_peers import QUANTIZED_LAYERS, import_zentorch, route
 from .shapes import Case
 
 _START_SECONDS = 120
@@ -146,20 +146,16 @@ def _serve(peer: str, pipe: Connection, threads: int) -> None:
 
 
 def _zentorch_layer(problem: Problem) -> Callable[[], None]:
-    try:
-        import zentorch  # noqa: F401
-    except ImportError as error:
-        raise UnavailableError(f"zentorch does not import: {error}") from error
-    experts, K = problem.moe.experts, problem.layer.K
+    import_zentorch()
+    experts = problem.moe.experts
     # Its first call repacks bfloat16 weights in place.
     gate_up, down = experts.gate_up_proj.detach().clone(), experts.down_proj.detach().clone()
-    x_TD, router_ED = problem.x[0].contiguous(), problem.moe.router.weight.detach()
+    x_TD = problem.x[0].contiguous()
     y_TD = torch.empty_like(x_TD)
     fused_moe = torch.ops.zentorch.zentorch_fused_moe
 
     def run() -> None:
-        chosen_TK, ids_TK = torch.topk(x_TD @ router_ED.T, K)
-        scores_TK = chosen_TK.softmax(-1, dtype=torch.float32)
+        scores_TK, ids_TK = route(problem, x_TD)
         fused_moe(y_TD, x_TD, gate_up, down, None, None, scores_TK, ids_TK.int(), False, "silu")
 
     with torch.no_grad():

@@ -23,6 +23,11 @@ class Layer(NamedTuple):
     E: int
     K: int
 
+    @property
+    def group_size(self) -> int:
+        """Numbers that share a scale where it is quantised: 64, or 32 if a width requires it."""
+        return 32 if self.D % 64 or self.F % 64 else 64
+
 
 class Case(NamedTuple):
     """One row of the results table.

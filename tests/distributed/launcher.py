@@ -39,7 +39,11 @@ def launch(script, world, folder, *arguments, limit=300):
         }
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
+        reply = server.stdout.readline()
+        if not reply:
+            _server.cache_clear()
+            raise RuntimeError(f"rank_server.py ended with exit code {server.wait()}")
+        codes = json.loads(reply)
         texts = [Path(file).read_text(encoding="utf-8") for file in files]
     hung = f"\nstill ran after {limit} s"
     return [Ended(c, t + hung * (c is None)) for c, t in zip(codes, texts, strict=True)]
