@@ -37,6 +37,10 @@ py::list cpu_features() {
   UNIMOE_ADD_FEATURE("avx512vl");
   UNIMOE_ADD_FEATURE("avx512vnni");
   UNIMOE_ADD_FEATURE("avx512bf16");
+#if defined(__clang__) || __GNUC__ >= 11
+  UNIMOE_ADD_FEATURE("amx-tile");
+  UNIMOE_ADD_FEATURE("amx-bf16");
+#endif
 #undef UNIMOE_ADD_FEATURE
 #endif
   return names;
@@ -45,7 +49,7 @@ py::list cpu_features() {
 // Instruction sets for which CPU kernels are compiled and which this CPU supports.
 py::list cpu_isas() {
   py::list names;
-  for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"}) {
+  for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16", "amx"}) {
     if (unimoe::find_kernels(name) != nullptr) names.append(name);
   }
   return names;

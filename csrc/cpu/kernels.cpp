@@ -19,7 +19,9 @@ bool cpu_runs(const Kernels* table) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   }
   if (table == avx512_kernels()) return avx512;
-  if (table == avx512_bf16_kernels()) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (table == avx512_bf16_kernels() || table == amx_kernels()) {
+    return avx512 && __builtin_cpu_supports("avx512bf16");
+  }
 #endif
   return true;
 }
@@ -29,10 +31,11 @@ const Kernels& choose() {
   if (name != nullptr && *name != '\0') {
     const Kernels* named = find_kernels(name);
     UNIMOE_CHECK(named != nullptr, "UNIMOE_CPU_ISA (", name,
-                 ") must be portable, avx2, avx512 or avx512_bf16, and supported by this CPU");
+                 ") must be portable, avx2, avx512, avx512_bf16 or amx, and supported by this CPU");
     return *named;
   }
-  for (const Kernels* table : {avx512_bf16_kernels(), avx512_kernels(), avx2_kernels()}) {
+  for (const Kernels* table :
+       {amx_kernels(), avx512_bf16_kernels(), avx512_kernels(), avx2_kernels()}) {
     if (cpu_runs(table)) return *table;
   }
   return *portable_kernels();
@@ -41,8 +44,8 @@ const Kernels& choose() {
 }  // namespace
 
 const Kernels* find_kernels(const char* name) {
-  for (const Kernels* table :
-       {portable_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels()}) {
+  for (const Kernels* table : {portable_kernels(), avx2_kernels(), avx512_kernels(),
+                               avx512_bf16_kernels(), amx_kernels()}) {
     if (table != nullptr && std::strcmp(table->name, name) == 0 && cpu_runs(table)) return table;
   }
   return nullptr;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "quantized_rows.h"
 
@@ -12,21 +13,30 @@ constexpr int64_t kLineBytes = 64;
 // Products of up to this many lines read the right operand from memory without packing it.
 constexpr int64_t kFewLines = 8;
 
-// Kernels of one instruction set. The panels of `multiply` hold `rows` numbers of the left operand
-// and `columns` of the right one for every step of depth.
-struct Kernels {
-  const char* name;
+// Shape of packed panels. A step of depth is one unit of 32 bits: a float, or two bfloat16. A panel
+// of the right operand holds `columns` units for every step. One of the left operand holds `rows`
+// units for every step, or, of `block` steps at a time, the units of one row after the other. Depth
+// is padded with zeros to a multiple of `block`.
+struct Panels {
   int64_t rows;
   int64_t columns;
+  int64_t block = 1;
+};
+
+// Kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  Panels float_panels;
+  Panels pair_panels;
   // sums[rows][columns] = the product of two panels, added to what is there if asked for. Meanwhile
   // memory from `ahead` on is fetched into the cache, one line of it every so many steps, a power
   // of two.
   void (*multiply)(int64_t depth, const float* left, const float* right, bool add, float* sums,
                    const char* ahead, int64_t every);
-  // The same for panels of two bfloat16 a step and number; null where no instruction multiplies
-  // them.
-  void (*multiply_pairs)(int64_t steps, const uint32_t* left, const uint32_t* right, bool add,
-                         float* sums, const char* ahead, int64_t every);
+  // The same for panels of bfloat16, of which the left one has `lines` that are in use; null where
+  // no instruction multiplies them.
+  void (*multiply_pairs)(int64_t steps, int64_t lines, const uint32_t* left, const uint32_t* right,
+                         bool add, float* sums, const char* ahead, int64_t every);
   // What panels are packed with. Lines of 32-bit units become columns of `to`, `width` units wide.
   void (*transpose)(int64_t lines, const char* const* from, int64_t units, int64_t width, char* to);
   // Rows of `count` numbers, `stride` apart, follow each other in `to`, `width` apart.
@@ -85,14 +95,23 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+// Null also if the operating system does not let this process use tiles.
+const Kernels* amx_kernels();
 
 // Returns the fastest kernels that the CPU supports, or those that UNIMOE_CPU_ISA names:
-// "portable", "avx2", "avx512" or "avx512_bf16". Chosen on the first call. Throws if the CPU lacks
-// the named one.
+// "portable", "avx2", "avx512", "avx512_bf16" or "amx". Chosen on the first call. Throws if the CPU
+// lacks the named one.
 const Kernels& kernels();
 
 // Returns kernels by name, for tests; null if the CPU does not support them.
 const Kernels* find_kernels(const char* name);
+
+// Of units of type U: float, or uint32_t for pairs of bfloat16.
+template <typename U>
+const Panels& panels_of(const Kernels& kernels) {
+  if constexpr (std::is_same_v<U, float>) return kernels.float_panels;
+  return kernels.pair_panels;
+}
 
 inline float to_float(float value) { return value; }
 

@@ -218,7 +218,7 @@ void dequantize_rounded(const QuantizedRows& row, int64_t first, int64_t count, 
 }
 
 template <int kRows, int kVectors>
-void multiply_pairs(int64_t steps, const uint32_t* left, const uint32_t* right, bool add,
+void multiply_pairs(int64_t steps, int64_t, const uint32_t* left, const uint32_t* right, bool add,
                     float* sums, const char* ahead, int64_t every) {
   __m512 total[kRows][kVectors];
   UNIMOE_UNROLL for (int row = 0; row < kRows; ++row) {

@@ -21,7 +21,6 @@
 
 namespace unimoe {
 
-constexpr int64_t kMaxTile = 8 * kMaxWidth;
 // Left panels that one task packs; their lines share cache lines if depth is strided.
 constexpr int64_t kLeftPanels = 8;
 // In units of 32 bits: half of an L2 cache of 1 MiB.
@@ -46,27 +45,51 @@ constexpr int64_t kBuffers = 3;
 
 inline int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-// Panels hold units of type U: float, or uint32_t for pairs of bfloat16.
+// Units of type U that hold so many numbers.
 template <typename U>
-int64_t steps_of(int64_t depth) {
-  return parts_of(depth, std::is_same_v<U, float> ? 1 : 2);
+int64_t units_of(int64_t numbers) {
+  return parts_of(numbers, std::is_same_v<U, float> ? 1 : 2);
+}
+
+// Steps of the panels that hold units of type U.
+template <typename U>
+int64_t steps_of(const Kernels& kernels, int64_t depth) {
+  const int64_t block = panels_of<U>(kernels).block;
+  return parts_of(units_of<U>(depth), block) * block;
+}
+
+// Packs some lines of a product's left operand into a panel.
+template <typename T, typename U>
+void pack_left(const Kernels& kernels, const Product<T>& product, int64_t first, U* to) {
+  const Panels& panels = panels_of<U>(kernels);
+  const int64_t held = std::min(panels.rows, product.lines - first);
+  if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<U, uint32_t>) {
+    if (panels.block > 1) {
+      return pack_blocks(kernels, product.left, first, held, product.depth, to);
+    }
+  }
+  pack(kernels, product.left, first, held, panels.rows, product.depth, to);
 }
 
 // Packs some panels of a product's right operand, the sides of each one after the other.
 template <typename T, typename U>
 void pack_right(const Kernels& kernels, const Product<T>& product, int64_t first, int64_t count,
                 U* to) {
+  const int64_t width = panels_of<U>(kernels).columns;
+  const int64_t panel = width * steps_of<U>(kernels, product.depth);
+  const int64_t used = width * units_of<U>(product.depth);
   for (int64_t p = first; p < first + count; ++p) {
-    const int64_t column = p * kernels.columns;
-    const int64_t held = std::min(kernels.columns, product.columns - column);
+    const int64_t column = p * width;
+    const int64_t held = std::min(width, product.columns - column);
     for (int64_t side = 0; side < product.sides(); ++side) {
       if (product.quantized != nullptr) {
         pack_quantized(kernels, *product.quantized, product.transposed,
                        side * product.columns + column, held, product.depth, to);
       } else {
-        pack(kernels, product.side(side), column, held, kernels.columns, product.depth, to);
+        pack(kernels, product.side(side), column, held, width, product.depth, to);
       }
-      to += kernels.columns * steps_of<U>(product.depth);
+      std::fill(to + used, to + panel, U(0));
+      to += panel;
     }
   }
 }
@@ -75,7 +98,8 @@ void pack_right(const Kernels& kernels, const Product<T>& product, int64_t first
 template <typename T, typename U>
 class PackedMatmul {
  public:
-  PackedMatmul(const std::vector<Product<T>>& given, const Kernels& kernels) : kernels_(kernels) {
+  PackedMatmul(const std::vector<Product<T>>& given, const Kernels& kernels)
+      : kernels_(kernels), shape_(panels_of<U>(kernels)) {
     split_lines(given);
     plan();
   }
@@ -118,9 +142,13 @@ class PackedMatmul {
     std::atomic<int64_t> to_multiply{0};
   };
 
-  static int64_t steps_of(const Product<T>& product) { return unimoe::steps_of<U>(product.depth); }
+  int64_t steps_of(const Product<T>& product) const {
+    return unimoe::steps_of<U>(kernels_, product.depth);
+  }
 
-  static int64_t lines_together(const Product<T>& product) {
+  int64_t tile() const { return shape_.rows * shape_.columns; }
+
+  int64_t lines_together(const Product<T>& product) const {
     return steps_of(product) > kLongSteps ? kLinesTogether : 1;
   }
 
@@ -130,7 +158,7 @@ class PackedMatmul {
       const int64_t most =
           std::max(kFewestLines, kPackedUnits / std::max<int64_t>(1, steps_of(product)));
       const int64_t parts = parts_of(product.lines, most);
-      const int64_t even = parts_of(parts_of(product.lines, parts), kernels_.rows) * kernels_.rows;
+      const int64_t even = parts_of(parts_of(product.lines, parts), shape_.rows) * shape_.rows;
       for (int64_t first = 0; first < product.lines; first += even) {
         products_.push_back(some_lines(product, first, std::min(even, product.lines - first)));
       }
@@ -139,11 +167,11 @@ class PackedMatmul {
 
   void plan() {
     int64_t all_columns = 0;
-    for (const Product<T>& p : products_) all_columns += parts_of(p.columns, kernels_.columns);
+    for (const Product<T>& p : products_) all_columns += parts_of(p.columns, shape_.columns);
     const int64_t even = std::max<int64_t>(1, all_columns / kFewestTasks);
     for (int64_t i = 0; i < static_cast<int64_t>(products_.size()); ++i) {
       const int64_t units =
-          parts_of(products_[i].lines, kernels_.rows) * kernels_.rows * steps_of(products_[i]);
+          parts_of(products_[i].lines, shape_.rows) * shape_.rows * steps_of(products_[i]);
       if (waves_.empty() || waves_.back().units + units > kPackedUnits) waves_.emplace_back();
       start_.push_back(waves_.back().units);
       waves_.back().units += units;
@@ -167,20 +195,20 @@ class PackedMatmul {
   void plan_product(int64_t index, int64_t even) {
     const Product<T>& product = products_[index];
     const int64_t wave = waves_.size() - 1, steps = steps_of(product);
-    const int64_t lines = parts_of(product.lines, kernels_.rows);
+    const int64_t lines = parts_of(product.lines, shape_.rows);
     for (int64_t p = 0; p < lines; p += kLeftPanels) {
       const int64_t count = std::min(kLeftPanels, lines - p);
       waves_.back().packing.push_back({wave, index, p, count, true});
     }
     // As many panels, or parts of long ones, as the cache holds are multiplied with the same lines;
     // but there are no fewer than some tasks for each thread.
-    const int64_t width = product.sides() * kernels_.columns;
+    const int64_t width = product.sides() * shape_.columns;
     const int64_t part = width * (lines_together(product) == 1 ? steps : kStepsAtOnce);
     const int64_t fit = std::max<int64_t>(1, kPanelUnits / std::max<int64_t>(1, part));
     const int64_t together = std::min(fit, even);
-    const int64_t tiles = product.sides() * lines_together(product) * kMaxTile;
+    const int64_t tiles = product.sides() * lines_together(product) * tile();
     scratch_ = std::max(scratch_, together * (width * steps + tiles));
-    const int64_t columns = parts_of(product.columns, kernels_.columns);
+    const int64_t columns = parts_of(product.columns, shape_.columns);
     for (int64_t p = 0; p < columns; p += together) {
       const int64_t count = std::min(together, columns - p);
       waves_.back().multiplying.push_back({wave, index, p, count, false});
@@ -195,9 +223,8 @@ class PackedMatmul {
     const Product<T>& product = products_[task.product];
     if (task.wave >= kBuffers) wait_for(waves_[task.wave - kBuffers].to_multiply, failed_);
     for (int64_t p = task.first; p < task.first + task.count; ++p) {
-      const int64_t first = p * kernels_.rows;
-      pack(kernels_, product.left, first, std::min(kernels_.rows, product.lines - first),
-           kernels_.rows, product.depth, left_of(task) + first * steps_of(product));
+      const int64_t first = p * shape_.rows;
+      unimoe::pack_left(kernels_, product, first, left_of(task) + first * steps_of(product));
     }
     --waves_[task.wave].to_pack;
   }
@@ -207,23 +234,23 @@ class PackedMatmul {
     if (next == nullptr || next->packs) return {};
     const Product<T>& product = products_[next->product];
     const Operand<T>& right = product.right;
-    const int64_t panel = product.sides() * kernels_.columns * steps_of(product);
+    const int64_t panel = product.sides() * shape_.columns * steps_of(product);
     if (product.panels != nullptr) {
       const U* panels = static_cast<const U*>(product.panels) + next->first * panel;
       return {panels, panels, next->count * panel * static_cast<int64_t>(sizeof(U)), steps};
     }
     if (product.quantized != nullptr) return ahead_of_quantized(product, *next, steps);
     if (right.depth_stride != 1 || right.line_stride != product.depth) return {};
-    const int64_t first = next->first * kernels_.columns;
-    const int64_t lines = std::min(next->count * kernels_.columns, product.columns - first);
+    const int64_t first = next->first * shape_.columns;
+    const int64_t lines = std::min(next->count * shape_.columns, product.columns - first);
     return {right.line(first), product.side(product.sides() - 1).line(first),
             lines * product.depth * static_cast<int64_t>(sizeof(T)), steps};
   }
 
   Ahead ahead_of_quantized(const Product<T>& product, const Task& next, int64_t steps) const {
     if (product.transposed) return {};
-    const int64_t first = next.first * kernels_.columns;
-    const int64_t lines = std::min(next.count * kernels_.columns, product.columns - first);
+    const int64_t first = next.first * shape_.columns;
+    const int64_t lines = std::min(next.count * shape_.columns, product.columns - first);
     const QuantizedRows own = product.quantized->from(first);
     const QuantizedRows other = own.from((product.sides() - 1) * product.columns);
     return {own.values, other.values, lines * own.row_bytes(), steps};
@@ -232,7 +259,7 @@ class PackedMatmul {
   void multiply(const Task& task, const Task* next) {
     const Product<T>& product = products_[task.product];
     const int64_t steps = steps_of(product), sides = product.sides();
-    const int64_t panel = kernels_.columns * steps;
+    const int64_t panel = shape_.columns * steps;
     thread_local Scratch memory;
     U* const scratch = reinterpret_cast<U*>(memory.at_least(scratch_));
     float* const tiles = reinterpret_cast<float*>(scratch + task.count * sides * panel);
@@ -243,37 +270,38 @@ class PackedMatmul {
       pack_right(kernels_, product, task.first, task.count, scratch);
     }
     wait_for(waves_[task.wave].to_pack, failed_);
-    Ahead ahead =
-        ahead_of(next, parts_of(product.lines, kernels_.rows) * task.count * sides * steps);
+    Ahead ahead = ahead_of(next, parts_of(product.lines, shape_.rows) * task.count * sides * steps);
     const int64_t together = lines_together(product);
     const int64_t at_once = together == 1 ? 1 : task.count;
-    for (int64_t first = 0; first < product.lines; first += together * kernels_.rows) {
-      const int64_t held = std::min(together, parts_of(product.lines - first, kernels_.rows));
+    for (int64_t first = 0; first < product.lines; first += together * shape_.rows) {
+      const int64_t held = std::min(together, parts_of(product.lines - first, shape_.rows));
       for (int64_t p = 0; p < task.count; p += at_once) {
-        multiply_tiles(product, left_of(task) + first * steps, held, panels + p * sides * panel,
-                       at_once, tiles, ahead);
-        write_tiles(product, tiles, first, held, (task.first + p) * kernels_.columns, at_once);
+        multiply_tiles(product, first, left_of(task) + first * steps, held,
+                       panels + p * sides * panel, at_once, tiles, ahead);
+        write_tiles(product, tiles, first, held, (task.first + p) * shape_.columns, at_once);
       }
     }
     --waves_[task.wave].to_multiply;
   }
 
   // tiles[panel on the right][side][panel on the left] = their products.
-  void multiply_tiles(const Product<T>& product, const U* left, int64_t lefts, const U* right,
-                      int64_t rights, float* tiles, Ahead& ahead) const {
+  void multiply_tiles(const Product<T>& product, int64_t first_line, const U* left, int64_t lefts,
+                      const U* right, int64_t rights, float* tiles, Ahead& ahead) const {
     const int64_t steps = steps_of(product);
     for (int64_t k = 0; k == 0 || k < steps; k += kStepsAtOnce) {
       const int64_t depth = std::min(kStepsAtOnce, steps - k);
       float* sums = tiles;
       for (int64_t p = 0; p < rights * product.sides(); ++p) {
-        const U* columns = right + (p * steps + k) * kernels_.columns;
-        for (int64_t i = 0; i < lefts; ++i, sums += kMaxTile) {
-          const U* lines = left + (i * steps + k) * kernels_.rows;
+        const U* columns = right + (p * steps + k) * shape_.columns;
+        for (int64_t i = 0; i < lefts; ++i, sums += tile()) {
+          const U* lines = left + (i * steps + k) * shape_.rows;
           const auto [from, every] = ahead.take(depth);
           if constexpr (std::is_same_v<U, float>) {
             kernels_.multiply(depth, lines, columns, k != 0, sums, from, every);
           } else {
-            kernels_.multiply_pairs(depth, lines, columns, k != 0, sums, from, every);
+            const int64_t used = product.lines - first_line - i * shape_.rows;
+            kernels_.multiply_pairs(depth, std::min(shape_.rows, used), lines, columns, k != 0,
+                                    sums, from, every);
           }
         }
       }
@@ -283,20 +311,21 @@ class PackedMatmul {
   void write_tiles(const Product<T>& product, float* tiles, int64_t first_line, int64_t lefts,
                    int64_t first_column, int64_t rights) const {
     for (int64_t p = 0; p < rights; ++p) {
-      float* const own = tiles + p * product.sides() * lefts * kMaxTile;
-      const int64_t column = first_column + p * kernels_.columns;
+      float* const own = tiles + p * product.sides() * lefts * tile();
+      const int64_t column = first_column + p * shape_.columns;
       for (int64_t i = 0; i < lefts; ++i) {
-        const int64_t line = first_line + i * kernels_.rows;
-        float* const sums[2] = {own + i * kMaxTile,
-                                own + ((product.sides() - 1) * lefts + i) * kMaxTile};
-        write(product, kernels_, sums, kernels_.columns, line,
-              std::min(kernels_.rows, product.lines - line), column,
-              std::min(kernels_.columns, product.columns - column));
+        const int64_t line = first_line + i * shape_.rows;
+        float* const sums[2] = {own + i * tile(),
+                                own + ((product.sides() - 1) * lefts + i) * tile()};
+        write(product, kernels_, sums, shape_.columns, line,
+              std::min(shape_.rows, product.lines - line), column,
+              std::min(shape_.columns, product.columns - column));
       }
     }
   }
 
   const Kernels& kernels_;
+  const Panels shape_;
   std::vector<Product<T>> products_;
   // Where each product's packed lines start in its buffer.
   std::vector<int64_t> start_;

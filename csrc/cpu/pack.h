@@ -1,5 +1,6 @@
 // Packs operands of a matmul into panels: `width` lines side by side, step by step along depth. A
-// step is one float, or two bfloat16 that are adjacent along depth.
+// step is one float, or two bfloat16 that are adjacent along depth. Panels of the left operand may
+// hold blocks of steps instead, line by line.
 #pragma once
 
 #include <algorithm>
@@ -87,6 +88,39 @@ inline void pack(const Kernels& kernels, const Operand<BFloat16>& from, int64_t 
   }
   for (int64_t line = 0; steps > whole && line < held; ++line) {
     to[whole * width + line] = bits_at(line, depth - 1);
+  }
+}
+
+// Packs `held` lines of the left operand from line `first` on, of which each block of steps follows
+// the last one; unused lines are left as they are.
+inline void pack_blocks(const Kernels& kernels, const Operand<BFloat16>& from, int64_t first,
+                        int64_t held, int64_t depth, uint32_t* to) {
+  const auto [rows, unused, block] = kernels.pair_panels;
+  const int64_t numbers = 2 * block;
+  if (from.depth_stride == 1) {
+    for (int64_t line = 0; line < held; ++line) {
+      const uint16_t* own = bits_of(from.line(first + line));
+      uint32_t* into = to + line * block;
+      int64_t k = 0;
+      for (; k + numbers <= depth; k += numbers, into += rows * block) {
+        std::copy_n(own + k, numbers, reinterpret_cast<uint16_t*>(into));
+      }
+      if (k == depth) continue;
+      std::fill_n(into, block, 0u);
+      std::copy(own + k, own + depth, reinterpret_cast<uint16_t*>(into));
+    }
+    return;
+  }
+  constexpr int64_t kMaxBlock = 16;
+  uint32_t steps[kMaxBlock * kMaxWidth];
+  const char* lines[kMaxBlock];
+  for (int64_t i = 0; i < block; ++i) lines[i] = reinterpret_cast<const char*>(steps + i * rows);
+  for (int64_t k = 0; k < depth; k += numbers, to += rows * block) {
+    Operand<BFloat16> some = from;
+    some.data += k * from.depth_stride;
+    if (k + numbers > depth) std::fill_n(steps, block * rows, 0u);
+    pack(kernels, some, first, held, rows, std::min(numbers, depth - k), steps);
+    kernels.transpose(block, lines, rows, block, reinterpret_cast<char*>(to));
   }
 }
 

@@ -20,6 +20,7 @@ void pack_quantized(const Kernels& kernels, const QuantizedRows& weight, bool tr
                     int64_t first, int64_t held, int64_t depth, U* to) {
   using T = std::conditional_t<std::is_same_v<U, float>, float, BFloat16>;
   constexpr int64_t kNumbers = sizeof(U) / sizeof(T);
+  const int64_t width = panels_of<U>(kernels).columns;
   alignas(64) thread_local T lines[kMaxWidth * kQuantizedSteps];
   const auto read = [&](int64_t row, int64_t from, int64_t count, T* into) {
     if constexpr (std::is_same_v<T, float>) {
@@ -36,7 +37,7 @@ void pack_quantized(const Kernels& kernels, const QuantizedRows& weight, bool tr
       for (int64_t i = 0; i < held; ++i) read(first + i, k, steps, lines + i * kQuantizedSteps);
     }
     const Operand<T> some{lines, transposed ? 1 : kQuantizedSteps, transposed ? kMaxWidth : 1};
-    pack(kernels, some, 0, held, kernels.columns, steps, to + k / kNumbers * kernels.columns);
+    pack(kernels, some, 0, held, width, steps, to + k / kNumbers * width);
   }
 }
 

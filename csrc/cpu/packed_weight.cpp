@@ -24,8 +24,9 @@ Tensor pack_weight(Tensor weight, int64_t sides) {
       with_units<T>(chosen, [&](auto unit) {
         using U = decltype(unit);
         const int64_t columns = weight.size(1) / sides, depth = weight.size(2);
-        const int64_t panels = parts_of(columns, chosen.columns);
-        const int64_t panel = sides * chosen.columns * steps_of<U>(depth);
+        const int64_t width = panels_of<U>(chosen).columns;
+        const int64_t panels = parts_of(columns, width);
+        const int64_t panel = sides * width * steps_of<U>(chosen, depth);
         for_each_task(weight.size(0) * panels, [&](int64_t task) {
           const int64_t expert = task / panels, p = task % panels;
           const Operand<T> right{const_data<T>(weight) + expert * weight.stride(0),

@@ -10,9 +10,10 @@ inline int64_t packed_units(const Tensor& weight, int64_t sides) {
   const Kernels& chosen = kernels();
   const bool pairs =
       weight.scalar_type() == ScalarType::BFloat16 && chosen.multiply_pairs != nullptr;
-  const int64_t steps =
-      pairs ? steps_of<uint32_t>(weight.size(2)) : steps_of<float>(weight.size(2));
-  return parts_of(weight.size(1) / sides, chosen.columns) * sides * chosen.columns * steps;
+  const int64_t width = (pairs ? chosen.pair_panels : chosen.float_panels).columns;
+  const int64_t depth = weight.size(2);
+  const int64_t steps = pairs ? steps_of<uint32_t>(chosen, depth) : steps_of<float>(chosen, depth);
+  return parts_of(weight.size(1) / sides, width) * sides * width * steps;
 }
 
 // The output of `pack_weight` for a weight, or nothing.

@@ -149,7 +149,7 @@ def instruction_sets():
     return _C.build_info()["cpu_isas"]
 
 
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set_is_right(name):
     if name not in instruction_sets():
         pytest.skip(f"this CPU has no {name}")
