@@ -2,6 +2,7 @@
 
     data.json           settings that determine the data: sizes, package versions
     answers.json        replies of SmolLM2 to the prompts
+    writing.json        texts that SmolLM2 wrote
     media/              pictures, speech and sounds
     train/<task>.jsonl  training examples
     test/<task>.jsonl   held-out examples
@@ -23,15 +24,15 @@ from examples.demo.limits import draw
 from examples.smol.catalogue import Catalogue, debian_folders, is_held_out, load_catalogue
 from examples.smol.media import MediaPlan
 from examples.smol.sizes import Sizes
-from examples.smol.sources import conversations, prose
+from examples.smol.sources import conversations, prose, writing
 from examples.smol.split import read_split
 from examples.smol.tasks.mixed import mixed
-from examples.smol.tasks.pictures import held_out_pictures, training_pictures
+from examples.smol.tasks.pictures import held_out_pictures, trained_drawings, training_pictures
 from examples.smol.tasks.sounds import held_out_sounds, training_sounds
 from examples.smol.tasks.speech import held_out_speech, training_speech
 from unimoe_model.training.progress import ProgressReporter
 
-_VERSION = 1  # incremented when the same settings give other data
+_VERSION = 2  # incremented when the same settings give other data
 _PACKAGES = (
     "chatterbot-corpus",
     "easy-vqa",
@@ -74,7 +75,19 @@ def write_data(
         write_json(folder / DESCRIPTION, description)
     learned, held_out = _prompts(catalogue, split, sizes)
     said = conversations.answered(
-        [*learned, *held_out], language_model, folder / "answers.json", reporter
+        [own.text for own in (*learned, *held_out)],
+        language_model,
+        folder / "answers.json",
+        reporter,
+    )
+    names = (item.label for item in trained_drawings(catalogue, sizes))
+    written = conversations.answered(
+        draw(writing.requests(names), sizes.writings),
+        language_model,
+        folder / "writing.json",
+        reporter,
+        writing.MAX_NEW_TOKENS,
+        writing.SEED,
     )
     chat = {
         "train": [(own.text, said[own.text]) for own in learned if own.text in said],
@@ -82,6 +95,7 @@ def write_data(
     }
     plan = MediaPlan(folder / "media")
     examples = build_examples(catalogue, split, plan, sizes, chat)
+    examples["train"]["writing"] = [Example("writing", *own) for own in written.items()]
     plan.write(reporter)
     for name, tasks in examples.items():
         (folder / name).mkdir(exist_ok=True)

@@ -112,14 +112,16 @@ def answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     max_new_tokens: int,
+    seed: int | None = None,
 ) -> list[tuple[str, bool]]:
-    """Generates a reply to each prompt by greedy decoding, in one batch.
+    """Generates a reply to each prompt in one batch.
 
     Args:
         model: a decoder of transformers.
         tokenizer: tokenizer with a chat template.
         prompts: prompts of the user.
         max_new_tokens: maximum number of tokens of a reply.
+        seed: seed of sampling from all tokens at temperature 1; None for greedy decoding.
 
     Returns:
         Text of each reply, and whether it was generated to its end.
@@ -133,13 +135,18 @@ def answers(
     ]
     tokenizer.padding_side = "left"
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    said = model.generate(
-        **batch.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=end,
-        pad_token_id=end,
-    )[:, batch["input_ids"].shape[1] :]
+    choice = {"do_sample": False}
+    if seed is not None:
+        choice = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed or 0)
+        said = model.generate(
+            **batch.to(model.device),
+            **choice,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=end,
+            pad_token_id=end,
+        )[:, batch["input_ids"].shape[1] :]
     return [(tokenizer.decode(ids, skip_special_tokens=True).strip(), end in ids) for ids in said]
 
 

@@ -16,6 +16,7 @@ class Sizes:
         transcripts: phrases to be transcribed.
         instructions: spoken instructions.
         prompts: prompts that SmolLM2 replies to; None for all.
+        writings: texts that SmolLM2 writes.
         spoken_prompts: prompts that are also spoken.
         notes: notes of General MIDI.
         mixed: prompts with a picture, a spoken question and a sound.
@@ -30,6 +31,7 @@ class Sizes:
     transcripts: int = 500
     instructions: int = 600
     prompts: int | None = None
+    writings: int = 900
     spoken_prompts: int = 250
     notes: int = 640
     mixed: int = 900
@@ -45,6 +47,7 @@ QUICK = Sizes(
     transcripts=24,
     instructions=24,
     prompts=40,
+    writings=24,
     spoken_prompts=8,
     notes=48,
     mixed=24,

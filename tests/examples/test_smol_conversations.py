@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.smol.language_model import CHAT_TEMPLATE, answers
 from examples.smol.sources import conversations
-from examples.smol.sources.conversations import Prompt, answered, prompts, whole_sentences
+from examples.smol.sources.conversations import answered, prompts, whole_sentences
 
 
 @pytest.fixture
@@ -55,21 +55,35 @@ def test_answers_of_a_batch_are_those_of_each_prompt(folder):
     assert len({text for text, _ in together}) > 1
 
 
+def test_samples_are_those_of_their_seed(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    state = torch.get_rng_state()
+    asked = ["a b c d"] * 8
+    first, again, other = (answers(model, tokenizer, asked, 6, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert len({text for text, _ in first}) > 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_answers_are_generated_once(folder, tmp_path, monkeypatch):
     said = []
 
-    def say(model, tokenizer, batch, most):
+    def say(model, tokenizer, batch, most, seed):
         said.extend(batch)
         return [(f"{prompt} it is. And", False) for prompt in batch]
 
     monkeypatch.setattr(conversations, "answers", say)
     cache = tmp_path / "data/answers.json"
-    asked = [Prompt("x/0", "long one", ""), Prompt("x/1", "short", "")]
+    asked = ["long one", "short"]
     found = answered(asked, folder, cache, Reporter())
     assert found == {"long one": "long one it is.", "short": "short it is."}
     assert list(found) == ["long one", "short"]
     assert json.loads(cache.read_text()) == found
-    more = [*asked, Prompt("x/2", "new", "")]
+    more = [*asked, "new"]
     reporter = Reporter()
     assert answered(more, folder, cache, reporter)["new"] == "new it is."
     assert said.count("short") == 1

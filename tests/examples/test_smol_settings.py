@@ -65,7 +65,8 @@ def test_what_is_not_there_is_left_out_of_the_recipe(folder):
     assert not {"sound", "digit"} & set(recipe["evaluate"])
     assert all("sound" not in stage["data"] for stage in recipe["stages"])
     load_recipe(folder / "moe-0.yaml")
-    (folder / "data/train/chat.jsonl").unlink()
+    for name in ("chat", "writing"):
+        (folder / f"data/train/{name}.jsonl").unlink()
     with pytest.raises(ValueError, match="stage text has no data"):
         write_recipe(folder, "moe", 0)
 

@@ -1,0 +1,23 @@
+"""Texts that SmolLM2 writes about the names of drawings, sampled at temperature 1.
+
+Greedy replies have less entropy than text: a model that is trained on them alone predicts other
+text worse. Samples are distributed as the model's own predictions, which training on them keeps.
+"""
+
+from collections.abc import Iterable
+
+REQUESTS = (
+    "Write a few sentences about this: {name}",
+    "Tell a short story with this in it: {name}",
+    "Explain this to a child: {name}",
+    "Write a paragraph of a newspaper about this: {name}",
+    "Write instructions for something to do with this: {name}",
+)
+MAX_NEW_TOKENS = 120
+SEED = 0
+
+
+def requests(names: Iterable[str]) -> list[str]:
+    """Returns a request about each name, in alphabetical order, of all kinds in turn."""
+    ordered = sorted(set(names))
+    return [REQUESTS[i % len(REQUESTS)].format(name=name) for i, name in enumerate(ordered)]
