@@ -37,12 +37,12 @@ py::list cpu_features() {
   UNIMOE_ADD_FEATURE("avx512vl");
   UNIMOE_ADD_FEATURE("avx512vnni");
   UNIMOE_ADD_FEATURE("avx512bf16");
-#if defined(__clang__) || __GNUC__ >= 11
-  UNIMOE_ADD_FEATURE("amx-tile");
-  UNIMOE_ADD_FEATURE("amx-bf16");
-#endif
 #undef UNIMOE_ADD_FEATURE
 #endif
+  if (unimoe::cpu_has_tiles()) {
+    names.append("amx-tile");
+    names.append("amx-bf16");
+  }
   return names;
 }
 

@@ -95,6 +95,8 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+// Whether AMX kernels are compiled, and the CPU has tiles of bfloat16.
+bool cpu_has_tiles();
 // Null also if the operating system does not let this process use tiles.
 const Kernels* amx_kernels();
 

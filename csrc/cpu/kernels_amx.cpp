@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -103,8 +104,7 @@ void multiply_tiles(int64_t steps, int64_t lines, const uint32_t* left, const ui
 
 // Linux gives the registers of tiles to processes that ask for them.
 bool may_use_tiles() {
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16")) return false;
+  if (!cpu_has_tiles()) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -128,6 +128,12 @@ Kernels tile_table() {
 
 namespace unimoe {
 
+bool cpu_has_tiles() {
+  unsigned int eax, ebx, ecx, edx;
+  constexpr unsigned int kBfloat16 = 1u << 22, kTile = 1u << 24;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBfloat16) && (edx & kTile);
+}
+
 const Kernels* amx_kernels() {
   static const bool usable = may_use_tiles();
   static const Kernels table = tile_table();
@@ -139,6 +145,7 @@ const Kernels* amx_kernels() {
 #else
 
 namespace unimoe {
+bool cpu_has_tiles() { return false; }
 const Kernels* amx_kernels() { return nullptr; }
 }  // namespace unimoe
 
