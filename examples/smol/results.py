@@ -36,7 +36,7 @@ PROBED = (
 """Tasks about a single item, whose answers a linear probe can learn."""
 RANKED = ("drawing", "stamp")
 """Tasks for which top-5 accuracy over all names is computed."""
-START_ITEMS = 40
+START_ITEMS = 20
 """Number of questions per task for the untrained model."""
 TOP = 5
 _PICTURES = {"image": "images", "speech": "speech", "audio": "audio"}

@@ -13,7 +13,7 @@ REQUESTS = (
     "Write a paragraph of a newspaper about this: {name}",
     "Write instructions for something to do with this: {name}",
 )
-MAX_NEW_TOKENS = 120
+MAX_NEW_TOKENS = 80
 SEED = 0
 
 
