@@ -15,7 +15,7 @@ from unimoe_model.training.loss import autocast
 
 ROWS, LENGTH, PASSES = 4, 256, 3
 STEP_TOKENS = {
-    "words": 0,
+    "words": 500,
     "align": 1450,
     "pictures": 940,
     "speech": 1130,
@@ -24,13 +24,12 @@ STEP_TOKENS = {
     "experts": 1390,
     "tune": 1450,
 }
-"""Approximate number of tokens per step by stage."""
-WORK = {"align": 2.1, "tune": 2.3}
+"""Approximate number of tokens per step by stage; for `words`, which runs only connectors, the
+number that takes as long."""
+WORK = {"words": 1.0, "align": 2.1, "tune": 2.3}
 OTHER_WORK = 1.25
 """Time per token relative to the language model alone, measured on two cores of an Intel Xeon with
 AMX: connectors and LoRA on attention in `align`, experts with LoRA in `tune`."""
-WORDS_STEP_TOKENS = 500
-"""Tokens that take the same time as a step of stage `words`, which runs only connectors."""
 MOST_SECONDS = 100 * 60
 """Limit of the training time. With data, features and evaluation, a run takes under two hours."""
 
@@ -73,7 +72,7 @@ def forecast(recipe: Mapping[str, Any], tokens_per_second: float) -> Forecast:
     seconds = {}
     for stage in recipe["stages"]:
         name = stage["name"]
-        tokens = WORDS_STEP_TOKENS if name == "words" else STEP_TOKENS[name] * WORK.get(name, OTHER_WORK)
+        tokens = STEP_TOKENS[name] * WORK.get(name, OTHER_WORK)
         seconds[name] = stage["steps"] * tokens / tokens_per_second
     share = min(1.0, MOST_SECONDS / sum(seconds.values()))
     return Forecast(
