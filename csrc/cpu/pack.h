@@ -95,7 +95,7 @@ inline void pack(const Kernels& kernels, const Operand<BFloat16>& from, int64_t 
 // the last one; unused lines are left as they are.
 inline void pack_blocks(const Kernels& kernels, const Operand<BFloat16>& from, int64_t first,
                         int64_t held, int64_t depth, uint32_t* to) {
-  const auto [rows, unused, block] = kernels.pair_panels;
+  const int64_t rows = kernels.pair_panels.rows, block = kernels.pair_panels.block;
   const int64_t numbers = 2 * block;
   if (from.depth_stride == 1) {
     for (int64_t line = 0; line < held; ++line) {

@@ -94,8 +94,7 @@ def write_data(
         "test": [(own.text, said[own.text]) for own in held_out if own.text in said],
     }
     plan = MediaPlan(folder / "media")
-    examples = build_examples(catalogue, split, plan, sizes, chat)
-    examples["train"]["writing"] = [Example("writing", *own) for own in written.items()]
+    examples = build_examples(catalogue, split, plan, sizes, chat, written)
     plan.write(reporter)
     for name, tasks in examples.items():
         (folder / name).mkdir(exist_ok=True)
@@ -113,6 +112,7 @@ def build_examples(
     plan: MediaPlan,
     sizes: Sizes,
     chat: Mapping[str, list[tuple[str, str]]],
+    written: Mapping[str, str],
 ) -> Examples:
     """Returns all examples by split and task; writes nothing. Tasks without items are left out.
 
@@ -122,6 +122,7 @@ def build_examples(
         plan: plan to which the media files are added.
         sizes: maximum number of items of each set.
         chat: prompts and replies of `"train"` and `"test"`.
+        written: texts that SmolLM2 wrote, by request.
     """
     train = {
         **training_pictures(catalogue, split, plan, sizes),
@@ -129,6 +130,7 @@ def build_examples(
         **training_sounds(catalogue, split, plan, sizes),
         "mixed": mixed("train", sizes.mixed, plan),
         "chat": [Example("chat", prompt, answer) for prompt, answer in chat["train"]],
+        "writing": [Example("writing", request, text) for request, text in written.items()],
     }
     test = {
         **held_out_pictures(catalogue, split, plan, sizes),

@@ -21,6 +21,7 @@ from examples.smol.sources import sonic_pi, stamps
 from examples.smol.sources.conversations import Prompt, prompts
 from examples.smol.sources.instructions import instructions
 
+WRITTEN = {"write about this: owl": "An owl hoots."}
 SIZES = Sizes(variants=2, asked_pictures=4, words=200, questions=30, held_out=200)
 
 
@@ -57,7 +58,7 @@ HELD_OUT = {
 def test_held_out_things_are_in_no_training_example(catalogue, tmp_path):
     plan = MediaPlan(tmp_path / "media")
     chat = {"train": [("a?", "b.")] * 3, "test": [("c?", "d.")]}
-    examples = build_examples(catalogue, HELD_OUT, plan, SIZES, chat)
+    examples = build_examples(catalogue, HELD_OUT, plan, SIZES, chat, WRITTEN)
     test = examples["test"]
     media = {
         name: {path for own in tasks.values() for example in own for _, path in example.media}
@@ -107,13 +108,16 @@ def test_held_out_things_are_in_no_training_example(catalogue, tmp_path):
             assert pitch in pitches
             assert velocity in velocities
     assert "drawing" in counts(examples)
+    (text,) = examples["train"]["writing"]
+    assert (text.question, text.answer) == ("write about this: owl", "An owl hoots.")
 
 
 @needs("easy_vqa")
 def test_examples_are_the_same_each_time(catalogue, tmp_path):
     chat = {"train": [("a?", "b.")] * 3, "test": [("c?", "d.")]}
     built = [
-        build_examples(catalogue, HELD_OUT, MediaPlan(tmp_path), SIZES, chat) for _ in range(2)
+        build_examples(catalogue, HELD_OUT, MediaPlan(tmp_path), SIZES, chat, WRITTEN)
+        for _ in range(2)
     ]
     assert built[0] == built[1]
     assert all(own for tasks in built[0].values() for own in tasks.values())

@@ -93,8 +93,12 @@ def test_build_info(build_script):
     assert info["unpacked_rows"] > 0
     with open("/proc/cpuinfo") as lines:
         flags = next((line for line in lines if line.startswith("flags")), "").split()
-    names = {"avx512bf16": "avx512_bf16", "avx512vnni": "avx512_vnni"}
-    names |= {"amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
+    names = {
+        "avx512bf16": "avx512_bf16",
+        "avx512vnni": "avx512_vnni",
+        "amx-tile": "amx_tile",
+        "amx-bf16": "amx_bf16",
+    }
     for feature in info["cpu_features"]:
         assert names.get(feature, feature) in flags
 
