@@ -74,6 +74,7 @@ def _dense(recipe: dict[str, Any]) -> dict[str, Any]:
     # numbers of steps are equal.
     experts["data_in_turn"] = [stages[name]["data"] for name in EXPERTS]
     experts["steps"] = sum(stages[name]["steps"] for name in EXPERTS)
+    experts["distill"] = [one for name in EXPERTS for one in stages[name].get("distill", [])]
     tune = stages["tune"]
     del tune["assemble"]
     tune["from"] = "experts"
@@ -98,6 +99,8 @@ def _with_data(
             if not all(kept):
                 raise ValueError(f"stage {stage['name']} has no data: none of {streams} is there")
             stage[key] = kept if key == "data_in_turn" else kept[0]
+        if "distill" in stage:
+            stage["distill"] = [name for name in stage["distill"] if name in train]
     recipe["evaluate"] = {
         name: own for name, own in recipe["evaluate"].items() if Path(own["data"]).stem in test
     }

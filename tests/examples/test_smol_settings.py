@@ -39,7 +39,9 @@ def test_both_arms_see_the_same_batches(folder):
     steps = {moe.stage(name).optimization.steps for name in EXPERTS}
     assert len(steps) == 1
     assert experts.optimization.steps == len(EXPERTS) * steps.pop()
-    for key in ("streams", "seed", "optimization", "max_length", "pack"):
+    assert experts.distill == moe.stage("text").distill == ("chat", "writing")
+    assert [moe.stage(name).distill for name in EXPERTS[:3]] == [()] * 3
+    for key in ("streams", "seed", "optimization", "max_length", "pack", "distill"):
         assert getattr(dense.stage("tune"), key) == getattr(moe.stage("tune"), key)
 
 

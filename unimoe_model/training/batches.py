@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
+import torch
+
 from unimoe_model.configuration import MEDIA_KINDS
 from unimoe_model.data.conversation_objects import Conversation
 from unimoe_model.data.encoded_media import EncodedMedia, Row
@@ -19,6 +21,8 @@ from unimoe_model.training.recipe import Stage
 Samples = Mapping[str, Sequence[Conversation]]
 _CACHED_SAMPLES = 1 << 14
 """Maximum number of samples whose tokenized texts are cached; with more, few would be reused."""
+DISTILLED = "distilled"
+"""Key of a part whose answers are distilled, not learned; its value is the weight of the loss."""
 
 
 def sample_order(
@@ -85,12 +89,27 @@ class Batches:
     def __call__(self, step: int) -> list[dict]:
         """This process's share of each part of a step's batch.
 
+        Samples to be distilled are in parts of their own, which have the key `DISTILLED`.
+
         Raises:
             ValueError: If a part has fewer samples than there are processes.
         """
-        samples, world = self.samples(step), self._ranks.world_size
+        samples, distilled = self.samples(step), self._stage.distill
+        if not distilled:
+            return self._parts(samples)
+        named = list(zip(self.places(step), samples, strict=True))
+        learned = [sample for (name, _), sample in named if name not in distilled]
+        kept = [sample for (name, _), sample in named if name in distilled]
+        weight = torch.tensor(self._stage.distill_weight)
+        marked = [part | {DISTILLED: weight} for part in self._parts(kept)]
+        return self._parts(learned) + marked
+
+    def _parts(self, samples: Sequence[Conversation]) -> list[dict]:
+        if not samples:
+            return []
+        world = self._ranks.world_size
         if self._stage.part_tokens is None:
-            parts = self._optimization.accumulation
+            parts = min(self._optimization.accumulation, len(samples))
             ends = [len(samples) * number // parts for number in range(parts + 1)]
             shares = [self._ranks.share(samples[a:b]) for a, b in pairwise(ends)]
             return [self._collate(self._packed(self._rows(share))) for share in shares]

@@ -13,13 +13,20 @@ import torch
 from torch import nn
 
 from unimoe_kernels import MoE, atomic_write
+from unimoe_model.training.batches import DISTILLED
 from unimoe_model.training.checkpoint import (
     Progress,
     discard_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from unimoe_model.training.loss import answer_loss, autocast, count_labels, count_tokens
+from unimoe_model.training.loss import (
+    answer_loss,
+    autocast,
+    count_labels,
+    count_tokens,
+    distillation_loss,
+)
 from unimoe_model.training.optimization import Optimization, build_optimizers, set_learning_rates
 from unimoe_model.training.prefetch import prefetched
 from unimoe_model.training.progress import ProgressReporter
@@ -46,6 +53,7 @@ def train_stage(
     ranks: Ranks | None = None,
     workers: int = 0,
     objective: str = "answers",
+    teacher: nn.Module | None = None,
 ) -> Progress:
     """Trains `parameters` and no others, resuming from a checkpoint if there is one.
 
@@ -67,6 +75,8 @@ def train_stage(
         ranks: processes that train together; None for a single process.
         workers: number of threads that prepare batches.
         objective: key of `LOSSES`.
+        teacher: model that parts with the key `DISTILLED` are distilled from; None if there are
+            none.
 
     Returns:
         Losses, tokens and seconds of the whole stage. The checkpoint remains until `finish_stage`,
@@ -103,7 +113,9 @@ def train_stage(
             # Not of the model: walking through all of its frozen parameters takes longer.
             for parameter in parameters.values():
                 parameter.grad = None
-            loss, tokens = add_gradients(model, batch, ranks, device, precision, place, objective)
+            loss, tokens = add_gradients(
+                model, batch, ranks, device, precision, place, objective, teacher
+            )
             ranks.clip(parameters.values(), settings.max_grad_norm)
             # The clock of the first process decides when all of them save; they stop together.
             due = ranks.is_first and time.monotonic() - saved > checkpoint_seconds
@@ -143,6 +155,7 @@ def add_gradients(
     precision: str,
     place: str,
     objective: str = "answers",
+    teacher: nn.Module | None = None,
 ) -> tuple[float, int]:
     """Runs forward and backward of this process's share of a batch; returns its loss and tokens."""
     parts = [batch] if isinstance(batch, dict) else list(batch)
@@ -156,10 +169,14 @@ def add_gradients(
     loss, tokens = 0.0, 0
     with _aux_losses_of(model, len(parts)):
         for part in parts:
-            inputs = {key: value.to(device) for key, value in part.items()}
+            inputs = {key: value.to(device) for key, value in part.items() if key != DISTILLED}
             with autocast(device, precision):
                 total = None if count is None else count.to(device)
-                value = LOSSES[objective](model, inputs, total)
+                if DISTILLED in part:
+                    weight = part[DISTILLED].item()
+                    value = weight * distillation_loss(model, teacher, inputs, total)
+                else:
+                    value = LOSSES[objective](model, inputs, total)
             if not value.requires_grad:
                 # The part uses no trained parameter, but all processes must run a backward.
                 value = value + 0 * next(p for p in model.parameters() if p.requires_grad).sum()

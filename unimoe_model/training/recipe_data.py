@@ -70,6 +70,7 @@ class RecipeData:
                 self.samples[name] = _read(file, reporter)
             except ValueError as error:
                 raise ValueError(f"{recipe.path}: data.{name}: {error}") from error
+        self._require_texts(recipe)
         self.shuffles = {
             name: Shuffle(file.shuffle, self.samples[name].parts)
             for name, file in recipe.data.items()
@@ -86,6 +87,15 @@ class RecipeData:
         asked = (asked_media(one) for questions in self.held_out.values() for one in questions)
         held = {kind for media in asked for kind, _ in media}
         require_readers(held.union(*self.kinds.values()))
+
+    def _require_texts(self, recipe: Recipe) -> None:
+        for stage in recipe.stages:
+            for name in stage.distill:
+                if self.kinds[name]:
+                    raise ValueError(
+                        f"{recipe.path}: stages.{stage.name}.distill ({name}) must be data without"
+                        f" media; {name} has {', '.join(sorted(self.kinds[name]))}"
+                    )
 
     @property
     def kinds(self) -> dict[str, dict[str, int]]:

@@ -178,6 +178,7 @@ class Run:
         torch.manual_seed(self._recipe.seed + 2)
         parameters = select_trained(model, stage.train)
         model.to(self._device)
+        teacher = self._teacher() if stage.distill else None
         progress = train_stage(
             model,
             parameters,
@@ -192,6 +193,7 @@ class Run:
             self._ranks,
             self._recipe.workers,
             stage.objective,
+            teacher,
         )
         model = self._ranks.unite(model)
         if self._ranks.is_first:
@@ -213,6 +215,13 @@ class Run:
 
     def _start_model(self) -> UniMoEForConditionalGeneration:
         return build_start(self._recipe, self._start)
+
+    def _teacher(self) -> UniMoEForConditionalGeneration:
+        """The frozen model that the recipe starts from, in the precision of training."""
+        model = self._start_model()
+        self._set_attention(model)
+        dtype = torch.bfloat16 if self._precision == "bf16" else torch.float32
+        return model.requires_grad_(False).eval().to(self._device, dtype)
 
     def _folders(self, stage: Stage) -> dict[str, Path]:
         return {name: self.folder(name) / "model" for name in stage.sources if name in self.ids}

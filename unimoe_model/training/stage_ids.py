@@ -28,8 +28,11 @@ def stage_ids(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> dic
         facts = asdict(stage)
         for key in ("name", "parent"):
             del facts[key]
+        # Defaults count as missing, so that a recipe without these keys keeps its hashes.
         if stage.objective == "answers":
-            del facts["objective"]  # as of a recipe without the key
+            del facts["objective"]
+        if not stage.distill:
+            del facts["distill"], facts["distill_weight"]
         facts["sources"] = [ids[name] for name in stage.sources]
         facts["data"] = [(digests[name], recipe.data[name].shuffle) for name in stage.data]
         ids[stage.name] = fingerprint(facts)

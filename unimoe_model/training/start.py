@@ -1,7 +1,7 @@
 """Start of distributed runs, from the recipe and the environment of torchrun."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,7 +27,8 @@ def start_ranks(recipe: Recipe, device: torch.device) -> DeviceMesh | None:
     Without `parallel` in the recipe, the run is data parallel over all processes.
 
     Raises:
-        ValueError: If the recipe's number of processes differs from that of torchrun.
+        ValueError: If the recipe's number of processes differs from that of torchrun, or a stage
+            requires a single process.
         RuntimeError: If a process times out, or has another recipe.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -39,6 +40,7 @@ def start_ranks(recipe: Recipe, device: torch.device) -> DeviceMesh | None:
             f" {wanted} processes, and there {'is' if processes == 1 else 'are'} {processes}: start"
             f" with torchrun --nproc-per-node {wanted} -m unimoe_model.cli train ..."
         )
+    replace(recipe, parallel=parallel)  # raises if a stage requires a single process
     if "RANK" not in os.environ:
         return None
     precision = resolve_precision(recipe.precision, device)

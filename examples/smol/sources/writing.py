@@ -1,7 +1,6 @@
 """Texts that SmolLM2 writes about the names of drawings, sampled at temperature 1.
 
-Greedy replies have less entropy than text: a model that is trained on them alone predicts other
-text worse. Samples are distributed as the model's own predictions, which training on them keeps.
+Greedy replies have less entropy than text; samples lead to more of what the model can predict.
 """
 
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ REQUESTS = (
     "Write a paragraph of a newspaper about this: {name}",
     "Write instructions for something to do with this: {name}",
 )
-MAX_NEW_TOKENS = 80
+MAX_NEW_TOKENS = 48
 SEED = 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from unimoe_model.configuration import UniMoEConfig
+from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.precision import multiplies_bf16
 from unimoe_model.training.forecast.devices import (
     RESERVED,
@@ -114,6 +115,8 @@ class Forecast:
         rows, has_parts = self._part(stage, layout.devices)
         step = self._step(stage, stage.optimization.gradient_checkpointing, layout)
         found = peak(step, rows, layout, has_parts)
+        if stage.distill:
+            found["teacher"] = self._teacher(stage)
         names = {"optimizer": "optimiser"}
         parts = ", ".join(f"{names.get(k, k)} {_gib(v)}" for k, v in found.items())
         return f"{_gib(sum(found.values()))} GiB: {parts}; {self._batch(stage, rows)}"
@@ -145,17 +148,26 @@ class Forecast:
         step, length = self._step(stage, recomputes, layout), self._shape(stage)[0].length
         batch = -(-self._batch_rows(stage) // layout.devices)
         rows, has_parts = self._part(stage, layout.devices)
-        used = _gib(sum(peak(step, rows, layout, has_parts).values()))
-        fitting = most_rows(step, layout, limit, batch)
+        teacher = self._teacher(stage)
+        used = _gib(sum(peak(step, rows, layout, has_parts).values()) + teacher)
+        fitting = most_rows(step, layout, limit - teacher, batch)
         if not fitting:
             return f"{used}, does not fit"
         return f"{used}, {fitting * length:,}{' (whole batch)' if fitting == batch else ''}"
+
+    def _teacher(self, stage: Stage) -> int:
+        """Bytes of the frozen model that a stage distills from; 0 if it does not."""
+        if not stage.distill:
+            return 0
+        with torch.device("meta"):
+            model = UniMoEForConditionalGeneration(self._start.config)
+        return sum(p.numel() for p in model.parameters()) * (2 if self._precision == "bf16" else 4)
 
     def _alike(self) -> list[tuple[list[str], Stage]]:
         """Groups of stages with the same requirements: their names, and one of the stages."""
         found: dict[tuple, tuple[list[str], Stage]] = {}
         for stage in self._stages:
-            key = (*self._key(stage, False, False), self._part(stage, 1))
+            key = (*self._key(stage, False, False), self._part(stage, 1), bool(stage.distill))
             found.setdefault(key, ([], stage))[0].append(stage.name)
         return list(found.values())
 

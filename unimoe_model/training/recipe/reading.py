@@ -37,6 +37,8 @@ _STAGE_KEYS = (
     "from",
     "train",
     "objective",
+    "distill",
+    "distill_weight",
     "data",
     "data_in_turn",
     "assemble",
@@ -195,7 +197,10 @@ def _stage(
     optimization = {key: raw[key] for key in settings if key in raw}
     optimization["steps"] = raw.get("steps", 1)
     values = {key: raw[key] for key in ("epochs", "part_tokens", "max_length") if key in raw}
-    values |= {key: raw[key] for key in ("objective", "widen", "seed", "pack") if key in raw}
+    plain = ("objective", "distill_weight", "widen", "seed", "pack")
+    values |= {key: raw[key] for key in plain if key in raw}
+    if "distill" in raw:
+        values["distill"] = _names(raw["distill"], f"{where}.distill")
     values |= {
         "name": name,
         "parent": parent,
@@ -205,6 +210,13 @@ def _stage(
         "assembly": assembly,
     }
     return build(Stage, {"seed": number + 1} | values, where)
+
+
+def _names(raw: Any, where: str) -> tuple[str, ...]:
+    names = [raw] if isinstance(raw, str) else raw
+    if not fits_type(names, list[str]):
+        raise ValueError(f"{where} ({shortened(raw)}) must be a name of data or a list of them")
+    return tuple(dict.fromkeys(names))
 
 
 def _parent(assembly: Assembly | None, earlier: list[Stage], where: str) -> str:

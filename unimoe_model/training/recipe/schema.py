@@ -187,6 +187,10 @@ class Stage:
         objective: `"answers"`, the loss of the answers, or `"words"`, which brings soft tokens near
             the embeddings of the answers' words without running the LLM (`word_loss`); the stage
             then trains connectors only.
+        distill: names of data, without media, whose answers are not learned: at their tokens the
+            model is trained to predict what the model that the recipe starts from predicts
+            (`distillation_loss`), which keeps its knowledge.
+        distill_weight: factor of that loss.
         widen: factor by which dense FFNs are widened before training, with equal outputs.
         seed: seed of the data order; stages with equal seeds and data see the same batches.
 
@@ -205,6 +209,8 @@ class Stage:
     pack: bool = False
     assembly: Assembly | None = None
     objective: str = "answers"
+    distill: tuple[str, ...] = ()
+    distill_weight: float = 1.0
     widen: int = 1
     seed: int = 0
 
@@ -219,6 +225,7 @@ class Stage:
         if self.assembly and self.widen > 1:
             raise ValueError("assemble and widen exclude each other")
         self._check_objective()
+        self._check_distill()
         if self.epochs is None:
             return
         if not 0 < self.epochs < math.inf:
@@ -247,6 +254,22 @@ class Stage:
             raise ValueError(
                 f"objective: words trains connectors and projectors; train has {others[0]}"
             )
+
+    def _check_distill(self) -> None:
+        if not 0 < self.distill_weight < math.inf:
+            raise ValueError(f"distill_weight ({self.distill_weight}) must be above 0")
+        if not self.distill:
+            if self.distill_weight != 1:
+                raise ValueError(f"distill_weight ({self.distill_weight}) requires distill")
+            return
+        unknown = [name for name in self.distill if name not in self.data]
+        if unknown:
+            raise ValueError(
+                f"distill ({unknown[0]!r}) must be among the data of the stage:"
+                f" {', '.join(self.data)}"
+            )
+        if self.objective != "answers":
+            raise ValueError(f"distill and objective: {self.objective} exclude each other")
 
     def optimization_for(self, samples: Mapping[str, int]) -> Optimization:
         """The optimisation with its number of steps, given the number of samples by data name."""
@@ -354,12 +377,17 @@ class Recipe:
         seconds = self.checkpoint_seconds
         require_at_least(0, seed=self.seed, checkpoint_seconds=seconds, workers=self.workers)
         require_at_least(1, video_frames=self.video_frames)
-        words = [stage.name for stage in self.stages if stage.objective == "words"]
-        if words and self.parallel:
-            raise ValueError(
-                f"stages.{words[0]}.objective (words) and parallel exclude each other; train the"
-                " stage by a run of one process"
-            )
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        processes = self.parallel.data * self.parallel.expert if self.parallel else 1
+        for stage in self.stages:
+            single = "objective (words)" if stage.objective == "words" else "distill"
+            if processes > 1 and (stage.objective == "words" or stage.distill):
+                raise ValueError(
+                    f"stages.{stage.name}.{single} requires a run of one process; this run has"
+                    f" {processes}, by parallel or torchrun"
+                )
 
     @property
     def encoder_names(self) -> tuple[str, ...]:
