@@ -38,11 +38,13 @@ class Report:
     """The contents of the page.
 
     Attributes:
-        arm: `"moe"` or `"dense"`.
+        arm: one of `ARMS`.
         seed: seed of the run.
         machine: description of the machine, and the settings chosen for it.
         table: lines of the results.
         text: lines of `text_lines`.
+        reply: line of `reply_line`.
+        routing: lines of `use_lines`; empty for a dense model.
         losses: losses by stage.
         seconds: seconds by stage.
         tokens: tokens by stage.
@@ -55,6 +57,8 @@ class Report:
     machine: str
     table: str
     text: str
+    reply: str
+    routing: str
     losses: dict[str, list[float]]
     seconds: dict[str, float]
     tokens: dict[str, int]
@@ -102,6 +106,7 @@ def _page(report: Report, folder: Path) -> str:
         for own in credits_of(report.packages)
     )
     shown = "".join(_example(*own, folder) for own in report.shown)
+    routing = f"<h2>Experts</h2><pre>{html.escape(report.routing)}</pre>" if report.routing else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>A small Uni-MoE</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
@@ -124,8 +129,9 @@ before training, on the first questions. Blind: the most frequent training answe
 Probe: a linear map of the same features. Top 5: the right name is among the likeliest five of all
 names.</p>
 <h2>It answers</h2><div class="examples">{shown}</div>
+<p>{html.escape(report.reply)}.</p>
 <h2>Text kept</h2><pre class="text">{html.escape(report.text)}</pre>
-<h2>Loss</h2><img src="loss.png" alt="loss of every stage" style="max-width: 100%">
+{routing}<h2>Loss</h2><img src="loss.png" alt="loss of every stage" style="max-width: 100%">
 <h2>Time</h2><table><tr><th>stage</th><th>seconds</th><th>tokens</th><th>tokens/s</th></tr>{times}
 </table>
 <h2>Credits</h2><p class="note">Keep this page and the weights to yourself: they hold or derive from

@@ -7,7 +7,7 @@ from examples.demo.baseline import blind_accuracy, exact_accuracy
 from examples.demo.example import Example
 from examples.smol.data import Examples
 from examples.smol.ranking import likeliest_names
-from unimoe_model.data.encoded_media import EncodedMedia
+from unimoe_model.data.encoded_media import EncodedMedia, Row
 from unimoe_model.evaluation.scoring import evaluate_file
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.processing import UniMoEProcessor
@@ -112,10 +112,7 @@ def top_shares(
             continue
         learned = examples["train"][LEARNED_FROM.get(task, task)]
         names = sorted({example.answer for example in learned})
-        rows = [
-            processor.question_row(example.question, **_media(example, features))
-            for example in asked
-        ]
+        rows = [question_row(example, processor, features) for example in asked]
         found = likeliest_names(model, processor, rows, names, min(TOP, len(names)))
         pairs = zip(found, asked, strict=True)
         shares[task] = sum(example.answer in own for own, example in pairs) / len(asked)
@@ -133,8 +130,9 @@ def table(results: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _media(example: Example, features: Features) -> dict[str, list[EncodedMedia]]:
-    found: dict[str, list[EncodedMedia]] = {}
+def question_row(example: Example, processor: UniMoEProcessor, features: Features) -> Row:
+    """Returns the prompt of an example's question with its media."""
+    media: dict[str, list[EncodedMedia]] = {}
     for kind, path in example.media:
-        found.setdefault(_PICTURES[kind], []).append(features(kind, path))
-    return found
+        media.setdefault(_PICTURES[kind], []).append(features(kind, path))
+    return processor.question_row(example.question, **media)

@@ -10,7 +10,7 @@ FLOPs. A run that was stopped is resumed.
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ from examples.demo.parts import keep_memory, open_run
 from examples.smol.cached import cached
 from examples.smol.data import Examples, counts, write_data
 from examples.smol.debian import unpack_packages
+from examples.smol.expert_use import ASKED as EXPERT_ITEMS
+from examples.smol.expert_use import expert_use, use_lines
 from examples.smol.language_model import FFN_WIDTH, write_language_model
 from examples.smol.probe import probe_tasks
+from examples.smol.reply_speed import ASKED, QUESTION, reply_line, reply_speed
 from examples.smol.report import Report, shown_examples, write_report
 from examples.smol.results import (
     LEARNED_FROM,
@@ -32,6 +35,7 @@ from examples.smol.results import (
     START_ITEMS,
     accuracies,
     ask_start,
+    question_row,
     table,
     top_shares,
 )
@@ -40,8 +44,11 @@ from examples.smol.sizes import QUICK, Sizes
 from examples.smol.speed import forecast, training_speed
 from examples.smol.text_kept import CHAT_PROMPTS, text_kept, text_lines
 from unimoe_kernels import atomic_write, replace_folder
+from unimoe_model.chat import Conversation
 from unimoe_model.folder_lock import FolderLock
+from unimoe_model.generation import Answerer
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.study.machine import source_commit
 from unimoe_model.training.progress import ProgressReporter, own_reporter
 from unimoe_model.training.recipe import Recipe
 from unimoe_model.training.recipe_data import RecipeData
@@ -54,14 +61,16 @@ def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str
 
     Args:
         output: folder of data, features and runs.
-        arm: `"moe"` or `"dense"`.
+        arm: one of `ARMS`.
         seed: seed of the initial weights and of the order of the data.
         quick: whether to run all steps on little data.
 
     Returns:
         `"tasks"`: for each held-out task the number of items, and the accuracy of the model, the
         blind baseline, the untrained model and a linear probe; `"text"`: see `text_kept`;
-        `"stages"`: seconds and tokens of each stage.
+        `"experts"`: names of the experts, and `"routing"`: see `expert_use`, of MoE arms;
+        `"reply"`: see `reply_speed`; `"stages"`: seconds, tokens and losses of each stage; and
+        `"arm"`, `"seed"`, `"machine"` and `"commit"`.
 
     Raises:
         ValueError: If `output` contains other data.
@@ -92,12 +101,16 @@ def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str
         run.train(names)
         run.publish(names[-1])
         print("3/4  Held-out questions", flush=True)
-        results = measure(found, run, output, examples, reporter)
+        results = {"arm": arm, "seed": seed, "machine": str(machine), "commit": source_commit()}
+        results |= measure(found, run, output, examples, reporter)
     with atomic_write(own / "results.json") as partial:
         partial.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
     print("4/4  Report", flush=True)
     report = _report(arm, seed, str(machine), run, results, examples, output)
     print(f"\n{report.table}\n\n{report.text}\n")
+    if report.routing:
+        print(f"{report.routing}\n")
+    print(f"{report.reply}\n")
     print(f"Everything is in {own}; open {write_report(report, own)} in a browser.")
     return results
 
@@ -156,11 +169,38 @@ def measure(
         folder / "text.json",
         lambda: text_kept(output / "language_model", folder / "model", texts, prompts),
     )
+    shown = [own for task in ("drawing", "image_qa") for own in examples["test"].get(task, ())]
+    pictures = [path for example in shown for _, path in example.media]
+    reply = cached(
+        folder / "reply.json", lambda: _reply_speed(folder / "model", pictures[: ASKED + 1])
+    )
     stages = {}
     for stage in recipe.stages:
         metrics = json.loads((run.folder(stage.name) / "metrics.json").read_text(encoding="utf-8"))
-        stages[stage.name] = {key: metrics[key] for key in ("seconds", "tokens", "losses")}
-    return {"tasks": tasks, "text": text, "stages": stages}
+        stages[stage.name] = {key: metrics[key] for key in ("seconds", "tokens")}
+        stages[stage.name]["losses"] = [float(f"{loss:.4g}") for loss in metrics["losses"]]
+    routing = cached(folder / "routing.json", lambda: _routing(run, last, examples))
+    return {"tasks": tasks, "text": text, **routing, "reply": reply, "stages": stages}
+
+
+def _routing(run: Run, stage: str, examples: Examples) -> dict[str, Any]:
+    model = _whole(run, stage)
+    if not model.config.num_experts:
+        return {}
+    asked = [own for examples_ in examples["test"].values() for own in examples_[:EXPERT_ITEMS]]
+    rows = [question_row(own, run.processor, run.features.item) for own in asked]
+    use = expert_use(model, run.processor, rows)
+    return {"experts": model.config.expert_origins, "routing": use}
+
+
+def _reply_speed(folder: Path, pictures: Sequence[Path]) -> dict[str, float]:
+    answerer = Answerer.from_pretrained(folder)
+
+    def ask(picture: Path) -> Iterator[str]:
+        conversation = Conversation(answerer.model, answerer.processor, max_new_tokens=48)
+        return conversation.reply(QUESTION, images=[str(picture)])
+
+    return reply_speed(ask, pictures)
 
 
 def _start_folder(recipe: Recipe, output: Path) -> Path:
@@ -176,10 +216,14 @@ def _start_folder(recipe: Recipe, output: Path) -> Path:
 
 
 def _top_shares(run: Run, stage: str, examples: Examples) -> dict[str, float]:
+    return top_shares(_whole(run, stage), run.processor, run.features.item, examples)
+
+
+def _whole(run: Run, stage: str) -> UniMoEForConditionalGeneration:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = run.folder(stage) / "model"
     model = UniMoEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return top_shares(model.to(device).eval(), run.processor, run.features.item, examples)
+    return model.to(device).eval()
 
 
 def _report(
@@ -203,6 +247,8 @@ def _report(
         machine,
         table(results["tasks"]),
         text_lines(results["text"]),
+        reply_line(results["reply"]),
+        use_lines(results["routing"], results["experts"]) if "routing" in results else "",
         {name: own["losses"] for name, own in stages.items()},
         {name: own["seconds"] for name, own in stages.items()},
         {name: own["tokens"] for name, own in stages.items()},

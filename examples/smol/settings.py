@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
-ARMS = ("moe", "dense")
+ARMS = ("moe", "dynamic", "dense")
 DENSE_WIDTH = 2048
 EXPERTS = ("pictures", "speech", "sounds", "text")
 _QUICK_STEPS = 3
@@ -23,7 +23,7 @@ def write_recipe(
 
     Args:
         folder: folder that contains `data`.
-        arm: `"moe"` or `"dense"`.
+        arm: one of `ARMS`.
         seed: seed, part of the file name, after which the folder of the run is named.
         quick: whether to run only a few steps of each stage.
         share: fraction of the steps of each stage to run.
@@ -51,7 +51,7 @@ def arm_recipe(arm: str, share: float = 1.0) -> dict[str, Any]:
     """Returns the recipe of an arm with all data.
 
     Args:
-        arm: `"moe"` or `"dense"`.
+        arm: one of `ARMS`.
         share: fraction of the steps of each stage to run; at least one step is run.
 
     Raises:
@@ -62,7 +62,16 @@ def arm_recipe(arm: str, share: float = 1.0) -> dict[str, Any]:
     recipe = yaml.safe_load((HERE / "smol.yaml").read_text(encoding="utf-8"))
     for stage in recipe["stages"]:
         stage["steps"] = max(1, round(share * stage["steps"]))
-    return recipe if arm == "moe" else _dense(recipe)
+    changed = {"moe": lambda recipe: recipe, "dynamic": _dynamic, "dense": _dense}[arm]
+    return changed(recipe)
+
+
+def _dynamic(recipe: dict[str, Any]) -> dict[str, Any]:
+    changes = yaml.safe_load((HERE / "dynamic.yaml").read_text(encoding="utf-8"))
+    for stage in recipe["stages"]:
+        if stage["name"] in changes["stages"]:
+            stage["assemble"] |= changes["stages"][stage["name"]]["assemble"]
+    return recipe
 
 
 def _dense(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -223,6 +223,8 @@ def test_the_page_has_table_credits_and_pictures(tmp_path):
         machine="a CPU",
         table="drawing  50 %",
         text="perplexity",
+        reply="Replies < 1 s",
+        routing="tokens of",
         losses={"align": [3.0, 2.0]},
         seconds={"align": 2.0},
         tokens={"align": 500},
@@ -237,6 +239,8 @@ def test_the_page_has_table_credits_and_pictures(tmp_path):
     assert "&lt;b&gt;" in page
     assert "<b><b>" not in page
     assert "drawing  50 %" in page
+    assert "Replies &lt; 1 s." in page
+    assert "<h2>Experts</h2><pre>tokens of</pre>" in page
     assert "<td>250</td>" in page  # tokens a second
     assert "Ambrose Bierce" in page
     assert "Bill Kendrick" not in page  # the stamps were not there
@@ -270,6 +274,11 @@ def test_a_quick_run_goes_the_whole_way_and_goes_on(tmp_path, monkeypatch, capsy
     for own in results["text"]["perplexity"].values():
         assert own["after"] < 2 * own["before"]
     assert len(results["text"]["chat"]) == 10
+    assert (results["arm"], results["seed"]) == ("moe", 0)
+    for own in results["routing"].values():
+        assert own["per_token"] == pytest.approx(2)
+        assert sum(own["shares"]) == pytest.approx(1)
+    assert results["reply"].get("first_word", 1) > 0
     printed = capsys.readouterr().out
     assert "SmolLM2:" in printed
     page = tmp_path / "moe-0" / "report.html"

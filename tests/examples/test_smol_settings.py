@@ -1,5 +1,7 @@
 """The recipes of examples/smol."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
@@ -26,7 +28,10 @@ def folder(tmp_path):
 
 
 def test_both_arms_see_the_same_batches(folder):
-    moe, dense = (load_recipe(write_recipe(folder, arm, 3), seed=3) for arm in ARMS)
+    moe, dynamic, dense = (load_recipe(write_recipe(folder, arm, 3), seed=3) for arm in ARMS)
+    assert dynamic.stages[:-1] == moe.stages[:-1]
+    assert replace(dynamic.stages[-1], assembly=moe.stages[-1].assembly) == moe.stages[-1]
+    assert dynamic.stages[-1].assembly.options["moe_options"]["num_null_experts"] == 1
     assert [stage.name for stage in moe.stages] == ["words", "align", *EXPERTS, "tune"]
     assert [stage.name for stage in dense.stages] == ["words", "align", "experts", "tune"]
     assert dense.model.llm.endswith("language_model-2048")
@@ -79,7 +84,7 @@ def test_a_quick_run_takes_few_steps_and_a_second_call_leaves_the_file(folder):
     written = path.stat().st_mtime_ns
     assert write_recipe(folder, "dense", 1, quick=True) == path
     assert path.stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match=r"arm \('sparse'\) must be one of moe, dense"):
+    with pytest.raises(ValueError, match=r"arm \('sparse'\) must be one of moe, dynamic, dense"):
         write_recipe(folder, "sparse", 0)
 
 

@@ -53,6 +53,18 @@ def test_experts_equal_to_the_dense_ffn_give_its_logits(dense, inputs, top_k, mo
     assert relative_error(logits_of(moe, inputs), logits_of(dense, inputs)) < 1e-5
 
 
+def test_shared_experts_start_as_the_dense_ffn(dense, inputs):
+    """Weights of routed and shared experts add up to one, so that equal FFNs give its outputs."""
+    options = {"mode": "softmax_topk_renorm", "top_p": 0.7, "num_shared_experts": 2}
+    options |= {"shared_scores": "softmax"}
+    experts = dict.fromkeys(("image", "speech", "audio"), ffn_state(dense))
+    moe = assemble_moe(dense, experts, 3, moe_options=options)
+    assert relative_error(logits_of(moe, inputs), logits_of(dense, inputs)) < 1e-5
+    narrow = options | {"shared_intermediate_size": 8}
+    with pytest.raises(ValueError, match=r"shared_intermediate_size \(8\) must be the width"):
+        assemble_moe(dense, experts, 3, moe_options=narrow)
+
+
 def test_every_expert_lands_in_its_slot(dense, inputs):
     state = ffn_state(dense)
     experts = {name: changed(state, i) for i, name in enumerate("abc")}

@@ -96,3 +96,24 @@ def test_the_router_is_drawn_from_the_seed(tuned):
     weights = [next(iter(tuned().moe_layers()))[1].router.weight for _ in range(2)]
     assert torch.equal(*weights)
     assert 0.1 < weights[0].std() < 0.3
+
+
+def test_a_started_router_scores_null_and_shared_experts_zero(models, tmp_path, monkeypatch):
+    weights = torch.randn(2, 2, 32)
+    monkeypatch.setattr("unimoe_model.training.stage_model.router_weights", lambda *_: weights)
+    monkeypatch.setattr(
+        "unimoe_model.training.stage_model.mean_ffn_inputs", lambda *_: torch.zeros(2, 32)
+    )
+    options = "{moe_options: {num_null_experts: 1, num_shared_experts: 1, shared_scores: softmax}}"
+    assembly = f"experts: [ears, eyes], top_k: 2, router_strength: 2, options: {options}"
+    text = RECIPE.replace("EARS", "connectors.audio")
+    text = text.replace(
+        "experts: [ears, model, eyes, ears], top_k: 2, layers: even\n     CONNECTORS", assembly
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    model = stage_model(recipe, recipe.stage("tune"), None, models[1], None, CPU)
+    for index, layer in model.moe_layers():
+        assert torch.equal(layer.router.weight[:2], weights[index])
+        assert layer.router.weight.shape[0] == 4
+        assert not layer.router.weight[2:].any()

@@ -6,7 +6,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from unimoe_kernels import MoE, merge_and_unload_expert_lora
+from unimoe_kernels import GroupedExperts, MoE, merge_and_unload_expert_lora
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 
@@ -40,10 +40,12 @@ def assemble_moe(
             coefficients.
 
     Returns:
-        A new model on the same device, with routers drawn from normal(0, initializer_range).
+        A new model on the same device, with routers drawn from normal(0, initializer_range). Shared
+        experts are copies of the FFN of `dense` in their layer.
 
     Raises:
-        ValueError: If there are no experts, or `dense` already has MoE layers.
+        ValueError: If there are no experts, `dense` already has MoE layers, or shared experts are
+            not as wide as the FFNs.
     """
     if not experts:
         raise ValueError("experts must hold at least one FFN")
@@ -64,7 +66,10 @@ def assemble_moe(
             {f"{name}.weight": state[f"{index}.{name}.weight"] for name in FFN_NAMES}
             for state in experts.values()
         ]
-        _fill_experts(moe, ffns, top_k)
+        _fill_experts(moe.experts, ffns)
+        if moe.shared_experts is not None:
+            own = dense.model.language_model.layers[index].mlp
+            _fill_experts(moe.shared_experts, [own] * moe.shared_experts.num_experts)
         prefix = f"model.language_model.layers.{index}.mlp."
         missing = [key for key in missing if not key.startswith(prefix)]
         unexpected = [key for key in unexpected if not key.startswith(prefix)]
@@ -74,9 +79,14 @@ def assemble_moe(
 
 
 @torch.no_grad()
-def _fill_experts(moe: MoE, ffns: list[dict[str, torch.Tensor]], top_k: int) -> None:
-    assembled = MoE.from_ffns(ffns, top_k)
-    moe.experts.load_state_dict(assembled.experts.state_dict())
+def _fill_experts(experts: GroupedExperts, ffns: list[dict[str, torch.Tensor]]) -> None:
+    filled = MoE.from_ffns(ffns, 1).experts
+    if filled.intermediate_size != experts.intermediate_size:
+        raise ValueError(
+            f"shared_intermediate_size ({experts.intermediate_size}) must be the width of the FFNs"
+            f" that shared experts start from ({filled.intermediate_size})"
+        )
+    experts.load_state_dict(filled.state_dict())
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from unimoe_model.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from unimoe_model.training.frozen_weights import frozen_weights
 from unimoe_model.training.loss import (
     answer_loss,
     autocast,
@@ -104,7 +105,10 @@ def train_stage(
     saved = started
     steps = range(progress.step, settings.steps)
     batches = prefetched(batch_of, steps.start, steps.stop, workers)
-    with StopRequest() as stop, recomputed(model, settings.gradient_checkpointing):
+    # Distributed weights must keep their dtype.
+    converts = precision == "bf16" and ranks.is_single
+    frozen = frozen_weights(model, torch.bfloat16) if converts else nullcontext()
+    with StopRequest() as stop, recomputed(model, settings.gradient_checkpointing), frozen:
         for step, batch in zip(steps, batches, strict=True):
             set_learning_rates(optimizers, settings, step)
             # Makes dropout of a step independent of earlier interruptions.

@@ -7,6 +7,9 @@ from torch import nn
 
 from unimoe_model.tokenization import IGNORED
 
+_ROWS = 16
+"""Number of rows of logits at a time."""
+
 
 def autocast(device: torch.device, precision: str):
     """Context of the forward pass: bfloat16 autocast for `"bf16"`, no effect for `"fp32"`.
@@ -76,9 +79,34 @@ def distillation_loss(
     """
     logits, labels = _labelled(model, batch)
     with torch.no_grad():
-        expected = _labelled(teacher, batch)[0].log_softmax(-1)
-    loss = nn.functional.kl_div(logits.log_softmax(-1), expected, reduction="sum", log_target=True)
-    return loss / (len(labels) if count is None else count)
+        expected, _ = _labelled(teacher, batch)
+    return _Divergence.apply(logits, expected) / (len(labels) if count is None else count)
+
+
+class _Divergence(torch.autograd.Function):
+    """Sum of the divergences of rows of logits from those expected.
+
+    The gradient is computed in the forward, some rows at a time, so that intermediate results stay
+    in the cache of a CPU: with a large vocabulary they take most of the time otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        total = logits.new_zeros(())
+        gradient = torch.empty_like(logits)
+        chunks = (tensor.split(_ROWS) for tensor in (logits, expected, gradient))
+        for own, wanted, out in zip(*chunks, strict=True):
+            q, p = own.log_softmax(-1), wanted.log_softmax(-1)
+            share = p.exp()
+            total += share.mul(p.sub_(q)).sum()
+            torch.sub(q.exp_(), share, out=out)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient_of_total: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradient_of_total, None
 
 
 def _labelled(

@@ -62,6 +62,11 @@ class Ranks:
             )
         return batch[self.rank :: self.world_size]
 
+    @property
+    def is_single(self) -> bool:
+        """Whether the run has no mesh of processes."""
+        return self._mesh is None
+
     def divide(self, model: nn.Module, parameters: dict[str, nn.Parameter]):
         """Distributes a model, whose trained parameters require gradients, by `parallelize_moe`.
 

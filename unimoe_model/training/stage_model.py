@@ -153,4 +153,5 @@ def _start_router(
     weights = router_weights(torch.stack(means), stage.assembly.router_strength)
     with torch.no_grad():
         for index, layer in model.moe_layers():
-            layer.router.weight.copy_(weights[index])
+            # Rows after those of the experts are of null and shared experts: a logit of 0.
+            layer.router.weight.zero_()[: weights.shape[1]].copy_(weights[index])
