@@ -187,7 +187,8 @@ def _routing(run: Run, stage: str, examples: Examples) -> dict[str, Any]:
     model = _whole(run, stage)
     if not model.config.num_experts:
         return {}
-    asked = [own for examples_ in examples["test"].values() for own in examples_[:EXPERT_ITEMS]]
+    asked = [own for held in examples["test"].values() for own in held[:EXPERT_ITEMS]]
+    run.features.prepare([item for own in asked for item in own.media])
     rows = [question_row(own, run.processor, run.features.item) for own in asked]
     use = expert_use(model, run.processor, rows)
     return {"experts": model.config.expert_origins, "routing": use}

@@ -16,20 +16,21 @@ from unimoe_model.training.loss import autocast
 ROWS, LENGTH, PASSES = 4, 256, 3
 STEP_TOKENS = {
     "words": 500,
-    "align": 1450,
+    "align": 1070,
     "pictures": 940,
-    "speech": 1130,
+    "speech": 1160,
     "sounds": 800,
-    "text": 2670,
+    "text": 1680,
     "experts": 1390,
-    "tune": 1450,
+    "tune": 1070,
 }
 """Approximate number of tokens per step by stage; for `words`, which runs only connectors, the
 number that takes as long."""
-WORK = {"words": 1.0, "align": 2.1, "tune": 2.3}
+WORK = {"words": 1.0, "align": 2.1, "text": 2.1, "tune": 2.3}
 OTHER_WORK = 1.25
 """Time per token relative to the language model alone, measured on two cores of an Intel Xeon with
-AMX: connectors and LoRA on attention in `align`, experts with LoRA in `tune`."""
+AMX: LoRA on attention and the model to distill from in `align`, that model in `text`, experts with
+LoRA in `tune`."""
 MOST_SECONDS = 100 * 60
 """Limit of the training time. With data, features and evaluation, a run takes under two hours."""
 

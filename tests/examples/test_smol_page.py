@@ -99,3 +99,10 @@ def test_the_first_picture_is_not_counted(monkeypatch):
     assert reply_line(reply_speed.reply_speed(ask, list(replies))).endswith(": none has words")
     with pytest.raises(ValueError, match=r"pictures \(1\) must be at least 2"):
         reply_speed.reply_speed(ask, [2])
+
+
+def test_the_page_is_what_the_committed_metrics_say():
+    runs = page.read_metrics()
+    assert runs["moe"]
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.with_tables(text, runs) == text
