@@ -5,7 +5,6 @@ python -m examples.smol.page runs/smol/moe-0/results.json  # adds a run, and wri
 
 import argparse
 import json
-import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -38,7 +37,9 @@ def add_run(results: Path, folder: Path = METRICS) -> Path:
     run = json.loads(results.read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{run['arm']}-{run['seed']}.json"
-    shutil.copyfile(results, target)
+    text = json.dumps(run, ensure_ascii=False, separators=(",", ":"))
+    with atomic_write(target) as partial:
+        partial.write_text(f"{text}\n", encoding="utf-8")
     return target
 
 

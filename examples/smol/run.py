@@ -53,7 +53,7 @@ from unimoe_model.training.progress import ProgressReporter, own_reporter
 from unimoe_model.training.recipe import Recipe
 from unimoe_model.training.recipe_data import RecipeData
 from unimoe_model.training.run import Run
-from unimoe_model.training.starting_model import build_start, describe_start
+from unimoe_model.training.starting_model import build_start, describe_start, load_whole
 
 
 def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str, Any]:
@@ -222,9 +222,7 @@ def _top_shares(run: Run, stage: str, examples: Examples) -> dict[str, float]:
 
 def _whole(run: Run, stage: str) -> UniMoEForConditionalGeneration:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = run.folder(stage) / "model"
-    model = UniMoEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return model.to(device).eval()
+    return load_whole(run.folder(stage) / "model").to(device).eval()
 
 
 def _report(

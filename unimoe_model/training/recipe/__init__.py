@@ -1,9 +1,8 @@
 """Recipes: descriptions of training runs in YAML, validated before anything is loaded."""
 
+from unimoe_model.training.recipe.parts import TrainedPart
 from unimoe_model.training.recipe.reading import load_recipe
 from unimoe_model.training.recipe.schema import (
-    START,
-    Assembly,
     ConnectorRecipe,
     DataFile,
     EncoderNames,
@@ -11,9 +10,8 @@ from unimoe_model.training.recipe.schema import (
     LanguageModel,
     Parallel,
     Recipe,
-    Stage,
-    TrainedPart,
 )
+from unimoe_model.training.recipe.stage import START, Assembly, Stage
 
 __all__ = [
     "START",

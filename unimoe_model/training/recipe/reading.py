@@ -10,8 +10,6 @@ from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.recipe.parts import CONNECTORS, TrainedPart
 from unimoe_model.training.recipe.schema import (
-    START,
-    Assembly,
     ConnectorRecipe,
     DataFile,
     EncoderNames,
@@ -19,9 +17,9 @@ from unimoe_model.training.recipe.schema import (
     LanguageModel,
     Parallel,
     Recipe,
-    Stage,
 )
 from unimoe_model.training.recipe.shard_names import shard_patterns
+from unimoe_model.training.recipe.stage import START, Assembly, Stage
 from unimoe_model.value_types import fits_type
 from unimoe_model.yaml_values import (
     build,
@@ -146,11 +144,7 @@ def _data(raw: Any, folder: Path) -> dict[str, DataFile]:
 
 
 def _shards(raw: Any, folder: Path, where: str) -> tuple[str, ...]:
-    names = [raw] if isinstance(raw, str) else raw
-    if not fits_type(names, list[str]):
-        raise ValueError(
-            f"{where}.shards ({shortened(raw)}) must be a name of tars or a list of them"
-        )
+    names = _names(raw, f"{where}.shards", "tars")
     try:
         return shard_patterns(names, folder)
     except ValueError as error:
@@ -200,7 +194,7 @@ def _stage(
     plain = ("objective", "distill_weight", "widen", "seed", "pack")
     values |= {key: raw[key] for key in plain if key in raw}
     if "distill" in raw:
-        values["distill"] = _names(raw["distill"], f"{where}.distill")
+        values["distill"] = _names(raw["distill"], f"{where}.distill", "data")
     values |= {
         "name": name,
         "parent": parent,
@@ -212,10 +206,10 @@ def _stage(
     return build(Stage, {"seed": number + 1} | values, where)
 
 
-def _names(raw: Any, where: str) -> tuple[str, ...]:
+def _names(raw: Any, where: str, of: str) -> tuple[str, ...]:
     names = [raw] if isinstance(raw, str) else raw
     if not fits_type(names, list[str]):
-        raise ValueError(f"{where} ({shortened(raw)}) must be a name of data or a list of them")
+        raise ValueError(f"{where} ({shortened(raw)}) must be a name of {of} or a list of them")
     return tuple(dict.fromkeys(names))
 
 
