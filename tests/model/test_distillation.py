@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 from recipe_case import write_case
 
 from unimoe_kernels.testing import relative_error

@@ -5,6 +5,7 @@ allocation and release from the construction of the model to the end of the seco
 order. It is independent of operators, tensors and their use.
 """
 
+import gc
 import json
 import re
 from dataclasses import replace
@@ -41,6 +42,7 @@ from unimoe_model.training.trained import select_trained
 
 def measured_peak(config, train, settings, batch, precision, folder):
     """Peak of the bytes that torch's allocator has given out, over two steps of a stage."""
+    gc.collect()  # what earlier tests left would be freed, and counted, in the steps
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         torch.manual_seed(0)
         model = UniMoEForConditionalGeneration(config)
