@@ -313,13 +313,21 @@ class UniMoEProcessor(ProcessorMixin):
             found.append(Row(text.expanded(token_ids, soft), tuple(items)))
         return found
 
-    def collate(self, rows: Sequence[Row], padding_side: str = "right") -> BatchFeature:
+    def collate(
+        self, rows: Sequence[Row], padding_side: str = "right", least: int = 1
+    ) -> BatchFeature:
         """Pads rows to the longest and collates inputs and labels; see `training_inputs`.
 
         For packed rows, `attention_mask` is replaced by `token_mask` `[B, S]` bool, False on
         padding, and `position_ids` `[B, S]` int64, which keep their conversations separate.
+
+        Args:
+            rows: rows of the batch.
+            padding_side: `"right"` or `"left"`.
+            least: minimum number of tokens per row, padding included.
         """
-        batch = self._padded([row.text for row in rows], padding_side)
+        texts = [row.text for row in rows]
+        batch = self._padded(texts, padding_side, least)
         if rows[0].lengths:
             lengths, width = [row.lengths for row in rows], batch["input_ids"].shape[1]
             batch["token_mask"] = batch.pop("attention_mask").bool()
@@ -366,8 +374,10 @@ class UniMoEProcessor(ProcessorMixin):
         """Settings, other than the encoders, that affect the features of media."""
         return MediaOptions(self.video_num_frames, self.speech_max_frames, self.image_aspect_ratio)
 
-    def _padded(self, rows: list[TokenizedText], side: str) -> dict[str, torch.Tensor]:
-        width = max(len(row.ids) for row in rows)
+    def _padded(
+        self, rows: list[TokenizedText], side: str, least: int = 1
+    ) -> dict[str, torch.Tensor]:
+        width = max(least, *(len(row.ids) for row in rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)
         labels = torch.full((len(rows), width), IGNORED)

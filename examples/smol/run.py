@@ -48,6 +48,7 @@ from unimoe_model.chat import Conversation
 from unimoe_model.folder_lock import FolderLock
 from unimoe_model.generation import Answerer
 from unimoe_model.modeling import UniMoEForConditionalGeneration
+from unimoe_model.precision import resolve_precision
 from unimoe_model.study.machine import source_commit
 from unimoe_model.training.progress import ProgressReporter, own_reporter
 from unimoe_model.training.recipe import Recipe
@@ -217,7 +218,10 @@ def _start_folder(recipe: Recipe, output: Path) -> Path:
 
 
 def _top_shares(run: Run, stage: str, examples: Examples) -> dict[str, float]:
-    return top_shares(_whole(run, stage), run.processor, run.features.item, examples)
+    model = _whole(run, stage)
+    if resolve_precision("auto", model.device) == "bf16":
+        model = model.to(torch.bfloat16)  # evaluates thousands of prefixes of names
+    return top_shares(model, run.processor, run.features.item, examples)
 
 
 def _whole(run: Run, stage: str) -> UniMoEForConditionalGeneration:

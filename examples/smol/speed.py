@@ -22,7 +22,7 @@ STEP_TOKENS = {
     "sounds": 800,
     "text": 1680,
     "experts": 1390,
-    "tune": 1070,
+    "tune": 1150,
 }
 """Approximate number of tokens per step by stage; for `words`, which runs only connectors, the
 number that takes as long."""

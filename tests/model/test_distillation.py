@@ -14,8 +14,8 @@ from recipe_case import write_case
 
 from unimoe_kernels.testing import relative_error
 from unimoe_model.encoders.outside import permit_encoder
-from unimoe_model.training.batches import DISTILLED
-from unimoe_model.training.loop import add_gradients
+from unimoe_model.training.batches import DISTILLED, Batches, sample_order
+from unimoe_model.training.gradients import Objective, add_gradients
 from unimoe_model.training.loss import answer_loss, distillation_loss
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.ranks import Ranks
@@ -70,9 +70,10 @@ def reference(model, teacher, batch):
     return total / count
 
 
-def test_loss_and_gradients_are_those_of_loops_in_float64(model, teacher, batch):
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_loss_and_gradients_are_those_of_loops_in_float64(model, teacher, batch, multiple):
     parameters = [p for n, p in model.named_parameters() if "language_model" in n]
-    loss = distillation_loss(model, teacher, batch)
+    loss = distillation_loss(model, teacher, batch, multiple=multiple)
     found = torch.autograd.grad(loss, parameters)
     model.double(), teacher.double()
     doubles = [p for n, p in model.named_parameters() if "language_model" in n]
@@ -84,6 +85,17 @@ def test_loss_and_gradients_are_those_of_loops_in_float64(model, teacher, batch)
         assert relative_error(ours, theirs) < 1e-3
 
 
+@pytest.mark.parametrize("count", [None, torch.tensor(7)])
+def test_more_rows_of_logits_change_neither_loss_nor_gradients(model, batch, count):
+    model.double()
+    parameters = [p for n, p in model.named_parameters() if "language_model" in n]
+    losses = [answer_loss(model, batch, count, multiple) for multiple in (1, 8)]
+    assert losses[0] > 0.05
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-12)
+    for own, padded in zip(*(torch.autograd.grad(x, parameters) for x in losses), strict=True):
+        assert relative_error(padded, own) < 1e-9
+
+
 def test_the_teachers_own_predictions_give_no_gradient(model, batch):
     """A cross entropy of the same tokens has one."""
     weight = model.model.language_model.layers[0].mlp.up_proj.weight
@@ -92,16 +104,48 @@ def test_the_teachers_own_predictions_give_no_gradient(model, batch):
     assert kept.norm() < 1e-4 * learned.norm()
 
 
-def test_parts_share_the_count_of_all_labels(model, teacher, batch):
-    """Sums over both parts are divided by the labelled tokens of both."""
+def test_the_loss_is_a_mean_over_learned_and_one_over_distilled_tokens(model, teacher, batch):
+    """However many parts they are divided into, and however many tokens there are of each."""
     model.double(), teacher.double()
-    parts = [batch, batch | {DISTILLED: torch.tensor(3.0)}]
-    value, tokens = add_gradients(
-        model, parts, Ranks(), model.device, "fp32", "stage", teacher=teacher
-    )
-    expected = (answer_loss(model, batch) + 3 * reference(model, teacher, batch)) / 2
+    rows = [{key: value[at : at + 1] for key, value in batch.items()} for at in (0, 1)]
+    marked = [part | {DISTILLED: torch.tensor(3.0)} for part in (rows[0], rows[1], rows[1])]
+    objective = Objective(teacher=teacher)
+    value, tokens = add_gradients(model, [rows[0], *marked], objective, Ranks(), "stage")
+    distilled = {key: torch.cat([batch[key], batch[key][1:]]) for key in batch}
+    expected = answer_loss(model, rows[0]) + 3 * reference(model, teacher, distilled)
     assert value == pytest.approx(expected.item(), rel=1e-9)
     assert tokens == 32
+
+
+def test_all_tokens_of_distilled_samples_are_labelled(tmp_path):
+    case = write_case(tmp_path / "case")
+    lines = [{"id": i, "question": f"how many {i}?", "answer": f"{i}"} for i in range(4)]
+    texts = "".join(json.dumps(line) + "\n" for line in lines)
+    (case.parent / "texts.jsonl").write_text(texts)
+    raw = yaml.safe_load(case.read_text())
+    raw["data"] = {"learned": "texts.jsonl", "kept": "texts.jsonl"}
+    own = raw["stages"][0] | {"train": ["attention"], "data": ["learned", "kept"]}
+    own |= {"batch_size": 8, "pack": True, "max_length": 48, "distill": "kept"}
+    raw |= {"stages": [own], "evaluate": {}}
+    case.write_text(yaml.safe_dump(raw))
+    permit_encoder("ears:Ears", case.parent)
+    asked = load_recipe(case)
+    data, (found,) = RecipeData(asked), asked.stages
+    processor = describe_start(asked, data.texts()).processor
+    settings = found.optimization_for(data.counts())
+    made = Batches(processor, sample_order(found, data.samples, 0), found, settings, None)
+    learned, kept = made(0)
+    assert DISTILLED not in learned
+    assert kept[DISTILLED] == found.distill_weight
+    # The first token of each packed sample cannot be predicted.
+    is_first, is_padding = kept["position_ids"] == 0, ~kept["token_mask"]
+    expected = kept["input_ids"].masked_fill(is_first | is_padding, -100)
+    assert torch.equal(kept["labels"], expected)
+    labelled = [
+        (part["labels"] != -100).sum() / part["token_mask"].sum() for part in (learned, kept)
+    ]
+    assert 0 < labelled[0] < 0.5
+    assert labelled[1] > 0.8
 
 
 def stage(**options):
@@ -168,8 +212,9 @@ def test_training_keeps_the_predictions_for_texts(tmp_path, run):
     own |= {"train": {"attention": "whole", "ffn": "whole"}, "steps": 30, "batch_size": 12}
     own |= {"data": {"pictures": 1, "texts": 1}, "accumulation": 2}
     raw |= {"stages": [own], "evaluate": {}}
+    kept = {"distill": "texts", "distill_weight": 10}
     changes = {}
-    for name, options in (("kept", {"distill": "texts"}), ("lost", {"data": ["pictures"]})):
+    for name, options in (("kept", kept), ("lost", {"data": ["pictures"]})):
         raw["stages"] = [own | options]
         case.write_text(yaml.safe_dump(raw))
         code, shown, errors = run("train", case, "--output", tmp_path / name)

@@ -7,6 +7,7 @@ import torch
 
 from unimoe_model.training import loop
 from unimoe_model.training.frozen_weights import frozen_weights
+from unimoe_model.training.gradients import Objective
 from unimoe_model.training.loop import train_stage
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.recipe.parts import TrainedPart
@@ -37,8 +38,8 @@ def trained(model, batch, folder):
     torch.manual_seed(0)
     parameters = select_trained(model, [TrainedPart(p, 2, 4) for p in ("attention", "experts")])
     settings = Optimization(steps=4, batch_size=1, learning_rate=1e-2)
-    given = (lambda step: batch, settings, folder, "run", "stage", Silent(), "bf16")
-    return train_stage(model, parameters, *given).losses
+    given = (lambda step: batch, settings, folder, "run", "stage", Silent())
+    return train_stage(model, parameters, *given, Objective(precision="bf16")).losses
 
 
 def test_training_is_the_same_bit_by_bit(tiny_model, batch, tmp_path, monkeypatch):

@@ -18,7 +18,8 @@ from unimoe_model.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from unimoe_model.training.loop import add_gradients, finish_stage, train_stage
+from unimoe_model.training.gradients import Objective, add_gradients
+from unimoe_model.training.loop import finish_stage, train_stage
 from unimoe_model.training.loss import answer_loss, autocast
 from unimoe_model.training.optimization import Optimization, build_optimizers
 from unimoe_model.training.ranks import Ranks
@@ -128,7 +129,7 @@ def test_training_lowers_the_loss(train):
 
 def test_bf16_stays_close_to_fp32(train):
     _, _, fp32 = train(folder="a")
-    _, _, bf16 = train(folder="b", precision="bf16")
+    _, _, bf16 = train(folder="b", objective=Objective(precision="bf16"))
     assert bf16.losses != fp32.losses
     assert bf16.losses == pytest.approx(fp32.losses, rel=0.1)
 
@@ -256,7 +257,7 @@ def test_router_losses_of_parts_count_as_their_mean(tiny_model):
         moe.register_forward_pre_hook(lambda moe, _: scales.append(moe.aux_loss_scale))
     batch = batch_of(0)
     model.train()
-    add_gradients(model, [batch] * 4, Ranks(), model.device, "fp32", "stage")
+    add_gradients(model, [batch] * 4, Objective(), Ranks(), "stage")
     assert scales == [0.25] * 8
     assert [moe.aux_loss_scale for _, moe in model.moe_layers()] == [1.0, 1.0]
 

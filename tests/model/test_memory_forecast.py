@@ -31,6 +31,7 @@ from unimoe_model.training.forecast.samples import (
     tokens_of,
 )
 from unimoe_model.training.forecast.step import BatchShape, simulate_step
+from unimoe_model.training.gradients import Objective
 from unimoe_model.training.loop import train_stage
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.progress import SilentReporter
@@ -51,7 +52,7 @@ def measured_peak(config, train, settings, batch, precision, folder):
         steps = lambda step: batch()  # noqa: E731
         train_stage(
             model, parameters, steps, replace(settings, steps=2), folder, "run", "stage",
-            SilentReporter(), precision, checkpoint_seconds=1e9,
+            SilentReporter(), Objective(precision=precision), checkpoint_seconds=1e9,
         )  # fmt: skip
         del model, parameters
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -223,3 +223,10 @@ def test_positions_begin_at_0_for_each_conversation_and_for_padding():
         [0, 1, 2, 3, 0, 1],
     ]
     assert restarting_positions([(2, 3)], 6, "left").tolist() == [[0, 0, 1, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("most", [20, 64, 100])
+def test_packed_rows_are_padded_to_few_lengths(batches, most):
+    lengths = {part["input_ids"].shape[1] for part in batches(True, accumulation=2, most=most)(0)}
+    assert all(length == most or length % 32 == 0 for length in lengths)
+    assert max(lengths) <= most

@@ -115,7 +115,7 @@ def test_a_run_that_is_done_trains_nothing_and_a_change_redoes_what_depends_on_i
     done = []
     monkeypatch.setattr(
         "unimoe_model.training.run.train_stage",
-        lambda *arguments, **options: done.append(arguments[6]) or loop.train_stage(*arguments),
+        lambda *given, **options: done.append(given[6]) or loop.train_stage(*given, **options),
     )
 
     def edit(raw):

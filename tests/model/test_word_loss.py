@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from unimoe_kernels.testing import relative_error
-from unimoe_model.training.loop import add_gradients, train_stage
+from unimoe_model.training.gradients import Objective, add_gradients
+from unimoe_model.training.loop import train_stage
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.recipe import LanguageModel, Parallel, Recipe, Stage, TrainedPart
@@ -100,7 +101,7 @@ def test_the_count_divides_the_sum(model, batch):
 
 def test_the_embeddings_and_the_llm_get_no_gradient(model, batch):
     model.requires_grad_(True)
-    add_gradients(model, batch, Ranks(), model.device, "fp32", "stage", "words")
+    add_gradients(model, batch, Objective("words"), Ranks(), "stage")
     for name, parameter in model.named_parameters():
         trained = name.startswith(("model.image_connector", "model.audio_connector"))
         assert trained or parameter.grad is None or not parameter.grad.any(), name
@@ -126,7 +127,7 @@ def test_trained_soft_tokens_point_at_the_words(model, batch, tmp_path):
 
     settings = Optimization(steps=150, batch_size=2, learning_rate=1e-2)
     options = (lambda step: batch, settings, tmp_path, "r", "words", Silent())
-    progress = train_stage(model, parameters, *options, objective="words")
+    progress = train_stage(model, parameters, *options, Objective("words"))
     assert progress.losses[-1] < 0.2 * progress.losses[0]
     table = model.get_input_embeddings().weight
     soft = model.model.image_connector(batch["image_features"][:1])[0] - table.mean(0)

@@ -1,5 +1,6 @@
 """Batches of a stage, as a pure function of the step."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -14,13 +15,18 @@ from unimoe_model.data.mixture import Epochs, Mixture, Turns
 from unimoe_model.data.packing import packed
 from unimoe_model.data.windows import Shuffle
 from unimoe_model.processing import UniMoEProcessor
+from unimoe_model.tokenization import TokenizedText
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.recipe import Stage
 
 Samples = Mapping[str, Sequence[Conversation]]
+Tokenize = Callable[[Sequence[tuple[str, str]]], TokenizedText]
 _CACHED_SAMPLES = 1 << 14
 """Maximum number of samples whose tokenized texts are cached; with more, few would be reused."""
+_LENGTHS = 32
+"""Packed rows are padded to a multiple of it, up to the maximum length. With fewer sizes of
+tensors, blocks of memory that one step frees fit the next."""
 DISTILLED = "distilled"
 """Key of a part whose answers are distilled, not learned; its value is the weight of the loss."""
 
@@ -89,7 +95,8 @@ class Batches:
     def __call__(self, step: int) -> list[dict]:
         """This process's share of each part of a step's batch.
 
-        Samples to be distilled are in parts of their own, which have the key `DISTILLED`.
+        Samples to be distilled are in parts of their own, which have the key `DISTILLED`, and
+        labels at all of their tokens: a teacher also predicts the tokens of questions.
 
         Raises:
             ValueError: If a part has fewer samples than there are processes.
@@ -101,10 +108,11 @@ class Batches:
         learned = [sample for (name, _), sample in named if name not in distilled]
         kept = [sample for (name, _), sample in named if name in distilled]
         weight = torch.tensor(self._stage.distill_weight)
-        marked = [part | {DISTILLED: weight} for part in self._parts(kept)]
+        distilled_parts = self._parts(kept, self._tokenize_labelled)
+        marked = [part | {DISTILLED: weight} for part in distilled_parts]
         return self._parts(learned) + marked
 
-    def _parts(self, samples: Sequence[Conversation]) -> list[dict]:
+    def _parts(self, samples: Sequence[Conversation], tokenize: Tokenize | None = None) -> list:
         if not samples:
             return []
         world = self._ranks.world_size
@@ -112,8 +120,8 @@ class Batches:
             parts = min(self._optimization.accumulation, len(samples))
             ends = [len(samples) * number // parts for number in range(parts + 1)]
             shares = [self._ranks.share(samples[a:b]) for a, b in pairwise(ends)]
-            return [self._collate(self._packed(self._rows(share))) for share in shares]
-        rows = self._packed(self._rows(samples), world)
+            return [self._padded(self._packed(self._rows(share, tokenize))) for share in shares]
+        rows = self._packed(self._rows(samples, tokenize), world)
         return [
             self._collate(self._ranks.share(part))
             for part in parts_of(rows, self._stage.part_tokens * world, world)
@@ -123,8 +131,8 @@ class Batches:
         """The whole batch of a step, over all processes, one sample per row."""
         return self._collate(self._rows(self.samples(step)))
 
-    def _rows(self, samples: Sequence[Conversation]) -> list[Row]:
-        texts = [self._tokenize(sample.turns) for sample in samples]
+    def _rows(self, samples: Sequence[Conversation], tokenize: Tokenize | None = None) -> list[Row]:
+        texts = [(tokenize or self._tokenize)(sample.turns) for sample in samples]
         media = {
             kind: [
                 self._features(kind, path)
@@ -136,8 +144,19 @@ class Batches:
         }
         return self._processor.rows(texts, media, self._stage.max_length)
 
+    def _tokenize_labelled(self, turns: Sequence[tuple[str, str]]) -> TokenizedText:
+        ids = self._tokenize(turns).ids
+        return TokenizedText(ids, ids)
+
     def _packed(self, rows: list[Row], least: int = 1) -> list[Row]:
         return packed(rows, self._stage.max_length, least) if self._stage.pack else rows
+
+    def _padded(self, rows: Sequence[Row]) -> dict:
+        if not self._stage.pack:
+            return self._collate(rows)
+        length = _LENGTHS * math.ceil(max(len(row.text.ids) for row in rows) / _LENGTHS)
+        least = min(length, self._stage.max_length)
+        return dict(self._processor.collate(rows, least=least))
 
     def _collate(self, rows: Sequence[Row]) -> dict:
         return dict(self._processor.collate(rows))

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from unimoe_kernels import MoE, atomic_write
-from unimoe_model.training.batches import DISTILLED
+from unimoe_kernels import atomic_write
 from unimoe_model.training.checkpoint import (
     Progress,
     discard_checkpoint,
@@ -21,23 +20,12 @@ from unimoe_model.training.checkpoint import (
     save_checkpoint,
 )
 from unimoe_model.training.frozen_weights import frozen_weights
-from unimoe_model.training.loss import (
-    answer_loss,
-    autocast,
-    count_labels,
-    count_tokens,
-    distillation_loss,
-)
+from unimoe_model.training.gradients import Batch, Objective, add_gradients
 from unimoe_model.training.optimization import Optimization, build_optimizers, set_learning_rates
 from unimoe_model.training.prefetch import prefetched
 from unimoe_model.training.progress import ProgressReporter
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.stopping import StoppedError, StopRequest
-from unimoe_model.training.word_loss import word_loss
-
-Batch = dict[str, torch.Tensor]
-LOSSES = {"answers": answer_loss, "words": word_loss}
-"""Loss of a batch by the objective of its stage."""
 
 
 def train_stage(
@@ -49,12 +37,11 @@ def train_stage(
     run: str,
     stage: str,
     reporter: ProgressReporter,
-    precision: str = "fp32",
+    objective: Objective | None = None,
+    *,
     checkpoint_seconds: float = 20.0,
     ranks: Ranks | None = None,
     workers: int = 0,
-    objective: str = "answers",
-    teacher: nn.Module | None = None,
 ) -> Progress:
     """Trains `parameters` and no others, resuming from a checkpoint if there is one.
 
@@ -71,13 +58,10 @@ def train_stage(
         run: fingerprint of everything that determines the result.
         stage: name shown with the progress.
         reporter: shows progress.
-        precision: `"bf16"` (autocast) or `"fp32"`.
+        objective: loss and precision; None for that of answers in fp32.
         checkpoint_seconds: seconds between checkpoints.
         ranks: processes that train together; None for a single process.
         workers: number of threads that prepare batches.
-        objective: key of `LOSSES`.
-        teacher: model that parts with the key `DISTILLED` are distilled from; None if there are
-            none.
 
     Returns:
         Losses, tokens and seconds of the whole stage. The checkpoint remains until `finish_stage`,
@@ -92,21 +76,20 @@ def train_stage(
     model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    ranks = ranks or Ranks()
+    objective, ranks = objective or Objective(), ranks or Ranks()
     parameters = ranks.divide(model, parameters)
     optimizers = build_optimizers(parameters, settings)
     checkpoint = folder / "checkpoint"
     kept = (parameters, optimizers)
     progress = load_checkpoint(checkpoint, run, *kept) or Progress(losses=[])
     reporter.start(stage, settings.steps, progress.step)
-    device = next(iter(parameters.values())).device
     model.train()
     resumed_at, started = progress.seconds, time.monotonic()
     saved = started
     steps = range(progress.step, settings.steps)
     batches = prefetched(batch_of, steps.start, steps.stop, workers)
     # Distributed weights must keep their dtype.
-    converts = precision == "bf16" and ranks.is_single
+    converts = objective.precision == "bf16" and ranks.is_single
     frozen = frozen_weights(model, torch.bfloat16) if converts else nullcontext()
     with StopRequest() as stop, recomputed(model, settings.gradient_checkpointing), frozen:
         for step, batch in zip(steps, batches, strict=True):
@@ -117,9 +100,7 @@ def train_stage(
             # Not of the model: walking through all of its frozen parameters takes longer.
             for parameter in parameters.values():
                 parameter.grad = None
-            loss, tokens = add_gradients(
-                model, batch, ranks, device, precision, place, objective, teacher
-            )
+            loss, tokens = add_gradients(model, batch, objective, ranks, place)
             ranks.clip(parameters.values(), settings.max_grad_norm)
             # The clock of the first process decides when all of them save; they stop together.
             due = ranks.is_first and time.monotonic() - saved > checkpoint_seconds
@@ -149,58 +130,6 @@ def train_stage(
     reporter.finish()
     model.eval()
     return progress
-
-
-def add_gradients(
-    model: nn.Module,
-    batch: Batch | Sequence[Batch],
-    ranks: Ranks,
-    device: torch.device,
-    precision: str,
-    place: str,
-    objective: str = "answers",
-    teacher: nn.Module | None = None,
-) -> tuple[float, int]:
-    """Runs forward and backward of this process's share of a batch; returns its loss and tokens."""
-    parts = [batch] if isinstance(batch, dict) else list(batch)
-    labels = sum(count_labels(part) for part in parts)
-    # With one process and one part, the mean over the part is the mean over the batch.
-    count = ranks.count(labels)
-    if count is None and len(parts) > 1:
-        count = labels
-    if not (labels if count is None else count):
-        raise ValueError(f"batch of {place} must have a labelled token; it has none")
-    loss, tokens = 0.0, 0
-    with _aux_losses_of(model, len(parts)):
-        for part in parts:
-            inputs = {key: value.to(device) for key, value in part.items() if key != DISTILLED}
-            with autocast(device, precision):
-                total = None if count is None else count.to(device)
-                if DISTILLED in part:
-                    weight = part[DISTILLED].item()
-                    value = weight * distillation_loss(model, teacher, inputs, total)
-                else:
-                    value = LOSSES[objective](model, inputs, total)
-            if not value.requires_grad:
-                # The part uses no trained parameter, but all processes must run a backward.
-                value = value + 0 * next(p for p in model.parameters() if p.requires_grad).sum()
-            value.backward()
-            loss += value.item()
-            tokens += count_tokens(part)
-    return loss, tokens
-
-
-@contextmanager
-def _aux_losses_of(model: nn.Module, parts: int) -> Iterator[None]:
-    """Scales router losses, which each part injects in full, to their mean over the parts."""
-    layers = [module for module in model.modules() if isinstance(module, MoE)] if parts > 1 else []
-    for layer in layers:
-        layer.aux_loss_scale /= parts
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.aux_loss_scale *= parts
 
 
 @contextmanager

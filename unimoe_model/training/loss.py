@@ -36,7 +36,10 @@ def count_tokens(batch: dict[str, torch.Tensor]) -> int:
 
 
 def answer_loss(
-    model: nn.Module, batch: dict[str, torch.Tensor], count: torch.Tensor | None = None
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    count: torch.Tensor | None = None,
+    multiple: int = 1,
 ) -> torch.Tensor:
     """Mean cross entropy of the labelled tokens.
 
@@ -45,14 +48,16 @@ def answer_loss(
         batch: inputs and labels.
         count: divisor of the summed loss: the labelled tokens of all parts and processes. None for
             those of this batch.
+        multiple: the number of rows of logits is a multiple of it.
 
     Returns:
         Scalar, at least float32.
     """
-    logits, labels = _labelled(model, batch)
+    logits, labels = _labelled(model, batch, multiple)
     if count is None:
-        return nn.functional.cross_entropy(logits, labels)
-    return nn.functional.cross_entropy(logits, labels, reduction="sum") / count
+        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
+    total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total / count
 
 
 def distillation_loss(
@@ -60,6 +65,7 @@ def distillation_loss(
     teacher: nn.Module,
     batch: dict[str, torch.Tensor],
     count: torch.Tensor | None = None,
+    multiple: int = 1,
 ) -> torch.Tensor:
     """Mean Kullback-Leibler divergence of the model's predictions from those of a teacher.
 
@@ -73,28 +79,31 @@ def distillation_loss(
         teacher: model with the same inputs and vocabulary; no gradient is computed for it.
         batch: inputs and labels.
         count: as of `answer_loss`.
+        multiple: as of `answer_loss`.
 
     Returns:
         Scalar, at least float32.
     """
-    logits, labels = _labelled(model, batch)
+    logits, labels = _labelled(model, batch, multiple)
     with torch.no_grad():
-        expected, _ = _labelled(teacher, batch)
-    return _Divergence.apply(logits, expected) / (len(labels) if count is None else count)
+        expected, _ = _labelled(teacher, batch, multiple)
+    held = (labels != IGNORED).sum()
+    return _Divergence.apply(logits, expected, int(held)) / (held if count is None else count)
 
 
 class _Divergence(torch.autograd.Function):
-    """Sum of the divergences of rows of logits from those expected.
+    """Sum of the divergences of the first `held` rows of logits from those expected.
 
     The gradient is computed in the forward, some rows at a time, so that intermediate results stay
     in the cache of a CPU: with a large vocabulary they take most of the time otherwise.
     """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, logits: torch.Tensor, expected: torch.Tensor, held: int) -> torch.Tensor:
         total = logits.new_zeros(())
         gradient = torch.empty_like(logits)
-        chunks = (tensor.split(_ROWS) for tensor in (logits, expected, gradient))
+        gradient[held:] = 0
+        chunks = (tensor[:held].split(_ROWS) for tensor in (logits, expected, gradient))
         for own, wanted, out in zip(*chunks, strict=True):
             q, p = own.log_softmax(-1), wanted.log_softmax(-1)
             share = p.exp()
@@ -104,22 +113,27 @@ class _Divergence(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, gradient_of_total: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, gradient_of_total: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradient_of_total, None
+        return gradient * gradient_of_total, None, None
 
 
 def _labelled(
-    model: nn.Module, batch: dict[str, torch.Tensor]
+    model: nn.Module, batch: dict[str, torch.Tensor], multiple: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `[N, V]`, at least float32, and labels `[N]` of the labelled tokens.
 
     Most tokens of a batch belong to prompts, so computing logits at no others saves most of the
-    largest matmul and softmax.
+    largest matmul and softmax. N is a multiple of `multiple`; the last labels may be ignored.
     """
     labels = batch["labels"][:, 1:]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     hidden = model.hidden_states(**inputs)[:, :-1]
     wanted = labels != IGNORED
-    logits = model.lm_head(hidden[wanted])
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[wanted]
+    hidden, labels = hidden[wanted], labels[wanted]
+    if multiple > 1:
+        more = -len(labels) % multiple
+        hidden = nn.functional.pad(hidden, (0, 0, 0, more))
+        labels = nn.functional.pad(labels, (0, more), value=IGNORED)
+    logits = model.lm_head(hidden)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels

@@ -23,6 +23,7 @@ from unimoe_model.training.assemble import merge_and_unload_lora
 from unimoe_model.training.batches import Batches, sample_order
 from unimoe_model.training.checkpoint import completed_run
 from unimoe_model.training.features import MediaFeatures
+from unimoe_model.training.gradients import Objective
 from unimoe_model.training.loop import finish_stage, train_stage
 from unimoe_model.training.progress import ProgressReporter
 from unimoe_model.training.ranks import Ranks
@@ -37,6 +38,9 @@ from unimoe_model.training.trained import select_trained
 _BODIES = ("speech", "audio")
 EVALUATED_AT_ONCE = 32
 """Batch size of evaluations."""
+_LOGIT_ROWS = 64
+"""Multiple of the rows of logits on a CPU. With hundreds of sizes of blocks, glibc's search for
+free ones took 30 % of the time of a step, and more with every step."""
 
 
 class Run:
@@ -178,7 +182,6 @@ class Run:
         torch.manual_seed(self._recipe.seed + 2)
         parameters = select_trained(model, stage.train)
         model.to(self._device)
-        teacher = self._teacher() if stage.distill else None
         progress = train_stage(
             model,
             parameters,
@@ -188,12 +191,10 @@ class Run:
             run,
             stage.name,
             self._reporter,
-            self._precision,
-            self._recipe.checkpoint_seconds,
-            self._ranks,
-            self._recipe.workers,
-            stage.objective,
-            teacher,
+            self._objective(stage),
+            checkpoint_seconds=self._recipe.checkpoint_seconds,
+            ranks=self._ranks,
+            workers=self._recipe.workers,
         )
         model = self._ranks.unite(model)
         if self._ranks.is_first:
@@ -202,6 +203,12 @@ class Run:
             self._save(model, folder)
             finish_stage(folder, run, settings, progress)
         self._ranks.wait(f"end of {stage.name}")
+
+    def _objective(self, stage: Stage) -> Objective:
+        teacher = self._teacher() if stage.distill else None
+        # A CUDA GPU's allocator rounds sizes itself.
+        rows = _LOGIT_ROWS if self._device.type == "cpu" else 1
+        return Objective(stage.objective, self._precision, teacher, rows)
 
     def _save(self, model: UniMoEForConditionalGeneration, folder: Path) -> None:
         model.set_attn_implementation("sdpa")

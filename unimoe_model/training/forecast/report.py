@@ -81,7 +81,7 @@ class Forecast:
         self._counts = data.counts()
         self._on_gpu = bool(devices.numbers) or torch.cuda.is_available()
         self._start = start
-        self._lengths: dict[tuple[str, int], Lengths] = {}
+        self._lengths: dict[tuple[str, int, bool], Lengths] = {}
         self._steps: dict[tuple, Step] = {}
 
     def lines(self, tokens_per_second: float | None, output: Path) -> Iterator[str]:
@@ -221,12 +221,13 @@ class Forecast:
         return replace(stage, max_length=self._max_length(stage))
 
     def _lengths_of(self, stage: Stage) -> dict[str, Lengths]:
-        most = self._max_length(stage)
-        for name in stage.data:
-            if (name, most) not in self._lengths:
-                samples, config = self._data.samples[name], self._configs[stage.name]
-                self._lengths[name, most] = measure(samples, self._start.processor, config, most)
-        return {name: self._lengths[name, most] for name in stage.data}
+        most, config = self._max_length(stage), self._configs[stage.name]
+        keys = {name: (name, most, name in stage.distill) for name in stage.data}
+        for name, key in keys.items():
+            if key not in self._lengths:
+                samples = self._data.samples[name]
+                self._lengths[key] = measure(samples, self._start.processor, config, *key[1:])
+        return {name: self._lengths[key] for name, key in keys.items()}
 
     def _max_length(self, stage: Stage) -> int:
         most = self._configs[stage.name].text_config.max_position_embeddings

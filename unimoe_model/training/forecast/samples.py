@@ -48,8 +48,12 @@ def measure(
     processor: UniMoEProcessor,
     config: UniMoEConfig,
     max_length: int,
+    is_distilled: bool = False,
 ) -> Lengths:
-    """Measures lengths on up to 2,200 samples of a file. A recording counts as one piece."""
+    """Measures lengths on up to 2,200 samples of a file. A recording counts as one piece.
+
+    All tokens of samples that are distilled are labelled.
+    """
     step = math.ceil(len(samples) / _TOKENISED)
     spaced = [samples[at] for at in range(0, len(samples), step)]
     long = nlargest(_LONGEST, samples, key=lambda s: _guess(s, config))
@@ -60,7 +64,8 @@ def measure(
         soft = [config.num_soft_tokens(kind) for kind, _ in sample.media]
         text, fitting = truncated(text, ids, soft, max_length)
         text = text.expanded(ids, soft[:fitting])
-        found.append((len(text.ids), sum(label != IGNORED for label in text.labels[1:])))
+        labels = text.ids if is_distilled else text.labels
+        found.append((len(text.ids), sum(label != IGNORED for label in labels[1:])))
     lengths, answers = np.array(found).T
     few = len(spaced)
     return Lengths(

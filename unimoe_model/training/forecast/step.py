@@ -13,7 +13,8 @@ from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.tokenization import IGNORED
 from unimoe_model.training.forecast.allocations import AllocationLog
 from unimoe_model.training.forecast.layers import LayerBlocks
-from unimoe_model.training.loop import add_gradients, recomputed
+from unimoe_model.training.gradients import Objective, add_gradients
+from unimoe_model.training.loop import recomputed
 from unimoe_model.training.optimization import Optimization, build_optimizers
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.recipe import TrainedPart
@@ -22,7 +23,6 @@ from unimoe_model.training.trained import select_trained
 
 AUDIO_ROWS = 500
 """Feature rows assumed per piece of audio: about 10 s of BEATs."""
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def simulate_step(
         blocks.watch(layers, log.events)
         model.train()
         with recomputed(model, settings.gradient_checkpointing):
-            add_gradients(model, batch, Ranks(), _CPU, precision, "the forecast")
+            add_gradients(model, batch, Objective(precision=precision), Ranks(), "the forecast")
         Ranks().clip(parameters.values(), settings.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()

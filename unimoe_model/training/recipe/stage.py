@@ -71,10 +71,10 @@ class Stage:
         objective: `"answers"`, the loss of the answers, or `"words"`, which brings soft tokens near
             the embeddings of the answers' words without running the LLM (`word_loss`); the stage
             then trains connectors only.
-        distill: names of data, without media, whose answers are not learned: at their tokens the
-            model is trained to predict what the model that the recipe starts from predicts
+        distill: names of data, without media, whose answers are not learned: at all of their tokens
+            the model is trained to predict what the model that the recipe starts from predicts
             (`distillation_loss`), which keeps its knowledge.
-        distill_weight: factor of that loss.
+        distill_weight: factor of the mean of that loss.
         widen: factor by which dense FFNs are widened before training, with equal outputs.
         seed: seed of the data order; stages with equal seeds and data see the same batches.
 
