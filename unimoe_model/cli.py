@@ -43,7 +43,9 @@ def _check_folders(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from unimoe_model.training.command import train_recipe
+    from unimoe_model.training.freed_memory import keep_freed_memory
 
+    keep_freed_memory()
     overrides = {} if options.seed is None else {"seed": options.seed}
     train_recipe(
         options.recipe,
@@ -259,7 +261,9 @@ def _routing(options: argparse.Namespace) -> None:
 
 def _study(options: argparse.Namespace) -> None:
     from unimoe_model.study.command import run_study
+    from unimoe_model.training.freed_memory import keep_freed_memory
 
+    keep_freed_memory()
     output = options.output or Path("runs", options.study.stem)
     run_study(options.study, output, options.seeds, options.check, options.report)
 

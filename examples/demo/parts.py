@@ -1,6 +1,5 @@
 """The parts of a run that train in separate processes, and their messages to the main process."""
 
-import ctypes
 import json
 import os
 import threading
@@ -16,6 +15,7 @@ from examples.demo.settings import SHARED
 from unimoe_kernels import atomic_write
 from unimoe_model.encoders.outside import permit_encoder
 from unimoe_model.folder_lock import FolderLock
+from unimoe_model.training.freed_memory import keep_freed_memory
 from unimoe_model.training.progress import BarReporter, ProgressReporter
 from unimoe_model.training.recipe import Recipe, load_recipe
 from unimoe_model.training.recipe_data import RecipeData
@@ -23,9 +23,6 @@ from unimoe_model.training.run import Run
 from unimoe_model.user_errors import USER_ERRORS
 
 EVALUATION, FEATURES = "evaluation.json", "features.json"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's mallopt."""
-_LARGEST_KEPT = 32 << 20  # bytes
 
 
 def open_run(
@@ -69,21 +66,6 @@ def train_arm(recipe: Path, seed: int, features: Path, reporter: ProgressReporte
         run.evaluate(names[-1:])
         _keep(recipe.with_suffix("") / EVALUATION, {"seconds": time.monotonic() - started})
         run.publish(names[-1])
-
-
-def keep_memory() -> None:
-    """Makes glibc keep freed memory instead of returning it to the system.
-
-    Training steps allocate the same sizes repeatedly, and would fault in every page again. Blocks
-    of more than 32 MiB are returned: kept, they would be split, and after a hundred steps of
-    batches of different sizes the search for free blocks took 40 % of the time.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # another C library
-        return
-    libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def run_parts(
@@ -144,7 +126,7 @@ def run_parts(
 
 def _body(name: str, recipe: Path, seed: int, features: Path, queue, threads: int) -> None:
     torch.set_num_threads(threads)
-    keep_memory()
+    keep_freed_memory()
     disable_progress_bar()
     _exit_with_parent()
     try:

@@ -21,7 +21,6 @@ from examples.demo.machine import Machine
 from examples.demo.parts import (
     EVALUATION,
     FEATURES,
-    keep_memory,
     open_run,
     run_parts,
     train_shared,
@@ -39,6 +38,7 @@ from examples.demo.settings import (
 from examples.demo.showcase import show_examples
 from examples.demo.throughput import layer_throughput
 from unimoe_kernels import atomic_write
+from unimoe_model.training.freed_memory import keep_freed_memory
 from unimoe_model.training.progress import BarReporter
 from unimoe_model.training.recipe import load_recipe
 
@@ -93,7 +93,7 @@ def run_demo(
         print(f"This will take {expected}", flush=True)
     if not (output / FORECAST).exists():
         _write_json(output / FORECAST, expected.seconds)
-    keep_memory()
+    keep_freed_memory()
     torch.set_num_threads(machine.cores)
     run = train_shared(recipes["moe"], seed, features, BarReporter(prefix=" base "))
     if not variant.is_full:

@@ -18,7 +18,7 @@ import torch
 
 from examples.demo.exit_code import exit_code_of
 from examples.demo.machine import Machine
-from examples.demo.parts import keep_memory, open_run
+from examples.demo.parts import open_run
 from examples.smol.cached import cached
 from examples.smol.data import Examples, counts, write_data
 from examples.smol.debian import unpack_packages
@@ -50,6 +50,7 @@ from unimoe_model.generation import Answerer
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.precision import resolve_precision
 from unimoe_model.study.machine import source_commit
+from unimoe_model.training.freed_memory import keep_freed_memory
 from unimoe_model.training.progress import ProgressReporter, own_reporter
 from unimoe_model.training.recipe import Recipe
 from unimoe_model.training.recipe_data import RecipeData
@@ -86,7 +87,7 @@ def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str
     print("1/4  Language model and data", flush=True)
     examples = prepare(output, arm, Sizes() if not quick else QUICK, reporter)
     print(counts(examples), flush=True)
-    keep_memory()
+    keep_freed_memory()
     share = 1.0
     if not quick:
         speed = training_speed(output / "language_model", output / "speed.json")

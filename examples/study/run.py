@@ -14,9 +14,9 @@ import yaml
 from examples.demo.data import write_data, write_text
 from examples.demo.exit_code import exit_code_of
 from examples.demo.limits import DataLimits
-from examples.demo.parts import keep_memory
 from unimoe_model.cli_options import integers
 from unimoe_model.study.command import run_study
+from unimoe_model.training.freed_memory import keep_freed_memory
 from unimoe_model.training.progress import own_reporter
 
 HERE = Path(__file__).parent
@@ -85,7 +85,7 @@ def main() -> int:
 
     def run() -> None:
         study = prepare(options.output, options.quick)
-        keep_memory()
+        keep_freed_memory()
         run_study(study, options.output, options.seeds, options.check)
 
     return exit_code_of("study", run)

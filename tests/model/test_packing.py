@@ -1,5 +1,7 @@
 """Packed rows have the loss and gradients of separate samples."""
 
+import math
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -54,12 +56,12 @@ def encoded(kind, name):
 def batches(tiny_config, tokenizer):
     processor = UniMoEProcessor.from_config(tiny_config(), tokenizer)
 
-    def build(pack, ranks=None, accumulation=1, most=MOST, **fields):
+    def build(pack, ranks=None, accumulation=1, most=MOST, multiple=1, **fields):
         optimization = Optimization(1, len(TALKS), 1.0, accumulation=accumulation)
         fields |= {"pack": pack, "max_length": most}
         stage = Stage("s", "model", (), ({"some": 1},), optimization, epochs=1, **fields)
         order = sample_order(stage, {"some": TALKS}, 0)
-        return Batches(processor, order, stage, optimization, encoded, ranks)
+        return Batches(processor, order, stage, optimization, encoded, ranks, multiple)
 
     return build
 
@@ -225,8 +227,12 @@ def test_positions_begin_at_0_for_each_conversation_and_for_padding():
     assert restarting_positions([(2, 3)], 6, "left").tolist() == [[0, 0, 1, 0, 1, 2]]
 
 
-@pytest.mark.parametrize("most", [20, 64, 100])
+@pytest.mark.parametrize("most", [20, 40, 64])
 def test_packed_rows_are_padded_to_few_lengths(batches, most):
-    lengths = {part["input_ids"].shape[1] for part in batches(True, accumulation=2, most=most)(0)}
-    assert all(length == most or length % 32 == 0 for length in lengths)
-    assert max(lengths) <= most
+    """And every label is where it was."""
+    exact, padded = (batches(True, accumulation=2, most=most, multiple=m)(0) for m in (1, 16))
+    for own, part in zip(exact, padded, strict=True):
+        length, least = part["labels"].shape[1], own["labels"].shape[1]
+        assert length == min(most, 16 * math.ceil(least / 16))
+        assert torch.equal(part["labels"][:, :least], own["labels"])
+        assert not part["token_mask"][:, least:].any()

@@ -24,9 +24,6 @@ Samples = Mapping[str, Sequence[Conversation]]
 Tokenize = Callable[[Sequence[tuple[str, str]]], TokenizedText]
 _CACHED_SAMPLES = 1 << 14
 """Maximum number of samples whose tokenized texts are cached; with more, few would be reused."""
-_LENGTHS = 32
-"""Packed rows are padded to a multiple of it, up to the maximum length. With fewer sizes of
-tensors, blocks of memory that one step frees fit the next."""
 DISTILLED = "distilled"
 """Key of a part whose answers are distilled, not learned; its value is the weight of the loss."""
 
@@ -64,6 +61,8 @@ class Batches:
         features: returns the features of a media file, given its kind and location.
         ranks: processes that train together, each of which has a share of every part; None for a
             single process.
+        multiple: packed rows are padded to a multiple of it, up to the maximum length, except in
+            parts with a limit of tokens.
     """
 
     def __init__(
@@ -74,6 +73,7 @@ class Batches:
         optimization: Optimization,
         features: Callable[[str, Media], EncodedMedia],
         ranks: Ranks | None = None,
+        multiple: int = 1,
     ):
         self._processor = processor
         self._order = order
@@ -81,6 +81,7 @@ class Batches:
         self._optimization = optimization
         self._features = features
         self._ranks = ranks or Ranks()
+        self._multiple = multiple
         cached = lru_cache(_CACHED_SAMPLES)(processor.tokenize)
         self._tokenize = cached if order.total <= _CACHED_SAMPLES else processor.tokenize
 
@@ -154,8 +155,9 @@ class Batches:
     def _padded(self, rows: Sequence[Row]) -> dict:
         if not self._stage.pack:
             return self._collate(rows)
-        length = _LENGTHS * math.ceil(max(len(row.text.ids) for row in rows) / _LENGTHS)
-        least = min(length, self._stage.max_length)
+        longest = max(len(row.text.ids) for row in rows)
+        padded = self._multiple * math.ceil(longest / self._multiple)
+        least = min(padded, self._stage.max_length)
         return dict(self._processor.collate(rows, least=least))
 
     def _collate(self, rows: Sequence[Row]) -> dict:

@@ -38,9 +38,11 @@ from unimoe_model.training.trained import select_trained
 _BODIES = ("speech", "audio")
 EVALUATED_AT_ONCE = 32
 """Batch size of evaluations."""
-_LOGIT_ROWS = 64
-"""Multiple of the rows of logits on a CPU. With hundreds of sizes of blocks, glibc's search for
-free ones took 30 % of the time of a step, and more with every step."""
+_ROW_LENGTH, _LOGIT_ROWS = 32, 64
+"""Multiples of the length of packed rows, and of the number of rows of logits, on a CPU.
+
+With hundreds of sizes of tensors, glibc's search for free blocks took 30 % of the time of a step,
+and more with every step. The allocator of CUDA GPUs rounds sizes itself."""
 
 
 class Run:
@@ -206,7 +208,6 @@ class Run:
 
     def _objective(self, stage: Stage) -> Objective:
         teacher = self._teacher() if stage.distill else None
-        # A CUDA GPU's allocator rounds sizes itself.
         rows = _LOGIT_ROWS if self._device.type == "cpu" else 1
         return Objective(stage.objective, self._precision, teacher, rows)
 
@@ -242,6 +243,7 @@ class Run:
             stage.optimization_for(self._data.counts()),
             self.features.item,
             ranks,
+            _ROW_LENGTH if self._device.type == "cpu" else 1,
         )
 
     def _whole(self, stage: str, step: int) -> dict:
