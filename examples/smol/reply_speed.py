@@ -1,9 +1,16 @@
 """Time to the first word of a reply, and words per second after it."""
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
+
+from unimoe_model.chat import Conversation
+from unimoe_model.encoders.outside import permit_encoder
+from unimoe_model.generation import Answerer
+from unimoe_model.training.recipe import Recipe
 
 QUESTION = "Write a few sentences about what the picture shows."
 ASKED = 5
@@ -44,6 +51,39 @@ def reply_speed(ask: Ask, pictures: Sequence[Path]) -> dict[str, float]:
             seconds += ended - first
     found = {"first_word": median(firsts)} if firsts else {}
     return found | ({"words_per_second": words / seconds} if words else {})
+
+
+def fresh_reply_speed(model: Path, recipe: Recipe, pictures: Sequence[Path]) -> dict[str, float]:
+    """Measures replies of a model in a new process, as `unimoe chat` runs it.
+
+    Memory of a process that has trained is fragmented, and allocations in it are slow.
+
+    Args:
+        model: folder of the model.
+        recipe: recipe, whose encoders the model uses.
+        pictures: as of `reply_speed`.
+
+    Returns:
+        See `reply_speed`.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        names, folder = recipe.encoder_names, Path(recipe.path).parent
+        return process.submit(_measured, model, names, folder, list(pictures)).result()
+
+
+def _measured(
+    model: Path, encoders: Sequence[str], folder: Path, pictures: Sequence[Path]
+) -> dict[str, float]:
+    for name in encoders:
+        permit_encoder(name, folder)
+    answerer = Answerer.from_pretrained(model)
+
+    def ask(picture: Path) -> Iterator[str]:
+        conversation = Conversation(answerer.model, answerer.processor, max_new_tokens=48)
+        return conversation.reply(QUESTION, images=[str(picture)])
+
+    return reply_speed(ask, pictures)
 
 
 def reply_line(speed: dict[str, float]) -> str:

@@ -10,7 +10,7 @@ FLOPs. A run that was stopped is resumed.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from examples.smol.expert_use import ASKED as EXPERT_ITEMS
 from examples.smol.expert_use import expert_use, use_lines
 from examples.smol.language_model import FFN_WIDTH, write_language_model
 from examples.smol.probe import probe_tasks
-from examples.smol.reply_speed import ASKED, QUESTION, reply_line, reply_speed
+from examples.smol.reply_speed import ASKED, fresh_reply_speed, reply_line
 from examples.smol.report import Report, shown_examples, write_report
 from examples.smol.results import (
     LEARNED_FROM,
@@ -44,9 +44,7 @@ from examples.smol.sizes import QUICK, Sizes
 from examples.smol.speed import forecast, training_speed
 from examples.smol.text_kept import CHAT_PROMPTS, text_kept, text_lines
 from unimoe_kernels import atomic_write, replace_folder
-from unimoe_model.chat import Conversation
 from unimoe_model.folder_lock import FolderLock
-from unimoe_model.generation import Answerer
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.precision import resolve_precision
 from unimoe_model.study.machine import source_commit
@@ -174,7 +172,8 @@ def measure(
     shown = [own for task in ("drawing", "image_qa") for own in examples["test"].get(task, ())]
     pictures = [path for example in shown for _, path in example.media]
     reply = cached(
-        folder / "reply.json", lambda: _reply_speed(folder / "model", pictures[: ASKED + 1])
+        folder / "reply.json",
+        lambda: fresh_reply_speed(folder / "model", recipe, pictures[: ASKED + 1]),
     )
     stages = {}
     for stage in recipe.stages:
@@ -194,16 +193,6 @@ def _routing(run: Run, stage: str, examples: Examples) -> dict[str, Any]:
     rows = [question_row(own, run.processor, run.features.item) for own in asked]
     use = expert_use(model, run.processor, rows)
     return {"experts": model.config.expert_origins, "routing": use}
-
-
-def _reply_speed(folder: Path, pictures: Sequence[Path]) -> dict[str, float]:
-    answerer = Answerer.from_pretrained(folder)
-
-    def ask(picture: Path) -> Iterator[str]:
-        conversation = Conversation(answerer.model, answerer.processor, max_new_tokens=48)
-        return conversation.reply(QUESTION, images=[str(picture)])
-
-    return reply_speed(ask, pictures)
 
 
 def _start_folder(recipe: Recipe, output: Path) -> Path:
