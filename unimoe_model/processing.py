@@ -314,7 +314,7 @@ class UniMoEProcessor(ProcessorMixin):
         return found
 
     def collate(
-        self, rows: Sequence[Row], padding_side: str = "right", least: int = 1
+        self, rows: Sequence[Row], padding_side: str = "right", min_length: int = 1
     ) -> BatchFeature:
         """Pads rows to the longest and collates inputs and labels; see `training_inputs`.
 
@@ -324,10 +324,9 @@ class UniMoEProcessor(ProcessorMixin):
         Args:
             rows: rows of the batch.
             padding_side: `"right"` or `"left"`.
-            least: minimum number of tokens per row, padding included.
+            min_length: minimum number of tokens per row, padding included.
         """
-        texts = [row.text for row in rows]
-        batch = self._padded(texts, padding_side, least)
+        batch = self._padded([row.text for row in rows], padding_side, min_length)
         if rows[0].lengths:
             lengths, width = [row.lengths for row in rows], batch["input_ids"].shape[1]
             batch["token_mask"] = batch.pop("attention_mask").bool()
@@ -375,9 +374,9 @@ class UniMoEProcessor(ProcessorMixin):
         return MediaOptions(self.video_num_frames, self.speech_max_frames, self.image_aspect_ratio)
 
     def _padded(
-        self, rows: list[TokenizedText], side: str, least: int = 1
+        self, rows: list[TokenizedText], side: str, min_length: int = 1
     ) -> dict[str, torch.Tensor]:
-        width = max(least, *(len(row.ids) for row in rows))
+        width = max(min_length, *(len(row.ids) for row in rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)
         labels = torch.full((len(rows), width), IGNORED)

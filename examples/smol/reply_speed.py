@@ -56,7 +56,7 @@ def reply_speed(ask: Ask, pictures: Sequence[Path]) -> dict[str, float]:
 def fresh_reply_speed(model: Path, recipe: Recipe, pictures: Sequence[Path]) -> dict[str, float]:
     """Measures replies of a model in a new process, as `unimoe chat` runs it.
 
-    Memory of a process that has trained is fragmented, and allocations in it are slow.
+    Memory of a process that has trained is fragmented.
 
     Args:
         model: folder of the model.

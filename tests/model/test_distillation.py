@@ -73,7 +73,7 @@ def reference(model, teacher, batch):
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_loss_and_gradients_are_those_of_loops_in_float64(model, teacher, batch, multiple):
     parameters = [p for n, p in model.named_parameters() if "language_model" in n]
-    loss = distillation_loss(model, teacher, batch, multiple=multiple)
+    loss = distillation_loss(model, teacher, batch, pad_to_multiple_of=multiple)
     found = torch.autograd.grad(loss, parameters)
     model.double(), teacher.double()
     doubles = [p for n, p in model.named_parameters() if "language_model" in n]

@@ -61,7 +61,9 @@ def batches(tiny_config, tokenizer):
         fields |= {"pack": pack, "max_length": most}
         stage = Stage("s", "model", (), ({"some": 1},), optimization, epochs=1, **fields)
         order = sample_order(stage, {"some": TALKS}, 0)
-        return Batches(processor, order, stage, optimization, encoded, ranks, multiple)
+        return Batches(
+            processor, order, stage, optimization, encoded, ranks, pad_to_multiple_of=multiple
+        )
 
     return build
 

@@ -108,6 +108,11 @@ def test_the_embeddings_and_the_llm_get_no_gradient(model, batch):
     assert model.model.image_connector.projector[0].weight.grad.any()
 
 
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(ValueError, match=r"name \('word'\) must be one of answers, words"):
+        Objective("word")
+
+
 def test_a_sample_without_media_is_refused(model, batch):
     ids = batch["input_ids"]
     ids[0, 1:4] = 40

@@ -61,8 +61,8 @@ class Batches:
         features: returns the features of a media file, given its kind and location.
         ranks: processes that train together, each of which has a share of every part; None for a
             single process.
-        multiple: packed rows are padded to a multiple of it, up to the maximum length, except in
-            parts with a limit of tokens.
+        pad_to_multiple_of: packed rows are padded to a multiple of it, up to the maximum length,
+            except in parts with a limit of tokens.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Batches:
         optimization: Optimization,
         features: Callable[[str, Media], EncodedMedia],
         ranks: Ranks | None = None,
-        multiple: int = 1,
+        pad_to_multiple_of: int = 1,
     ):
         self._processor = processor
         self._order = order
@@ -81,7 +81,7 @@ class Batches:
         self._optimization = optimization
         self._features = features
         self._ranks = ranks or Ranks()
-        self._multiple = multiple
+        self._multiple = pad_to_multiple_of if stage.pack else 1
         cached = lru_cache(_CACHED_SAMPLES)(processor.tokenize)
         self._tokenize = cached if order.total <= _CACHED_SAMPLES else processor.tokenize
 
@@ -109,11 +109,12 @@ class Batches:
         learned = [sample for (name, _), sample in named if name not in distilled]
         kept = [sample for (name, _), sample in named if name in distilled]
         weight = torch.tensor(self._stage.distill_weight)
-        distilled_parts = self._parts(kept, self._tokenize_labelled)
-        marked = [part | {DISTILLED: weight} for part in distilled_parts]
-        return self._parts(learned) + marked
+        parts = self._parts(kept, self._tokenize_labelled)
+        return self._parts(learned) + [part | {DISTILLED: weight} for part in parts]
 
-    def _parts(self, samples: Sequence[Conversation], tokenize: Tokenize | None = None) -> list:
+    def _parts(
+        self, samples: Sequence[Conversation], tokenize: Tokenize | None = None
+    ) -> list[dict]:
         if not samples:
             return []
         world = self._ranks.world_size
@@ -121,7 +122,8 @@ class Batches:
             parts = min(self._optimization.accumulation, len(samples))
             ends = [len(samples) * number // parts for number in range(parts + 1)]
             shares = [self._ranks.share(samples[a:b]) for a, b in pairwise(ends)]
-            return [self._padded(self._packed(self._rows(share, tokenize))) for share in shares]
+            held = [self._packed(self._rows(share, tokenize)) for share in shares]
+            return [self._collate(rows, self._multiple) for rows in held]
         rows = self._packed(self._rows(samples, tokenize), world)
         return [
             self._collate(self._ranks.share(part))
@@ -152,16 +154,12 @@ class Batches:
     def _packed(self, rows: list[Row], least: int = 1) -> list[Row]:
         return packed(rows, self._stage.max_length, least) if self._stage.pack else rows
 
-    def _padded(self, rows: Sequence[Row]) -> dict:
-        if not self._stage.pack:
-            return self._collate(rows)
+    def _collate(self, rows: Sequence[Row], multiple: int = 1) -> dict:
+        if multiple == 1:
+            return dict(self._processor.collate(rows))
         longest = max(len(row.text.ids) for row in rows)
-        padded = self._multiple * math.ceil(longest / self._multiple)
-        least = min(padded, self._stage.max_length)
-        return dict(self._processor.collate(rows, least=least))
-
-    def _collate(self, rows: Sequence[Row]) -> dict:
-        return dict(self._processor.collate(rows))
+        length = min(multiple * math.ceil(longest / multiple), self._stage.max_length)
+        return dict(self._processor.collate(rows, min_length=length))
 
 
 def parts_of(rows: Sequence[Row], tokens: int, least: int) -> list[list[Row]]:

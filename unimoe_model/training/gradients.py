@@ -17,6 +17,7 @@ from unimoe_model.training.loss import (
     distillation_loss,
 )
 from unimoe_model.training.ranks import Ranks
+from unimoe_model.training.recipe.stage import OBJECTIVES
 from unimoe_model.training.word_loss import word_loss
 
 Batch = dict[str, torch.Tensor]
@@ -31,14 +32,20 @@ class Objective:
         precision: `"bf16"` (autocast) or `"fp32"`.
         teacher: model that parts with the key `DISTILLED` are distilled from; None if there are
             none.
-        logit_rows: the number of rows of logits is a multiple of it. With fewer sizes of tensors,
-            blocks of memory that one step frees fit the next.
+        pad_to_multiple_of: the number of rows of logits is padded to a multiple of it.
+
+    Raises:
+        ValueError: If `name` is not one of `OBJECTIVES`.
     """
 
     name: str = "answers"
     precision: str = "fp32"
     teacher: nn.Module | None = None
-    logit_rows: int = 1
+    pad_to_multiple_of: int = 1
+
+    def __post_init__(self):
+        if self.name not in OBJECTIVES:
+            raise ValueError(f"name ({self.name!r}) must be one of {', '.join(OBJECTIVES)}")
 
     def loss(self, model: nn.Module, part: Batch, count: torch.Tensor | None) -> torch.Tensor:
         """Loss of a part, whose sum over labelled tokens is divided by `count`; None: their mean.
@@ -54,11 +61,11 @@ class Objective:
         count = None if count is None else count.to(device)
         with autocast(device, self.precision):
             if DISTILLED in part:
-                given = (self.teacher, inputs, count, self.logit_rows)
+                given = (self.teacher, inputs, count, self.pad_to_multiple_of)
                 return part[DISTILLED].item() * distillation_loss(model, *given)
             if self.name == "words":
                 return word_loss(model, inputs, count)
-            return answer_loss(model, inputs, count, self.logit_rows)
+            return answer_loss(model, inputs, count, self.pad_to_multiple_of)
 
 
 def add_gradients(

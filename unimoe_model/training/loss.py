@@ -39,7 +39,7 @@ def answer_loss(
     model: nn.Module,
     batch: dict[str, torch.Tensor],
     count: torch.Tensor | None = None,
-    multiple: int = 1,
+    pad_to_multiple_of: int = 1,
 ) -> torch.Tensor:
     """Mean cross entropy of the labelled tokens.
 
@@ -48,16 +48,15 @@ def answer_loss(
         batch: inputs and labels.
         count: divisor of the summed loss: the labelled tokens of all parts and processes. None for
             those of this batch.
-        multiple: the number of rows of logits is a multiple of it.
+        pad_to_multiple_of: the number of rows of logits is padded to a multiple of it.
 
     Returns:
         Scalar, at least float32.
     """
-    logits, labels = _labelled(model, batch, multiple)
+    logits, labels = _labelled(model, batch, pad_to_multiple_of)
     if count is None:
-        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
-    total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return total / count
+        return nn.functional.cross_entropy(logits, labels)
+    return nn.functional.cross_entropy(logits, labels, reduction="sum") / count
 
 
 def distillation_loss(
@@ -65,7 +64,7 @@ def distillation_loss(
     teacher: nn.Module,
     batch: dict[str, torch.Tensor],
     count: torch.Tensor | None = None,
-    multiple: int = 1,
+    pad_to_multiple_of: int = 1,
 ) -> torch.Tensor:
     """Mean Kullback-Leibler divergence of the model's predictions from those of a teacher.
 
@@ -79,14 +78,14 @@ def distillation_loss(
         teacher: model with the same inputs and vocabulary; no gradient is computed for it.
         batch: inputs and labels.
         count: as of `answer_loss`.
-        multiple: as of `answer_loss`.
+        pad_to_multiple_of: as of `answer_loss`.
 
     Returns:
         Scalar, at least float32.
     """
-    logits, labels = _labelled(model, batch, multiple)
+    logits, labels = _labelled(model, batch, pad_to_multiple_of)
     with torch.no_grad():
-        expected, _ = _labelled(teacher, batch, multiple)
+        expected, _ = _labelled(teacher, batch, pad_to_multiple_of)
     held = (labels != IGNORED).sum()
     return _Divergence.apply(logits, expected, int(held)) / (held if count is None else count)
 
@@ -119,20 +118,19 @@ class _Divergence(torch.autograd.Function):
 
 
 def _labelled(
-    model: nn.Module, batch: dict[str, torch.Tensor], multiple: int
+    model: nn.Module, batch: dict[str, torch.Tensor], pad_to_multiple_of: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `[N, V]`, at least float32, and labels `[N]` of the labelled tokens.
 
     Most tokens of a batch belong to prompts, so computing logits at no others saves most of the
-    largest matmul and softmax. N is a multiple of `multiple`; the last labels may be ignored.
+    largest matmul and softmax. Rows that pad N to a multiple come last, with the label -100.
     """
     labels = batch["labels"][:, 1:]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     hidden = model.hidden_states(**inputs)[:, :-1]
     wanted = labels != IGNORED
     hidden, labels = hidden[wanted], labels[wanted]
-    if multiple > 1:
-        more = -len(labels) % multiple
+    if more := -len(labels) % pad_to_multiple_of:
         hidden = nn.functional.pad(hidden, (0, 0, 0, more))
         labels = nn.functional.pad(labels, (0, more), value=IGNORED)
     logits = model.lm_head(hidden)

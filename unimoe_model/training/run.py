@@ -38,11 +38,11 @@ from unimoe_model.training.trained import select_trained
 _BODIES = ("speech", "audio")
 EVALUATED_AT_ONCE = 32
 """Batch size of evaluations."""
-_ROW_LENGTH, _LOGIT_ROWS = 32, 64
-"""Multiples of the length of packed rows, and of the number of rows of logits, on a CPU.
+_LENGTH_MULTIPLE, _LOGITS_MULTIPLE = 32, 64
+"""Multiples that the length of packed rows and the rows of logits are padded to on a CPU.
 
-With hundreds of sizes of tensors, glibc's search for free blocks took 30 % of the time of a step,
-and more with every step. The allocator of CUDA GPUs rounds sizes itself."""
+With hundreds of sizes of tensors, glibc's search for free blocks took up to 30 % of the main
+thread's time. The allocator of CUDA GPUs rounds sizes itself."""
 
 
 class Run:
@@ -208,7 +208,7 @@ class Run:
 
     def _objective(self, stage: Stage) -> Objective:
         teacher = self._teacher() if stage.distill else None
-        rows = _LOGIT_ROWS if self._device.type == "cpu" else 1
+        rows = _LOGITS_MULTIPLE if self._device.type == "cpu" else 1
         return Objective(stage.objective, self._precision, teacher, rows)
 
     def _save(self, model: UniMoEForConditionalGeneration, folder: Path) -> None:
@@ -243,7 +243,7 @@ class Run:
             stage.optimization_for(self._data.counts()),
             self.features.item,
             ranks,
-            _ROW_LENGTH if self._device.type == "cpu" else 1,
+            _LENGTH_MULTIPLE if self._device.type == "cpu" else 1,
         )
 
     def _whole(self, stage: str, step: int) -> dict:
