@@ -171,6 +171,6 @@ gpu-tune: ## time tiles of the Triton kernels into TILES=<file>, ARGS="--minutes
 	$(PYTHON) -m benchmarks.tune_tiles $(TILES) $(if $(ON_CPU),--list) $(ARGS)
 
 clean: ## remove the environment, builds and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info unimoe_kernels/_C*.so
+	rm -rf $(VENV) build dist *.egg-info unimoe_kernels/_C*.so unimoe_kernels/_caching_allocator*.so
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

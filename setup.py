@@ -1,4 +1,6 @@
-"""Builds the extension `unimoe_kernels._C`; everything else is in pyproject.toml.
+"""Builds the extension `unimoe_kernels._C` and, on Linux, the allocator `_caching_allocator`.
+
+Everything else is in pyproject.toml.
 
 Environment:
     UNIMOE_SKIP_EXT=1     pure-Python install; torch is not imported.
@@ -213,6 +215,21 @@ def extension(with_cuda):
     )
 
 
+def caching_allocator():
+    """The library of the caching allocator, which is not in torch's stable ABI.
+
+    It is optional: a torch with another c10::Allocator must not stop the build.
+    """
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
+        "unimoe_kernels._caching_allocator",
+        ["csrc/caching_allocator.cpp"],
+        extra_compile_args={"cxx": CXX_FLAGS},
+        optional=True,
+    )
+
+
 def pybind11_include():
     """Returns the include folder of pybind11; without the package, torch's copy is used."""
     try:
@@ -225,7 +242,16 @@ def pybind11_include():
 def build_extension_command():
     from torch.utils.cpp_extension import BuildExtension, is_ninja_available
 
-    return BuildExtension.with_options(use_ninja=is_ninja_available())
+    class BuildAll(BuildExtension.with_options(use_ninja=is_ninja_available())):
+        def build_extension(self, extension):
+            try:
+                super().build_extension(extension)
+            except (RuntimeError, OSError) as error:
+                if not extension.optional:
+                    raise
+                print(f"unimoe: built without {extension.name}: {error}", flush=True)
+
+    return BuildAll
 
 
 def main():
@@ -241,8 +267,11 @@ def main():
         setup()
         return
     os.environ.setdefault("CXX", find_cxx(os.environ))
+    extensions = [extension(decision.cuda)]
+    if sys.platform == "linux":
+        extensions.append(caching_allocator())
     setup(
-        ext_modules=[extension(decision.cuda)],
+        ext_modules=extensions,
         cmdclass={"build_ext": build_extension_command()},
     )
 

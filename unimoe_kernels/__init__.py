@@ -8,6 +8,7 @@ The public API is exactly `__all__`.
 from unimoe_kernels import _extension  # noqa: F401
 from unimoe_kernels._backends import available_backends, use_backend
 from unimoe_kernels._files import atomic_write, recover_folder, replace_folder
+from unimoe_kernels.caching_allocator import use_caching_allocator
 from unimoe_kernels.integrations import (
     add_expert_lora,
     load_and_quantize,
@@ -107,4 +108,5 @@ __all__ = [
     "unstack_experts",
     "upcycle",
     "use_backend",
+    "use_caching_allocator",
 ]

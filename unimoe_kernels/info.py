@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 import unimoe_kernels
-from unimoe_kernels import _backends, _extension
+from unimoe_kernels import _backends, _extension, caching_allocator
 
 _PACKAGES = ("triton", "transformers", "numpy")
 
@@ -127,6 +127,7 @@ def describe() -> str:
         *((package, _version(package)) for package in _PACKAGES),
         ("GPU", _describe_gpus()),
         *_describe_extension(),
+        ("CPU allocator", caching_allocator.unusable_reason() or "can be used"),
         ("Triton tiles", _describe_tiles()),
     ]
     choices = [("operator", "device", "backend", "reason")]

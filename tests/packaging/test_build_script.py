@@ -135,3 +135,21 @@ def test_missing_torch_is_one_line_with_the_remedy(root, build_script):
     assert result.returncode != 0
     assert len(result.stderr.strip().splitlines()) == 1
     assert "--no-build-isolation" in result.stderr
+
+
+def test_a_failure_of_an_optional_library_does_not_stop_the_build(
+    build_script, monkeypatch, capsys
+):
+    from setuptools.command.build_ext import build_ext
+    from setuptools.dist import Distribution
+
+    def fail(self, extension):
+        raise RuntimeError("c10::Allocator has changed")
+
+    monkeypatch.setattr(build_ext, "build_extension", fail)
+    command = build_script.build_extension_command()(Distribution())
+    command.build_extension(build_script.caching_allocator())
+    printed = capsys.readouterr().out
+    assert "without unimoe_kernels._caching_allocator: c10::Allocator has changed" in printed
+    with pytest.raises(RuntimeError, match="has changed"):
+        command.build_extension(build_script.extension(with_cuda=False))

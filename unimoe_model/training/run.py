@@ -41,8 +41,8 @@ EVALUATED_AT_ONCE = 32
 _LENGTH_MULTIPLE, _LOGITS_MULTIPLE = 32, 64
 """Multiples that the length of packed rows and the rows of logits are padded to on a CPU.
 
-With hundreds of sizes of tensors, glibc's search for free blocks took up to 30 % of the main
-thread's time. The allocator of CUDA GPUs rounds sizes itself."""
+Few sizes let a step reuse the memory of the last, and glibc find it quickly where the caching
+allocator cannot be used. The allocator of CUDA GPUs rounds sizes itself."""
 
 
 class Run:
