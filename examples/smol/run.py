@@ -89,7 +89,7 @@ def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str
     share = 1.0
     if not quick:
         speed = training_speed(output / "language_model", output / "speed.json")
-        expected = forecast(arm_recipe(arm), speed)
+        expected = forecast(arm_recipe(arm), speed, resolve_precision("auto", device))
         share = expected.share
         print(expected, flush=True)
     recipe = write_recipe(output, arm, seed, quick, share)

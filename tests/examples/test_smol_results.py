@@ -141,18 +141,19 @@ def test_accuracy_and_the_blind_baseline_of_what_was_asked(tmp_path):
 
 def test_a_slow_machine_takes_the_steps_that_it_has_time_for():
     recipe = arm_recipe("moe")
-    fast = forecast(recipe, 1e9)
+    fast = forecast(recipe, 1e9, "bf16")
     assert fast.share == 1
     assert set(fast.seconds) == {stage["name"] for stage in recipe["stages"]}
     assert "fewer" not in str(fast)
-    slow = forecast(recipe, 10)
+    slow = forecast(recipe, 10, "fp32")
     assert 0 < slow.share < 1
-    assert sum(slow.seconds.values()) == pytest.approx(MOST_SECONDS)
+    assert sum(slow.seconds.values()) == pytest.approx(MOST_SECONDS["fp32"])
     assert f"{100 * slow.share:.0f} % of its steps are taken" in str(slow)
     steps = [stage["steps"] for stage in arm_recipe("moe", slow.share)["stages"]]
     expected = [max(1, round(slow.share * stage["steps"])) for stage in recipe["stages"]]
     assert steps == expected
-    assert forecast(arm_recipe("dense"), 10).share < 1
+    assert sum(forecast(recipe, 10, "bf16").seconds.values()) == pytest.approx(MOST_SECONDS["bf16"])
+    assert forecast(arm_recipe("dense"), 10, "bf16").share < 1
 
 
 def tiny_llama(folder, tokenizer):
