@@ -26,7 +26,7 @@ STEP_TOKENS = {
 }
 """Approximate number of tokens per step by stage; for `words`, which runs only connectors, the
 number that takes as long."""
-WORK = {"words": 1.0, "align": 1.9, "text": 2.0, "tune": 3.2}
+WORK = {"words": 1.0, "align": 1.5, "text": 1.7, "tune": 1.6}
 OTHER_WORK = 1.1
 """Time per token relative to the language model alone, measured on two cores of an Intel Xeon with
 AMX: LoRA on attention and the model to distill from in `align`, that model in `text`, experts with
