@@ -22,6 +22,12 @@ needs_library = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def not_in_use(monkeypatch):
+    """Tests of commands put the allocator to use in their process."""
+    monkeypatch.setattr(caching_allocator, "_library", None)
+
+
 @pytest.fixture(scope="module")
 def failures():
     """Traceback or None by the name of a check."""
@@ -37,6 +43,7 @@ def test_allocator(failures, name):
 
 
 @needs_library
+@pytest.mark.usefixtures("not_in_use")
 def test_another_torch_keeps_its_own_allocator(monkeypatch):
     release = torch.__version__.split("+")[0]
     monkeypatch.setattr(torch, "__version__", "2.99.1+cpu")
@@ -48,6 +55,7 @@ def test_another_torch_keeps_its_own_allocator(monkeypatch):
     assert tensor.sum() == 2**20
 
 
+@pytest.mark.usefixtures("not_in_use")
 def test_an_install_without_the_library_keeps_the_allocator_of_torch(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert caching_allocator.use_caching_allocator() == "not compiled"
@@ -55,6 +63,7 @@ def test_an_install_without_the_library_keeps_the_allocator_of_torch(monkeypatch
     assert caching_allocator.memory_stats() == (0, 0, 0)
 
 
+@pytest.mark.usefixtures("not_in_use")
 def test_a_broken_library_keeps_the_allocator_of_torch(monkeypatch, tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")

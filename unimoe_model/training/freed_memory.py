@@ -14,8 +14,8 @@ def keep_freed_memory() -> None:
     """Keeps freed memory of the process for later tensors instead of returning it to the system.
 
     Training steps allocate the same sizes repeatedly, and would fault in every page again. CPU
-    tensors are allocated by [the caching allocator][unimoe_kernels.caching_allocator]; glibc keeps
-    the memory of all else, and of tensors where that allocator cannot be used. glibc returns blocks
+    tensors are allocated by [the caching allocator][unimoe_kernels.use_caching_allocator]. glibc
+    keeps the memory of all else, and of tensors where that allocator cannot be used, except blocks
     of more than 32 MiB: kept, they would be split, and after a hundred steps of batches of
     different sizes the search for free blocks took 40 % of the time.
     """
