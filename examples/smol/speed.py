@@ -26,11 +26,12 @@ STEP_TOKENS = {
 }
 """Approximate number of tokens per step by stage; for `words`, which runs only connectors, the
 number that takes as long."""
-WORK = {"words": 1.0, "align": 1.5, "text": 1.7, "tune": 1.6}
+WORK = {"words": 1.0, "align": 2.3, "text": 2.5, "tune": 2.3}
 OTHER_WORK = 1.1
 """Time per token relative to the language model alone, measured on two cores of an Intel Xeon with
-AMX: LoRA on attention and the model to distill from in `align`, that model in `text`, experts with
-LoRA in `tune`."""
+AVX-512 and bfloat16: LoRA on attention and the model to distill from in `align`, that model in
+`text`, experts with LoRA in `tune`. Of `tune`, which took 1.5 to 3.2 with the state of the machine,
+it is the middle."""
 MOST_SECONDS = {"bf16": 55 * 60, "fp32": 100 * 60}
 """Limit of the training time by precision. With data, features and evaluation, a run takes about 75
 minutes on two cores that have bfloat16 instructions, and under two hours on others."""
