@@ -78,10 +78,13 @@ def _dense(recipe: dict[str, Any]) -> dict[str, Any]:
     changes = yaml.safe_load((HERE / "dense.yaml").read_text(encoding="utf-8"))
     stages = {stage["name"]: stage for stage in recipe["stages"]}
     experts = deepcopy(stages[EXPERTS[0]])
-    del experts["data"]
-    # Stages alternate step by step, which gives the same batches as training the experts: their
-    # numbers of steps are equal.
-    experts["data_in_turn"] = [stages[name]["data"] for name in EXPERTS]
+    # As much of each data as in the stages of all experts.
+    experts["data"] = {}
+    for name in EXPERTS:
+        total = sum(stages[name]["data"].values())
+        for data, weight in stages[name]["data"].items():
+            share = round(stages[name]["steps"] * weight / total, 3)
+            experts["data"][data] = experts["data"].get(data, 0) + share
     experts["steps"] = sum(stages[name]["steps"] for name in EXPERTS)
     experts["distill"] = [one for name in EXPERTS for one in stages[name].get("distill", [])]
     tune = stages["tune"]
@@ -100,14 +103,12 @@ def _with_data(
 ) -> dict[str, Any]:
     recipe["data"] = {name: file for name, file in recipe["data"].items() if name in train}
     for stage in recipe["stages"]:
-        for key in ("data", "data_in_turn"):
-            if key not in stage:
-                continue
-            streams = stage[key] if key == "data_in_turn" else [stage[key]]
-            kept = [{name: own[name] for name in own if name in train} for own in streams]
-            if not all(kept):
-                raise ValueError(f"stage {stage['name']} has no data: none of {streams} is there")
-            stage[key] = kept if key == "data_in_turn" else kept[0]
+        kept = {name: weight for name, weight in stage["data"].items() if name in train}
+        if not kept:
+            raise ValueError(
+                f"stage {stage['name']} has no data: none of {list(stage['data'])} is there"
+            )
+        stage["data"] = kept
         if "distill" in stage:
             stage["distill"] = [name for name in stage["distill"] if name in train]
     recipe["evaluate"] = {

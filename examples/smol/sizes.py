@@ -13,7 +13,8 @@ class Sizes:
         asked_pictures: training pictures of easy-VQA.
         words: spoken words.
         questions: spoken questions about pictures.
-        transcripts: phrases to be transcribed.
+        transcripts: spoken questions and instructions to be transcribed.
+        phrases: spoken phrases of other words to be transcribed.
         instructions: spoken instructions.
         prompts: prompts that SmolLM2 replies to; None for all.
         writings: texts that SmolLM2 writes.
@@ -28,7 +29,8 @@ class Sizes:
     asked_pictures: int = 1500
     words: int = 900
     questions: int = 600
-    transcripts: int = 500
+    transcripts: int = 1000
+    phrases: int = 4000
     instructions: int = 600
     prompts: int | None = None
     writings: int = 900
@@ -45,6 +47,7 @@ QUICK = Sizes(
     words=48,
     questions=24,
     transcripts=24,
+    phrases=24,
     instructions=24,
     prompts=40,
     writings=24,

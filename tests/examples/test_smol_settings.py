@@ -27,7 +27,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_both_arms_see_the_same_batches(folder):
+def test_all_arms_see_the_same_data(folder):
     moe, dynamic, dense = (load_recipe(write_recipe(folder, arm, 3), seed=3) for arm in ARMS)
     assert dynamic.stages[:-1] == moe.stages[:-1]
     assert replace(dynamic.stages[-1], assembly=moe.stages[-1].assembly) == moe.stages[-1]
@@ -38,12 +38,19 @@ def test_both_arms_see_the_same_batches(folder):
     for name in ("words", "align"):
         assert dense.stage(name) == moe.stage(name)
     experts = dense.stage("experts")
-    assert experts.streams == tuple(moe.stage(name).streams[0] for name in EXPERTS)
+    steps = {name: moe.stage(name).optimization.steps for name in EXPERTS}
+    assert experts.optimization.steps == sum(steps.values())
+    (mixed,) = experts.streams
+    assert set(mixed) == {data for name in EXPERTS for data in moe.stage(name).data}
+    for data, weight in mixed.items():
+        expected = sum(
+            steps[name] * own.get(data, 0) / sum(own.values())
+            for name in EXPERTS
+            for own in moe.stage(name).streams
+        )
+        assert weight == pytest.approx(expected, rel=0.01)
+    assert sum(mixed.values()) == pytest.approx(experts.optimization.steps, rel=0.01)
     assert experts.seed == moe.stage(EXPERTS[0]).seed
-    assert [moe.stage(name).seed - experts.seed for name in EXPERTS] == [0, 1, 2, 3]
-    steps = {moe.stage(name).optimization.steps for name in EXPERTS}
-    assert len(steps) == 1
-    assert experts.optimization.steps == len(EXPERTS) * steps.pop()
     assert experts.distill == moe.stage("text").distill == ("chat", "writing")
     assert [moe.stage(name).distill for name in EXPERTS[:3]] == [()] * 3
     for key in ("streams", "seed", "optimization", "max_length", "pack", "distill"):

@@ -56,17 +56,23 @@ def reference(model, batch):
     sounds = model.model.audio_connector(
         batch["audio_features"].double(), batch["audio_features_mask"]
     )
-    rows = [images[0], torch.cat([images[1], sounds[0]])]
-    total = torch.zeros((), dtype=torch.float64)
-    for soft, answer in zip(rows, ([60, 61], [62]), strict=True):
+    end = model.config.text_config.eos_token_id
+
+    def log_shares(soft):
         logits = []
         for embedding in table:
             cosines = [torch.cosine_similarity(t - mean, embedding - mean, dim=0) for t in soft]
             logits.append(SHARPNESS * torch.stack(cosines).mean())
-        share = torch.stack(logits).log_softmax(0)
+        return torch.stack(logits).log_softmax(0)
+
+    total = torch.zeros((), dtype=torch.float64)
+    for soft, answer in zip(images, ([60, 61], [62]), strict=True):
+        share = log_shares(soft)
         total = total - sum(share[token] for token in answer)
+    for token, wanted in zip(sounds[0], (62, end), strict=True):
+        total = total - log_shares([token])[wanted]
     lengths = (table - mean).norm(dim=1).mean()
-    away = (torch.cat(rows) - mean).norm(dim=1) / lengths - 1
+    away = (torch.cat([*images, sounds[0]]) - mean).norm(dim=1) / lengths - 1
     return total / 5 + LENGTH_WEIGHT * away.square().mean()
 
 
@@ -121,25 +127,90 @@ def test_a_sample_without_media_is_refused(model, batch):
         word_loss(model, batch)
 
 
+class Silent:
+    """A reporter that shows nothing."""
+
+    def start(self, *_): ...
+    def advance(self, *_, **__): ...
+    def finish(self): ...
+
+
+def trained(model, batch, folder):
+    """Trains the connectors on a batch; returns the losses."""
+    parameters = {n: p for n, p in model.named_parameters() if "_connector" in n}
+    settings = Optimization(steps=150, batch_size=2, learning_rate=1e-2)
+    options = (lambda step: batch, settings, folder, "r", "words", Silent())
+    return train_stage(model, parameters, *options, Objective("words")).losses
+
+
+def nearest(model, soft):
+    """The tokens whose embeddings are nearest in direction to soft tokens `[n, D]`."""
+    table = model.get_input_embeddings().weight
+    units = torch.nn.functional.normalize(table - table.mean(0), dim=1)
+    return ((soft - table.mean(0)) @ units.T).argmax(1).tolist()
+
+
 def test_trained_soft_tokens_point_at_the_words(model, batch, tmp_path):
     """And are as long as embeddings: the LLM has met such inputs."""
-    parameters = {n: p for n, p in model.named_parameters() if "_connector" in n}
-
-    class Silent:
-        def start(self, *_): ...
-        def advance(self, *_, **__): ...
-        def finish(self): ...
-
-    settings = Optimization(steps=150, batch_size=2, learning_rate=1e-2)
-    options = (lambda step: batch, settings, tmp_path, "r", "words", Silent())
-    progress = train_stage(model, parameters, *options, Objective("words"))
-    assert progress.losses[-1] < 0.2 * progress.losses[0]
+    losses = trained(model, batch, tmp_path)
+    assert losses[-1] < 0.2 * losses[0]
     table = model.get_input_embeddings().weight
     soft = model.model.image_connector(batch["image_features"][:1])[0] - table.mean(0)
-    nearest = (soft.mean(0) @ (table - table.mean(0)).T).topk(2).indices
-    assert set(nearest.tolist()) == {60, 61}
+    likeliest = (soft.mean(0) @ (table - table.mean(0)).T).topk(2).indices
+    assert set(likeliest.tolist()) == {60, 61}
     lengths = (table - table.mean(0)).norm(dim=1).mean().item()
     assert soft.norm(dim=1).mean().item() == pytest.approx(lengths, rel=0.3)
+
+
+@pytest.fixture
+def spoken(model):
+    """Three sounds of two queries, with answers of one, two and three tokens."""
+    audio, end = model.config.media_token_ids["audio"], model.config.text_config.eos_token_id
+    ids = torch.tensor(
+        [
+            [audio, audio, 43, 60, end, 0, 0],
+            [audio, audio, 43, 61, 60, end, 0],
+            [audio, audio, 43, 62, 60, 61, end],
+        ]
+    )
+    labels = torch.where((torch.arange(7) > 2) & (ids != 0), ids, -100)
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "labels": labels,
+        "audio_features": torch.randn(3, 5, 10, generator=torch.Generator().manual_seed(1)),
+        "audio_features_mask": torch.ones(3, 5, dtype=torch.bool),
+    }
+
+
+def test_queries_learn_the_order_and_where_an_answer_ends(model, spoken, tmp_path):
+    trained(model, spoken, tmp_path)
+    sounds = model.model.audio_connector(spoken["audio_features"], spoken["audio_features_mask"])
+    end = model.config.text_config.eos_token_id
+    assert [nearest(model, soft) for soft in sounds] == [[60, end], [61, 60], [62, 60]]
+
+
+@pytest.mark.parametrize("said", ["word and end", "end", "word"])
+def test_tokens_after_an_answer_count_as_one_end_token(model, spoken, said):
+    """Two of them share the weight of one, and an answer without an end has none."""
+    batch = {key: rows[:1] for key, rows in spoken.items()}
+    end = model.config.text_config.eos_token_id
+    missing = {"word and end": -1, "end": 60, "word": end}[said]
+    batch["labels"] = batch["labels"].masked_fill(batch["labels"] == missing, -100)
+    with torch.no_grad():
+        soft = model.input_embeddings(batch["input_ids"], audio_features=batch["audio_features"])
+        table = model.get_input_embeddings().weight
+        units = torch.nn.functional.normalize(table - table.mean(0), dim=1)
+        soft = soft[0, :2] - table.mean(0)
+        shares = (SHARPNESS * torch.nn.functional.normalize(soft, dim=1) @ units.T).log_softmax(1)
+        away = soft.norm(dim=1) / (table - table.mean(0)).norm(dim=1).mean() - 1
+        expected = {
+            "word and end": (shares[0, 60] + shares[1, end]) / 2,
+            "end": shares[:, end].mean(),
+            "word": shares[0, 60],
+        }[said]
+        found = word_loss(model, batch)
+    assert relative_error(found, LENGTH_WEIGHT * away.square().mean() - expected) < 1e-5
 
 
 def stage(parts=("connectors",), **options):
@@ -180,3 +251,19 @@ def test_the_objective_names_a_stage_only_where_it_is_not_the_usual_one():
     assert ids[0] != ids[1]
     again = stage_ids(recipe(replace(words, objective="answers")), "fp32", {"own": "d"})
     assert again["start"] == ids[0]
+
+
+@pytest.mark.parametrize(
+    ("version", "options"),
+    [("_WORDS", {"objective": "words"}), ("_DISTILL", {"distill": ("own",)})],
+)
+def test_stages_of_an_earlier_loss_are_not_reused(version, options, monkeypatch):
+    def ids():
+        return [stage_ids(recipe(own), "fp32", {"own": "d"})["start"] for own in (usual, changed)]
+
+    usual, changed = stage(), stage(**options)
+    before = ids()
+    monkeypatch.setattr(f"unimoe_model.training.stage_ids.{version}", 1)
+    after = ids()
+    assert after[0] == before[0]
+    assert after[1] != before[1]

@@ -9,6 +9,7 @@ from torch import nn
 
 from unimoe_kernels import MoE
 from unimoe_model.training.batches import DISTILLED
+from unimoe_model.training.image_dropout import drop_image_channels
 from unimoe_model.training.loss import (
     answer_loss,
     autocast,
@@ -33,6 +34,7 @@ class Objective:
         teacher: model that parts with the key `DISTILLED` are distilled from; None if there are
             none.
         pad_to_multiple_of: the number of rows of logits is padded to a multiple of it.
+        image_dropout: see `drop_image_channels`.
 
     Raises:
         ValueError: If `name` is not one of `OBJECTIVES`.
@@ -42,6 +44,7 @@ class Objective:
     precision: str = "fp32"
     teacher: nn.Module | None = None
     pad_to_multiple_of: int = 1
+    image_dropout: float = 0.0
 
     def __post_init__(self):
         if self.name not in OBJECTIVES:
@@ -58,6 +61,7 @@ class Objective:
         """
         device = next(model.parameters()).device
         inputs = {key: value.to(device) for key, value in part.items() if key != DISTILLED}
+        inputs = drop_image_channels(inputs, self.image_dropout)
         count = None if count is None else count.to(device)
         with autocast(device, self.precision):
             if DISTILLED in part:

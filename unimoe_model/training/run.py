@@ -209,7 +209,7 @@ class Run:
     def _objective(self, stage: Stage) -> Objective:
         teacher = self._teacher() if stage.distill else None
         rows = _LOGITS_MULTIPLE if self._device.type == "cpu" else 1
-        return Objective(stage.objective, self._precision, teacher, rows)
+        return Objective(stage.objective, self._precision, teacher, rows, stage.image_dropout)
 
     def _save(self, model: UniMoEForConditionalGeneration, folder: Path) -> None:
         model.set_attn_implementation("sdpa")

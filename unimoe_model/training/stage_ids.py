@@ -9,6 +9,11 @@ from unimoe_model.evaluation.files import file_digest, folder_digest
 from unimoe_model.training.checkpoint import fingerprint
 from unimoe_model.training.recipe import START, Recipe
 
+_WORDS, _DISTILL = (
+    2,
+    2,
+)  # incremented when a loss changes, so that no stage of the old one is reused
+
 
 def stage_ids(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> dict[str, str]:
     """A hash for each stage, of its settings and of everything that it starts from.
@@ -31,8 +36,14 @@ def stage_ids(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> dic
         # Defaults count as missing, so that a recipe without these keys keeps its hashes.
         if stage.objective == "answers":
             del facts["objective"]
-        if not stage.distill:
+        else:
+            facts["words"] = _WORDS
+        if stage.distill:
+            facts["distillation"] = _DISTILL
+        else:
             del facts["distill"], facts["distill_weight"]
+        if not stage.image_dropout:
+            del facts["image_dropout"]
         facts["sources"] = [ids[name] for name in stage.sources]
         facts["data"] = [(digests[name], recipe.data[name].shuffle) for name in stage.data]
         ids[stage.name] = fingerprint(facts)

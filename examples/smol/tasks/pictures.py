@@ -1,4 +1,4 @@
-"""Picture tasks: the name of a thing, the kind of thing, and easy-VQA's questions."""
+"""Picture tasks: the name of a thing, the kind of thing, and easy-VQA's captions and questions."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +14,13 @@ from examples.smol.sources.drawings import HELD_OUT_STYLE
 
 ASK_NAME = ("what is in the picture?", "what does the picture show?", "what is this?")
 ASK_KIND = "what kind of thing is in the picture?"
+ASK_SHAPE = "which shape is in the picture, and what color is it?"
 
 
 def training_pictures(
     catalogue: Catalogue, split: Mapping[str, frozenset[str]], plan: MediaPlan, sizes: Sizes
 ) -> dict[str, list[Example]]:
-    """Returns the tasks `picture`, `kind` and `image_qa`.
+    """Returns the tasks `picture`, `kind`, `shape` and `image_qa`.
 
     They exclude drawings of Noto, the stamps held out by the split and easy-VQA's test set.
     """
@@ -29,6 +30,7 @@ def training_pictures(
     return {
         "picture": _named("picture", drawn + stamps, variants, plan),
         "kind": _kinds(stamps, variants, plan),
+        "shape": _shapes("train", sizes.asked_pictures),
         "image_qa": _asked("train", sizes.asked_pictures),
     }
 
@@ -93,6 +95,13 @@ def _kinds(items: Sequence[Item], variants: Iterable[int], plan: MediaPlan) -> l
         for item in items
         if item.category
         for variant in variants
+    ]
+
+
+def _shapes(split: str, most: int | None) -> list[Example]:
+    return [
+        Example("shape", ASK_SHAPE, caption, picture.media)
+        for picture, caption in easy_vqa_captions(split, most)
     ]
 
 

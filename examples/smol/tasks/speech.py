@@ -1,7 +1,7 @@
 """Speech tasks: words, instructions, transcripts, and questions about pictures."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from examples.demo import easy_vqa
 from examples.demo.example import Example
@@ -11,6 +11,7 @@ from examples.demo.text import ASK_TRANSCRIPT, ASK_WORD
 from examples.smol.catalogue import Catalogue, is_held_out
 from examples.smol.media import MediaPlan
 from examples.smol.sizes import Sizes
+from examples.smol.sources.phrases import phrases
 from examples.smol.spoken_words import ALL_WORDS, NUMBERS
 
 PICTURES_A_QUESTION = 3
@@ -23,6 +24,7 @@ def training_speech(
     plan: MediaPlan,
     sizes: Sizes,
     chat: Sequence[tuple[str, str]],
+    written: Iterable[str] = (),
 ) -> dict[str, list[Example]]:
     """Returns the tasks `word`, `transcript`, `instruction`, `spoken_question` and `spoken_chat`.
 
@@ -32,6 +34,7 @@ def training_speech(
         plan: plan to which the phrases and recordings are added.
         sizes: maximum number of each.
         chat: training prompts and their replies.
+        written: texts from which phrases are also spoken.
     """
     voices = QUESTION_VOICES["train"]
     learned = [
@@ -41,12 +44,15 @@ def training_speech(
         own for own in catalogue.descriptions if not is_held_out(split, "descriptions", own.group)
     ]
     texts = [*easy_vqa.question_texts(), *(own.text for own in learned)]
-    phrases = [(text, voice) for text in texts for voice in voices]
+    known = [(text, voice) for text in texts for voice in voices]
     said = [(own.text, own.answer, voice) for own in learned for voice in voices]
     rng = random.Random("spoken chat")
+    others = draw(phrases([*(answer for _, answer in chat), *written]), sizes.phrases)
+    other_voices = random.Random("phrases").choices(WORD_VOICES["train"], k=len(others))
     return {
         "word": _words(draw(_word_phrases("train"), sizes.words), plan),
-        "transcript": _transcripts(draw(phrases, sizes.transcripts), plan)
+        "transcript": _transcripts(draw(known, sizes.transcripts), plan)
+        + _transcripts(list(zip(others, other_voices, strict=True)), plan)
         + _described(descriptions, plan),
         "instruction": _instructions(draw(said, sizes.instructions), plan),
         "spoken_question": _spoken_questions("train", sizes.questions, plan),

@@ -37,6 +37,7 @@ _STAGE_KEYS = (
     "objective",
     "distill",
     "distill_weight",
+    "image_dropout",
     "data",
     "data_in_turn",
     "assemble",
@@ -191,7 +192,7 @@ def _stage(
     optimization = {key: raw[key] for key in settings if key in raw}
     optimization["steps"] = raw.get("steps", 1)
     values = {key: raw[key] for key in ("epochs", "part_tokens", "max_length") if key in raw}
-    plain = ("objective", "distill_weight", "widen", "seed", "pack")
+    plain = ("objective", "distill_weight", "image_dropout", "widen", "seed", "pack")
     values |= {key: raw[key] for key in plain if key in raw}
     if "distill" in raw:
         values["distill"] = _names(raw["distill"], f"{where}.distill", "data")

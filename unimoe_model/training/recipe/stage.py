@@ -69,12 +69,14 @@ class Stage:
         pack: whether to pack samples into rows of at most `max_length` tokens.
         assembly: how to assemble experts before training; None keeps the model.
         objective: `"answers"`, the loss of the answers, or `"words"`, which brings soft tokens near
-            the embeddings of the answers' words without running the LLM (`word_loss`); the stage
+            the embeddings of the answers' tokens without running the LLM (`word_loss`); the stage
             then trains connectors only.
         distill: names of data, without media, whose answers are not learned: at all of their tokens
             the model is trained to predict what the model that the recipe starts from predicts
             (`distillation_loss`), which keeps its knowledge.
         distill_weight: factor of the mean of that loss.
+        image_dropout: probability with which a channel of an image's or video's features is dropped
+            in training (`drop_image_channels`).
         widen: factor by which dense FFNs are widened before training, with equal outputs.
         seed: seed of the data order; stages with equal seeds and data see the same batches.
 
@@ -95,6 +97,7 @@ class Stage:
     objective: str = "answers"
     distill: tuple[str, ...] = ()
     distill_weight: float = 1.0
+    image_dropout: float = 0.0
     widen: int = 1
     seed: int = 0
 
@@ -102,6 +105,10 @@ class Stage:
         lengths = {"part_tokens": self.part_tokens, "max_length": self.max_length}
         require_at_least(1, **lengths, widen=self.widen)
         require_at_least(0, seed=self.seed)
+        if not 0 <= self.image_dropout < 1:
+            raise ValueError(
+                f"image_dropout ({self.image_dropout}) must be at least 0 and less than 1"
+            )
         if self.part_tokens and self.optimization.accumulation > 1:
             raise ValueError("accumulation and part_tokens exclude each other")
         if self.pack and self.max_length is None:
