@@ -80,7 +80,7 @@ demo: build $(STAMPS)/assets ## train a small Uni-MoE and show what it learned; 
 study: build $(STAMPS)/assets ## test the paper's claims on the demo's data, two hours; ARGS=--quick is short
 	$(BIN)/python -m examples.study.run --output runs/study $(ARGS)
 
-smol: build $(STAMPS)/smol-assets ## train a Uni-MoE on SmolLM2 with real data, 80 minutes; ARGS=--quick is short
+smol: build $(STAMPS)/smol-assets ## train a Uni-MoE on SmolLM2 with real data, 40 to 80 minutes; ARGS=--quick is short
 	$(BIN)/python -m examples.smol.run --output runs/smol $(ARGS)
 
 # Threads that wait for work must not spin where other programs want the cores: with both cores

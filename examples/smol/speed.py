@@ -15,7 +15,7 @@ from unimoe_model.training.loss import autocast
 
 ROWS, LENGTH, PASSES = 4, 256, 3
 STEP_TOKENS = {
-    "words": 650,
+    "words": 750,
     "align": 1070,
     "pictures": 940,
     "speech": 1160,
