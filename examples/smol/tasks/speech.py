@@ -66,9 +66,9 @@ def training_speech(
 def held_out_speech(
     catalogue: Catalogue, split: Mapping[str, frozenset[str]], plan: MediaPlan, sizes: Sizes
 ) -> dict[str, list[Example]]:
-    """Returns `word`, `instruction` and `spoken_question` in held-out voices, and human speech.
+    """Returns tasks about speech in held-out voices, and about speech of people.
 
-    `digit` and `human_word` are words spoken by people, and `human_speech` phrases to be
+    `word`, `transcript`, `instruction` and `spoken_question` are as in training. `digit` and `human_word` are words spoken by people, and `human_speech` phrases to be
     transcribed. `new_instruction` has instructions that no training voice speaks.
     """
     voices = QUESTION_VOICES["test"]
@@ -86,6 +86,9 @@ def held_out_speech(
         "word": _words(draw(_word_phrases("test"), sizes.held_out), plan),
         "digit": [example for example in words if example.answer in _DIGITS],
         "human_word": [example for example in words if example.answer not in _DIGITS],
+        "transcript": _transcripts(
+            draw([(text, voice) for text, _, voice in (*known, *new)], sizes.held_out), plan
+        ),
         "human_speech": _described([*human, *catalogue.sentences], plan),
         "instruction": _instructions(draw(known, sizes.held_out), plan),
         "new_instruction": _instructions(draw(new, sizes.held_out), plan),
