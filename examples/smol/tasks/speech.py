@@ -68,8 +68,9 @@ def held_out_speech(
 ) -> dict[str, list[Example]]:
     """Returns tasks about speech in held-out voices, and about speech of people.
 
-    `word`, `transcript`, `instruction` and `spoken_question` are as in training. `digit` and `human_word` are words spoken by people, and `human_speech` phrases to be
-    transcribed. `new_instruction` has instructions that no training voice speaks.
+    `word`, `transcript`, `instruction` and `spoken_question` are as in training. `digit` and
+    `human_word` are words spoken by people, and `human_speech` phrases to be transcribed.
+    `new_instruction` has instructions that no training voice speaks.
     """
     voices = QUESTION_VOICES["test"]
     spoken = [(own, voice) for own in catalogue.instructions for voice in voices]
