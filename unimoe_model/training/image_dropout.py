@@ -10,8 +10,8 @@ def drop_image_channels(inputs: dict[str, torch.Tensor], p: float) -> dict[str, 
 
     A channel is dropped at all patches and frames of an item, as by spatial dropout
     (arXiv:1411.4280). Connectors fit the pictures that they are trained on closely, so that an LLM
-    trained on the same pictures meets soft tokens that are cleaner than those of new ones. With
-    dropped channels it does not.
+    trained on the same pictures meets soft tokens that are cleaner than those of new ones; with
+    dropped channels they are less clean.
 
     Args:
         inputs: inputs of `UniMoEForConditionalGeneration.forward`; `image_features` is

@@ -9,10 +9,8 @@ from unimoe_model.evaluation.files import file_digest, folder_digest
 from unimoe_model.training.checkpoint import fingerprint
 from unimoe_model.training.recipe import START, Recipe
 
-_WORDS, _DISTILL = (
-    2,
-    2,
-)  # incremented when a loss changes, so that no stage of the old one is reused
+# Versions of the losses: with another one, a stage is trained anew.
+_WORDS, _DISTILL = 2, 2
 
 
 def stage_ids(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> dict[str, str]:

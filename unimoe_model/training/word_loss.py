@@ -1,5 +1,7 @@
 """A loss that aligns soft tokens with the embeddings of the answer's words, without the LLM."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -111,9 +113,10 @@ class _CrossEntropy(torch.autograd.Function):
         device = directions.device.type
         if torch.is_autocast_enabled(device):  # converted once, not for each of the matmuls
             units = units.to(torch.get_autocast_dtype(device))
-        for start in range(0, len(directions), _ROWS):
+        starts = range(0, len(directions) + _ROWS, _ROWS)
+        bounds = torch.searchsorted(rows, rows.new_tensor(starts)).tolist()
+        for start, (first, last) in zip(starts, pairwise(bounds), strict=False):
             own = slice(start, start + _ROWS)
-            first, last = torch.searchsorted(rows, rows.new_tensor([start, start + _ROWS])).tolist()
             row, token, weight = rows[first:last] - start, tokens[first:last], weights[first:last]
             logits = (directions[own] @ units.T).to(directions.dtype).mul_(SHARPNESS)
             norms = logits.logsumexp(1)

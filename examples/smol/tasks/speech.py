@@ -24,7 +24,7 @@ def training_speech(
     plan: MediaPlan,
     sizes: Sizes,
     chat: Sequence[tuple[str, str]],
-    written: Iterable[str] = (),
+    written: Iterable[str],
 ) -> dict[str, list[Example]]:
     """Returns the tasks `word`, `transcript`, `instruction`, `spoken_question` and `spoken_chat`.
 
