@@ -4,7 +4,7 @@ Pictures are PNG files of 128 pixels with a plain background; speech and sounds 
 """
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from examples.demo import general_midi, spoken
 from examples.demo.media import SOUND_BITS, SPEECH_BITS, save_flac, write_set
 from examples.smol.item import Item
+from examples.smol.recording_conditions import vary
 from examples.smol.recordings import fit_clip
 from unimoe_model.data.audio_io import resample
 from unimoe_model.extras import needed_by
@@ -27,6 +28,7 @@ with needed_by("drawing pictures"):
 PICTURE_SIDE = 128
 _WHITE = (255, 255, 255)
 _SMALLEST = 0.6  # relative to the side, in varied pictures
+_VARIED_VOICES = frozenset(spoken.WORD_VOICES["train"])
 
 
 @dataclass
@@ -56,7 +58,7 @@ class MediaPlan:
         return path
 
     def phrase(self, text: str, voice: str) -> Path:
-        """Returns the file of a phrase spoken by eSpeak NG."""
+        """Returns the file of a phrase spoken by eSpeak NG; training voices are varied (`vary`)."""
         path = self.folder / "espeak" / f"{zlib.crc32(f'{text}/{voice}'.encode()):08x}.flac"
         if self.phrases.setdefault(path, (text, voice)) != (text, voice):
             raise ValueError(f"two phrases have the file {path.name}: {text!r} in voice {voice!r}")
@@ -85,7 +87,7 @@ class MediaPlan:
         sound = partial(save_flac, sample_rate=general_midi.SAMPLE_RATE, bits=SOUND_BITS)
         for name, files, make, save in (
             ("pictures", self.pictures, _rendered, _save_png),
-            ("phrases", self.phrases, spoken.synthesize_all, speech),
+            ("phrases", self.phrases, synthesized, speech),
             ("speech of people", self.speech, _spoken, speech),
             ("sounds", self.sounds, _sounds, sound),
             ("notes", self.notes, _played, sound),
@@ -121,6 +123,20 @@ def render(item: Item, variant: int) -> Image.Image:
     place = ((PICTURE_SIDE - np.array(size)) * corner).astype(int)
     picture.paste(drawing, tuple(place.tolist()), drawing)
     return picture
+
+
+def synthesized(phrases: Sequence[tuple[str, str]]) -> Iterator[NDArray[np.float32]]:
+    """Speaks phrases; those in training voices under varied conditions, the same each time.
+
+    Args:
+        phrases: text and eSpeak NG voice of each.
+
+    Yields:
+        `[samples]` at 16 kHz.
+    """
+    waves = spoken.synthesize_all(phrases)
+    for (text, voice), wave in zip(phrases, waves, strict=True):
+        yield vary(wave, f"{text}/{voice}") if voice in _VARIED_VOICES else wave
 
 
 def _rendered(items: Iterable[tuple[Item, int]]) -> Iterator[Image.Image]:

@@ -27,7 +27,7 @@ class Sizes:
     drawings: int | None = None
     variants: int = 3
     asked_pictures: int = 1500
-    words: int = 900
+    words: int = 1500
     questions: int = 600
     transcripts: int = 1000
     phrases: int = 4000
