@@ -26,15 +26,37 @@ EVALUATION, FEATURES = "evaluation.json", "features.json"
 
 
 def open_run(
-    recipe: Path, seed: int, features: Path, reporter: ProgressReporter
+    recipe: Path,
+    seed: int,
+    features: Path,
+    reporter: ProgressReporter,
+    shared: Path | None = None,
 ) -> tuple[Recipe, Run]:
-    """The run of an arm, in a folder beside its recipe with the same name."""
+    """Reads the recipe of an arm and opens its run.
+
+    Args:
+        recipe: recipe of the arm.
+        seed: seed of the run.
+        features: folder of features.
+        reporter: shows progress.
+        shared: folder of the run, in which arms share the stages they have in common; None for a
+            folder of its own, beside the recipe and with its name.
+    """
     found = load_recipe(recipe, seed=seed)
     for name in found.encoder_names:
         permit_encoder(name, recipe.parent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    output = recipe.with_suffix("")
-    return found, Run(found, RecipeData(found), output, features, reporter, device)
+    output = shared or recipe.with_suffix("")
+    run = Run(
+        found,
+        RecipeData(found),
+        output,
+        features,
+        reporter,
+        device,
+        is_shared=shared is not None,
+    )
+    return found, run
 
 
 def train_shared(recipe: Path, seed: int, features: Path, reporter: ProgressReporter) -> Run:

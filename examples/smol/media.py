@@ -1,6 +1,6 @@
 """Generation of the media files of examples/smol.
 
-Pictures are PNG files of 128 pixels with a plain background; speech and sounds are FLAC files.
+Pictures are PNG files of 192 pixels with a plain background; speech and sounds are FLAC files.
 """
 
 import zlib
@@ -25,7 +25,7 @@ from unimoe_model.training.progress import ProgressReporter
 with needed_by("drawing pictures"):
     from PIL import Image, ImageEnhance
 
-PICTURE_SIDE = 128
+PICTURE_SIDE = 192
 _WHITE = (255, 255, 255)
 _SMALLEST = 0.6  # relative to the side, in varied pictures
 _VARIED_VOICES = frozenset(spoken.WORD_VOICES["train"])

@@ -4,7 +4,8 @@ Example:
     python -m examples.smol.run --output runs/smol
 
 The model is determined by the seed. `--arm dense` trains the dense model with the same active
-FLOPs. A run that was stopped is resumed.
+FLOPs. Arms with the same seed share the stages that they have in common. A run that was stopped is
+resumed.
 """
 
 import argparse
@@ -94,12 +95,13 @@ def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str
         print(expected, flush=True)
     recipe = write_recipe(output, arm, seed, quick, share)
     print("2/4  Features of the frozen encoders, training", flush=True)
-    own = recipe.with_suffix("")
-    with FolderLock(own):
-        found, run = open_run(recipe, seed, output / "features", reporter)
+    own, shared = recipe.with_suffix(""), output / f"seed-{seed}"
+    with FolderLock(shared):
+        found, run = open_run(recipe, seed, output / "features", reporter, shared)
         names = [stage.name for stage in found.stages]
         run.train(names)
-        run.publish(names[-1])
+        own.mkdir(exist_ok=True)
+        run.publish(names[-1], own)
         print("3/4  Held-out questions", flush=True)
         results = {"arm": arm, "seed": seed, "machine": str(machine), "commit": source_commit()}
         results |= measure(found, run, output, examples, reporter)

@@ -289,3 +289,9 @@ def test_a_quick_run_goes_the_whole_way_and_goes_on(tmp_path, monkeypatch, capsy
     assert len(stages) == 7
     assert runs.run_smol(tmp_path, "moe", 0, quick=True) == results
     assert stages == {path: path.stat().st_mtime_ns for path in stages}
+    # Another arm trains only the stage that it does not have in common.
+    dynamic = runs.run_smol(tmp_path, "dynamic", 0, quick=True)
+    assert dynamic["routing"].keys() == results["routing"].keys()
+    assert stages == {path: path.stat().st_mtime_ns for path in stages}
+    assert len(list(tmp_path.rglob("stages/*/metrics.json"))) == 8
+    assert AutoTokenizer.from_pretrained(tmp_path / "dynamic-0" / "model")

@@ -7,7 +7,12 @@ from demo_assets import needs
 from torch import Tensor
 
 from examples.stand_ins.assets import asset_file
-from examples.stand_ins.efficientnet_lite import EfficientNetLite0, fold_batch_norms, middle_square
+from examples.stand_ins.efficientnet_lite import (
+    EfficientNetLite0,
+    EfficientNetLite0At192,
+    fold_batch_norms,
+    middle_square,
+)
 from unimoe_kernels.testing import relative_error
 
 # kernel, stride, expansion, output channels of each block of EfficientNet-B0
@@ -154,6 +159,24 @@ def test_the_middle_of_a_picture_is_seen():
     features = encoder.encode_pictures([wide, square])
     assert features.shape == (2, 9, 1280)
     assert torch.equal(features[0], features[1])
+
+
+def test_a_token_at_192_pixels_is_the_mean_of_four():
+    pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+    encoder, small = EfficientNetLite0At192(), EfficientNetLite0()
+    weights = fold_batch_norms(published_weights())
+    encoder.load_state_dict(weights)
+    small.load_state_dict(weights)
+    images = random_images(2, 192, 192)
+    features = encoder.encode_pictures(list(images))
+    assert features.shape == (2, encoder.picture_tokens, encoder.feature_size) == (2, 9, 1280)
+    fine = reference_feature_map(published_weights(), images)
+    for row in range(3):
+        for column in range(3):
+            area = fine[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            assert relative_error(features[:, 3 * row + column], area.mean((2, 3))) < 1e-4
+    assert encoder.stand_in_for == small.stand_in_for
+    assert encoder.fingerprint() != small.fingerprint()  # cached features differ
 
 
 def test_the_middle_square_is_cut_out_and_resized():

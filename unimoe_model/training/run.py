@@ -156,9 +156,18 @@ class Run:
                     scores.append((stage, evaluation, score.value))
         return scores
 
-    def publish(self, stage: str) -> Path:
-        """Publishes a stage's model as `model` in the output, with hard links where possible."""
-        target, fresh = self._output / "model", self._output / "model.new"
+    def publish(self, stage: str, folder: Path | None = None) -> Path:
+        """Publishes a stage's model as `model` in a folder, with hard links where possible.
+
+        Args:
+            stage: name of a completed stage.
+            folder: existing folder; None for the output of the run.
+
+        Returns:
+            Folder of the published model.
+        """
+        folder = folder or self._output
+        target, fresh = folder / "model", folder / "model.new"
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.copytree(self.folder(stage) / "model", fresh, copy_function=_link_or_copy)
         replace_folder(target, fresh)
