@@ -7,8 +7,8 @@ the same samples every time. A process with threads must not fork, hence the sep
 
     python espeak.py LIBRARY DATA < phrases.json > waves.npz
 
-reads a JSON list of `[text, voice]` and writes `wave` (int16, all phrases end to end),
-`samples` (int64, how many belong to each) and `sample_rate`.
+reads a JSON list of `[text, voice]` or `[text, voice, words per minute]` and writes `wave` (int16,
+all phrases end to end), `samples` (int64, how many belong to each) and `sample_rate`.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ import numpy as np
 _SYNCHRONOUS = 2  # AUDIO_OUTPUT_SYNCHRONOUS: samples go to the callback, none to a sound card
 _UTF8 = 1  # espeakCHARS_UTF8
 _POSITION_CHARACTER = 1
+_RATE = 1  # espeakRATE
 _SEED = 1
 
 _Callback = ctypes.CFUNCTYPE(
@@ -58,8 +59,14 @@ class Espeak:
             self.chunks.append(ctypes.string_at(samples, 2 * count))
         return 0
 
-    def speak(self, text: str, voice: str) -> bytes:
-        """Speaks `text`; returns int16 samples, which depend on earlier phrases."""
+    def speak(self, text: str, voice: str, rate: int | None = None) -> bytes:
+        """Speaks `text`; returns int16 samples, which depend on earlier phrases.
+
+        Args:
+            text: English.
+            voice: `accent+variant`.
+            rate: words per minute; None for the rate of the voice.
+        """
         if not text.strip():
             raise ValueError(f"text ({text!r}) must hold something to say")
         self.chunks.clear()
@@ -68,6 +75,8 @@ class Espeak:
         unknown = plus and not (self.variants / variant).is_file()
         if unknown or self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"voice ({voice!r}) must be one that eSpeak NG has")
+        if rate is not None and self.library.espeak_SetParameter(_RATE, rate, 0) != 0:
+            raise ValueError(f"eSpeak NG cannot speak at {rate} words per minute")
         raw = text.encode()
         status = self.library.espeak_Synth(
             raw, len(raw) + 1, 0, _POSITION_CHARACTER, 0, _UTF8, None, None
@@ -76,8 +85,8 @@ class Espeak:
             raise ValueError(f"eSpeak NG cannot say {text!r} in voice {voice!r}")
         return b"".join(self.chunks)
 
-    def speak_afresh(self, text: str, voice: str) -> bytes:
-        """Speaks `text` in a fork of this process, so that its state does not change."""
+    def speak_afresh(self, text: str, voice: str, rate: int | None = None) -> bytes:
+        """As `speak`, in a fork of this process, so that its own state does not change."""
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -85,7 +94,7 @@ class Espeak:
             try:
                 os.close(reader)
                 with os.fdopen(writer, "wb") as pipe:
-                    pipe.write(self.speak(text, voice))
+                    pipe.write(self.speak(text, voice, rate))
                 status = 0
             except ValueError as error:
                 print(error, file=sys.stderr)
@@ -103,7 +112,7 @@ def main() -> int:
     """Reads phrases from standard input and writes samples to standard output."""
     try:
         espeak = Espeak(sys.argv[1], sys.argv[2])
-        waves = [espeak.speak_afresh(text, voice) for text, voice in json.load(sys.stdin)]
+        waves = [espeak.speak_afresh(*phrase) for phrase in json.load(sys.stdin)]
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

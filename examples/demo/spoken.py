@@ -91,11 +91,13 @@ def synthesize(text: str, voice: str) -> NDArray[np.float32]:
     return synthesize_all([(text, voice)])[0]
 
 
-def synthesize_all(phrases: Sequence[tuple[str, str]]) -> list[NDArray[np.float32]]:
+def synthesize_all(
+    phrases: Sequence[tuple[str, str] | tuple[str, str, int]],
+) -> list[NDArray[np.float32]]:
     """Speaks many phrases, on all cores; see `synthesize`.
 
     Args:
-        phrases: text and voice of each.
+        phrases: text and voice of each, and words per minute where it is not that of the voice.
     """
     workers = os.cpu_count() or 1
     size = max(1, -(-len(phrases) // workers))
@@ -104,7 +106,7 @@ def synthesize_all(phrases: Sequence[tuple[str, str]]) -> list[NDArray[np.float3
         return [wave for waves in pool.map(_speak, parts) for wave in waves]
 
 
-def _speak(phrases: Sequence[tuple[str, str]]) -> list[NDArray[np.float32]]:
+def _speak(phrases: Sequence[tuple]) -> list[NDArray[np.float32]]:
     library = asset_file(ESPEAK_PACKAGE, "libespeak-ng.so")
     data = asset_folder(ESPEAK_PACKAGE) / "espeak-ng-data"
     program = Path(__file__).with_name("espeak.py")

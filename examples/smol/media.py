@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from examples.demo import general_midi, spoken
 from examples.demo.media import SOUND_BITS, SPEECH_BITS, save_flac, write_set
 from examples.smol.item import Item
-from examples.smol.recording_conditions import vary
+from examples.smol.recording_conditions import conditions, record
 from examples.smol.recordings import fit_clip
 from unimoe_model.data.audio_io import resample
 from unimoe_model.extras import needed_by
@@ -58,7 +58,7 @@ class MediaPlan:
         return path
 
     def phrase(self, text: str, voice: str) -> Path:
-        """Returns the file of a phrase spoken by eSpeak NG; training voices are varied (`vary`)."""
+        """Returns the file of a phrase spoken by eSpeak NG; training voices are varied."""
         path = self.folder / "espeak" / f"{zlib.crc32(f'{text}/{voice}'.encode()):08x}.flac"
         if self.phrases.setdefault(path, (text, voice)) != (text, voice):
             raise ValueError(f"two phrases have the file {path.name}: {text!r} in voice {voice!r}")
@@ -134,9 +134,12 @@ def synthesized(phrases: Sequence[tuple[str, str]]) -> Iterator[NDArray[np.float
     Yields:
         `[samples]` at 16 kHz.
     """
-    waves = spoken.synthesize_all(phrases)
-    for (text, voice), wave in zip(phrases, waves, strict=True):
-        yield vary(wave, f"{text}/{voice}") if voice in _VARIED_VOICES else wave
+    drawn = [conditions(*own) if own[1] in _VARIED_VOICES else None for own in phrases]
+    waves = spoken.synthesize_all(
+        [(*phrase, own.rate) if own else phrase for phrase, own in zip(phrases, drawn, strict=True)]
+    )
+    for wave, own in zip(waves, drawn, strict=True):
+        yield record(wave, own) if own else wave
 
 
 def _rendered(items: Iterable[tuple[Item, int]]) -> Iterator[Image.Image]:
