@@ -56,6 +56,8 @@ from unimoe_model.training.recipe_data import RecipeData
 from unimoe_model.training.run import Run
 from unimoe_model.training.starting_model import build_start, describe_start, load_whole
 
+ENCODERS = "examples/smol/encoders.yaml"
+
 
 def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str, Any]:
     """Prepares, trains, evaluates and reports; steps that an earlier run has finished are skipped.
@@ -114,6 +116,7 @@ def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str
         print(f"{report.routing}\n")
     print(f"{report.reply}\n")
     print(f"Everything is in {own}; open {write_report(report, own)} in a browser.")
+    print(f"Talk to it: unimoe chat --model {own / 'model'} --encoders {ENCODERS}")
     return results
 
 

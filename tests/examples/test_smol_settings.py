@@ -9,7 +9,7 @@ pytest.importorskip("soundfile", reason="soundfile is not installed: pip install
 import yaml
 
 from examples.smol.results import LEARNED_FROM
-from examples.smol.settings import ARMS, EXPERTS, arm_recipe, write_recipe
+from examples.smol.settings import ARMS, EXPERTS, HERE, arm_recipe, write_recipe
 from unimoe_model.training.recipe import load_recipe
 
 
@@ -99,3 +99,8 @@ def test_every_held_out_task_is_learned_from_one():
     recipe = arm_recipe("moe")
     for task in recipe["evaluate"]:
         assert LEARNED_FROM.get(task, task) in recipe["data"]
+
+
+def test_the_chat_uses_the_encoders_of_the_recipe():
+    encoders = yaml.safe_load((HERE / "encoders.yaml").read_text())
+    assert encoders == arm_recipe("moe")["encoders"]

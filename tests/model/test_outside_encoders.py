@@ -1,6 +1,7 @@
 """Encoders named `module:Class`, whose code runs only with permission."""
 
 import sys
+import warnings
 
 import pytest
 
@@ -73,7 +74,18 @@ def test_a_class_that_is_none_is_refused(folder, name, message):
 def test_a_file_chooses_the_encoders_of_a_process(folder):
     (folder / "encoders.yaml").write_text("vision: own_eyes:Eyes\n")
     outside.choose_encoders(folder / "encoders.yaml")
-    assert build_encoder("clip-vit-large-patch14-336", "vision").name == "eyes"
+    replaced = r"own_eyes:Eyes\) replaces clip-vit-large-patch14-336, which the model names"
+    with pytest.warns(UserWarning, match=replaced):
+        assert build_encoder("clip-vit-large-patch14-336", "vision").name == "eyes"
+
+
+@pytest.mark.parametrize("named", ["own_eyes:Eyes", "folder/of/clip"])
+def test_a_class_in_the_place_of_itself_or_of_a_folder_is_no_reason_for_a_warning(folder, named):
+    (folder / "encoders.yaml").write_text("vision: own_eyes:Eyes\n")
+    outside.choose_encoders(folder / "encoders.yaml")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build_encoder(named, "vision").name == "eyes"
 
 
 @pytest.mark.parametrize(

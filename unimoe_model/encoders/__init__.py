@@ -1,5 +1,6 @@
 """Frozen, pretrained encoders of images, video, speech and audio."""
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -32,9 +33,18 @@ def build_encoder(name: str, sense: str) -> FrozenEncoder:
     Raises:
         ValueError: If the name is unknown, or the class is not permitted.
         OSError: If the weights are neither on disk nor can be downloaded.
+
+    Warns:
+        UserWarning: If `choose_encoders` selected a class other than the named one.
     """
-    name = chosen_encoder(name, sense)
-    if name in ENCODERS or is_outside(name):
+    named, name = name, chosen_encoder(name, sense)
+    if name != named and _is_class(name) and _is_class(named):
+        warnings.warn(
+            f"{sense} encoder ({name}) replaces {named}, which the model names; a model understands"
+            " only the features that it was trained on",
+            stacklevel=2,
+        )
+    if _is_class(name):
         return _class(name, sense).pretrained()
     _require_place(name, sense)
     module, cls, reader = _READERS[sense]
@@ -51,12 +61,17 @@ def empty_encoder(name: str, sense: str) -> FrozenEncoder:
     Raises:
         ValueError: If the name is unknown, or the class is not permitted.
     """
-    if name in ENCODERS or is_outside(name):
+    if _is_class(name):
         return _class(name, sense).empty()
     _require_place(name, sense)
     module, cls, _ = _READERS[sense]
     found = getattr(import_module(f"{__name__}.{module}"), cls)
     return found.empty_from_folder(name) if sense != "audio" else build_encoder(name, sense)
+
+
+def _is_class(name: str) -> bool:
+    """Whether a name is that of a class, not of a file or folder."""
+    return name in ENCODERS or is_outside(name)
 
 
 def _class(name: str, sense: str) -> type[FrozenEncoder]:
