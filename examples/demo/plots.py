@@ -14,8 +14,20 @@ with needed_by("drawing plots", "eval"):
 
 mpl.use("Agg")
 
-ARM_NAMES = {"moe": "MoE", "dense": "dense", "blind": "blind", "base": "both"}
-_COLORS = {"moe": "#3b6fb6", "dense": "#c8743a", "blind": "#8f8f8f", "base": "#555555"}
+ARM_NAMES = {
+    "moe": "MoE",
+    "dynamic": "dynamic MoE",
+    "dense": "dense",
+    "blind": "blind",
+    "base": "both",
+}
+_COLORS = {
+    "moe": "#3b6fb6",
+    "dynamic": "#5b9f5b",
+    "dense": "#c8743a",
+    "blind": "#8f8f8f",
+    "base": "#555555",
+}
 
 
 def save_loss_plot(path: Path, losses: Mapping[str, Mapping[str, Sequence[float]]]) -> None:

@@ -19,7 +19,7 @@ from examples.smol.credits import CREDITS
 from examples.smol.ranking import likeliest_names
 from examples.smol.report import Report, credits_of, shown_examples, write_report
 from examples.smol.results import accuracies, table, top_shares
-from examples.smol.settings import arm_recipe
+from examples.smol.settings import ARMS, arm_recipe
 from examples.smol.speed import MOST_SECONDS, forecast, training_speed
 from examples.smol.text_kept import BLOCK, MOST_BLOCKS, text_kept, text_lines, token_blocks
 from unimoe_model.configuration import UniMoEConfig
@@ -209,7 +209,8 @@ def test_a_model_that_changed_is_seen_in_perplexity_and_chat(tmp_path, tokenizer
     assert "yes?" in lines
 
 
-def test_the_page_has_table_credits_and_pictures(tmp_path):
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_page_has_table_credits_and_pictures(tmp_path, arm):
     picture = tmp_path / "media" / "cat & dog.png"
     picture.parent.mkdir()
     Image.new("RGB", (8, 8)).save(picture)
@@ -219,7 +220,7 @@ def test_the_page_has_table_credits_and_pictures(tmp_path):
     shown = shown_examples(examples, answers, ["drawing", "kind"])
     assert [answer for _, answer in shown] == ["cat", "animal", "<b>"]
     report = Report(
-        arm="moe",
+        arm=arm,
         seed=3,
         machine="a CPU",
         table="drawing  50 %",
@@ -232,7 +233,7 @@ def test_the_page_has_table_credits_and_pictures(tmp_path):
         shown=shown,
         packages=["dict-devil"],
     )
-    folder = tmp_path / "moe-3"
+    folder = tmp_path / f"{arm}-3"
     folder.mkdir()
     page = write_report(report, folder).read_text()
     assert (folder / "loss.png").stat().st_size > 1000
