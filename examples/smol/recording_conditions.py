@@ -16,7 +16,7 @@ from unimoe_model.data.audio_io import resample
 SLOWEST, USUAL, FASTEST = 80, 175, 200
 """Words per minute; eSpeak NG's own rate is the one in the middle."""
 LONGEST = 2.2
-"""Duration in seconds that a phrase is not slowed down beyond, by its number of words."""
+"""Seconds: rates below the usual one are drawn only if the phrase's words take no longer."""
 SPEEDS = (0.9, 1.0, 1.1)
 """Speed factors, which change tempo and pitch together, of Ko et al. 2015, "Audio augmentation for
 speech recognition"."""

@@ -54,7 +54,7 @@ class Forecast:
     def __str__(self) -> str:
         minutes = ", ".join(f"{name} {value / 60:.1f}" for name, value in self.seconds.items())
         text = (
-            f"Training will take about {sum(self.seconds.values()) / 60:.0f} minutes at"
+            f"Training from the start takes about {sum(self.seconds.values()) / 60:.0f} minutes at"
             f" {self.tokens_per_second:.0f} tokens/s: {minutes}"
         )
         if self.share < 1:
