@@ -44,6 +44,12 @@ CREDITS = {
     "gemojione": Credit(
         "EmojiOne 3 drawings", "Debian ruby-gemojione", "Ranks.com Inc.", "CC BY-SA 4.0"
     ),
+    "twemoji": Credit(
+        "Twemoji drawings, of the font in Firefox",
+        "Debian firefox-esr",
+        "Twitter, Inc and other contributors; Mozilla",
+        "CC BY 4.0",
+    ),
     "noto": Credit("Noto Color Emoji", "Debian fonts-noto-color-emoji", "Google", "SIL OFL 1.1"),
     "stamps": Credit(
         "Tux Paint stamps: pictures, captions, sounds and spoken descriptions",

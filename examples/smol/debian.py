@@ -8,6 +8,8 @@ from unimoe_kernels import replace_folder
 from unimoe_model.training.progress import ProgressReporter
 
 VERSIONS = Path(__file__).parents[2] / "requirements" / "smol-debian.txt"
+_PARTS = {"firefox-esr": Path("usr/lib/firefox-esr/fonts")}
+"""The folder that is kept of packages that are large without it."""
 
 
 def wanted_versions() -> dict[str, str]:
@@ -66,10 +68,24 @@ def _unpack(name: str, version: str, folder: Path) -> str:
         result = _run(["dpkg-deb", "-x", files[0].name, "content"], work)
         if result.returncode != 0:
             return _last_line(result.stderr) or "dpkg-deb failed"
-        replace_folder(folder / name, work / "content")
+        content = work / "content"
+        if name in _PARTS:
+            content = _only(content, _PARTS[name], work / "part")
+            if content is None:
+                return f"it has no folder {_PARTS[name]}"
+        replace_folder(folder / name, content)
         return ""
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _only(content: Path, part: Path, target: Path) -> Path | None:
+    """Moves a folder of unpacked content to the same place below a new folder."""
+    if not (content / part).is_dir():
+        return None
+    (target / part).parent.mkdir(parents=True)
+    (content / part).rename(target / part)
+    return target
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess:

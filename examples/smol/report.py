@@ -23,6 +23,7 @@ STAND_INS = (
 SHOWN = 12
 _PACKAGES = {
     "gemojione": "ruby-gemojione",
+    "twemoji": "firefox-esr",
     "noto": "fonts-noto-color-emoji",
     "stamps": "tuxpaint-stamps-default",
     "asterisk": "asterisk-core-sounds-en-wav",

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("fontTools", reason="fonttools is not installed: pip install .[eval]")
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 import soundfile
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 STAMPS = {
@@ -113,4 +116,34 @@ def gemojione_package(folder):
     root.mkdir(parents=True)
     for code in ("1F415", "1F416", "1F600", "1F1E9-1F1EA"):
         Image.new("RGBA", (64, 64), (0, 90, 200, 255)).save(root / f"{code}.png")
+    return folder
+
+
+def twemoji_package(folder):
+    """A font with one character, a dog that consists of a tall red and a wide blue rectangle."""
+    path = folder / "usr/lib/firefox-esr/fonts/TwemojiMozilla.ttf"
+    path.parent.mkdir(parents=True)
+    names = [".notdef", "dog", "tall", "wide"]
+    shapes = {"tall": (200, -100, 300, 700), "wide": (50, 0, 700, 200)}
+    glyphs = {}
+    for name in names:
+        pen = TTGlyphPen(None)
+        if name in shapes:
+            left, bottom, right, top = shapes[name]
+            pen.moveTo((left, bottom))
+            for corner in ((left, top), (right, top), (right, bottom)):
+                pen.lineTo(corner)
+            pen.closePath()
+        glyphs[name] = pen.glyph()
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({0x1F415: "dog"})
+    builder.setupGlyf(glyphs)
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (800, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Layers", "styleName": "Regular"})
+    builder.setupPost()
+    builder.setupCOLR({"dog": [("tall", 0), ("wide", 1)]}, version=0)
+    builder.setupCPAL([[(1, 0, 0, 1), (0, 0, 1, 1)]])
+    builder.save(path)
     return folder

@@ -1,5 +1,7 @@
 """Packages of Debian, from an apt-get and a dpkg-deb that are fakes."""
 
+from pathlib import Path
+
 import pytest
 
 from examples.smol import debian
@@ -63,6 +65,20 @@ def test_packages_are_unpacked_once_and_missing_ones_left_out(tools, tmp_path):
     (tools / "asked").unlink()
     assert debian.unpack_packages(folder, Reporter()) == found
     assert (tools / "asked").read_text().split() == ["gone=3.0", "gone"]
+
+
+def test_only_the_listed_folder_of_a_large_package_is_kept(tools, tmp_path, monkeypatch):
+    (tools / "dpkg-deb").write_text(
+        DPKG + 'mkdir -p "$3/usr/a/b" && echo "$2" > "$3/usr/a/b/font"\n'
+    )
+    parts = {"good": Path("usr/a/b"), "old": Path("usr/c")}
+    monkeypatch.setattr(debian, "_PARTS", parts)
+    reporter, folder = Reporter(), tmp_path / "debian"
+    assert debian.unpack_packages(folder, reporter) == {"good": folder / "good"}
+    files = [path for path in (folder / "good").rglob("*") if path.is_file()]
+    assert files == [folder / "good/usr/a/b/font"]
+    assert reporter.said[0] == "left out: package old of Debian (it has no folder usr/c)"
+    assert [path.name for path in folder.iterdir()] == ["good"]
 
 
 def test_without_apt_all_packages_are_left_out(tools, tmp_path, monkeypatch):

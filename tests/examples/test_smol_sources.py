@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
 from demo_assets import needs
+from PIL import ImageFont
 from smol_packages import (
     asterisk_package,
     devil_package,
@@ -12,6 +13,7 @@ from smol_packages import (
     pocketsphinx_package,
     sonic_pi_package,
     stamps_package,
+    twemoji_package,
 )
 
 from examples.demo.general_midi import CLIP_SAMPLES
@@ -94,8 +96,8 @@ def test_literature_has_the_longer_entries(tmp_path):
 def test_drawings_of_a_package_have_everyday_names(tmp_path):
     items = drawings.drawings("gemojione", gemojione_package(tmp_path))
     assert {item.name: item.label for item in items} == {"dog": "dog", "pig": "pig"}
-    with pytest.raises(ValueError, match=r"style \('twemoji'\) must be one of openmoji"):
-        drawings.drawings("twemoji")
+    with pytest.raises(ValueError, match=r"style \('apple'\) must be one of openmoji"):
+        drawings.drawings("apple")
 
 
 def test_both_drawings_of_an_animal_have_its_name():
@@ -114,6 +116,19 @@ def test_openmoji_is_drawn():
     dog = next(item for item in items if item.name == "dog")
     assert len(items) > 400
     assert dog.make().getchannel("A").getextrema() == (0, 255)
+
+
+def test_a_layered_font_is_drawn(tmp_path):
+    """Of two layers, a tall red and a wide blue one, Pillow draws nothing without outlines."""
+    path = twemoji_package(tmp_path) / "usr/lib/firefox-esr/fonts/TwemojiMozilla.ttf"
+    character = "\N{DOG}"
+    _, top, _, bottom = ImageFont.truetype(path, 128).getbbox(character)
+    assert top == bottom
+    (item,) = drawings.drawings("twemoji", tmp_path)
+    assert (item.source, item.name, item.label) == ("twemoji", "dog", "dog")
+    colors = {color for _, color in item.make().getcolors() if color[3] == 255}
+    assert colors >= {(255, 0, 0, 255), (0, 0, 255, 255)}
+    assert item.make().size == pytest.approx((0.65 * 128, 0.8 * 128), abs=1)
 
 
 @needs("skimage")

