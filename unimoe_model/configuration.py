@@ -5,6 +5,7 @@ from typing import ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from unimoe_model.llm_families import expert_activation, has_own_experts, llm_config
+from unimoe_model.value_types import require_at_least
 
 MEDIA_KINDS = ("image", "video", "speech", "audio")
 """Media kinds, each with a placeholder token `<kind>`, in the order in which prompts have them."""
@@ -32,6 +33,8 @@ class UniMoEConfig(PreTrainedConfig):
         vision_encoder: name of the frozen encoder of images and video frames.
         vision_feature_size: width of the vision encoder's features.
         vision_num_tokens: soft tokens per image, and per video, which is averaged over its frames.
+        vision_intermediate_size: width of the hidden layer of the image connector; None for the
+            width of the LLM, as released.
         video_num_frames: frames sampled from a video.
         speech_encoder: name of the frozen speech encoder.
         speech_feature_size: width of the speech encoder's features.
@@ -70,6 +73,7 @@ class UniMoEConfig(PreTrainedConfig):
     vision_encoder: str = "clip-vit-large-patch14-336"
     vision_feature_size: int = 1024
     vision_num_tokens: int = 576
+    vision_intermediate_size: int | None = None
     video_num_frames: int = 8
     speech_encoder: str = "whisper-small"
     speech_feature_size: int = 768
@@ -110,6 +114,7 @@ class UniMoEConfig(PreTrainedConfig):
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be at least 1 and at most"
                 f" num_experts ({self.num_experts}) with null ones ({choices})"
             )
+        require_at_least(1, vision_intermediate_size=self.vision_intermediate_size)
         check_moe_layers(self.moe_layers, self.text_config.num_hidden_layers)
         self._check_modality_experts()
         if self.expert_origins is not None and len(self.expert_origins) != self.num_experts:

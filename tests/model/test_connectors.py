@@ -30,6 +30,12 @@ def test_image_connector_is_two_linear_maps_with_a_gelu_between():
     assert relative_error(connector(x), hidden @ second.weight.T + second.bias) < 1e-12
 
 
+def test_the_hidden_layer_of_the_image_connector_may_have_another_width():
+    connector = ImageConnector(12, 32, 20)
+    assert [tuple(layer.weight.shape) for layer in connector.projector[::2]] == [(20, 12), (32, 20)]
+    assert connector(torch.randn(2, 3, 12)).shape == (2, 3, 32)
+
+
 def test_video_is_the_mean_of_its_projected_frames():
     connector = ImageConnector(12, 32)
     frames = torch.randn(2, 5, 3, 12)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from unimoe_model.training import loop
 from unimoe_model.training.recipe import load_recipe
 from unimoe_model.training.run import keep_recipe
+from unimoe_model.training.stage_ids import stage_ids
+from unimoe_model.training.starting_model import describe_start
 
 STAGES = ("align", "eyes", "ears", "tune")
 
@@ -229,6 +231,14 @@ def edits():
             stage(3, train={"experts": {"lora": 2, "layers": [0]}}),
             r"layers is for ffn and attention, not experts",
         ),
+        edit(
+            lambda raw: raw["connectors"].update(image={"queries": 4}),
+            r"connectors.image has an unknown key 'queries'; there are intermediate_size",
+        ),
+        edit(
+            lambda raw: raw["connectors"].update(image={"intermediate_size": 0}),
+            r"connectors.image: intermediate_size \(0\) must be at least 1",
+        ),
         edit(stage(0, data=["picture"]), r"stages.align.data \('picture'\) must be among data"),
         edit(stage(0, steps=0), r"stages.align: steps \(0\) must be at least 1"),
         edit(stage(0, epochs=1), r"stages.align must have either steps or epochs"),
@@ -302,6 +312,16 @@ def test_the_folder_of_a_run_keeps_its_recipe_and_what_the_command_line_changed(
     assert (tmp_path / "recipe.yaml").read_text() == case.read_text()
     keep_recipe(load_recipe(case, seed=9), tmp_path, {"seed": 9})
     assert (tmp_path / "recipe.yaml").read_text() == f"# --seed 9\n{case.read_text()}"
+
+
+def test_the_recipe_may_determine_the_width_of_the_image_connector(case, changed):
+    path = changed(lambda raw: raw["connectors"].update(image={"intermediate_size": 20}))
+    usual, wide = load_recipe(case), load_recipe(path)
+    starts = [describe_start(recipe, []) for recipe in (usual, wide)]
+    assert [start.config.vision_intermediate_size for start in starts] == [None, 20]
+    digests = dict.fromkeys(usual.data, "")
+    ids = [stage_ids(recipe, "fp32", digests)["align"] for recipe in (usual, wide)]
+    assert ids[0] != ids[1]
 
 
 def test_recipes_read_back_what_they_say(case):

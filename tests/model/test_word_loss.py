@@ -13,7 +13,7 @@ from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.recipe import LanguageModel, Parallel, Recipe, Stage, TrainedPart
 from unimoe_model.training.recipe.schema import DataFile
 from unimoe_model.training.stage_ids import stage_ids
-from unimoe_model.training.word_loss import LENGTH_WEIGHT, SHARPNESS, word_loss
+from unimoe_model.training.word_loss import BAG_SHARPNESS, LENGTH_WEIGHT, SHARPNESS, word_loss
 
 
 @pytest.fixture
@@ -58,19 +58,19 @@ def reference(model, batch):
     )
     end = model.config.text_config.eos_token_id
 
-    def log_shares(soft):
+    def log_shares(soft, sharpness):
         logits = []
         for embedding in table:
             cosines = [torch.cosine_similarity(t - mean, embedding - mean, dim=0) for t in soft]
-            logits.append(SHARPNESS * torch.stack(cosines).mean())
+            logits.append(sharpness * torch.stack(cosines).mean())
         return torch.stack(logits).log_softmax(0)
 
     total = torch.zeros((), dtype=torch.float64)
     for soft, answer in zip(images, ([60, 61], [62]), strict=True):
-        share = log_shares(soft)
+        share = log_shares(soft, BAG_SHARPNESS)
         total = total - sum(share[token] for token in answer)
     for token, wanted in zip(sounds[0], (62, end), strict=True):
-        total = total - log_shares([token])[wanted]
+        total = total - log_shares([token], SHARPNESS)[wanted]
     lengths = (table - mean).norm(dim=1).mean()
     away = (torch.cat([*images, sounds[0]]) - mean).norm(dim=1) / lengths - 1
     return total / 5 + LENGTH_WEIGHT * away.square().mean()

@@ -17,7 +17,7 @@ def build_connector(config: UniMoEConfig, kind: str) -> nn.Module:
     """
     width = config.text_config.hidden_size
     if kind == "image":
-        return ImageConnector(config.vision_feature_size, width)
+        return ImageConnector(config.vision_feature_size, width, config.vision_intermediate_size)
     return {"speech": SpeechConnector, "audio": AudioConnector}[kind](
         getattr(config, f"{kind}_feature_size"),
         width,

@@ -11,14 +11,16 @@ class ImageConnector(nn.Module):
     Args:
         feature_size: width of the vision encoder's features.
         hidden_size: width of the LLM.
+        intermediate_size: width of the hidden layer; None for `hidden_size`, as released.
 
     Reference: arXiv:2405.11273, equations 2 and 3; the mean is taken after the MLP, as released.
     """
 
-    def __init__(self, feature_size: int, hidden_size: int):
+    def __init__(self, feature_size: int, hidden_size: int, intermediate_size: int | None = None):
         super().__init__()
+        width = hidden_size if intermediate_size is None else intermediate_size
         self.projector = nn.Sequential(
-            nn.Linear(feature_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+            nn.Linear(feature_size, width), nn.GELU(), nn.Linear(width, hidden_size)
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from unimoe_model.training.checkpoint import fingerprint
 from unimoe_model.training.recipe import START, Recipe
 
 # Versions of the losses: with another one, a stage is trained anew.
-_WORDS, _DISTILL = 2, 2
+_WORDS, _DISTILL = 3, 2
 
 
 def stage_ids(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> dict[str, str]:
@@ -59,6 +59,8 @@ def _start_facts(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> 
         "audio": {k: _content(v) for k, v in asdict(recipe.audio).items()},
         "video_frames": recipe.video_frames,
     }
+    if recipe.image.intermediate_size is not None:
+        facts["image"] = asdict(recipe.image)
     if recipe.model.vocab_size is not None:
         facts["tokenizer"] = dict(digests)
     return facts

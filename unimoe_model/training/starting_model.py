@@ -37,6 +37,12 @@ _LEFT_OUT = (
     "transformers_version",
 )
 _UNFIT = ("unexpected_keys", "missing_keys", "mismatched_keys")
+_DETERMINED = {
+    "image": ("intermediate_size",),
+    "speech": ("queries", "max_frames", "sizes"),
+    "audio": ("queries", "sizes"),
+}
+"""Keys of connectors that a folder of a Uni-MoE determines."""
 _DEFAULT_ENCODERS = {
     "vision": "clip-vit-large-patch14-336",
     "speech": "whisper-small",
@@ -155,8 +161,8 @@ def _own_folder(recipe: Recipe) -> Start:
     processor = UniMoEProcessor.from_pretrained(folder)
     given = {
         f"connectors.{kind}.{name}"
-        for kind in ("speech", "audio")
-        for name in ("queries", "max_frames", "sizes")
+        for kind, names in _DETERMINED.items()
+        for name in names
         if getattr(getattr(recipe, kind), name) is not None
     }
     if given:
@@ -260,6 +266,7 @@ def _encoder_fields(recipe: Recipe, defaults: dict[str, str]) -> dict[str, Any]:
 
 def _connector_fields(recipe: Recipe) -> dict[str, Any]:
     fields: dict[str, Any] = {
+        "vision_intermediate_size": recipe.image.intermediate_size,
         "speech_num_queries": recipe.speech.queries,
         "speech_max_frames": recipe.speech.max_frames,
         "audio_num_queries": recipe.audio.queries,

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from unimoe_model.tokenization import IGNORED
 
-SHARPNESS = 20.0
-"""Factor of the cosines before the softmax."""
+SHARPNESS, BAG_SHARPNESS = 20.0, 40.0
+"""Factors of the cosines before the softmax, of tokens in order and in any order: the mean of soft
+tokens has a smaller cosine with each token of a name than a soft token with its only one."""
 LENGTH_WEIGHT = 0.1
 IN_ORDER = ("speech", "audio")
 """Media kinds whose soft tokens come from learned queries, which can tell positions apart."""
@@ -36,10 +37,10 @@ def word_loss(
 
     The loss is the cross entropy of these predictions under a softmax over the vocabulary. The
     logit of a token is `SHARPNESS` times the cosine similarity between its embedding and the soft
-    token, for images and videos the mean over the row's soft tokens, all relative to the mean
-    embedding. A second term is `LENGTH_WEIGHT` times the mean squared relative difference between
-    the distance of soft tokens from the mean embedding and the average distance of embeddings from
-    it.
+    token, for images and videos `BAG_SHARPNESS` times the mean over the row's soft tokens, all
+    relative to the mean embedding. A second term is `LENGTH_WEIGHT` times the mean squared relative
+    difference between the distance of soft tokens from the mean embedding and the average distance
+    of embeddings from it.
 
     Args:
         model: a model with `input_embeddings(**inputs)`, an embedding table, for which no gradient
@@ -79,11 +80,13 @@ def word_loss(
         means = (directions * loose[..., None]).sum(1) / held.clamp(min=1)[:, None]
         rows, columns = (is_word & (held > 0)[:, None]).nonzero(as_tuple=True)
         words = labels[rows, columns]
-        loss = loss + _CrossEntropy.apply(means, units, rows, words, torch.ones_like(words))
+        weights = torch.ones_like(words)
+        loss = loss + _CrossEntropy.apply(means, units, BAG_SHARPNESS, rows, words, weights)
     if in_order.any():
         targets, weights = _targets_in_order(labels, in_order, is_word, is_end)
         rows = torch.arange(len(targets), device=targets.device)
-        loss = loss + _CrossEntropy.apply(directions[in_order], units, rows, targets, weights)
+        spelled = directions[in_order]
+        loss = loss + _CrossEntropy.apply(spelled, units, SHARPNESS, rows, targets, weights)
     loss = loss / ((labels[:, 1:] != IGNORED).sum() if count is None else count)
     difference = soft.norm(dim=-1)[is_media] / length - 1
     return loss + LENGTH_WEIGHT * difference.square().mean()
@@ -101,6 +104,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx,
         directions: torch.Tensor,
         units: torch.Tensor,
+        sharpness: float,
         rows: torch.Tensor,
         tokens: torch.Tensor,
         weights: torch.Tensor,
@@ -118,13 +122,13 @@ class _CrossEntropy(torch.autograd.Function):
         for start, (first, last) in zip(starts, pairwise(bounds), strict=False):
             own = slice(start, start + _ROWS)
             row, token, weight = rows[first:last] - start, tokens[first:last], weights[first:last]
-            logits = (directions[own] @ units.T).to(directions.dtype).mul_(SHARPNESS)
+            logits = (directions[own] @ units.T).to(directions.dtype).mul_(sharpness)
             norms = logits.logsumexp(1)
             total += (weight * (norms[row] - logits[row, token])).sum()
             sums = torch.zeros_like(norms).index_add_(0, row, weight)
             shares = logits.sub_(norms[:, None]).exp_().mul_(sums[:, None])
             shares.index_put_((row, token), -weight, accumulate=True)
-            gradient[own] = SHARPNESS * (shares @ units)
+            gradient[own] = sharpness * (shares @ units)
         ctx.save_for_backward(gradient)
         return total
 
@@ -132,7 +136,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient_of_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradient_of_total, None, None, None, None
+        return gradient * gradient_of_total, None, None, None, None, None
 
 
 def _targets_in_order(

@@ -14,6 +14,7 @@ from unimoe_model.training.recipe.schema import (
     DataFile,
     EncoderNames,
     Evaluation,
+    ImageConnectorRecipe,
     LanguageModel,
     Parallel,
     Recipe,
@@ -45,6 +46,7 @@ _STAGE_KEYS = (
     "seed",
     "pack",
 )
+_CONNECTORS = ("image", "speech", "audio")
 _LORA_KEYS = ("lora", "alpha", "dropout", "layers")
 
 
@@ -69,7 +71,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
 
 def _recipe(raw: dict[str, Any], path: Path) -> Recipe:
     own = ("connectors", "evaluate")
-    known = {f.name for f in fields(Recipe)} - {"path", "speech", "audio", "evaluations"}
+    known = {f.name for f in fields(Recipe)} - {"path", "evaluations", *_CONNECTORS}
     refuse_unknown(raw, (*sorted(known), *own), "")
     values = {key: value for key, value in raw.items() if key not in own}
     for key in ("model", "data", "stages"):
@@ -78,8 +80,11 @@ def _recipe(raw: dict[str, Any], path: Path) -> Recipe:
     values["model"] = _language_model(raw["model"], path.parent)
     values["encoders"] = _encoders(raw.get("encoders"), path.parent)
     connectors = require_mapping(raw.get("connectors") or {}, "connectors")
-    refuse_unknown(connectors, ("speech", "audio"), "connectors")
+    refuse_unknown(connectors, _CONNECTORS, "connectors")
     for kind, value in connectors.items():
+        if kind == "image":
+            values[kind] = build(ImageConnectorRecipe, value, "connectors.image")
+            continue
         connector = build(ConnectorRecipe, value, f"connectors.{kind}")
         if kind == "audio" and connector.max_frames is not None:
             raise ValueError("connectors.audio.max_frames is not supported; it is for speech")

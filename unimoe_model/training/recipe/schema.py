@@ -73,6 +73,20 @@ class EncoderNames:
 
 
 @dataclass(frozen=True)
+class ImageConnectorRecipe:
+    """The connector of images and videos.
+
+    Attributes:
+        intermediate_size: width of the hidden layer; None for the width of the LLM.
+    """
+
+    intermediate_size: int | None = None
+
+    def __post_init__(self):
+        require_at_least(1, intermediate_size=self.intermediate_size)
+
+
+@dataclass(frozen=True)
 class ConnectorRecipe:
     """The speech or audio connector.
 
@@ -194,6 +208,7 @@ class Recipe:
     seed: int = 0
     precision: str = "auto"
     encoders: EncoderNames = field(default_factory=EncoderNames)
+    image: ImageConnectorRecipe = field(default_factory=ImageConnectorRecipe)
     speech: ConnectorRecipe = field(default_factory=ConnectorRecipe)
     audio: ConnectorRecipe = field(default_factory=ConnectorRecipe)
     video_frames: int | None = None
