@@ -59,14 +59,17 @@ from unimoe_model.training.starting_model import build_start, describe_start, lo
 ENCODERS = "examples/smol/encoders.yaml"
 
 
-def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str, Any]:
+def run_smol(
+    output: Path, arm: str, seed: int, quick: bool = False, all_steps: bool = False
+) -> dict[str, Any]:
     """Prepares, trains, evaluates and reports; steps that an earlier run has finished are skipped.
 
     Args:
         output: folder of data, features and runs.
         arm: one of `ARMS`.
         seed: seed of the initial weights and of the order of the data.
-        quick: whether to run all steps on little data.
+        quick: whether to run everything on little data.
+        all_steps: whether to train for all steps of the recipe, also on a slow machine.
 
     Returns:
         `"tasks"`: for each held-out task the number of items, and the accuracy of the model, the
@@ -92,7 +95,8 @@ def run_smol(output: Path, arm: str, seed: int, quick: bool = False) -> dict[str
     share = 1.0
     if not quick:
         speed = training_speed(output / "language_model", output / "speed.json")
-        expected = forecast(arm_recipe(arm), speed, resolve_precision("auto", device))
+        precision = resolve_precision("auto", device)
+        expected = forecast(arm_recipe(arm), speed, precision, all_steps)
         share = expected.share
         print(expected, flush=True)
     recipe = write_recipe(output, arm, seed, quick, share)
@@ -269,10 +273,11 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="the whole way, too short to learn much"
     )
-    options = parser.parse_args()
-    return exit_code_of(
-        "smol", lambda: run_smol(options.output, options.arm, options.seed, options.quick)
+    parser.add_argument(
+        "--all-steps", action="store_true", help="all steps of the recipe, also on a slow machine"
     )
+    options = parser.parse_args()
+    return exit_code_of("smol", lambda: run_smol(**vars(options)))
 
 
 if __name__ == "__main__":

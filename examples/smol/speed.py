@@ -1,5 +1,6 @@
 """Training speed of the language model on this machine, and the duration of the recipe."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,25 +61,29 @@ class Forecast:
         if self.share < 1:
             text += (
                 f"\nThis machine is too slow for the whole recipe: {100 * self.share:.0f} % of its"
-                " steps are taken, and the model will be worse for it"
+                " steps are taken, and the model will be worse for it; --all-steps takes all"
             )
         return text
 
 
-def forecast(recipe: Mapping[str, Any], tokens_per_second: float, precision: str) -> Forecast:
+def forecast(
+    recipe: Mapping[str, Any], tokens_per_second: float, precision: str, all_steps: bool = False
+) -> Forecast:
     """Estimates the duration of a recipe's stages, and the fraction of steps within the limit.
 
     Args:
         recipe: `arm_recipe` of an arm.
         tokens_per_second: see `Forecast`.
         precision: that of training, `"bf16"` or `"fp32"`.
+        all_steps: whether there is no limit.
     """
     seconds = {}
     for stage in recipe["stages"]:
         name = stage["name"]
         tokens = STEP_TOKENS[name] * WORK.get(name, OTHER_WORK)
         seconds[name] = stage["steps"] * tokens / tokens_per_second
-    share = min(1.0, MOST_SECONDS[precision] / sum(seconds.values()))
+    most = math.inf if all_steps else MOST_SECONDS[precision]
+    share = min(1.0, most / sum(seconds.values()))
     return Forecast(
         tokens_per_second, {name: share * value for name, value in seconds.items()}, share
     )

@@ -154,6 +154,9 @@ def test_a_slow_machine_takes_the_steps_that_it_has_time_for():
     assert steps == expected
     assert sum(forecast(recipe, 10, "bf16").seconds.values()) == pytest.approx(MOST_SECONDS["bf16"])
     assert forecast(arm_recipe("dense"), 10, "bf16").share < 1
+    whole = forecast(recipe, 10, "fp32", all_steps=True)
+    assert whole.share == 1
+    assert sum(whole.seconds.values()) > MOST_SECONDS["fp32"]
 
 
 def tiny_llama(folder, tokenizer):
