@@ -16,6 +16,7 @@ from unimoe_model.data.packing import packed
 from unimoe_model.data.windows import Shuffle
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.tokenization import TokenizedText
+from unimoe_model.training.answer_words import answers_within_text
 from unimoe_model.training.optimization import Optimization
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.recipe import Stage
@@ -82,8 +83,9 @@ class Batches:
         self._features = features
         self._ranks = ranks or Ranks()
         self._multiple = pad_to_multiple_of if stage.pack else 1
-        cached = lru_cache(_CACHED_SAMPLES)(processor.tokenize)
-        self._tokenize = cached if order.total <= _CACHED_SAMPLES else processor.tokenize
+        tokenize = self._tokenize_words if stage.objective == "words" else processor.tokenize
+        cached = lru_cache(_CACHED_SAMPLES)(tokenize)
+        self._tokenize = cached if order.total <= _CACHED_SAMPLES else tokenize
 
     def samples(self, step: int) -> list[Conversation]:
         """The samples of a step, over all processes."""
@@ -146,6 +148,10 @@ class Batches:
             for kind in MEDIA_KINDS
         }
         return self._processor.rows(texts, media, self._stage.max_length)
+
+    def _tokenize_words(self, turns: Sequence[tuple[str, str]]) -> TokenizedText:
+        text = self._processor.tokenize(turns)
+        return answers_within_text(text, self._processor.tokenizer)
 
     def _tokenize_labelled(self, turns: Sequence[tuple[str, str]]) -> TokenizedText:
         ids = self._tokenize(turns).ids

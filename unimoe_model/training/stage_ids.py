@@ -10,7 +10,7 @@ from unimoe_model.training.checkpoint import fingerprint
 from unimoe_model.training.recipe import START, Recipe
 
 # Versions of the losses: with another one, a stage is trained anew.
-_WORDS, _DISTILL = 3, 2
+_WORDS, _DISTILL = 4, 2
 
 
 def stage_ids(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> dict[str, str]:

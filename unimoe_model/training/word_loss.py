@@ -45,7 +45,8 @@ def word_loss(
     Args:
         model: a model with `input_embeddings(**inputs)`, an embedding table, for which no gradient
             is computed, and the configuration of a Uni-MoE.
-        batch: inputs and labels; each row holds one sample with media.
+        batch: inputs and labels; each row holds one sample with media, whose answer has the tokens
+            of a text (`answers_within_text`).
         count: divisor of the sum; by default the number of answer tokens in the batch, including
             end tokens.
 

@@ -1,0 +1,50 @@
+"""Labels of the objective `words`: the tokens that an answer has within a text."""
+
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerBase
+
+from unimoe_model.tokenization import IGNORED, TokenizedText
+
+_BEFORE = "a"
+
+
+def answers_within_text(text: TokenizedText, tokenizer: PreTrainedTokenizerBase) -> TokenizedText:
+    """Replaces the tokens of each answer by those that it has after another word and a space.
+
+    At the start of an answer, many tokenizers divide a word that is one token after a space:
+    SmolLM2's splits `"banana"` into `"ban"` and `"ana"`, but not `" banana"`. The LLM knows the
+    meaning of that token, which it read in running text.
+
+    Args:
+        text: a conversation, with labels on its answers.
+        tokenizer: the tokenizer of the text.
+
+    Returns:
+        The conversation with other answers and labels; special tokens at their ends are kept.
+    """
+    ids, labels = [], []
+    pairs = zip(text.ids, text.labels, strict=True)
+    for is_answer, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        own = [token for token, _ in run]
+        if is_answer:
+            own = _within_text(own, tokenizer)
+        ids += own
+        labels += own if is_answer else [IGNORED] * len(own)
+    return TokenizedText(ids, labels)
+
+
+def _within_text(answer: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    added = tokenizer.added_tokens_decoder
+    specials = {number for number, token in added.items() if token.special}
+    length = len(answer)
+    while length and answer[length - 1] in specials:
+        length -= 1
+    said = tokenizer.decode(answer[:length], clean_up_tokenization_spaces=False).lstrip()
+    before, whole = (
+        tokenizer(part, add_special_tokens=False)["input_ids"]
+        for part in (_BEFORE, f"{_BEFORE} {said}")
+    )
+    if not said or whole[: len(before)] != before:
+        return answer
+    return whole[len(before) :] + answer[length:]
