@@ -29,8 +29,8 @@ def chat():
 def test_answers_of_a_chat_get_the_tokens_of_a_text(chat, template):
     own = chat(template)
     plain = tokenize_chat(TURNS, own)
-    text = answers_within_text(plain, own)
     end = own.convert_tokens_to_ids("<|im_end|>")
+    text = answers_within_text(plain, own, {end})
     expected = [token for _, answer in TURNS for token in (*own(f" {answer}")["input_ids"], end)]
     assert [label for label in text.labels if label != IGNORED] == expected
     assert expected != [label for label in plain.labels if label != IGNORED]
@@ -47,17 +47,17 @@ def test_answers_of_a_chat_get_the_tokens_of_a_text(chat, template):
 def test_answers_that_have_a_space_before_them_stay(chat, tokenizer, tiny_config):
     own = chat(INST, bos_token="<s>")
     text = tokenize_chat(TURNS, own)
-    assert answers_within_text(text, own) == text
+    assert answers_within_text(text, own, {own.eos_token_id}) == text
     published = UniMoEProcessor.from_config(tiny_config(), tokenizer)
     text = published.tokenize(TURNS)
-    assert answers_within_text(text, published.tokenizer) == text
+    assert answers_within_text(text, published.tokenizer, published.stop_token_ids) == text
 
 
 def test_answers_without_words_stay(chat):
     own = chat(CHATML)
     end = own.convert_tokens_to_ids("<|im_end|>")
     for text in (TokenizedText([end, end], [IGNORED, end]), TokenizedText([], [])):
-        assert answers_within_text(text, own) == text
+        assert answers_within_text(text, own, {end}) == text
 
 
 def test_only_the_objective_of_words_changes_batches(chat, tiny_config):

@@ -1,8 +1,8 @@
 """Batches of a stage, as a pure function of the step."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
@@ -83,7 +83,9 @@ class Batches:
         self._features = features
         self._ranks = ranks or Ranks()
         self._multiple = pad_to_multiple_of if stage.pack else 1
-        tokenize = self._tokenize_words if stage.objective == "words" else processor.tokenize
+        tokenize = processor.tokenize
+        if stage.objective == "words":
+            tokenize = partial(_tokenize_words, processor, frozenset(processor.stop_token_ids))
         cached = lru_cache(_CACHED_SAMPLES)(tokenize)
         self._tokenize = cached if order.total <= _CACHED_SAMPLES else tokenize
 
@@ -149,10 +151,6 @@ class Batches:
         }
         return self._processor.rows(texts, media, self._stage.max_length)
 
-    def _tokenize_words(self, turns: Sequence[tuple[str, str]]) -> TokenizedText:
-        text = self._processor.tokenize(turns)
-        return answers_within_text(text, self._processor.tokenizer)
-
     def _tokenize_labelled(self, turns: Sequence[tuple[str, str]]) -> TokenizedText:
         ids = self._tokenize(turns).ids
         return TokenizedText(ids, ids)
@@ -166,6 +164,12 @@ class Batches:
         longest = max(len(row.text.ids) for row in rows)
         length = min(multiple * math.ceil(longest / multiple), self._stage.max_length)
         return dict(self._processor.collate(rows, min_length=length))
+
+
+def _tokenize_words(
+    processor: UniMoEProcessor, stops: Collection[int], turns: Sequence[tuple[str, str]]
+) -> TokenizedText:
+    return answers_within_text(processor.tokenize(turns), processor.tokenizer, stops)
 
 
 def parts_of(rows: Sequence[Row], tokens: int, least: int) -> list[list[Row]]:

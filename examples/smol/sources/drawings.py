@@ -62,10 +62,11 @@ def drawings(style: str, package: Path | None = None) -> list[Item]:
             else package / _FONTS[style]
         )
         size = _NOTO_SIZE if style == "noto" else _FONT_SIZE
+        font = _font(file, size, style == "twemoji")
         makers = {
-            character: _glyph_drawer(file, size, character)
+            character: _glyph_drawer(font, character)
             for character in emoji_names()
-            if _has_glyph(file, size, character)
+            if _has_glyph(font, character)
         }
     return [
         Item(style, "image", _slug(character), name, name, makers[character])
@@ -79,25 +80,22 @@ def _slug(character: str) -> str:
 
 
 @memoize
-def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
-    if file.name == Path(_FONTS["twemoji"]).name:
-        return ImageFont.truetype(io.BytesIO(with_outlines(file)), size)
-    return ImageFont.truetype(file, size)
+def _font(file: Path, size: int, lacks_outlines: bool) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(io.BytesIO(with_outlines(file)) if lacks_outlines else file, size)
 
 
-def _has_glyph(file: Path, size: int, character: str) -> bool:
-    font = _font(file, size)
+def _has_glyph(font: ImageFont.FreeTypeFont, character: str) -> bool:
     return bytes(font.getmask(character)) not in (b"", bytes(font.getmask("\U000f0000")))
 
 
-def _glyph_drawer(file: Path, size: int, character: str):
+def _glyph_drawer(font: ImageFont.FreeTypeFont, character: str):
     def draw() -> Image.Image:
-        side = size * 2
+        side = round(font.size) * 2
         image = Image.new("RGBA", (side, side))
         ImageDraw.Draw(image).text(
             (side // 2, side // 2),
             character,
-            font=_font(file, size),
+            font=font,
             anchor="mm",
             embedded_color=True,
         )

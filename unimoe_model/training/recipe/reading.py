@@ -46,7 +46,6 @@ _STAGE_KEYS = (
     "seed",
     "pack",
 )
-_CONNECTORS = ("image", "speech", "audio")
 _LORA_KEYS = ("lora", "alpha", "dropout", "layers")
 
 
@@ -71,7 +70,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
 
 def _recipe(raw: dict[str, Any], path: Path) -> Recipe:
     own = ("connectors", "evaluate")
-    known = {f.name for f in fields(Recipe)} - {"path", "evaluations", *_CONNECTORS}
+    known = {f.name for f in fields(Recipe)} - {"path", "evaluations", *CONNECTORS}
     refuse_unknown(raw, (*sorted(known), *own), "")
     values = {key: value for key, value in raw.items() if key not in own}
     for key in ("model", "data", "stages"):
@@ -80,7 +79,7 @@ def _recipe(raw: dict[str, Any], path: Path) -> Recipe:
     values["model"] = _language_model(raw["model"], path.parent)
     values["encoders"] = _encoders(raw.get("encoders"), path.parent)
     connectors = require_mapping(raw.get("connectors") or {}, "connectors")
-    refuse_unknown(connectors, _CONNECTORS, "connectors")
+    refuse_unknown(connectors, CONNECTORS, "connectors")
     for kind, value in connectors.items():
         if kind == "image":
             values[kind] = build(ImageConnectorRecipe, value, "connectors.image")
