@@ -22,7 +22,6 @@ from examples.stand_ins.assets import asset_folder
 from unimoe_kernels import replace_folder
 from unimoe_model.chat_template import end_of_turn_id
 
-FFN_WIDTH = 1536
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -51,59 +50,25 @@ def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
-def write_language_model(folder: Path, width: int = FFN_WIDTH) -> None:
+def write_language_model(folder: Path) -> None:
     """Writes the model (float16) and the tokenizer, unless the folder exists.
 
     Args:
         folder: output folder in the layout of transformers, written atomically.
-        width: width of the FFNs. Above 1536, the first units are duplicated and their outputs
-            halved, so that the outputs of the model are the same.
 
     Raises:
         MissingAssetError: If a package is missing.
-        ValueError: If the width is below 1536 or above 3072.
     """
-    if not FFN_WIDTH <= width <= 2 * FFN_WIDTH:
-        raise ValueError(f"width ({width}) must be {FFN_WIDTH} to {2 * FFN_WIDTH}")
     folder = Path(folder)
     if folder.exists():
         return
     model, tokenizer = smollm2()
-    if width > FFN_WIDTH:
-        model = with_wider_ffns(model, width)
     tokenizer.chat_template = CHAT_TEMPLATE
     made = folder.with_name(f".{folder.name}.tmp")
     # float16 represents the file's 4-bit weights more precisely than bfloat16.
     model.to(torch.float16).save_pretrained(made)
     tokenizer.save_pretrained(made)
     replace_folder(folder, made)
-
-
-@torch.no_grad()
-def with_wider_ffns(model: PreTrainedModel, width: int) -> PreTrainedModel:
-    """Returns a LLaMA with wider FFNs and the same outputs: the first units are duplicated.
-
-    Each copy of a unit has half its output. Copies stay equal until parameters that distinguish
-    them are trained, such as LoRA on `down_proj`.
-
-    Args:
-        model: the model, which is not changed.
-        width: new FFN width, at most twice that of the model.
-    """
-    own = model.config.intermediate_size
-    config = type(model.config).from_dict(model.config.to_dict() | {"intermediate_size": width})
-    wide = type(model)(config)
-    units = torch.arange(width) % own
-    halved = torch.ones(own)
-    halved[: width - own] = 0.5
-    state = model.state_dict()
-    for name, weight in state.items():
-        if name.endswith((".gate_proj.weight", ".up_proj.weight")):
-            state[name] = weight[units]
-        elif name.endswith(".down_proj.weight"):
-            state[name] = (weight * halved)[:, units]
-    wide.load_state_dict(state)
-    return wide.to(model.dtype)
 
 
 @torch.no_grad()
@@ -161,13 +126,8 @@ def main() -> int:
     """Writes the folder given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--width", type=int, default=FFN_WIDTH, help="of the FFNs")
     options = parser.parse_args()
-
-    def write() -> None:
-        write_language_model(options.folder, options.width)
-
-    return exit_code_of("language_model", write)
+    return exit_code_of("language_model", lambda: write_language_model(options.folder))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from examples.smol.data import Examples, counts, write_data
 from examples.smol.debian import unpack_packages
 from examples.smol.expert_use import ASKED as EXPERT_ITEMS
 from examples.smol.expert_use import expert_use, use_lines
-from examples.smol.language_model import FFN_WIDTH, write_language_model
+from examples.smol.language_model import write_language_model
 from examples.smol.probe import probe_tasks
 from examples.smol.reply_speed import ASKED, fresh_reply_speed, reply_line
 from examples.smol.report import Report, shown_examples, write_report
@@ -40,7 +40,7 @@ from examples.smol.results import (
     table,
     top_shares,
 )
-from examples.smol.settings import ARMS, DENSE_WIDTH, arm_recipe, write_recipe
+from examples.smol.settings import ARMS, arm_recipe, write_recipe
 from examples.smol.sizes import QUICK, Sizes
 from examples.smol.speed import forecast, training_speed
 from examples.smol.text_kept import CHAT_PROMPTS, text_kept, text_lines
@@ -89,7 +89,7 @@ def run_smol(
     print(machine, flush=True)
     reporter = own_reporter()
     print("1/4  Language model and data", flush=True)
-    examples = prepare(output, arm, Sizes() if not quick else QUICK, reporter)
+    examples = prepare(output, Sizes() if not quick else QUICK, reporter)
     print(counts(examples), flush=True)
     keep_freed_memory()
     share = 1.0
@@ -124,14 +124,12 @@ def run_smol(
     return results
 
 
-def prepare(output: Path, arm: str, sizes: Sizes, reporter: ProgressReporter) -> Examples:
-    """Writes the language model of an arm and the data, unless they exist, and returns examples."""
+def prepare(output: Path, sizes: Sizes, reporter: ProgressReporter) -> Examples:
+    """Writes the language model and the data, unless they exist, and returns examples."""
     debian = output / "debian"
     unpack_packages(debian, reporter)
     language_model = output / "language_model"
-    write_language_model(language_model, FFN_WIDTH)
-    if arm == "dense":
-        write_language_model(output / f"language_model-{DENSE_WIDTH}", DENSE_WIDTH)
+    write_language_model(language_model)
     return write_data(output / "data", debian, language_model, sizes, reporter)
 
 

@@ -9,7 +9,6 @@ import yaml
 
 HERE = Path(__file__).parent
 ARMS = ("moe", "dynamic", "dense")
-DENSE_WIDTH = 2048
 EXPERTS = ("pictures", "speech", "sounds", "text")
 _QUICK_STEPS = 3
 
@@ -94,7 +93,6 @@ def _dense(recipe: dict[str, Any]) -> dict[str, Any]:
     recipe["stages"] = [
         stage | {"name": name} | changes["stages"][name] for name, stage in own.items()
     ]
-    recipe["model"] = changes["model"]
     return recipe
 
 

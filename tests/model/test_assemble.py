@@ -10,7 +10,10 @@ from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.training.assemble import assemble_moe, ffn_state, merge_and_unload_lora
+from unimoe_model.training.check import stage_config
 from unimoe_model.training.loss import answer_loss
+from unimoe_model.training.optimization import Optimization
+from unimoe_model.training.recipe import START, Stage
 from unimoe_model.training.recipe.parts import TrainedPart
 from unimoe_model.training.trained import select_trained
 from unimoe_model.training.widening import widen_ffns
@@ -216,14 +219,23 @@ def test_only_what_is_trained_gets_gradients(tiny_model, inputs):
         assert name not in trained or parameter.grad.norm() > 0, name
 
 
-@pytest.mark.parametrize("times", [1, 2, 3])
-def test_wider_ffns_give_the_same_logits(dense, inputs, times):
+@pytest.mark.parametrize(
+    ("times", "width"), [(1, 48), (2, 96), (3, 144), (1.3333, 64), (1.01, 48), (2.5, 120)]
+)
+def test_wider_ffns_give_the_same_logits(dense, inputs, times, width):
     expected = logits_of(dense, inputs)
     wide = widen_ffns(dense, times)
-    assert wide.config.text_config.intermediate_size == 48 * times
-    assert wide.model.language_model.layers[1].mlp.down_proj.in_features == 48 * times
+    assert wide.config.text_config.intermediate_size == width
+    last = wide.model.language_model.layers[1].mlp.down_proj
+    assert last.weight.shape[1] == last.in_features == width
     assert relative_error(logits_of(wide, inputs), expected) < 1e-5
+    with torch.no_grad():
+        last.weight[:, width - 1] = 0
+    assert relative_error(logits_of(wide, inputs), expected) > 1e-4
     assert dense.config.text_config.intermediate_size == 48
+    settings = Optimization(steps=1, batch_size=1, learning_rate=1e-3)
+    stage = Stage("s", START, (TrainedPart("ffn"),), ({"own": 1.0},), settings, widen=times)
+    assert stage_config(stage, {START: dense.config}).to_dict() == wide.config.to_dict()
 
 
 def test_widening_is_refused_where_it_has_no_meaning(dense, tiny_model):

@@ -241,6 +241,8 @@ def edits():
         ),
         edit(stage(0, data=["picture"]), r"stages.align.data \('picture'\) must be among data"),
         edit(stage(0, steps=0), r"stages.align: steps \(0\) must be at least 1"),
+        edit(stage(0, widen=0.5), r"stages.align: widen \(0.5\) must be at least 1"),
+        edit(stage(0, widen=float("inf")), r"stages.align: widen \(inf\) must be finite"),
         edit(stage(0, epochs=1), r"stages.align must have either steps or epochs"),
         edit(without(0, "learning_rate"), r"stages.align.learning_rate is missing"),
         edit(stage(0, learning_rate="fast"), r"learning_rate \('fast'\) must be of type"),

@@ -13,7 +13,13 @@ from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.recipe import LanguageModel, Parallel, Recipe, Stage, TrainedPart
 from unimoe_model.training.recipe.schema import DataFile
 from unimoe_model.training.stage_ids import stage_ids
-from unimoe_model.training.word_loss import BAG_SHARPNESS, LENGTH_WEIGHT, SHARPNESS, word_loss
+from unimoe_model.training.word_loss import (
+    BAG_SHARPNESS,
+    LENGTH_WEIGHT,
+    SHARPNESS,
+    Vocabulary,
+    word_loss,
+)
 
 
 @pytest.fixture
@@ -93,6 +99,23 @@ def test_loss_and_gradients_are_those_of_loops_in_float64(model, batch):
             assert relative_error(ours, theirs) < 1e-4
             compared += 1
     assert compared > 5
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-6), ("bf16", 0.02)])
+def test_a_vocabulary_built_once_gives_the_same_loss_and_gradients(model, batch, precision, bound):
+    connectors = [p for n, p in model.named_parameters() if "image_connector" in n]
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    found = []
+    for vocabulary in (None, Vocabulary.of(model, dtype)):
+        loss = Objective("words", precision, vocabulary=vocabulary).loss(model, batch, None)
+        found.append((loss, *torch.autograd.grad(loss, connectors)))
+    for whole, kept in zip(*found, strict=True):
+        assert whole.abs().max() > 1e-6
+        assert relative_error(kept, whole) < bound
+    other = Vocabulary.of(model)
+    other.units.copy_(other.units.flip(0))
+    loss = Objective("words", vocabulary=other).loss(model, batch, None)
+    assert relative_error(loss, found[0][0]) > 0.01
 
 
 def test_the_count_divides_the_sum(model, batch):

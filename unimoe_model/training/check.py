@@ -12,6 +12,7 @@ from unimoe_model.training.recipe_data import RecipeData
 from unimoe_model.training.stage_model import kept_parts
 from unimoe_model.training.starting_model import Start, describe_start
 from unimoe_model.training.trained import count_trained
+from unimoe_model.training.widening import widened
 
 
 def check_recipe(
@@ -135,7 +136,8 @@ def stage_config(stage: Stage, configs: dict[str, UniMoEConfig]) -> UniMoEConfig
     config = configs[stage.parent]
     fields = config.to_dict()
     if stage.widen > 1:
-        fields["text_config"]["intermediate_size"] *= stage.widen
+        own = fields["text_config"]["intermediate_size"]
+        fields["text_config"]["intermediate_size"] = widened(own, stage.widen)
     if stage.assembly is None:
         return UniMoEConfig.from_dict(fields)
     for name in (stage.parent, *stage.assembly.experts):

@@ -19,7 +19,7 @@ from unimoe_model.training.loss import (
 )
 from unimoe_model.training.ranks import Ranks
 from unimoe_model.training.recipe.stage import OBJECTIVES
-from unimoe_model.training.word_loss import word_loss
+from unimoe_model.training.word_loss import Vocabulary, word_loss
 
 Batch = dict[str, torch.Tensor]
 
@@ -35,6 +35,7 @@ class Objective:
             none.
         pad_to_multiple_of: the number of rows of logits is padded to a multiple of it.
         image_dropout: see `drop_image_channels`.
+        vocabulary: that of the model, for `"words"`; None to build it for each part.
 
     Raises:
         ValueError: If `name` is not one of `OBJECTIVES`.
@@ -45,6 +46,7 @@ class Objective:
     teacher: nn.Module | None = None
     pad_to_multiple_of: int = 1
     image_dropout: float = 0.0
+    vocabulary: Vocabulary | None = None
 
     def __post_init__(self):
         if self.name not in OBJECTIVES:
@@ -68,7 +70,7 @@ class Objective:
                 given = (self.teacher, inputs, count, self.pad_to_multiple_of)
                 return part[DISTILLED].item() * distillation_loss(model, *given)
             if self.name == "words":
-                return word_loss(model, inputs, count)
+                return word_loss(model, inputs, count, self.vocabulary)
             return answer_loss(model, inputs, count, self.pad_to_multiple_of)
 
 

@@ -34,6 +34,7 @@ from unimoe_model.training.stage_ids import stage_ids
 from unimoe_model.training.stage_model import ROUTER_BATCHES, stage_model
 from unimoe_model.training.starting_model import build_start, describe_start
 from unimoe_model.training.trained import select_trained
+from unimoe_model.training.word_loss import Vocabulary
 
 _BODIES = ("speech", "audio")
 EVALUATED_AT_ONCE = 32
@@ -202,7 +203,7 @@ class Run:
             run,
             stage.name,
             self._reporter,
-            self._objective(stage),
+            self._objective(stage, model),
             checkpoint_seconds=self._recipe.checkpoint_seconds,
             ranks=self._ranks,
             workers=self._recipe.workers,
@@ -215,10 +216,18 @@ class Run:
             finish_stage(folder, run, settings, progress)
         self._ranks.wait(f"end of {stage.name}")
 
-    def _objective(self, stage: Stage) -> Objective:
-        teacher = self._teacher() if stage.distill else None
-        rows = _LOGITS_MULTIPLE if self._device.type == "cpu" else 1
-        return Objective(stage.objective, self._precision, teacher, rows, stage.image_dropout)
+    def _objective(self, stage: Stage, model: UniMoEForConditionalGeneration) -> Objective:
+        vocabulary = None
+        if stage.objective == "words":
+            vocabulary = Vocabulary.of(model, torch.bfloat16 if self._precision == "bf16" else None)
+        return Objective(
+            stage.objective,
+            self._precision,
+            teacher=self._teacher() if stage.distill else None,
+            pad_to_multiple_of=_LOGITS_MULTIPLE if self._device.type == "cpu" else 1,
+            image_dropout=stage.image_dropout,
+            vocabulary=vocabulary,
+        )
 
     def _save(self, model: UniMoEForConditionalGeneration, folder: Path) -> None:
         model.set_attn_implementation("sdpa")

@@ -6,17 +6,24 @@ from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 
 
+def widened(width: int, times: float) -> int:
+    """Width of an FFN that is `times` as wide, rounded to an integer."""
+    return round(times * width)
+
+
 @torch.no_grad()
-def widen_ffns(model: UniMoEForConditionalGeneration, times: int) -> UniMoEForConditionalGeneration:
+def widen_ffns(
+    model: UniMoEForConditionalGeneration, times: float
+) -> UniMoEForConditionalGeneration:
     """Builds a dense model with FFNs `times` as wide and equal outputs.
 
-    Every FFN is repeated `times` side by side, with outputs divided by `times`. The copies of a
-    unit stay equal until something that distinguishes them is trained, such as LoRA on
-    `down_proj`.
+    The units of every FFN are repeated in their order up to the new width, and the output of a unit
+    is divided by the number of its copies, which stay equal until something that distinguishes them
+    is trained, such as LoRA on `down_proj`.
 
     Args:
         model: dense model, which is not changed.
-        times: factor of the width, at least 1.
+        times: factor of the width, at least 1; the new width is rounded to an integer.
 
     Returns:
         A new model on the same device, in the same dtype.
@@ -31,15 +38,17 @@ def widen_ffns(model: UniMoEForConditionalGeneration, times: int) -> UniMoEForCo
     if model.config.num_experts:
         raise ValueError(f"model has num_experts ({model.config.num_experts}), expected 0")
     fields = model.config.to_dict()
-    fields["text_config"]["intermediate_size"] *= times
+    own = fields["text_config"]["intermediate_size"]
+    fields["text_config"]["intermediate_size"] = width = widened(own, times)
+    units = torch.arange(width, device=model.device) % own
+    copies = units.bincount(minlength=own)
     wide = UniMoEForConditionalGeneration(UniMoEConfig.from_dict(fields))
     state = model.state_dict()
     for index in range(len(model.model.language_model.layers)):
         prefix = f"model.language_model.layers.{index}.mlp."
-        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-            weight = state[f"{prefix}{name}.weight"]
-            if name == "down_proj":
-                weight = weight / times
-            state[f"{prefix}{name}.weight"] = torch.cat([weight] * times, dim)
+        for name in ("gate_proj", "up_proj"):
+            state[f"{prefix}{name}.weight"] = state[f"{prefix}{name}.weight"][units]
+        down = f"{prefix}down_proj.weight"
+        state[down] = (state[down] / copies)[:, units]
     wide.load_state_dict(state)
     return wide.to(model.device, model.dtype)

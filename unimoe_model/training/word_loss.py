@@ -1,5 +1,6 @@
 """A loss that aligns soft tokens with the embeddings of the answer's words, without the LLM."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -19,8 +20,40 @@ _ROWS = 64
 """Number of rows of logits at a time."""
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """Embeddings of all tokens relative to their mean.
+
+    Attributes:
+        mean: `[D]`, the mean embedding, at least float32.
+        units: `[V, D]`, the directions of the embeddings from the mean, of length 1.
+        length: scalar, the average distance of the embeddings from the mean.
+    """
+
+    mean: torch.Tensor
+    units: torch.Tensor
+    length: torch.Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> "Vocabulary":
+        """Builds the vocabulary of a model, whose embeddings must not change afterwards.
+
+        Args:
+            model: a model with an embedding table.
+            dtype: dtype of `units`, that of the matmuls; None for that of `mean`.
+        """
+        table = model.get_input_embeddings().weight.detach()
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        mean = table.mean(0)
+        away = table - mean
+        return cls(mean, F.normalize(away, dim=1, eps=1e-6).to(dtype), away.norm(dim=1).mean())
+
+
 def word_loss(
-    model: nn.Module, batch: dict[str, torch.Tensor], count: torch.Tensor | None = None
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    count: torch.Tensor | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> torch.Tensor:
     """Predicts the tokens of each row's answer from the row's soft tokens.
 
@@ -49,6 +82,7 @@ def word_loss(
             of a text (`answers_within_text`).
         count: divisor of the sum; by default the number of answer tokens in the batch, including
             end tokens.
+        vocabulary: that of the model, which takes time to build; None to build it.
 
     Returns:
         The loss, a scalar.
@@ -56,12 +90,8 @@ def word_loss(
     Raises:
         ValueError: If a row has no media.
     """
-    table = model.get_input_embeddings().weight.detach()
-    table = table.to(torch.promote_types(table.dtype, torch.float32))
-    mean = table.mean(0)
-    units = table - mean
-    length = units.norm(dim=1).mean()
-    units = F.normalize(units, dim=1, eps=1e-6)
+    vocabulary = vocabulary or Vocabulary.of(model)
+    mean, units, length = vocabulary.mean, vocabulary.units, vocabulary.length
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "attention_mask", "token_mask")}
     ids, labels = batch["input_ids"], batch["labels"]
     kinds = model.config.media_token_ids
@@ -70,7 +100,7 @@ def word_loss(
         row = is_media.sum(1).argmin().item()
         raise ValueError(f"objective (words) requires media in every sample; row {row} has none")
     in_order = torch.isin(ids, ids.new_tensor([kinds[kind] for kind in IN_ORDER]))
-    soft = model.input_embeddings(**inputs).to(table.dtype) - mean
+    soft = model.input_embeddings(**inputs).to(mean.dtype) - mean
     directions = F.normalize(soft, dim=-1)
     is_end = torch.isin(labels, labels.new_tensor(_stops(model)))
     is_word = (labels != IGNORED) & ~is_end

@@ -77,7 +77,8 @@ class Stage:
         distill_weight: factor of the mean of that loss.
         image_dropout: probability with which a channel of an image's or video's features is dropped
             in training (`drop_image_channels`).
-        widen: factor by which dense FFNs are widened before training, with equal outputs.
+        widen: factor by which dense FFNs are widened before training, with equal outputs; the new
+            width is rounded to an integer.
         seed: seed of the data order; stages with equal seeds and data see the same batches.
 
     Raises:
@@ -98,12 +99,14 @@ class Stage:
     distill: tuple[str, ...] = ()
     distill_weight: float = 1.0
     image_dropout: float = 0.0
-    widen: int = 1
+    widen: float = 1
     seed: int = 0
 
     def __post_init__(self):
         lengths = {"part_tokens": self.part_tokens, "max_length": self.max_length}
         require_at_least(1, **lengths, widen=self.widen)
+        if self.widen == math.inf:
+            raise ValueError(f"widen ({self.widen}) must be finite")
         require_at_least(0, seed=self.seed)
         if not 0 <= self.image_dropout < 1:
             raise ValueError(
