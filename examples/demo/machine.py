@@ -53,9 +53,10 @@ class Machine:
     def __str__(self) -> str:
         having = "with" if self.has_bf16 else "no"
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        processes = f"{self.processes} process{'es' if self.processes > 1 else ''}"
         return (
             f"{self.processor}, {self.cores} cores, {self.instructions}, {having} bfloat16"
-            f" instructions: trains in {self.precision}, {self.processes} processes of {threads}"
+            f" instructions: trains in {self.precision}, {processes} of {threads}"
         )
 
 
