@@ -2,8 +2,9 @@
 
 from typing import ClassVar
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig, WhisperConfig
 
+from unimoe_model.config_fields import refuse_unknown_fields
 from unimoe_model.llm_families import expert_activation, has_own_experts, llm_config
 from unimoe_model.value_types import require_at_least
 
@@ -49,8 +50,8 @@ class UniMoEConfig(PreTrainedConfig):
             the vocabulary, which need no row in the embedding table.
 
     Raises:
-        ValueError: If an MoE field is out of range, a media kind has no token, or the LLM is not
-            supported.
+        ValueError: If an MoE field is out of range, a connector has an unknown field, a media kind
+            has no token, or the LLM is not supported.
 
     Reference: arXiv:2405.11273, section 3, and the released `config.json`.
     """
@@ -114,6 +115,9 @@ class UniMoEConfig(PreTrainedConfig):
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be at least 1 and at most"
                 f" num_experts ({self.num_experts}) with null ones ({choices})"
             )
+        for name, kind in (("speech", WhisperConfig), ("audio", Blip2QFormerConfig)):
+            own = f"{name}_connector"
+            refuse_unknown_fields(getattr(self, own) or {}, kind, own)
         require_at_least(1, vision_intermediate_size=self.vision_intermediate_size)
         check_moe_layers(self.moe_layers, self.text_config.num_hidden_layers)
         self._check_modality_experts()

@@ -72,6 +72,8 @@ class _MoELayer:
         self.expert_coef, self.kl_coef = config.modality_expert_coef, config.modality_kl_coef
         self.modality_experts = config.modality_experts
         self.modality_gate = ModalityGate(text.hidden_size) if config.modality_gate else None
+        # Beyond that of the other router losses: these are sums over samples, those are means.
+        self.modality_loss_scale = 1.0
         self.mlp = MoE(
             text.hidden_size,
             text.intermediate_size,
@@ -127,7 +129,8 @@ class _MoELayer:
         if self.expert_coef:
             distance = modality_expert_loss(logits, modality_ids, self.modality_experts)
             loss = loss + self.expert_coef * distance
-        return inject_aux_loss(output, loss * self.mlp.aux_loss_scale)
+        scale = self.mlp.aux_loss_scale * self.modality_loss_scale
+        return inject_aux_loss(output, loss * scale)
 
 
 @functools.cache

@@ -262,6 +262,32 @@ def test_router_losses_of_parts_count_as_their_mean(tiny_model):
     assert [moe.aux_loss_scale for _, moe in model.moe_layers()] == [1.0, 1.0]
 
 
+def test_modality_losses_of_parts_add_up_to_those_of_the_batch(tiny_model):
+    coefficients = {"modality_kl_coef": 5.0, "modality_expert_coef": 5.0}
+    model = tiny_model(load_balancing_coef=0.0, modality_experts={"image": [0]}, **coefficients)
+    model.double().train()
+    batch = batch_of(0)
+    image = model.config.media_token_ids["image"]
+    batch["input_ids"][:, 1:4] = image
+    generator = torch.Generator().manual_seed(1)
+    batch["image_features"] = torch.randn(2, 3, 12, generator=generator, dtype=torch.float64)
+    parts = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(2)]
+    routers = [moe.router.weight for _, moe in model.moe_layers()]
+    found = []
+    for given in (batch, parts, [batch]):
+        model.zero_grad()
+        add_gradients(model, given, Objective(), Ranks(), "stage")
+        found.append(torch.stack([weight.grad for weight in routers]))
+    for of_parts in found[1:]:
+        assert relative_error(of_parts, found[0]) < 1e-9
+    for layer in model.model.language_model.layers:
+        assert layer.modality_loss_scale == 1
+        layer.expert_coef = layer.kl_coef = 0
+    model.zero_grad()
+    add_gradients(model, batch, Objective(), Ranks(), "stage")
+    assert relative_error(torch.stack([weight.grad for weight in routers]), found[0]) > 0.1
+
+
 def test_gradient_checkpointing_changes_no_number(train):
     plain = {"text_config": {"attention_dropout": 0.0}}
     _, whole, _ = train(folder="whole", fields=plain)
@@ -383,7 +409,9 @@ def test_muon_takes_the_matrices_of_the_decoder_layers(tiny_model):
     names = {id(p): n for n, p in parameters.items()}
     taken = {names[id(p)] for p in muon.param_groups[0]["params"]}
     assert "model.language_model.layers.0.self_attn.q_proj.weight" in taken
-    assert all(".layers." in n and parameters[n].dim() == 2 for n in taken)
+    layers = "model.language_model.layers."
+    assert taken == {n for n, p in parameters.items() if n.startswith(layers) and p.dim() == 2}
+    assert any(".layers." in n for n in parameters.keys() - taken if parameters[n].dim() == 2)
     rest = {names[id(p)] for p in adam.param_groups[0]["params"]}
     assert taken | rest == parameters.keys()
     assert not taken & rest

@@ -5,7 +5,7 @@ import torch
 
 from unimoe_model.training.assemble import ffn_state
 from unimoe_model.training.recipe import load_recipe
-from unimoe_model.training.stage_model import stage_model
+from unimoe_model.training.stage_model import kept_parts, stage_model
 
 RECIPE = """
 model: llama
@@ -21,6 +21,7 @@ stages:
      train: router, data: [some], steps: 1, batch_size: 1, learning_rate: 1}
 """
 CPU = torch.device("cpu")
+LAYER = "model.language_model.layers.0"
 
 
 @pytest.fixture
@@ -90,6 +91,65 @@ def test_a_part_that_two_experts_trained_needs_a_choice(models, tuned):
         expected = models[0][origin].model.connector(kind).projector
         for one, other in zip(projector.parameters(), expected.parameters(), strict=True):
             assert torch.equal(one, other)
+
+
+LINEAGE = """
+model: llama
+data: {some: some.jsonl}
+stages:
+  - &one {name: base, train: connectors.image, data: [some], steps: 1, batch_size: 1,
+     learning_rate: 1}
+  - {<<: *one, name: eyes, from: base, train: ffn}
+  - {<<: *one, name: hearing, from: base, train: [connectors.audio, attention]}
+  - {<<: *one, name: ears, from: hearing, train: ffn}
+  - {<<: *one, name: tune, from: PARENT, assemble: {experts: [eyes, ears] CONNECTORS}, train: router}
+"""
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """The origins of weights that are not the parent's, by prefix of three names."""
+
+    def found(text):
+        (tmp_path / "recipe.yaml").write_text(text)
+        recipe = load_recipe(tmp_path / "recipe.yaml")
+        names = ["model.image_connector.a", "model.audio_connector.a", f"{LAYER}.self_attn.a"]
+        return kept_parts(recipe, recipe.stage("tune"), names)
+
+    return found
+
+
+def test_an_expert_keeps_what_the_stages_before_it_trained(kept):
+    text = LINEAGE.replace("CONNECTORS", "")
+    audio, attention = "model.audio_connector.a", f"{LAYER}.self_attn.a"
+    assert kept(text.replace("PARENT", "base")) == {audio: "ears", attention: "ears"}
+    assert kept(text.replace("PARENT", "hearing")) == {}
+    # Also of several experts that start from the same stage.
+    both = text.replace("name: eyes, from: base", "name: eyes, from: hearing")
+    both = both.replace("data: {some", "data:  {some")
+    stages = both.split("  - ")
+    stages[2], stages[3] = stages[3], stages[2]
+    both = "  - ".join(stages).replace("PARENT", "base")
+    assert kept(both) == {audio: "eyes", attention: "eyes"}
+
+
+def test_what_two_branches_trained_needs_a_choice(kept):
+    text = LINEAGE.replace(
+        "name: eyes, from: base, train: ffn", "name: eyes, train: [ffn, attention]"
+    )
+    message = r"tune\.assemble: stages eyes and ears both train .*self_attn"
+    with pytest.raises(ValueError, match=message):
+        kept(text.replace("CONNECTORS", "").replace("PARENT", "base"))
+    # The parent counts, too.
+    text = LINEAGE.replace(
+        "name: eyes, from: base, train: ffn", "name: eyes, train: connectors.audio"
+    )
+    with pytest.raises(ValueError, match=r"stages ears and eyes both train .*audio"):
+        kept(text.replace("CONNECTORS", "").replace("PARENT", "eyes"))
+    found = kept(
+        text.replace("CONNECTORS", ", connectors: {audio: ears}").replace("PARENT", "eyes")
+    )
+    assert found == {"model.audio_connector.a": "ears", f"{LAYER}.self_attn.a": "ears"}
 
 
 def test_the_router_is_drawn_from_the_seed(tuned):

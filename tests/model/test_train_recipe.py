@@ -243,6 +243,36 @@ def edits():
         edit(stage(0, steps=0), r"stages.align: steps \(0\) must be at least 1"),
         edit(stage(0, widen=0.5), r"stages.align: widen \(0.5\) must be at least 1"),
         edit(stage(0, widen=float("inf")), r"stages.align: widen \(inf\) must be finite"),
+        edit(
+            lambda raw: raw["stages"][3]["assemble"].update(options={"top_p": 0.5}),
+            r"stages.tune.assemble: options has an unknown key 'top_p'; there are load_balancing",
+        ),
+        edit(
+            lambda raw: raw["stages"][3]["assemble"].update(
+                options={"moe_options": {"mode": "sigmoid", "correction_bias": True}}
+            ),
+            r"options.moe_options.correction_bias is not supported",
+        ),
+        edit(
+            lambda raw: raw["connectors"]["audio"]["sizes"].update(num_layers=3),
+            r"connectors.audio.sizes has an unknown key 'num_layers': no field of Blip2QFormer",
+        ),
+        edit(
+            lambda raw: raw["connectors"].update(speech={"sizes": {"layers": 3}}),
+            r"connectors.speech.sizes has an unknown key 'layers': no field of WhisperConfig",
+        ),
+        edit(
+            lambda raw: raw.update(model={"sizes": {"hidden_sise": 32}, "vocab_size": 300}),
+            r"model: sizes has an unknown key 'hidden_sise': no field of LlamaConfig",
+        ),
+        edit(
+            stage(0, objective="words", train="connectors", accumulation=2),
+            r"stages.align: objective: words and accumulation \(2\) exclude each other",
+        ),
+        edit(
+            stage(0, objective="words", train="connectors", part_tokens=99),
+            r"stages.align: objective: words and part_tokens \(99\) exclude each other",
+        ),
         edit(stage(0, epochs=1), r"stages.align must have either steps or epochs"),
         edit(without(0, "learning_rate"), r"stages.align.learning_rate is missing"),
         edit(stage(0, learning_rate="fast"), r"learning_rate \('fast'\) must be of type"),

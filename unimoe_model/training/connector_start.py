@@ -3,9 +3,15 @@
 from typing import Any
 
 import torch
-from transformers import Blip2Config, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    Blip2Config,
+    Blip2QFormerConfig,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 from transformers.models.blip_2.modeling_blip_2 import Blip2Model
 
+from unimoe_model.config_fields import refuse_unknown_fields
 from unimoe_model.encoders.outside import is_outside, outside_class
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.recipe import Recipe
@@ -41,10 +47,14 @@ def connector_sizes(recipe: Recipe, kind: str) -> dict[str, Any] | None:
         The fields; None for the defaults.
 
     Raises:
-        ValueError: If the configuration of the pretrained model cannot be read.
+        ValueError: If the configuration of the pretrained model cannot be read, or the recipe names
+            an unknown field.
     """
     connector = getattr(recipe, kind)
     if connector.pretrained is None:
+        config = {"speech": WhisperConfig, "audio": Blip2QFormerConfig}[kind]
+        where = f"{recipe.path}: connectors.{kind}.sizes"
+        refuse_unknown_fields(connector.sizes or {}, config, where)
         return connector.sizes
     if connector.pretrained == SMALL:
         return None

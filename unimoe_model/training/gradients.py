@@ -129,12 +129,21 @@ def _count(parts: Sequence[Batch], ranks: Ranks) -> torch.Tensor:
 
 @contextmanager
 def _aux_losses_of(model: nn.Module, parts: int) -> Iterator[None]:
-    """Scales router losses, which each part injects in full, to their mean over the parts."""
-    layers = [module for module in model.modules() if isinstance(module, MoE)] if parts > 1 else []
+    """Scales router losses, which each part injects in full, to their mean over the parts.
+
+    Losses of modalities are sums over samples, and remain as they are.
+    """
+    modules = list(model.modules()) if parts > 1 else []
+    layers = [module for module in modules if isinstance(module, MoE)]
+    summed = [module for module in modules if hasattr(module, "modality_loss_scale")]
     for layer in layers:
         layer.aux_loss_scale /= parts
+    for layer in summed:
+        layer.modality_loss_scale *= parts
     try:
         yield
     finally:
         for layer in layers:
             layer.aux_loss_scale *= parts
+        for layer in summed:
+            layer.modality_loss_scale /= parts

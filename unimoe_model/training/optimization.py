@@ -18,6 +18,9 @@ SCHEDULES = {
 """Learning rate relative to its peak, as a function of the share of the decay that is done."""
 
 
+_DECODER_LAYERS = "model.language_model.layers."
+
+
 @dataclass(frozen=True)
 class Optimization:
     """Length and optimiser of a stage, with linear warm-up and decay of the learning rate.
@@ -101,7 +104,11 @@ def build_optimizers(
     Reference: AdamW, arXiv 1711.05101; Muon, arXiv 2502.16982.
     """
     use_muon = settings.muon_learning_rate is not None
-    hidden = {n: p for n, p in parameters.items() if use_muon and ".layers." in n and p.dim() == 2}
+    hidden = {
+        name: own
+        for name, own in parameters.items()
+        if use_muon and name.startswith(_DECODER_LAYERS) and own.dim() == 2
+    }
     first = next(iter(parameters.values()))
     is_single = first.dtype == torch.float32
     others = [p for name, p in parameters.items() if name not in hidden]

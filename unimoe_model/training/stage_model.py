@@ -1,6 +1,6 @@
 """Construction of the model that a stage trains: loading, widening of FFNs, assembly of experts."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -82,6 +82,9 @@ def _assembled(
 def kept_parts(recipe: Recipe, stage: Stage, names: Iterable[str]) -> dict[str, str]:
     """The stages from which weights outside of FFNs are taken, where it is not the parent.
 
+    A weight is that of the expert which trained it, in its own stage or in one that it starts from
+    and the parent does not.
+
     Args:
         recipe: the recipe with the stages of the experts.
         stage: stage with an `assembly`.
@@ -91,19 +94,18 @@ def kept_parts(recipe: Recipe, stage: Stage, names: Iterable[str]) -> dict[str, 
         Stage by weight name.
 
     Raises:
-        ValueError: If several stages trained a weight, and the recipe does not select one of them.
+        ValueError: If experts, or the parent and an expert, trained a weight in different stages,
+            and the recipe does not select one of them.
     """
     chosen = {f"model.{kind}_connector.": name for kind, name in stage.assembly.connectors.items()}
-    experts = [name for name in dict.fromkeys(stage.assembly.experts) if name != START]
+    own = list(_lineage(recipe, stage.parent))
+    lineages = {name: list(_lineage(recipe, name)) for name in stage.assembly.experts}
     kept = {}
     for name in names:
         if _is_ffn(name):
             continue
-        origins = [own for prefix, own in chosen.items() if name.startswith(prefix)] or [
-            expert
-            for expert in experts
-            if any(part.matches(name) for part in recipe.stage(expert).train)
-        ]
+        origins = [own for prefix, own in chosen.items() if name.startswith(prefix)]
+        origins = origins or _trained_by(name, stage.parent, own, lineages)
         if len(origins) > 1:
             raise ValueError(
                 f"stages.{stage.name}.assemble: stages {origins[0]} and {origins[1]} both train"
@@ -113,6 +115,41 @@ def kept_parts(recipe: Recipe, stage: Stage, names: Iterable[str]) -> dict[str, 
         if origins and origins[0] != stage.parent:
             kept[name] = origins[0]
     return kept
+
+
+def _lineage(recipe: Recipe, name: str) -> Iterator[Stage]:
+    """A stage and those that it starts from, the last one first."""
+    while name != START:
+        stage = recipe.stage(name)
+        yield stage
+        name = stage.parent
+
+
+def _trained_by(
+    name: str, parent: str, own: Sequence[Stage], lineages: Mapping[str, Sequence[Stage]]
+) -> list[str]:
+    """Experts whose value of a weight is not the parent's or an older one, each value once.
+
+    The parent is among them if it trained the weight where they did not.
+    """
+    found: dict[str, str] = {}
+    first = _last_trained(name, own)
+    for expert, lineage in lineages.items():
+        last = _last_trained(name, lineage)
+        if last is None or last in own:
+            continue
+        found.setdefault(last.name, expert)
+        if first is not None and first not in lineage:
+            found.setdefault(first.name, parent)
+    return list(found.values())
+
+
+def _last_trained(name: str, lineage: Sequence[Stage]) -> Stage | None:
+    """The last stage that trained a weight."""
+    for stage in lineage:
+        if any(part.matches(name) for part in stage.train):
+            return stage
+    return None
 
 
 def _ffn_state(folder: Path) -> dict[str, torch.Tensor]:

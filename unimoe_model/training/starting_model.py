@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from unimoe_model.config_fields import refuse_unknown_fields
 from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.data.tokenizer import train_tokenizer
 from unimoe_model.encoders import empty_encoder
@@ -203,6 +204,7 @@ def _absent(recipe: Recipe) -> list[tuple[str, str]]:
 def _text_fields(recipe: Recipe, is_absent: bool) -> dict[str, Any]:
     if recipe.model.llm is None or is_absent:
         config = llm_config(recipe.model.sizes)
+        refuse_unknown_fields(recipe.model.sizes, type(config), "sizes")
         tied = recipe.model.sizes.get("tie_word_embeddings", recipe.model.llm is None)
     else:
         config = llm_config(AutoConfig.from_pretrained(recipe.model.llm))

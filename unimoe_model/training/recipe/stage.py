@@ -10,6 +10,15 @@ from unimoe_model.training.recipe.parts import TrainedPart
 from unimoe_model.value_types import require_at_least
 
 OBJECTIVES = ("answers", "words")
+ASSEMBLY_OPTIONS = (
+    "load_balancing_coef",
+    "router_z_coef",
+    "modality_expert_coef",
+    "modality_experts",
+    "modality_kl_coef",
+    "moe_options",
+)
+"""Fields of `UniMoEConfig` that an assembly can set."""
 """Objectives of a stage."""
 START = "model"
 """Name in `from` and `experts` of the model that the recipe starts from."""
@@ -28,7 +37,10 @@ class Assembly:
             the router randomly.
         connectors: stage to take the connector of each kind from; by default the only expert stage
             that trained it.
-        options: further fields of `UniMoEConfig`, such as `load_balancing_coef`.
+        options: further fields of `UniMoEConfig`, those of `ASSEMBLY_OPTIONS`.
+
+    Raises:
+        ValueError: If a value is out of range, or an option is unknown or not supported.
     """
 
     experts: tuple[str, ...]
@@ -47,6 +59,17 @@ class Assembly:
                 f" ({len(self.experts)})"
             )
         require_at_least(0, router_strength=self.router_strength)
+        unknown = [name for name in self.options if name not in ASSEMBLY_OPTIONS]
+        if unknown:
+            raise ValueError(
+                f"options has an unknown key {unknown[0]!r}; there are"
+                f" {', '.join(ASSEMBLY_OPTIONS)}"
+            )
+        moe_options = self.options.get("moe_options")
+        if isinstance(moe_options, dict) and moe_options.get("correction_bias"):
+            raise ValueError(
+                "options.moe_options.correction_bias is not supported: training does not update it"
+            )
 
 
 @dataclass(frozen=True)
@@ -139,6 +162,13 @@ class Stage:
             return
         if self.pack:
             raise ValueError("objective: words and pack exclude each other")
+        # Its second term is a mean over the soft tokens of the whole batch.
+        for name, value in (
+            ("accumulation", self.optimization.accumulation),
+            ("part_tokens", self.part_tokens or 1),
+        ):
+            if value > 1:
+                raise ValueError(f"objective: words and {name} ({value}) exclude each other")
         others = [
             part.part
             for part in self.train
