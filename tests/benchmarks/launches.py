@@ -3,6 +3,7 @@
 Run by `test_launches.py` in a process without TRITON_INTERPRET, where kernels are compiled.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks.bench_launch import layer
 from benchmarks.shapes import LAUNCH
 from benchmarks.stand_in_driver import stand_in
+from unimoe_kernels.ops.grouped_mm_quantized import kernel as quantized
+from unimoe_kernels.ops.permute import kernel as permute
 from unimoe_kernels.ops.swiglu import kernel as swiglu
 from unimoe_kernels.ops.topk_router import kernel as router
 from unimoe_kernels.ops.topk_router import kernel_backward as router_backward
@@ -58,10 +61,34 @@ def activate_unaligned():
     swiglu.swiglu(rows, "silu", 7.0, 1.7)
 
 
+def copy(dtype):
+    order, offsets = torch.arange(16).int().view(8, 2), torch.tensor([0, 9, 16]).int()
+    permute.permute(torch.randn(8, 64).to(dtype), order.flatten(), offsets, 2)
+
+
+def multiply_quantized(scales):
+    weight = torch.randint(-9, 9, (2, 32, 64), dtype=torch.int8)
+    sizes = torch.rand(2, 32, 2).to(scales)
+    offsets = torch.tensor([0, 5, 8]).int()
+    quantized.grouped_mm_quantized(
+        torch.randn(8, 64).bfloat16(), weight, sizes, None, offsets, None, False
+    )
+
+
+def correct(bias):
+    options = (2, "sigmoid_renorm", 1, 1, 1.0, "all")
+    router.topk_router(torch.randn(40, 16), torch.rand(16).to(bias), None, *options)
+
+
 def main():
     cpu = torch.device("cpu")
     calls = {str(case): layer(case, cpu) for case in LAUNCH}
     calls |= {"router": route, "swiglu": activate, "unaligned swiglu": activate_unaligned}
+    for dtype in (torch.bfloat16, torch.float32):
+        calls |= {
+            f"{run.__name__} {dtype}": functools.partial(run, dtype)
+            for run in (copy, multiply_quantized, correct)
+        }
     with stand_in() as driver:
         driver.keeps = True
         for name, run in calls.items():

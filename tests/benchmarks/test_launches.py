@@ -33,7 +33,7 @@ def name_of(launch):
 
 
 def test_the_second_call_launches_what_the_first_one_did(calls):
-    assert len(calls) == 5
+    assert len(calls) == 11
     for name, row in calls.items():
         assert row["first"], name
         assert row["second"] == row["first"], name
@@ -65,6 +65,17 @@ def test_large_tiles_take_descriptors_again(calls):
     (training,) = (row for name, row in calls.items() if "training" in name)
     described = [one for one in training["second"] if any("descriptor" in arg for arg in one)]
     assert {name_of(one) for one in described} >= {"gated_kernel", "grouped_mm_wgrad_kernel"}
+
+
+@pytest.mark.parametrize("name", ["copy", "multiply_quantized", "correct"])
+def test_a_dtype_is_a_variant_of_its_own(calls, name):
+    codes = []
+    for dtype in ("torch.bfloat16", "torch.float32"):
+        launches = calls[f"{name} {dtype}"]["first"]
+        assert any(dtype in arg for one in launches for arg in one[2:])
+        codes.append([one[0] for one in launches])
+    assert codes[0][0].split()[0] == codes[1][0].split()[0]
+    assert codes[0][0] != codes[1][0], "the same code"
 
 
 def test_alignment_is_a_variant_of_its_own(calls):

@@ -102,7 +102,8 @@ stages:
   - {<<: *one, name: eyes, from: base, train: ffn}
   - {<<: *one, name: hearing, from: base, train: [connectors.audio, attention]}
   - {<<: *one, name: ears, from: hearing, train: ffn}
-  - {<<: *one, name: tune, from: PARENT, assemble: {experts: [eyes, ears] CONNECTORS}, train: router}
+  - {<<: *one, name: tune, from: PARENT, train: router,
+     assemble: {experts: [eyes, ears] CONNECTORS}}
 """
 
 

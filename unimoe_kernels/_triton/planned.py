@@ -87,8 +87,9 @@ def forget_plans() -> None:
 class Launch:
     """All launches of a kernel with the same grid, sizes and constants.
 
-    Triton compiles a variant of a kernel for each combination of 16-byte alignments of its
-    pointers. No other property of the arguments can differ between these launches.
+    Triton compiles a variant of a kernel for each combination of dtypes and 16-byte alignments of
+    its pointers. No other property of the arguments can differ between these launches; descriptors
+    are part of the signature.
 
     Args:
         place: where the kernel runs.
@@ -112,7 +113,7 @@ class Launch:
         self._grid = (*grid, 1, 1)[:3]
         self._sizes, self._constants = sizes, constants
         self._tail = (*sizes, *(constants[n] for n in kernel.arg_names if n in constants))
-        self._compiled: dict[int, CompiledKernel] = {}
+        self._compiled: dict[tuple, CompiledKernel] = {}
 
     def __call__(self, *tensors: object) -> None:
         """Launches on the current stream; None stands for an absent tensor."""
@@ -124,10 +125,12 @@ class Launch:
             self._launch(tensors)
 
     def _launch(self, tensors: tuple[object, ...]) -> None:
-        variant = 0
-        for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                variant = 2 * variant + (tensor.data_ptr() % 16 == 0)
+        variant = tuple(
+            [
+                (tensor.dtype, tensor.data_ptr() % 16 == 0) if isinstance(tensor, Tensor) else None
+                for tensor in tensors
+            ]
+        )
         compiled = self._compiled.get(variant)
         if compiled is None:
             compiled = self._kernel[self._grid](*tensors, *self._sizes, **self._constants)
