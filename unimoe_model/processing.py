@@ -258,7 +258,7 @@ class UniMoEProcessor(ProcessorMixin):
 
     def sample_rate(self, kind: str) -> int:
         """Sampling rate in Hz of the encoder of `kind`, `"speech"` or `"audio"`."""
-        return self._encoder(kind).sample_rate
+        return self.encoder(kind).sample_rate
 
     def decode_answers(self, sequences: torch.Tensor, prompt_length: int) -> list[str]:
         """Decodes the answers in sequences `[B, S]` after a prompt of `prompt_length` tokens."""
@@ -363,7 +363,7 @@ class UniMoEProcessor(ProcessorMixin):
         """Encodes one media item; returns `EncodedMedia` unchanged."""
         if isinstance(item, EncodedMedia):
             return item
-        encoder = self._encoder(SENSES[kind])
+        encoder = self.encoder(SENSES[kind])
         read = read_media(kind, item, encoder, self.media_options, frame_seed)
         (pieces,) = encode_media(kind, [read], encoder, self.media_options)
         return EncodedMedia(tuple(piece.float() for piece in pieces))
@@ -388,7 +388,16 @@ class UniMoEProcessor(ProcessorMixin):
             labels[number, place] = torch.tensor(row.labels)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    def _encoder(self, sense: str) -> FrozenEncoder:
+    def encoder(self, sense: str) -> FrozenEncoder:
+        """Returns an encoder, which is built at the first use in a process.
+
+        Args:
+            sense: `"vision"`, `"speech"` or `"audio"`.
+
+        Raises:
+            ValueError: As `build_encoder`.
+            OSError: As `build_encoder`.
+        """
         name = getattr(self, f"{sense}_encoder")
         if (sense, name) not in _BUILT:
             _BUILT[sense, name] = build_encoder(name, sense)

@@ -11,6 +11,7 @@ from unimoe_model.data.encoded_media import EncodedMedia, Row
 from unimoe_model.evaluation.scoring import evaluate_file
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.processing import UniMoEProcessor
+from unimoe_model.training.features import MediaFeatures
 from unimoe_model.training.progress import ProgressReporter
 from unimoe_model.training.recipe import Evaluation
 
@@ -71,7 +72,7 @@ def ask_start(
     model: Path,
     evaluations: Sequence[Evaluation],
     output: Path,
-    features: Features,
+    features: MediaFeatures,
     reporter: ProgressReporter,
 ) -> None:
     """Evaluates the untrained model on the first questions of each task.
@@ -80,7 +81,7 @@ def ask_start(
         model: folder of the model.
         evaluations: evaluations of the recipe.
         output: folder in which each evaluation gets a folder.
-        features: features of media files.
+        features: features of media files, already computed.
         reporter: shows the progress.
     """
     for own in evaluations:
@@ -93,7 +94,8 @@ def ask_start(
             START_ITEMS,
             reporter,
             START_ITEMS,
-            features,
+            features.item,
+            features.identity,
         )
 
 

@@ -154,7 +154,7 @@ def measure(
     tasks = accuracies(folder / "eval", [own.name for own in recipe.evaluations], examples)
     start = _start_folder(recipe, output)
     asked = output / "start" / "eval"
-    ask_start(start, recipe.evaluations, asked, run.features.item, reporter)
+    ask_start(start, recipe.evaluations, asked, run.features, reporter)
     for task, own in accuracies(asked, list(tasks), examples, START_ITEMS).items():
         tasks[task]["start"] = own["accuracy"]
     learned = {task: LEARNED_FROM.get(task, task) for task in PROBED if task in tasks}

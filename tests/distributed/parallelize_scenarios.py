@@ -20,6 +20,23 @@ def accumulation(r):
     return relative_error(model.weight.grad, torch.full((2, 3), expected))
 
 
+def gradients_alone(r):
+    """`torch.autograd.grad` gives this rank's gradients and leaves `.grad` to the backward."""
+    model = torch.nn.Linear(3, 2, dtype=torch.float64)
+    parallelize_moe(model, r.data_mesh)
+    number = 1.0 + r.rank
+    loss = model(torch.full((1, 3), number, dtype=torch.float64)).sum()
+    own = torch.autograd.grad(loss, model.weight, retain_graph=True)[0]
+    untouched = model.weight.grad is None
+    loss.backward()
+    expected = torch.full((2, 3), sum(gathered(number, r)), dtype=torch.float64)
+    errors = [
+        relative_error(own, torch.full((2, 3), number, dtype=torch.float64)),
+        relative_error(model.weight.grad, expected),
+    ]
+    return [untouched, max(errors)]
+
+
 def uneven_accumulation(r):
     """Gradients of backwards add up also where some of them reach a parameter on one rank only."""
     names = [f"of rank {rank}" for rank in range(r.world)]
@@ -72,4 +89,12 @@ def twice(r):
     return message(lambda: parallelize_moe(moe, r.mesh))
 
 
-SCENARIOS = (accumulation, uneven_accumulation, another_model, uneven_shards, meta_buffers, twice)
+SCENARIOS = (
+    accumulation,
+    uneven_accumulation,
+    gradients_alone,
+    another_model,
+    uneven_shards,
+    meta_buffers,
+    twice,
+)

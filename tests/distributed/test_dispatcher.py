@@ -55,6 +55,12 @@ def test_gradients_of_several_backwards_add_up(ops, scenario):
     assert all(error < 1e-12 for error in ops[scenario])
 
 
+def test_gradients_taken_alone_are_of_the_rank_and_change_nothing(ops):
+    for untouched, error in ops["gradients_alone"]:
+        assert untouched
+        assert error < 1e-12
+
+
 def test_ranks_with_different_models_are_all_told(ops):
     last = len(ops["another_model"]) - 1
     for rank, (text, untouched) in enumerate(ops["another_model"]):

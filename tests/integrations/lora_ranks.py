@@ -14,6 +14,7 @@ from lora_models import build, fill
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from unimoe_kernels import (
@@ -105,6 +106,27 @@ def merged_weights(folder, rank, mesh):
     return [error, alone.moe.experts.expert_lora.is_merged]
 
 
+def merged_halves(mesh):
+    """LoRA of the two halves of gate_up_proj, merged into weights sharded along experts or rows."""
+    targets = ("gate_proj", "up_proj", "down_proj")
+    found = []
+    for dim in (0, 1):
+        alone, model = (add_expert_lora(Layer(), r=4, target=targets) for _ in range(2))
+        fill(alone)
+        fill(model)
+        merge_expert_lora(alone)
+        placement = Shard(dim)
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda _, p=placement: p)
+        text = refused(lambda model=model: merge_expert_lora(model))
+        experts, expected = model.moe.experts, alone.moe.experts
+        errors = [
+            (getattr(experts, name).full_tensor() - getattr(expected, name)).abs().max().item()
+            for name in ("gate_up_proj", "down_proj")
+        ]
+        found.append([text, max(errors), experts.expert_lora.is_merged])
+    return found
+
+
 def refusals(folder, mesh):
     """Of LoRA that comes after weights are sharded or replicated."""
     found = {}
@@ -155,6 +177,7 @@ def main(folder, rank):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
     found = {"files": files(folder, rank, mesh), "merged": merged_weights(folder, rank, mesh)}
+    found["halves"] = merged_halves(mesh)
     found["refusals"] = refusals(folder, mesh)
     failures = [None] * WORLD
     dist.all_gather_object(failures, failed_write(folder, mesh))

@@ -26,6 +26,14 @@ def test_whole_weights_know_that_they_are_merged(found):
     assert merged
 
 
+def test_halves_are_merged_into_weights_or_refused(found):
+    (text, error, merged), (refusal, _, changed) = found["halves"]
+    assert (text, merged) == ("no error", True)
+    assert error < 1e-12
+    assert "LoRA of gate_proj cannot be merged into gate_up_proj that is sharded" in refusal
+    assert not changed
+
+
 @pytest.mark.parametrize("kind", ["fully_shard", "parallelize_moe"])
 def test_lora_comes_before_the_weights_are_sharded(found, kind):
     texts = found["refusals"]

@@ -3,7 +3,14 @@ import torch
 from tiny_causal import tiny_causal
 from torch import nn
 
-from unimoe_kernels import MoE, load_upcycled, stack_experts, unstack_experts, upcycle
+from unimoe_kernels import (
+    MoE,
+    RouterConfig,
+    load_upcycled,
+    stack_experts,
+    unstack_experts,
+    upcycle,
+)
 from unimoe_kernels.testing import relative_error
 
 SIZES = {
@@ -128,6 +135,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
         ({"num_experts": 2, "num_null_experts": 1}, r"num_null_experts \(1\) would change"),
         ({"num_experts": 2, "num_shared_experts": 1}, r"num_shared_experts \(1\) would change"),
         ({"num_experts": 2, "capacity_factor": 1.0}, r"capacity_factor \(1.0\) would change"),
+        ({"num_experts": 2, "router_config": RouterConfig()}, "router_config is not supported"),
         ({"num_experts": 2, "layers": [3]}, r"layers \(\[3\]\): 3 must be between -3 and 2"),
         ({"num_experts": 2, "layers": []}, r"layers \(\[\]\) must name"),
     ],
@@ -147,6 +155,22 @@ def test_models_that_it_does_not_fit_are_refused():
         upcycle(dense(mlp_bias=True), num_experts=2)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.act_fn \(.*\) is none of"):
         upcycle(dense(hidden_act="mish"), num_experts=2)
+
+
+def test_an_ffn_that_computes_something_else_is_refused():
+    model = dense()
+    ffn = model.model.layers[1].mlp
+
+    class Scaled(type(ffn)):
+        def forward(self, x):
+            return 0.7 * super().forward(x)
+
+    ffn.__class__ = Scaled
+    message = r"layers\.1\.mlp \(Scaled\) must compute down_proj\(act_fn\(gate_proj\(x\)\)"
+    with pytest.raises(ValueError, match=message):
+        upcycle(model, num_experts=2)
+    assert not any(isinstance(module, MoE) for module in model.modules())
+    assert isinstance(upcycle(model, num_experts=2, layers=[0]).model.layers[0].mlp, MoE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

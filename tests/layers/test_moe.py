@@ -154,6 +154,8 @@ def test_old_name_of_the_conversion_warns(make_looped):
         ({"num_null_experts": 1}, r"router.config.num_null_experts \(1\) must be 0"),
         ({"top_p": 0.5}, r"router.config.top_p \(0.5\) must be None"),
         ({"capacity_factor": 1.0}, r"router.config.capacity_factor \(1.0\) must be None"),
+        ({"jitter": 0.1}, r"router.config.jitter \(0.1\) must be 0.0"),
+        ({"router_dtype": torch.float32}, r"router.config.router_dtype \(.*\) must be None"),
     ],
 )
 def test_options_that_the_published_layer_lacks_are_refused(options, message):

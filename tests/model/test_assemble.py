@@ -265,6 +265,9 @@ def dense_folders(tiny_model, tokenizer, tmp_path):
 @pytest.mark.parametrize("moe_layers", ["all", "second_half"])
 def test_folders_are_assembled_as_models_are(dense_folders, tmp_path, inputs, moe_layers):
     load = UniMoEForConditionalGeneration.from_pretrained
+    # They describe the dense model that the base was converted from.
+    for name in ("conversion.json", "published_aside.safetensors"):
+        (dense_folders["base"] / name).touch()
     config = assemble(
         dense_folders["base"], dense_folders, tmp_path / "moe", 2, moe_layers, shard_bytes=9000
     )
@@ -283,6 +286,7 @@ def test_folders_are_assembled_as_models_are(dense_folders, tmp_path, inputs, mo
     routers = [moe.router.weight for _, moe in found.moe_layers()]
     assert all(0.1 < router.std() < 0.3 for router in routers)
     assert UniMoEProcessor.from_pretrained(tmp_path / "moe").num_soft_tokens["speech"] == 4
+    assert not [*(tmp_path / "moe").glob("conversion*"), *(tmp_path / "moe").glob("*aside*")]
 
 
 def test_folders_that_cannot_be_assembled(dense_folders, tmp_path, tiny_model):

@@ -7,11 +7,11 @@ import pytest
 pytest.importorskip("scipy", reason="scipy is not installed: pip install .[eval]")
 pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[eval]")
 pytest.importorskip("PIL", reason="pillow is not installed: pip install .[eval]")
-from PIL import Image
 
 from unimoe_model import cli_options
 from unimoe_model.cli import main
 from unimoe_model.data.media_io import load_image
+from unimoe_model.encoders import FrozenEncoder
 from unimoe_model.evaluation.metrics import METRICS
 from unimoe_model.evaluation.metrics.choice import with_options
 from unimoe_model.evaluation.scoring import MAX_NEW_TOKENS
@@ -132,7 +132,9 @@ def test_eval_with_a_limit_and_then_without(checkpoint, lines, data, run, tmp_pa
     assert len(answers_in(output)) == 6
 
 
-@pytest.mark.parametrize("changed", ["data", "media_sizes", "model", "metric", "max_new_tokens"])
+@pytest.mark.parametrize(
+    "changed", ["data", "media_and_encoders", "model", "metric", "max_new_tokens"]
+)
 def test_eval_refuses_answers_of_another_run(checkpoint, lines, data, run, tmp_path, changed):
     model, path, output = checkpoint(), data(lines), tmp_path / "out"
     assert run(*evaluate(model, path, "exact", output))[0] == 0
@@ -141,8 +143,10 @@ def test_eval_refuses_answers_of_another_run(checkpoint, lines, data, run, tmp_p
     if changed == "data":
         lines[5]["answer"] = "another"
         data(lines)
-    elif changed == "media_sizes":
-        Image.new("RGB", (90, 90), "red").save(tmp_path / "red.png")
+    elif changed == "media_and_encoders":
+        content = bytearray((tmp_path / "red.png").read_bytes())
+        content[-1] ^= 1  # as many bytes
+        (tmp_path / "red.png").write_bytes(content)
     elif changed == "model":
         model = checkpoint("model", text_config={"initializer_range": 0.3})
     elif changed == "metric":
@@ -155,6 +159,17 @@ def test_eval_refuses_answers_of_another_run(checkpoint, lines, data, run, tmp_p
     assert f"holds answers of another run, which differs in {changed} (" in error
     assert error.count(" there, ") == 1
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+
+
+def test_eval_refuses_answers_with_other_encoders(
+    checkpoint, lines, data, run, tmp_path, monkeypatch
+):
+    model, path, output = checkpoint(), data(lines), tmp_path / "out"
+    assert run(*evaluate(model, path, "exact", output))[0] == 0
+    monkeypatch.setattr(FrozenEncoder, "fingerprint", lambda own: "other")
+    code, _, error = run(*evaluate(model, path, "exact", output))
+    assert code == 1
+    assert "another run, which differs in media_and_encoders (" in error
 
 
 def test_eval_by_every_metric(checkpoint, lines, data, run, tmp_path):

@@ -1,5 +1,6 @@
 """`unimoe train` on a recipe: all stages, interruptions, changes and errors."""
 
+import inspect
 import os
 import re
 import shutil
@@ -15,9 +16,14 @@ import yaml
 from recipe_case import write_case
 from safetensors.torch import load_file
 
+from unimoe_model.encoders import FrozenEncoder, build_encoder
+from unimoe_model.encoders.outside import code_digest, permit_encoder
+from unimoe_model.evaluation.files import file_digest
 from unimoe_model.training import loop
+from unimoe_model.training.progress import SilentReporter
 from unimoe_model.training.recipe import load_recipe
-from unimoe_model.training.run import keep_recipe
+from unimoe_model.training.recipe_data import RecipeData
+from unimoe_model.training.run import Run, keep_recipe
 from unimoe_model.training.stage_ids import stage_ids
 from unimoe_model.training.starting_model import describe_start
 
@@ -131,6 +137,59 @@ def test_a_run_that_is_done_trains_nothing_and_a_change_redoes_what_depends_on_i
     path = changed(edit)
     assert run("train", path, "--output", output)[0] == 0
     assert done == ["ears", "tune"]
+
+
+def test_other_media_or_encoders_of_the_same_names_are_refused(
+    trained, changed, run, tmp_path, monkeypatch
+):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    path = changed(lambda raw: None)
+    picture = path.parent / "media" / "0.png"
+    whole = picture.read_bytes()
+    message = "a stage that was trained with other media or encoders of the same names"
+    picture.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, _, error = run("train", path, "--output", output)
+    assert code == 1
+    assert message in error
+    picture.write_bytes(whole)
+    assert run("train", path, "--output", output)[0] == 0
+
+    fingerprint = FrozenEncoder.fingerprint
+    monkeypatch.setattr(FrozenEncoder, "fingerprint", lambda own: f"new {fingerprint(own)}")
+    code, _, error = run("train", path, "--output", output)
+    assert code == 1
+    assert message in error
+    # Also a stage that was not finished.
+    align = stage_folder(output, "align")
+    (align / "checkpoint").mkdir()
+    (align / "metrics.json").unlink()
+    before = (align / "inputs.json").read_bytes()
+    code, _, error = run("train", path, "--output", output)
+    assert code == 1
+    assert message in error
+    assert (align / "inputs.json").read_bytes() == before
+    # One without a checkpoint starts anew.
+    (align / "checkpoint").rmdir()
+    assert run("train", path, "--output", output, "--stage", "align")[0] == 0
+    assert (align / "inputs.json").read_bytes() != before
+
+
+def test_features_of_other_code_are_not_reused(trained, case, tmp_path, monkeypatch):
+    permit_encoder("ears:Ears", case.parent)
+    encoder = build_encoder("ears:Ears", "audio")
+    assert code_digest(encoder) == file_digest(Path(inspect.getfile(type(encoder))))
+    shutil.copytree(trained / "features", tmp_path / "features")
+    stores = {path.name for path in (tmp_path / "features").iterdir()}
+    recipe = load_recipe(case)
+    data = RecipeData(recipe)
+    audio = [one for one in data.media() if one[0] == "audio"][:1]
+    given = (data, tmp_path, tmp_path / "features", SilentReporter(), torch.device("cpu"))
+    for is_new in (False, True):
+        if is_new:
+            monkeypatch.setattr("unimoe_model.training.features.code_digest", lambda _: "other")
+        Run(recipe, *given, is_shared=True).features.prepare(audio)
+        assert ({path.name for path in (tmp_path / "features").iterdir()} > stores) == is_new
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -208,6 +208,18 @@ def test_only_what_a_change_concerns_is_trained_again(finished, tmp_path, capsys
     assert len(after["same-0"]["routing"]["experts"]) == 3
 
 
+def test_records_of_other_data_are_left_out(finished, tmp_path, capsys):
+    folder = tmp_path / "files"
+    shutil.copytree(finished, folder)
+    questions = folder / "held_out.jsonl"
+    questions.write_text(questions.read_text() + "\n")
+    assert run_study(folder, folder / "out", "--report") == 0
+    assert "left out" not in capsys.readouterr().out  # reads no data
+    assert run_study(folder, folder / "out", "--seeds", "1") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("left out: ") == sum(name.endswith("-0") for name in RUNS)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -41,7 +41,8 @@ def upcycle(
         top_k: K, between 1 and E.
         layers: indices of FFNs, in the order of the model; negative ones count from the end. None
             means all.
-        **options: options of `MoE` except bias, activation, device and dtype. For example,
+        **options: options of `MoE` except bias, activation, device, dtype and router_config (its
+            fields are options, too). For example,
             `aux_loss="inject"` and `load_balancing_coef` balance the load in models whose blocks
             return only hidden states.
 
@@ -49,14 +50,16 @@ def upcycle(
         The same model.
 
     Raises:
-        ValueError: If the model has no such FFN or an FFN has biases, layers is empty or has an
-            index out of range, `MoE` rejects an option, or an option (mode, scale, null or shared
-            experts, a capacity) would change the outputs of the model. Nothing is changed in this
-            case.
+        ValueError: If the model has no such FFN, an FFN has biases or computes something else,
+            layers is empty or has an index out of range, `MoE` rejects an option, or an option
+            (mode, scale, null or shared experts, a capacity) would change the outputs of the
+            model. Nothing is changed in this case.
 
     Reference:
         Sparse Upcycling, arXiv 2212.05055.
     """
+    if options.get("router_config") is not None:
+        raise ValueError("router_config is not supported: pass its fields as options")
     mode, scale = options.get("mode", _MODES[0]), options.get("scale", 1.0)
     if mode not in _MODES:
         raise ValueError(f"mode ({mode!r}) must be one of {_MODES}, whose scores add up to one")
@@ -167,6 +170,22 @@ def _check(name: str, ffn: nn.Module) -> None:
         raise ValueError(f"{name}.act_fn ({ffn.act_fn!r}) is none of the activations of swiglu")
     for key in parameters:
         _checks.refuse_sharded(f"{name}.{key}", ffn.get_parameter(key))
+    if not ffn.gate_proj.weight.is_meta:
+        _check_formula(name, ffn)
+
+
+@torch.no_grad()
+def _check_formula(name: str, ffn: nn.Module) -> None:
+    """Raises ValueError if an FFN with these parts computes something else, as with a factor."""
+    weight = ffn.gate_proj.weight
+    x = torch.linspace(-2, 2, 4 * weight.shape[1], device=weight.device).sin()
+    x = x.view(1, 4, -1).to(weight.dtype)
+    expected = ffn.down_proj(ffn.act_fn(ffn.gate_proj(x)) * ffn.up_proj(x)).double()
+    if (ffn(x).double() - expected).norm() > 0.02 * expected.norm():
+        raise ValueError(
+            f"{name} ({type(ffn).__name__}) must compute"
+            " down_proj(act_fn(gate_proj(x)) * up_proj(x)); it computes something else"
+        )
 
 
 def _indices(layers: Iterable[int], number: int) -> list[int]:

@@ -151,6 +151,7 @@ class ExpertLoRADict(nn.ModuleDict):
 
     def refresh(self) -> None:
         """Reads the buffer after it was written in place; required before a compiled forward."""
+        self._seen = None  # the version of an inference tensor does not count
         _ = self.is_merged
 
     def correct_first(self, hidden: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
@@ -174,6 +175,13 @@ class ExpertLoRADict(nn.ModuleDict):
         if "down_proj" not in self:
             return out
         return out + self["down_proj"](rows, expert_offsets)
+
+
+def refresh_lora(model: nn.Module) -> None:
+    """Reads the buffers `merged` of a model after they were written in place."""
+    for module in model.modules():
+        if isinstance(module, ExpertLoRADict):
+            module.refresh()
 
 
 def _warn_of_frozen() -> None:
@@ -320,6 +328,15 @@ def _stacked(experts: nn.Module, target: str) -> Tensor | QuantizedProjection:
 
 
 def _add_products(experts: nn.Module, sign: float) -> None:
+    rows = 2 if getattr(experts, "is_transposed", False) else 1
+    for target in experts.expert_lora:
+        placements = getattr(_stacked(experts, target), "placements", ())
+        if target in HALVES and any(one.is_shard(rows) for one in placements):
+            # A half of such a weight is a copy.
+            raise RuntimeError(
+                f"LoRA of {target} cannot be merged into gate_up_proj that is sharded along its"
+                " rows: merge it before fully_shard or parallelize_moe(data='shard')"
+            )
     for target, lora in experts.expert_lora.items():
         weight_EOI = weight_of(experts, target)
         weight_EOI.copy_(merge_lora_weight(weight_EOI, lora.lora_A, lora.lora_B, sign * lora.scale))

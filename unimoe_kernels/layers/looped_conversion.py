@@ -22,6 +22,8 @@ def looped_of(router: TopKRouter, experts: GroupedExperts, num_shared: int) -> L
         "router.config.num_null_experts": (config.num_null_experts, 0),
         "router.config.top_p": (config.top_p, None),
         "router.config.capacity_factor": (config.capacity_factor, None),
+        "router.config.jitter": (config.jitter, 0.0),
+        "router.config.router_dtype": (config.router_dtype, None),
         "num_shared_experts": (num_shared, 0),
         "experts.activation": (experts.activation, "silu"),
         "experts.bias": (experts.gate_up_bias is not None, False),

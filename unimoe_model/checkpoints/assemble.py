@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from unimoe_model.checkpoints.convert import parameter_shapes
+from unimoe_model.checkpoints.convert import ASIDE, parameter_shapes
 from unimoe_model.checkpoints.files import TensorFiles, read_config, shards
 from unimoe_model.checkpoints.names import LLM, PROJECTIONS
 from unimoe_model.checkpoints.plan import Matrix, Recipe, Stack, checked_layout
+from unimoe_model.checkpoints.record import FILE
 from unimoe_model.checkpoints.writing import (
     SHARD_BYTES,
     Progress,
@@ -21,7 +22,10 @@ from unimoe_model.checkpoints.writing import (
 from unimoe_model.configuration import UniMoEConfig
 
 _ROUTER = ".mlp.router.weight"
-_WEIGHTS = re.compile(r"(model.*\.safetensors(\.index\.json)?|pytorch_model.*|config\.json)")
+# Weights, and the record of a conversion, which describes the dense model.
+_LEFT_OUT = re.compile(
+    rf"(model.*\.safetensors(\.index\.json)?|pytorch_model.*|config\.json|{FILE}|{ASIDE}.*)"
+)
 
 
 def assemble(
@@ -38,7 +42,8 @@ def assemble(
 
     Attention, embeddings and connectors are those of the base, each expert is the FFN of one
     checkpoint, and routers are drawn from normal(0, initializer_range). One file of weights at a
-    time is in memory.
+    time is in memory. The record of a conversion of the base is left out: the published layout of
+    the base has no place for experts.
 
     Args:
         base: folder of a dense model.
@@ -100,7 +105,7 @@ def assemble(
         )
         config.save_pretrained(folder)
         for path in base.iterdir():
-            if path.is_file() and not _WEIGHTS.fullmatch(path.name):
+            if path.is_file() and not _LEFT_OUT.fullmatch(path.name):
                 shutil.copyfile(path, folder / path.name)
     return config
 

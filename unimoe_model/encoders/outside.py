@@ -1,5 +1,6 @@
 """Encoders outside this package, named `module:Class`, which run only with permission."""
 
+import inspect
 import re
 import sys
 from importlib import import_module
@@ -8,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from unimoe_model.encoders.base import FrozenEncoder
+from unimoe_model.evaluation.files import file_digest
 
 SENSES = ("vision", "speech", "audio")
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -64,6 +66,11 @@ def choose_encoders(path: Path) -> None:
 def chosen_encoder(name: str, sense: str) -> str:
     """The encoder that `choose_encoders` selected for a sense, or `name` by default."""
     return _CHOSEN.get(sense, name)
+
+
+def code_digest(encoder: FrozenEncoder) -> str:
+    """Hash of the file with the class of an encoder outside this package, 16 hexadecimal digits."""
+    return file_digest(Path(inspect.getfile(type(encoder))))
 
 
 def outside_class(name: str, sense: str) -> type[FrozenEncoder]:

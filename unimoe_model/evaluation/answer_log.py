@@ -75,10 +75,11 @@ class AnswerLog:
             raise ValueError(
                 f"{path} cannot be read ({error}); delete {self._folder} to start anew"
             ) from error
+        # Earlier versions did not record all of them.
         differing = [
-            f"{key} ({found.get(key)} there, {value} now)"
+            f"{key} ({found[key]} there, {value} now)"
             for key, value in self._run.items()
-            if found.get(key) != value
+            if key in found and found[key] != value
         ]
         if differing:
             raise ValueError(

@@ -1,7 +1,6 @@
 """Atomic writing and content hashes of files."""
 
 import hashlib
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -27,16 +26,8 @@ def folder_digest(folder: Path) -> str:
     return hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
 
 
-def sizes_digest(paths: Iterable[Path]) -> str:
-    """Hash of the sizes of files, and of files in folders, without reading their bytes."""
-    digest = SizesDigest()
-    for path in paths:
-        digest.add(path)
-    return digest.hexdigest()
-
-
 class SizesDigest:
-    """Incremental `sizes_digest`."""
+    """Hash of the sizes of files, and of files in folders, without reading their bytes."""
 
     def __init__(self):
         self._hash = hashlib.sha256(b"[")

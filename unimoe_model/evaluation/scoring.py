@@ -1,14 +1,16 @@
 """Evaluation of a model on a data file, run by `unimoe eval`."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unimoe_model.data.encoded_media import Row
+from unimoe_model.data.content_key import content_key
+from unimoe_model.data.encoded_media import SENSES, Row
 from unimoe_model.evaluation.answer_log import AnswerLog
-from unimoe_model.evaluation.files import file_digest, folder_digest, sizes_digest, write_whole
+from unimoe_model.evaluation.files import file_digest, folder_digest, write_whole
 from unimoe_model.evaluation.metrics import METRICS, Metric
 from unimoe_model.evaluation.metrics.score import Score
 from unimoe_model.evaluation.samples import (
@@ -19,6 +21,7 @@ from unimoe_model.evaluation.samples import (
     read_samples,
 )
 from unimoe_model.generation import Answerer
+from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.training.progress import BarReporter, ProgressReporter
 from unimoe_model.value_types import require_at_least
 
@@ -36,6 +39,7 @@ def evaluate_file(
     reporter: ProgressReporter | None = None,
     batch_size: int = 1,
     features: Callable[[str, Path], Any] | None = None,
+    identity: Callable[[Sequence[tuple[str, Path]]], str] | None = None,
 ) -> Score:
     """Generates outputs greedily, scores them, and writes `answers.jsonl` and `score.json`.
 
@@ -53,6 +57,8 @@ def evaluate_file(
         batch_size: number of questions per batch.
         features: returns precomputed features of a media file, given its kind and path; None reads
             and encodes the files.
+        identity: returns a hash of the contents of media, given their kinds and paths, and of the
+            encoders that encode them; None loads the encoders for it.
 
     Returns:
         The score, which is also written to `score.json`.
@@ -60,8 +66,8 @@ def evaluate_file(
     Raises:
         ModuleNotFoundError: If the metric requires a package that is not installed.
         ValueError: If an argument or the data file is invalid (nothing is written), `output` holds
-            outputs of another model, data file or setting, or media cannot be read (the message
-            names the line).
+            outputs of another model, data file, media, encoder or setting, or media cannot be
+            read (the message names the line).
     """
     require_at_least(1, max_new_tokens=max_new_tokens, limit=limit)
     lines = scored_samples(data, metric, limit)
@@ -71,7 +77,9 @@ def evaluate_file(
     run = {
         "model": folder_digest(model),
         "data": file_digest(data),
-        "media_sizes": sizes_digest(file for line in lines for _, file in asked_media(line)),
+        "media_and_encoders": (identity or partial(_identity, model))(
+            [one for line in lines for one in asked_media(line)]
+        ),
         "metric": metric,
         "max_new_tokens": max_new_tokens,
     }
@@ -83,6 +91,17 @@ def evaluate_file(
         figures = _figures(score, samples, run) | {"model": str(model), "data": str(data)}
         write_whole(output / "score.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     return score
+
+
+def _identity(model: Path, media: Sequence[tuple[str, Path]]) -> str:
+    """Hash of the contents of media, and of the encoders that encode them."""
+    processor = UniMoEProcessor.from_pretrained(model)
+    digest = hashlib.sha256()
+    for sense in sorted({SENSES[kind] for kind, _ in media}):
+        digest.update(processor.encoder(sense).fingerprint().encode())
+    for kind, path in media:
+        digest.update(f"{kind} {content_key(path)}".encode())
+    return digest.hexdigest()[:16]
 
 
 def scored_samples(data: Path, metric: str, limit: int | None = None) -> list[Sample]:

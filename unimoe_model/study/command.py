@@ -41,6 +41,7 @@ def run_study(
         if unknown:
             raise ValueError(f"seeds ({unknown[0]}) must be among {min(known)} to {max(known)}")
     folder = study.metrics or output / "metrics"
+    is_current = None
     if not report_only:
         disable_progress_bar()  # of transformers, for what takes a moment
         grid = Grid(study, output, study_reporter())
@@ -50,9 +51,10 @@ def run_study(
                 print(f"seed {seed} {arm}: {done} ({record_path(folder, arm, seed)})")
             return
         grid.run(seeds)
-    results, outdated = read_results(study, folder)
+        is_current = grid.is_done
+    results, outdated = read_results(study, folder, is_current)
     for path in outdated:
-        print(f"left out: {path} is of other settings than {study.path}")
+        print(f"left out: {path} is of other settings, models or data than {study.path}")
     files = write_report(study, results, output)
     _print_findings(study, results)
     print("report in " + ", ".join(map(str, files)))

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -161,12 +161,21 @@ class Grid:
         shutil.rmtree(folder / "stages" / own)
 
 
-def read_results(study: Study, folder: Path) -> tuple[Results, list[Path]]:
+def read_results(
+    study: Study, folder: Path, is_current: Callable[[int, str], bool] | None = None
+) -> tuple[Results, list[Path]]:
     """Reads the records of a study from a folder.
 
+    Args:
+        study: the study.
+        folder: folder of the records.
+        is_current: whether the record of a seed and arm has the current hash, such as
+            `Grid.is_done`; None compares settings alone (`arm_settings`), which requires neither
+            data nor models.
+
     Returns:
-        The records by arm and seed, and the files that were left out because their settings differ
-        from those of the study.
+        The records by arm and seed, and the files that were left out because their settings, or
+        their models and data, differ from those of the study.
 
     Raises:
         ValueError: If a file is damaged.
@@ -178,7 +187,8 @@ def read_results(study: Study, folder: Path) -> tuple[Results, list[Path]]:
         if not path.exists():
             continue
         record = read_record(path)
-        if record.settings == arm_settings(study, study.arms[arm], seed):
+        same = record.settings == arm_settings(study, study.arms[arm], seed)
+        if same and (is_current is None or is_current(seed, arm)):
             results.setdefault(arm, {})[seed] = record
         else:
             outdated.append(path)

@@ -1,6 +1,7 @@
 """Features of a stage's media, computed once and cached on disk."""
 
 import hashlib
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from unimoe_model.data.content_key import DigestMemo, content_key
 from unimoe_model.data.encoded_media import SENSES, EncodedMedia, encode_media, read_media
 from unimoe_model.data.feature_store import FeatureStore, needed_bytes
 from unimoe_model.data.indexed_files import Media
 from unimoe_model.encoders import FrozenEncoder, build_encoder
+from unimoe_model.encoders.outside import chosen_encoder, code_digest, is_outside
 from unimoe_model.folder_lock import FolderInUseError
 from unimoe_model.processing import UniMoEProcessor
 from unimoe_model.training.progress import ProgressReporter
@@ -108,6 +111,25 @@ class MediaFeatures:
                 self._states[kind], f"connector {kind}", paths, 32, self._run_body, kind, connector
             )
 
+    def identity(self, media: Iterable[KindAndFile]) -> str:
+        """Hash of the contents of media and of what determines their features.
+
+        Args:
+            media: kind and location of each media file.
+
+        Returns:
+            16 hexadecimal digits.
+
+        Raises:
+            ValueError: If a file is missing.
+        """
+        digest = hashlib.sha256()
+        for kind, paths in _by_kind(media).items():
+            digest.update(json.dumps([kind, self._settings(kind)], sort_keys=True).encode())
+            for path in paths:
+                digest.update(self._key(path).encode())
+        return digest.hexdigest()[:16]
+
     def item(self, kind: str, path: Media) -> EncodedMedia:
         """Returns the features of a file, or its query states if the stage uses them."""
         states = self._states.get(kind)
@@ -188,9 +210,12 @@ class MediaFeatures:
             "speech": ("speech_max_frames",),
             "audio": (),
         }[kind]
+        name = chosen_encoder(getattr(self._processor, f"{SENSES[kind]}_encoder"), SENSES[kind])
+        code = {"code": code_digest(encoder)} if is_outside(name) else {}
         return {
             "encoder": f"{kind}-{encoder.name}",
             "weights": encoder.fingerprint(),
+            **code,
             "computed_in": str(next(encoder.parameters(), torch.empty(0)).dtype),
             **{name: options[name] for name in own},
         }
@@ -226,8 +251,13 @@ def _named(path: Media, read, *arguments):
 
 
 def _body_digest(connector: nn.Module) -> str:
-    """Hash of a connector's weights, except for its projector."""
+    """Hash of a connector's weights and configurations, except for its projector."""
     digest = hashlib.sha256()
+    for module in connector.modules():
+        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            fields = config.to_dict()
+            fields.pop("transformers_version", None)
+            digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     for name, tensor in connector.state_dict().items():
         if not name.startswith("projector."):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -94,8 +94,10 @@ def train_stage(
     with StopRequest() as stop, recomputed(model, settings.gradient_checkpointing), frozen:
         for step, batch in zip(steps, batches, strict=True):
             set_learning_rates(optimizers, settings, step)
-            # Makes dropout of a step independent of earlier interruptions.
-            torch.manual_seed(zlib.crc32(f"{run}/{step}".encode()))
+            # Makes dropout of a step independent of earlier interruptions, and that of the samples
+            # of a process of that of others.
+            drawn = f"{run}/{step}" + ("" if ranks.is_first else f"/{ranks.rank}")
+            torch.manual_seed(zlib.crc32(drawn.encode()))
             place = f"{stage}, step {step}"
             # Not of the model: walking through all of its frozen parameters takes longer.
             for parameter in parameters.values():

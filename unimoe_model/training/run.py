@@ -1,5 +1,6 @@
 """Execution of a recipe: a stage is repeated only if something that determines it has changed."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,7 @@ class Run:
         for name in stages:
             stage = self._recipe.stage(name)
             if self.is_done(name):
+                self._check_inputs(stage)
                 continue
             missing = [s for s in stage.sources if s in self.ids and not self.is_done(s)]
             if missing:
@@ -153,6 +155,7 @@ class Run:
                         self._reporter,
                         EVALUATED_AT_ONCE,
                         self.features.item,
+                        self.features.identity,
                     )
                     scores.append((stage, evaluation, score.value))
         return scores
@@ -182,6 +185,7 @@ class Run:
         settings = stage.optimization_for(self._data.counts())
         used = self._used(stage, settings.steps)
         self.features.prepare(used)
+        self._check_inputs(stage, used)
         if stage.assembly is not None and stage.assembly.router_strength:
             for expert in stage.assembly.experts:
                 self.features.prepare(self._used(self._recipe.stage(expert), ROUTER_BATCHES))
@@ -228,6 +232,39 @@ class Run:
             image_dropout=stage.image_dropout,
             vocabulary=vocabulary,
         )
+
+    def _check_inputs(self, stage: Stage, used: Sequence[tuple[str, Media]] | None = None) -> None:
+        """Refuses to resume or reuse a stage whose media or encoders have changed.
+
+        Their hash is written when a stage starts. The id of a stage covers only names and sizes of
+        media and names of encoders, because it must be known before any of them is read.
+        """
+        failure = None
+        if self._ranks.is_first:
+            try:
+                self._compare_inputs(stage, used)
+            except (ValueError, OSError) as error:
+                failure = error
+        if any(self._ranks.sums(f"media of {stage.name}", float(failure is not None))):
+            raise failure or RuntimeError(f"media of {stage.name} differ, on the first process")
+
+    def _compare_inputs(self, stage: Stage, used: Sequence[tuple[str, Media]] | None) -> None:
+        folder = self.folder(stage.name)
+        path, fresh = folder / "inputs.json", used is not None
+        started = any(folder.glob("checkpoint*"))
+        if not path.exists() and not fresh:
+            return
+        if used is None:
+            used = self._used(stage, stage.optimization_for(self._data.counts()).steps)
+        found = {"media_and_encoders": self.features.identity(used)}
+        if path.exists() and (started or not fresh):
+            if json.loads(path.read_text(encoding="utf-8")) != found:
+                raise ValueError(
+                    f"{folder} holds a stage that was trained with other media or encoders of the"
+                    " same names; give another output folder, or delete it"
+                )
+        elif fresh:
+            write_whole(path, json.dumps(found))
 
     def _save(self, model: UniMoEForConditionalGeneration, folder: Path) -> None:
         model.set_attn_implementation("sdpa")

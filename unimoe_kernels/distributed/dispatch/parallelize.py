@@ -18,6 +18,7 @@ from unimoe_kernels.distributed.dispatch.replicate import GradientSum
 from unimoe_kernels.distributed.running.failure import CollectiveError, collective
 from unimoe_kernels.distributed.running.start import MESH_DIMS
 from unimoe_kernels.layers import GroupedExperts, MoE, QuantizedExperts
+from unimoe_kernels.layers.expert_lora import refresh_lora
 from unimoe_kernels.layers.quantized_projection import QuantizedProjection
 
 DATA_MODES = ("replicate", "shard")
@@ -282,6 +283,7 @@ def _broadcast(model: nn.Module, group: dist.ProcessGroup) -> None:
             continue
         with collective(f"start, weights of {name}"):
             dist.broadcast(tensor.detach(), src=0, group=group)
+    refresh_lora(model)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ class GradientSum:
     receives the sum of the others. Ranks may therefore use different parts of a model, such as with
     batches with and without images; but all ranks must run the same number of backwards, each of
     which must reach at least one of the parameters. Several backwards before an optimiser step are
-    accumulated.
+    accumulated. `torch.autograd.grad` returns the gradients of this rank and changes no `.grad`.
 
     Args:
         parameters: parameters by name, the same on all ranks; all must require gradients.
@@ -40,9 +40,17 @@ class GradientSum:
         # Gradients of the current backward, and those accumulated before it, by index.
         self._fresh: dict[int, Tensor] = {}
         self._before: dict[int, Tensor] = {}
+        # Parameters whose gradient this backward adds to `.grad`, unlike `torch.autograd.grad`.
+        self._added: set[int] = set()
         self._hooks = [
-            parameter.register_hook(lambda grad, place=place: self._collect(place, grad))
+            hook
             for place, parameter in enumerate(self._parameters)
+            for hook in (
+                parameter.register_hook(lambda grad, place=place: self._collect(place, grad)),
+                parameter.register_post_accumulate_grad_hook(
+                    lambda _, place=place: self._added.add(place)
+                ),
+            )
         ]
 
     def remove(self) -> None:
@@ -62,8 +70,11 @@ class GradientSum:
 
     @torch.no_grad()
     def _sum(self) -> None:
-        fresh, before = self._fresh, self._before
-        self._fresh, self._before = {}, {}
+        fresh = {place: grad for place, grad in self._fresh.items() if place in self._added}
+        before = self._before
+        self._fresh, self._before, self._added = {}, {}, set()
+        if not fresh:
+            return
         pending = []
         for places in self._buckets():
             flat = self._flatten(places, fresh)

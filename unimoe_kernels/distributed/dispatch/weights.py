@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from unimoe_kernels._files import atomic_write
 from unimoe_kernels.distributed.running.failure import collective
 from unimoe_kernels.distributed.running.world import is_first, write_once
-from unimoe_kernels.layers.expert_lora import ExpertLoRADict
+from unimoe_kernels.layers.expert_lora import refresh_lora
 
 
 @torch.no_grad()
@@ -86,9 +86,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             _check(path, state, shapes)
             for name, file in sources.items():
                 _read(file, name, state[name])
-            for module in model.modules():
-                if isinstance(module, ExpertLoRADict):
-                    module.refresh()
+            refresh_lora(model)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"weights ({path}) cannot be read: {error}") from error
 

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from unimoe_kernels._files import recover_folder, replace_folder
 from unimoe_kernels.distributed.running.failure import collective
 from unimoe_kernels.distributed.running.world import is_distributed, is_first, meet
+from unimoe_kernels.layers.expert_lora import refresh_lora
 
 _EXTRA = "extra.json"
 
@@ -115,6 +116,8 @@ def load_sharded(
     with collective(f"load of {folder}"), _alone_on_purpose():
         dcp.load(targets, storage_reader=reader, no_dist=not is_distributed())
     meet(f"load of {folder}")
+    if isinstance(model, nn.Module):
+        refresh_lora(model)
     for optimizer in optimizers:
         optimizer.state.clear()
     for optimizer, parameter, key, tensor in fresh.values():
