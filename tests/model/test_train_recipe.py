@@ -25,7 +25,7 @@ from unimoe_model.training.recipe import load_recipe
 from unimoe_model.training.recipe_data import RecipeData
 from unimoe_model.training.run import Run, keep_recipe
 from unimoe_model.training.stage_ids import stage_ids
-from unimoe_model.training.starting_model import describe_start
+from unimoe_model.training.starting_model import build_start, describe_start
 
 STAGES = ("align", "eyes", "ears", "tune")
 
@@ -413,6 +413,21 @@ def test_the_recipe_may_determine_the_width_of_the_image_connector(case, changed
     digests = dict.fromkeys(usual.data, "")
     ids = [stage_ids(recipe, "fp32", digests)["align"] for recipe in (usual, wide)]
     assert ids[0] != ids[1]
+
+
+def test_a_recipe_may_change_the_frames_of_a_model_folder(trained, changed):
+    def edit(raw):
+        del raw["connectors"]
+        raw.update(model=str(stage_folder(trained, "align") / "model"), video_frames=5)
+
+    recipe = load_recipe(changed(edit))
+    start = describe_start(recipe, [])
+    model = build_start(recipe, start)
+    for config in (start.config, start.processor, model.config, model.model.config):
+        assert config.video_num_frames == 5
+    for sense in ("vision", "speech", "audio"):
+        name = f"{sense}_encoder"
+        assert getattr(model.config, name) == getattr(start.processor, name)
 
 
 def test_recipes_read_back_what_they_say(case):

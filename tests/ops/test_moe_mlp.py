@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unimoe_kernels import _checks, available_backends, moe_mlp, swiglu, use_backend
 from unimoe_kernels.ops.swiglu.op import ACTIVATIONS
-from unimoe_kernels.testing import ROUTINGS, assert_close_to_float64, sample_routing
+from unimoe_kernels.testing import ROUTINGS, assert_close_to_float64, relative_error, sample_routing
 
 OP = "moe_mlp"
 NAMES = ("x", "gate_up_proj", "down_proj", "scores", "gate_up_bias", "down_bias")
@@ -246,6 +246,22 @@ def test_moe_mlp_is_deterministic(backend):
     grad = torch.randn(9, 24, device=backend.device)
     first, second = run(moe_mlp, arguments, grad), run(moe_mlp, arguments, grad)
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_moe_mlp_has_second_derivatives_in_16_bits(dtype):
+    arguments = sample(num_tokens=20, biased=True, dtype=dtype)
+    found = []
+    for options in ({}, {"dtype": torch.float64}):
+        own = with_grad(arguments, **options)
+        inputs = [own[name] for name in NAMES]
+        y = moe_mlp(**own)
+        once = torch.autograd.grad(y.square().mean(), inputs, create_graph=True)
+        penalty = sum(grad.to(torch.float64).square().sum() for grad in once)
+        found.append(torch.autograd.grad(penalty, inputs))
+    for name, own, exact in zip(NAMES, *found, strict=True):
+        assert exact.norm() > 1e-3, name
+        assert relative_error(own, exact) < 0.05, name
 
 
 def test_moe_mlp_backward_runs_twice_and_under_checkpointing(backend):

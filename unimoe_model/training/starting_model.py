@@ -126,6 +126,8 @@ def build_start(recipe: Recipe, start: Start) -> UniMoEForConditionalGeneration:
     torch.manual_seed(recipe.seed)
     if recipe.model.folder is not None:
         model = load_whole(Path(recipe.model.folder))
+        for name in (*(f"{sense}_encoder" for sense in _DEFAULT_ENCODERS), "video_num_frames"):
+            setattr(model.config, name, getattr(start.config, name))
     else:
         model = UniMoEForConditionalGeneration(start.config)
     load_connector_bodies(model, recipe)

@@ -53,7 +53,7 @@ def backward(backend: str, grad_TD: Tensor, saved: Saved, gate: Gate, needs: Nee
     run, offsets, top_k = partial(_backends.run, backend), rows.offsets, scores.shape[1]
     floats = () if quantized else (weights.first, weights.down)
     recorded = _backends.is_recorded(grad_TD, x, *floats, scores, h_NG, weights.down_bias)
-    weigh = Tensor.mul if recorded else Tensor.mul_
+    weigh = _weighed if recorded else Tensor.mul_
     grad_x, grad_first, grad_down, grad_scores, grad_first_bias, grad_down_bias = (
         x.new_empty(0) for _ in needs
     )
@@ -94,6 +94,11 @@ def backward(backend: str, grad_TD: Tensor, saved: Saved, gate: Gate, needs: Nee
         grad_x_ND = multiply(run, grad_h_NG, weights.first, offsets, transposed=True)
         grad_x = run("unpermute", grad_x_ND, rows.inverse, offsets, None, top_k)
     return Grads(grad_x, grad_first, grad_down, grad_scores, grad_first_bias, grad_down_bias)
+
+
+def _weighed(rows: Tensor, scores: Tensor) -> Tensor:
+    # As in place: 16-bit rows stay so with scores in float32.
+    return (rows * scores).to(rows.dtype)
 
 
 def _expert_of_row(rows: Rows) -> Tensor:
