@@ -12,6 +12,7 @@ from unimoe_model.data.conversations import read_conversations
 TOKENS = 8192
 """Number of tokens after which no further lines are read."""
 ROW_TOKENS = 512
+"""Maximum tokens of a text. Rows with media are as long as the model permits."""
 _ARGUMENTS = {"image": "images", "video": "videos", "speech": "speech", "audio": "audio"}
 
 
@@ -35,6 +36,7 @@ def calibration_inputs(model: Path, file: Path) -> list[dict]:
 
         processor = UniMoEProcessor.from_pretrained(model)
         tokenizer = processor.tokenizer
+        context = UniMoEConfig.from_pretrained(model).text_config.max_position_embeddings
     else:
         tokenizer = AutoTokenizer.from_pretrained(model)
     texts, inputs, tokens = _texts(file), [], 0
@@ -46,7 +48,8 @@ def calibration_inputs(model: Path, file: Path) -> list[dict]:
             media = {name: [] for name in _ARGUMENTS.values()}
             for kind, path in item.media:
                 media[_ARGUMENTS[kind]].append(path)
-            row = dict(processor.training_inputs([item.turns], **media, max_length=ROW_TOKENS))
+            longest = context if item.media else ROW_TOKENS
+            row = dict(processor.training_inputs([item.turns], **media, max_length=longest))
             del row["labels"]
         elif item.media:
             raise ValueError(f"{item.where} has media, which model ({model}) does not take")

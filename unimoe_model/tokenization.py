@@ -199,11 +199,16 @@ def _add_chunk(
         # special tokens; the fast one does neither.
         chunk, kept = f" {chunk}", [start, *kept]
         specials = "|".join(map(re.escape, (tokenizer.bos_token, tokenizer.eos_token)))
-        spaces = [
-            at
-            for match in re.finditer(rf"\s*({specials})\s*", chunk)
-            for at in (*range(match.start(), match.start(1)), *range(match.end(1), match.end()))
-        ]
+        # A pattern that starts with spaces takes quadratic time for long runs of them.
+        spaces: set[int] = set()
+        for match in re.finditer(specials, chunk):
+            first, last = match.span()
+            while first and chunk[first - 1].isspace():
+                first -= 1
+                spaces.add(first)
+            while last < len(chunk) and chunk[last].isspace():
+                spaces.add(last)
+                last += 1
         kept = [at for index, at in enumerate(kept) if index not in spaces]
         chunk = "".join(char for index, char in enumerate(chunk) if index not in spaces)
     encoded = tokenizer(chunk, add_special_tokens=False, return_offsets_mapping=True)

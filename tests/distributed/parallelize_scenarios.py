@@ -64,6 +64,15 @@ def uneven_accumulation(r):
     )
 
 
+def sums_together(r):
+    """A rank whose backward reaches no parameter of one sum takes part in it nevertheless."""
+    moe, _ = layer(r)
+    parallelize_moe(moe, r.data_mesh)
+    router, down = moe.router.weight, moe.experts.down_proj
+    (router if r.rank == 0 else down.to_local()).sum().backward()
+    return [router.grad.unique().tolist(), down.grad.to_local().unique().tolist()]
+
+
 def another_model(r):
     """The last rank trains less; nothing is changed on any rank."""
     moe, _ = layer(r)
@@ -93,6 +102,7 @@ SCENARIOS = (
     accumulation,
     uneven_accumulation,
     gradients_alone,
+    sums_together,
     another_model,
     uneven_shards,
     meta_buffers,

@@ -61,6 +61,11 @@ def test_gradients_taken_alone_are_of_the_rank_and_change_nothing(ops):
         assert error < 1e-12
 
 
+def test_all_ranks_take_part_in_all_sums(ops):
+    others = len(ops["sums_together"]) - 1
+    assert ops["sums_together"] == [[[1.0], [float(others)]]] * (others + 1)
+
+
 def test_ranks_with_different_models_are_all_told(ops):
     last = len(ops["another_model"]) - 1
     for rank, (text, untouched) in enumerate(ops["another_model"]):

@@ -128,6 +128,17 @@ def test_adapters_that_peft_wrote_with_both(tmp_path):
     assert relative_error(logits_of(ours), logits_of(theirs)) < 1e-5
 
 
+def test_patterns_of_peft_do_not_reach_the_experts(tmp_path):
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], alpha_pattern={"down_proj": 64}, rank_pattern={"_proj": 4}
+    )
+    model = peft.get_peft_model(build("mixtral"), config)
+    fill(add_expert_lora(model, r=3, alpha=6).eval())
+    save_expert_lora(model, tmp_path)
+    again = load_expert_lora(build("mixtral"), tmp_path).eval()
+    assert relative_error(logits_of(again), logits_of(model)) < 1e-5
+
+
 @pytest.mark.parametrize("wrap", ["peft", "compiled", "parallel", "layers compiled"])
 def test_names_are_those_of_the_innermost_model(tmp_path, wrap):
     model = add_expert_lora(build("mixtral"), r=3, alpha=6)

@@ -70,6 +70,23 @@ def test_a_buffer_that_is_written_in_place_counts():
     assert torch.equal(logits_of(target), logits_of(source))
 
 
+@pytest.mark.parametrize("merge", [merge_expert_lora, merge_and_unload_expert_lora])
+def test_a_folder_holds_no_adapter_beside_merged_weights(merge, tmp_path):
+    model = with_lora("mixtral")
+    expected = logits_of(model)
+    load = transformers.MixtralForCausalLM.from_pretrained
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").exists()
+    merge(model).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter*"))
+    assert relative_error(logits_of(load(tmp_path)), expected) < 1e-5
+    # An adapter of others remains.
+    for name, text in (("adapter_config.json", "{}"), ("adapter_model.safetensors", "")):
+        (tmp_path / name).write_text(text)
+    model.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("adapter*"))) == 2
+
+
 def test_copies_and_casts_stay_merged():
     merged = merge_expert_lora(with_lora("mixtral"))
     expected = logits_of(merged)

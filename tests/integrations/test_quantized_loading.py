@@ -5,11 +5,20 @@ import os
 
 import pytest
 import torch
+from lora_models import fill
 from safetensors.torch import load_file, save_file
 from test_quantize import build, logits_of, mixtral, upcycled
 
-from unimoe_kernels import load_and_quantize, load_quantized, quantize_experts
+from unimoe_kernels import (
+    add_expert_lora,
+    load_and_quantize,
+    load_expert_lora,
+    load_quantized,
+    quantize_experts,
+    save_expert_lora,
+)
 from unimoe_kernels.integrations import quantized_loading
+from unimoe_kernels.integrations.model_experts import with_lora
 
 
 @pytest.mark.parametrize("make", [mixtral, upcycled])
@@ -37,6 +46,20 @@ def test_same_as_quantizing_the_loaded_model(make, options, tmp_path):
     assert torch.equal(logits_of(loaded), logits_of(model))
     loaded.save_pretrained(tmp_path / "quantised")
     assert torch.equal(logits_of(load_quantized(tmp_path / "quantised")), logits_of(model))
+
+
+def test_lora_on_it_is_that_of_any_quantised_model(tmp_path):
+    mixtral().save_pretrained(tmp_path / "float")
+    loaded = add_expert_lora(load_and_quantize(tmp_path / "float", "int8"), r=3)
+    # transformers reads the weights of some models in alphabetical order.
+    for _, experts in with_lora(loaded):
+        parts = experts._modules
+        for name in ("gate_up_proj", "expert_lora"):
+            parts[name] = parts.pop(name)
+    fill(loaded)
+    save_expert_lora(loaded, tmp_path / "adapter")
+    again = load_expert_lora(quantize_experts(mixtral(), "int8"), tmp_path / "adapter").eval()
+    assert torch.equal(logits_of(again), logits_of(loaded.eval()))
 
 
 def test_one_float_weight_exists_at_a_time(tmp_path, monkeypatch):

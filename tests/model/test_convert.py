@@ -176,6 +176,10 @@ def test_experts_loras_of_the_eight_expert_code(tmp_path, tokenizer_folder):
         before = state[f"model.layers.1.mlp.{EIGHT}.{number}.down_proj.weight"]
         expected = (before.float() + 2 * b.float() @ a.float()).bfloat16()
         assert torch.equal(moe.experts.down_proj[number], expected)
+    (folder / f"{EXPERTS - 1}_mlp_experts.bin").unlink()
+    with pytest.raises(ValueError, match=rf"that of expert {EXPERTS - 1} is missing"):
+        convert_from_published(folder, tmp_path / "less", base, tokenizer_folder)
+    assert not (tmp_path / "less").exists()
 
 
 @pytest.mark.parametrize("hears", ["speech", "audio"])

@@ -16,6 +16,8 @@ from unimoe_kernels import (
     quantize_experts,
 )
 from unimoe_model.auto import register_auto_classes
+from unimoe_model.calibration_data import calibration_inputs
+from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.generation import Answerer
 from unimoe_model.processing import UniMoEProcessor
 
@@ -114,6 +116,17 @@ def test_the_command_writes_a_folder_that_answers(checkpoint, run, tmp_path, enc
         assert code == 1
         assert re.search(message, line), line
         assert not (tmp_path / "b").exists()
+
+
+def test_calibration_keeps_media_that_are_longer_than_a_text(checkpoint, data, lines, monkeypatch):
+    monkeypatch.setattr("unimoe_model.calibration_data.ROW_TOKENS", 3)
+    model = checkpoint(text_config={"intermediate_size": 64})
+    (row, *_) = calibration_inputs(model, data(lines[:1]))
+    assert row["image_features"].shape[0] == 1
+    config = UniMoEConfig.from_pretrained(model)
+    soft = row["input_ids"] == config.media_token_ids["image"]
+    assert soft.sum() == config.num_soft_tokens("image")
+    assert row["input_ids"].shape[1] > soft.sum() + 8
 
 
 def test_the_command_calibrates(checkpoint, run, data, lines, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from unimoe_model.serve.body_limit import BodyLimit
 from unimoe_model.serve.limits import Limits
 from unimoe_model.serve.security import Gate, is_loopback
+from unimoe_model.serve.server import token_for
 
 
 async def plain(scope, receive, send):
@@ -66,6 +67,14 @@ def test_pages_of_other_sites_are_refused():
     assert call(Gate(plain), host, ("origin", "http://localhost:7860"))[0] == 200
     for origin in ("http://evil.example", "http://localhost:81", "null"):
         assert call(Gate(plain), host, ("origin", origin))[0] == 403
+
+
+def test_other_machines_need_a_token_also_where_it_is_given_empty():
+    assert token_for("0.0.0.0", "s3cret") == token_for("127.0.0.1", "s3cret") == "s3cret"
+    assert token_for("127.0.0.1", None) is token_for("127.0.0.1", "") is None
+    made = [token_for("0.0.0.0", given) for given in (None, "", None)]
+    assert len(set(made)) == 3
+    assert min(map(len, made)) > 20
 
 
 def test_a_token_is_asked_for_and_kept_in_a_cookie():

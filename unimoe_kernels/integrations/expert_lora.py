@@ -20,6 +20,7 @@ from unimoe_kernels.integrations.model_experts import (
 from unimoe_kernels.integrations.peft_adapter import read_adapter, write_adapter
 from unimoe_kernels.integrations.peft_linears import load_linears
 from unimoe_kernels.integrations.peft_reload import read_again
+from unimoe_kernels.integrations.stale_adapter import adapter_state, remove_stale_adapter
 from unimoe_kernels.integrations.transformers import register_with_transformers
 from unimoe_kernels.layers import GroupedExperts
 from unimoe_kernels.layers.expert_lora import (
@@ -156,7 +157,8 @@ def merge_and_unload_expert_lora(model: nn.Module) -> nn.Module:
     for _, experts in list(with_lora(model)):
         merge_and_unload(experts)
     for module in model.modules():
-        module.__dict__.pop("save_pretrained", None)
+        if module.__dict__.pop("save_pretrained", None) is not None:
+            module.save_pretrained = functools.partial(_save_pretrained, module)
         module.__dict__.pop("load_adapter", None)
     return model
 
@@ -234,12 +236,21 @@ def _save_pretrained(model: nn.Module, save_directory: str | Path, *args, **kwar
     """`save_pretrained` that also saves expert LoRA, if not merged, as an adapter in the folder.
 
     transformers loads such a folder as the model with its adapter; the LoRA in the weights' own
-    file is for resuming training.
+    file is for resuming training. An adapter of an earlier save is removed where the weights
+    include the LoRA: it would be added again.
     """
+    folder = Path(save_directory)
+    before = adapter_state(folder)
     result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    merged = all(experts.expert_lora.is_merged for _, experts in with_lora(model))
-    if not merged and kwargs.get("is_main_process", True):
-        write_adapter(model, Path(save_directory), kwargs.get("state_dict"))
+    merged = not _has_lora(model) or all(
+        experts.expert_lora.is_merged for _, experts in with_lora(model)
+    )
+    if not kwargs.get("is_main_process", True):
+        return result
+    if not merged:
+        write_adapter(model, folder, kwargs.get("state_dict"))
+    else:
+        remove_stale_adapter(folder, before)
     return result
 
 

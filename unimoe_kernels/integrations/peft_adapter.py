@@ -194,8 +194,9 @@ def _joined(adapter: _Adapter, theirs: dict[str, Any] | None) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "inference_mode": True,
         "target_parameters": adapter.names,
-        "rank_pattern": {**theirs["rank_pattern"], **dict.fromkeys(adapter.names, adapter.rank)},
-        "alpha_pattern": {**theirs["alpha_pattern"], **dict.fromkeys(adapter.names, alpha)},
+        # The first pattern that matches a name counts, here as in peft.
+        "rank_pattern": dict.fromkeys(adapter.names, adapter.rank) | theirs["rank_pattern"],
+        "alpha_pattern": dict.fromkeys(adapter.names, alpha) | theirs["alpha_pattern"],
     }
 
 

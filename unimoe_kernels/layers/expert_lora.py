@@ -315,8 +315,13 @@ def shape_of(experts: nn.Module, target: str) -> tuple[int, int, int]:
 
 
 def stacked_names(experts: nn.Module) -> list[str]:
-    """Returns the names of the stacked weights and biases of experts, quantised ones last."""
-    return [*(key for key, _ in experts.named_parameters(recurse=False)), *quantized_parts(experts)]
+    """Returns the names of the stacked weights and biases of experts, quantised ones last.
+
+    Weights are in the order in which layers declare them, the down projection last, also if they
+    were quantised in the order of a file.
+    """
+    quantized = sorted(quantized_parts(experts), key=lambda name: name == "down_proj")
+    return [*(key for key, _ in experts.named_parameters(recurse=False)), *quantized]
 
 
 def _stacked(experts: nn.Module, target: str) -> Tensor | QuantizedProjection:

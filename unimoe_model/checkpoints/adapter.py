@@ -80,6 +80,13 @@ def _add_expert_loras(files: TensorFiles, folder: Path) -> None:
         for suffix in (SAFETENSORS, PICKLED)
         for path in folder.glob(f"[0-9]*_mlp_experts{suffix}")
     }
+    held = {int(match[1]) for name in files.meta if (match := _EXPERT.search(name))}
+    missing = sorted((held or set(range(max(paths, default=-1) + 1))) - paths.keys())
+    if paths and missing:
+        raise ValueError(
+            f"folder ({folder}) must hold a file <number>_mlp_experts for every expert; that of"
+            f" expert {missing[0]} is missing"
+        )
     for number, path in sorted(paths.items()):
         names = TensorFiles([path], published_adapter_name).meta
         found = {int(match[1]) for name in names if (match := _EXPERT.search(name))}

@@ -141,6 +141,7 @@ class _Completion:
         queue.
         """
         asked = self._asked
+        self._replies.require_length([asked.system or ""])
         conversation = self._replies.conversation(
             asked.system, asked.max_new_tokens, asked.sampling
         )

@@ -178,7 +178,7 @@ class Replies:
         job = None
         try:
             texts = [text for said, replied in earlier for text in (said.text, replied)]
-            self._require_length([*texts, message.text])
+            self.require_length([*texts, message.text])
             async for place in ticket.turn():
                 yield place
             stopped = stopped or threading.Event()
@@ -217,7 +217,8 @@ class Replies:
                     self._job = None  # which holds keys and values
                 ticket.leave()
 
-    def _require_length(self, texts: Sequence[str]) -> None:
+    def require_length(self, texts: Sequence[str]) -> None:
+        """Raises ValueError if texts together have more characters than the limit."""
         length = sum(map(len, texts))
         if length > self.limits.characters:
             raise ValueError(

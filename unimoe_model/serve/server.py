@@ -45,6 +45,18 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def token_for(host: str, token: str | None) -> str | None:
+    """The token that requests need: a random one where none, or an empty one, is given.
+
+    Args:
+        host: address to listen on; on a loopback address no token is required.
+        token: the token that was given.
+    """
+    if token or is_loopback(host):
+        return token or None
+    return secrets.token_urlsafe(24)
+
+
 def serve(
     model: Path,
     *,
@@ -86,8 +98,7 @@ def serve(
     from unimoe_model.training.start import share_experts
 
     is_first = int(os.environ.get("RANK", "0")) == 0
-    if token is None and not is_loopback(host):
-        token = secrets.token_urlsafe(24)
+    token = token_for(host, token)
     with closing(listen(host, port)) if is_first else nullcontext() as listening:
         mesh = share_experts()
         with attributed("serving"):

@@ -311,9 +311,9 @@ def _replicate(model: nn.Module, mesh: DeviceMesh, everyone: dist.ProcessGroup) 
     others = [p for p in trained if not isinstance(p, DTensor)]
     sums = _gradient_sums[model] = []
     if mesh.size() > 1:
-        sums.append(GradientSum(others, everyone, "sum of gradients"))
+        GradientSum(others, everyone, "sum of gradients", sums)
     if mesh.size(0) > 1:
-        sums.append(GradientSum(experts, mesh.get_group("dp"), "sum of gradients of experts"))
+        GradientSum(experts, mesh.get_group("dp"), "sum of gradients of experts", sums)
 
 
 def _shard(

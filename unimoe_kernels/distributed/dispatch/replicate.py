@@ -19,21 +19,30 @@ BUCKET_BYTES = 64 * 2**20
 class GradientSum:
     """Sums the gradients of parameters over a group at the end of each backward.
 
-    A parameter without a gradient on any rank keeps None. One without a gradient on this rank
-    receives the sum of the others. Ranks may therefore use different parts of a model, such as with
-    batches with and without images; but all ranks must run the same number of backwards, each of
-    which must reach at least one of the parameters. Several backwards before an optimiser step are
-    accumulated. `torch.autograd.grad` returns the gradients of this rank and changes no `.grad`.
+    The sums of a model run together, in the same order on all ranks, also those whose parameters
+    the backward of a rank did not reach. A parameter without a gradient on any rank keeps None. One
+    without a gradient on this rank receives the sum of the others. Ranks may therefore use
+    different parts of a model, such as with batches with and without images; but all ranks must run
+    the same number of backwards, each of which must reach at least one parameter of the model.
+    Several backwards before an optimiser step are accumulated. `torch.autograd.grad` returns the
+    gradients of this rank and changes no `.grad`.
 
     Args:
         parameters: parameters by name, the same on all ranks; all must require gradients.
         group: the ranks that share them.
         operation: name of the sum in errors.
+        sums: the sums of the same model, to which this one is added.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, operation: str
+        self,
+        parameters: Iterable[nn.Parameter],
+        group: dist.ProcessGroup,
+        operation: str,
+        sums: list[GradientSum],
     ) -> None:
+        sums.append(self)
+        self._sums = sums
         self._parameters = list(parameters)
         self._group = group
         self._operation = operation
@@ -59,8 +68,8 @@ class GradientSum:
             hook.remove()
 
     def _collect(self, place: int, grad: Tensor) -> None:
-        if not self._fresh:
-            torch.autograd.Variable._execution_engine.queue_callback(self._sum)
+        if not any(one._fresh for one in self._sums):
+            torch.autograd.Variable._execution_engine.queue_callback(self._sum_all)
         if place in self._fresh:
             self._fresh[place] = self._fresh[place] + grad
             return
@@ -68,12 +77,17 @@ class GradientSum:
         if self._parameters[place].grad is not None:
             self._before[place] = self._parameters[place].grad.clone()
 
+    def _sum_all(self) -> None:
+        is_backward = any(one._added for one in self._sums)
+        for one in self._sums:
+            one._sum(is_backward)
+
     @torch.no_grad()
-    def _sum(self) -> None:
+    def _sum(self, is_backward: bool) -> None:
         fresh = {place: grad for place, grad in self._fresh.items() if place in self._added}
         before = self._before
         self._fresh, self._before, self._added = {}, {}, set()
-        if not fresh:
+        if not is_backward:
             return
         pending = []
         for places in self._buckets():
