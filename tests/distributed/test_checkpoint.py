@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from unimoe_kernels.distributed import (
     unparallelize_moe,
     whole_state_dict,
 )
+from unimoe_kernels.distributed.running.checkpoint import _empty_optimizer_state
+from unimoe_kernels.distributed.running.start import select_gpu
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +193,35 @@ def test_extra_is_json(tmp_path):
 def test_only_a_parallel_model_is_put_together():
     with pytest.raises(ValueError, match=r"model \(Linear\) must be one of parallelize_moe"):
         unparallelize_moe(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "device"), [({}, "cpu"), ({"fused": True}, "meta"), ({"capturable": True}, "meta")]
+)
+def test_steps_are_on_the_device_on_which_the_optimizer_reads_them(options, device):
+    parameter = torch.nn.Parameter(torch.zeros(2, 3, device="meta"))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    optimizer.param_groups[0] |= options
+    entries = {
+        f"optimizer.0.{key}.w": SimpleNamespace(
+            size=size, properties=SimpleNamespace(dtype=torch.float32)
+        )
+        for key, size in (("step", torch.Size([])), ("exp_avg", parameter.shape))
+    }
+    made = _empty_optimizer_state(Path("c"), {"w": parameter}, [optimizer], entries)
+    devices = {key: tensor.device.type for _, _, key, tensor in made.values()}
+    assert devices == {"step": device, "exp_avg": "meta"}
+
+
+@pytest.mark.parametrize(
+    ("device", "local", "expected"),
+    [("cuda", "3", [3]), ("cuda:1", "3", [1]), ("cuda", None, []), ("cpu", "3", [])],
+)
+def test_the_gpu_of_the_local_rank_is_selected(monkeypatch, device, local, expected):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    select_gpu(torch.device(device))
+    assert chosen == expected

@@ -21,6 +21,9 @@ def counts(draw):
 def test_example():
     chunks = cut_evenly(torch.tensor([[4, 2], [2, 0]]), 2)
     assert chunks.tolist() == [[[2, 1], [1, 0]]] * 2
+    counts_RE = torch.tensor([[4, 2], [2, 0]])
+    with torch.device("meta"):  # a default device, where counts are not
+        assert cut_evenly(counts_RE, 2).equal(chunks)
 
 
 @given(counts(), st.integers(1, 6))

@@ -32,7 +32,8 @@ def cut_evenly(counts_RE: Tensor, num_chunks: int) -> Tensor:
     count_PL = counts_RE.sum(0).view(ranks, -1)
     end_PL = count_PL.cumsum(1)
     # [C + 1, P, 1]: boundaries in the rows that a rank receives
-    cut_CP1 = end_PL[:, -1:] * torch.arange(num_chunks + 1).view(-1, 1, 1) // num_chunks
+    cut_C11 = torch.arange(num_chunks + 1, device=counts_RE.device).view(-1, 1, 1)
+    cut_CP1 = end_PL[:, -1:] * cut_C11 // num_chunks
     before_CPL = (cut_CP1 - (end_PL - count_PL)).clamp(min=0).minimum(count_PL)
     before_C1E, count_E = before_CPL.flatten(1).unsqueeze(1), count_PL.flatten().clamp(min=1)
     return ((counts_RE * before_C1E + count_E - 1) // count_E).diff(dim=0)

@@ -231,5 +231,5 @@ class ExpertDispatcher:
 def _local_ids(counts_RL: Tensor, device: torch.device) -> Tensor:
     """Returns the expert of each row, `[R, 1]` int32, for rows ordered by source, then expert."""
     ranks, experts = counts_RL.shape
-    ids = torch.arange(experts, dtype=torch.int32).repeat(ranks)
+    ids = torch.arange(experts, dtype=torch.int32, device=counts_RL.device).repeat(ranks)
     return ids.repeat_interleave(counts_RL.flatten()).unsqueeze(1).to(device)

@@ -255,7 +255,7 @@ def _empty_optimizer_state(
 ) -> dict[str, tuple[Optimizer, nn.Parameter, str, Tensor]]:
     """Allocates tensors for every saved state, sharded like its parameter is now."""
     parameters, fresh = _parameters(model), {}
-    held = [{p for group in o.param_groups for p in group["params"]} for o in optimizers]
+    held = [{p: group for group in o.param_groups for p in group["params"]} for o in optimizers]
     for entry_key, entry in entries.items():
         kind, *rest = entry_key.split(".", 3)
         if kind != "optimizer" or not optimizers:
@@ -268,7 +268,11 @@ def _empty_optimizer_state(
         if entry.size == parameter.shape:
             room = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         else:
-            room = torch.zeros(entry.size, dtype=dtype)
+            # As torch's `load_state_dict`: the step is read on the device by these kernels alone.
+            group = held[number][parameter]
+            on_device = group.get("fused") or group.get("capturable")
+            place = parameter.device if on_device else torch.device("cpu")
+            room = torch.zeros(entry.size, dtype=dtype, device=place)
         fresh[entry_key] = (optimizers[number], parameter, key, room)
     return fresh
 

@@ -49,7 +49,8 @@ def start_parallel(
         data: size of the dimension `dp`.
         expert: size of the dimension `ep`; `data * expert` must be the number of processes.
         device: device type of the model; `"cuda"` uses NCCL (and gloo for tensors on the CPU),
-            `"cpu"` gloo.
+            `"cpu"` gloo. `"cuda"` makes the GPU of torchrun's local rank the current one, and
+            `"cuda:1"` that one.
         timeout: seconds to wait for all ranks to join a collective.
         heartbeat: seconds between the heartbeats that a rank sends through the store. When a
             collective fails, ranks that miss six of them are named as the cause.
@@ -82,6 +83,7 @@ def start_parallel(
             f"data ({data}) times expert ({expert}) must be the number of processes ({world_size})"
         )
     device, limit = torch.device(device), timedelta(seconds=timeout)
+    select_gpu(device)
     where = f"rank {rank} of {world_size}: start"
     with _told(f"{where}: the store of the run, which rank 0 keeps, cannot be reached"):
         store = _store(init_method, rank, world_size, limit)
@@ -97,12 +99,24 @@ def start_parallel(
                 world_size=world_size,
                 timeout=limit,
             )
-            ranks = torch.arange(world_size).view(data, expert)
+            ranks = torch.arange(world_size, device="cpu").view(data, expert)
             groups = [_own_group(lines, rank, limit) for lines in (ranks.t(), ranks)]
     except CollectiveError:
         stop_heartbeat()
         raise
     return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=MESH_DIMS)
+
+
+def select_gpu(device: torch.device) -> None:
+    """Makes a GPU the current one: that of an index, or else of torchrun's local rank.
+
+    Without either, the current one is kept.
+    """
+    if device.type != "cuda":
+        return
+    index = os.environ.get("LOCAL_RANK") if device.index is None else device.index
+    if index is not None:
+        torch.cuda.set_device(int(index))
 
 
 def finish_parallel() -> None:
