@@ -7,8 +7,7 @@ import pytest
 
 from unimoe_model.serve.body_limit import BodyLimit
 from unimoe_model.serve.limits import Limits
-from unimoe_model.serve.security import Gate, is_loopback
-from unimoe_model.serve.server import token_for
+from unimoe_model.serve.security import Gate, is_loopback, token_for
 
 
 async def plain(scope, receive, send):

@@ -154,6 +154,10 @@ class ExpertLoRADict(nn.ModuleDict):
         self._seen = None  # the version of an inference tensor does not count
         _ = self.is_merged
 
+    def unimoe_after_load(self) -> None:
+        """Called by `load_sharded`, which knows no layers, after it wrote tensors in place."""
+        self.refresh()
+
     def correct_first(self, hidden: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
         """Adds the corrections of `gate_up_proj`, or of its two halves, to its product `[N, 2F]`.
 

@@ -5,6 +5,7 @@ import hmac
 import ipaddress
 import json
 import re
+import secrets
 from collections.abc import Collection
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
@@ -18,6 +19,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def token_for(host: str, token: str | None) -> str | None:
+    """The token that requests need: a random one where none, or an empty one, is given.
+
+    Args:
+        host: address to listen on; on a loopback address no token is required.
+        token: the token that was given.
+    """
+    if token or is_loopback(host):
+        return token or None
+    return secrets.token_urlsafe(24)
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict:

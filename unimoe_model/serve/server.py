@@ -1,7 +1,6 @@
 """The server of `unimoe serve`: loads a model and listens."""
 
 import os
-import secrets
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext, suppress
@@ -15,7 +14,7 @@ from unimoe_model.serve.app import build_app
 from unimoe_model.serve.limits import Limits
 from unimoe_model.serve.ranks import Ranks
 from unimoe_model.serve.replies import Replies
-from unimoe_model.serve.security import is_loopback
+from unimoe_model.serve.security import token_for
 from unimoe_model.training.stopping import StopRequest
 
 with needed_by("serving", "serve"):
@@ -43,18 +42,6 @@ def listen(host: str, port: int) -> socket.socket:
             raise ValueError(f"port ({port}) must be from 0 to 65535") from error
         raise ValueError(f"host and port ({host}:{port}) must be free: {error.strerror}") from error
     return listening
-
-
-def token_for(host: str, token: str | None) -> str | None:
-    """The token that requests need: a random one where none, or an empty one, is given.
-
-    Args:
-        host: address to listen on; on a loopback address no token is required.
-        token: the token that was given.
-    """
-    if token or is_loopback(host):
-        return token or None
-    return secrets.token_urlsafe(24)
 
 
 def serve(

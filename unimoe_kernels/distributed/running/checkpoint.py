@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from unimoe_kernels._files import recover_folder, replace_folder
 from unimoe_kernels.distributed.running.failure import collective
 from unimoe_kernels.distributed.running.world import is_distributed, is_first, meet
-from unimoe_kernels.layers.expert_lora import refresh_lora
 
 _EXTRA = "extra.json"
 
@@ -116,8 +115,10 @@ def load_sharded(
     with collective(f"load of {folder}"), _alone_on_purpose():
         dcp.load(targets, storage_reader=reader, no_dist=not is_distributed())
     meet(f"load of {folder}")
-    if isinstance(model, nn.Module):
-        refresh_lora(model)
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        # Of modules that keep in Python what a buffer holds, such as LoRA of experts.
+        if hasattr(module, "unimoe_after_load"):
+            module.unimoe_after_load()
     for optimizer in optimizers:
         optimizer.state.clear()
     for optimizer, parameter, key, tensor in fresh.values():
