@@ -20,10 +20,10 @@ from unimoe_model.data.encoded_media import (
     stack_media,
 )
 from unimoe_model.data.packing import restarting_positions
+from unimoe_model.data.padding import padded
 from unimoe_model.encoders import FrozenEncoder, build_encoder
 from unimoe_model.prompt import PLACEHOLDERS, PROMPT_FORMATS, user_turn
 from unimoe_model.tokenization import (
-    IGNORED,
     TokenizedText,
     tokenize_chat,
     tokenize_conversation,
@@ -326,7 +326,9 @@ class UniMoEProcessor(ProcessorMixin):
             padding_side: `"right"` or `"left"`.
             min_length: minimum number of tokens per row, padding included.
         """
-        batch = self._padded([row.text for row in rows], padding_side, min_length)
+        batch = padded(
+            [row.text for row in rows], self.tokenizer.pad_token_id, padding_side, min_length
+        )
         if rows[0].lengths:
             lengths, width = [row.lengths for row in rows], batch["input_ids"].shape[1]
             batch["token_mask"] = batch.pop("attention_mask").bool()
@@ -372,21 +374,6 @@ class UniMoEProcessor(ProcessorMixin):
     def media_options(self) -> MediaOptions:
         """Settings, other than the encoders, that affect the features of media."""
         return MediaOptions(self.video_num_frames, self.speech_max_frames, self.image_aspect_ratio)
-
-    def _padded(
-        self, rows: list[TokenizedText], side: str, min_length: int = 1
-    ) -> dict[str, torch.Tensor]:
-        width = max(min_length, *(len(row.ids) for row in rows))
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        labels = torch.full((len(rows), width), IGNORED)
-        for number, row in enumerate(rows):
-            length = len(row.ids)
-            place = slice(width - length, None) if side == "left" else slice(length)
-            ids[number, place] = torch.tensor(row.ids)
-            mask[number, place] = 1
-            labels[number, place] = torch.tensor(row.labels)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def encoder(self, sense: str) -> FrozenEncoder:
         """Returns an encoder, which is built at the first use in a process.

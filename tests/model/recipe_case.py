@@ -1,11 +1,14 @@
 """A recipe on data that the test makes: pictures, recordings, LLaVA-style JSON, a tiny LLaMA."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+import yaml
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -193,3 +196,12 @@ def _write_models(folder: Path) -> None:
         decoder_start_token_id=1,
     )
     WhisperForConditionalGeneration(whisper).save_pretrained(folder / "whisper")
+
+
+def changed_case(case: Path, folder: Path, edit: Callable[[dict], object]) -> Path:
+    """Copies a case to a new folder, edits the mapping of its recipe; returns the recipe's path."""
+    shutil.copytree(case.parent, folder)
+    raw = yaml.safe_load(case.read_text())
+    edit(raw)
+    (folder / case.name).write_text(yaml.safe_dump(raw, sort_keys=False))
+    return folder / case.name

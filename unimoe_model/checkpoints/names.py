@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 LLM = "model.language_model."
+DECODER_LAYERS = f"{LLM}layers."
 PROJECTIONS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 """Matrices of an expert in each stacked weight, by the last part of the weight's name."""
 _LAYER = r"model\.layers\.(\d+)\."

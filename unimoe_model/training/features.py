@@ -60,6 +60,7 @@ class MediaFeatures:
         self._memo = DigestMemo(folder)
         self._keys: dict[Media, str] = {}
         self._encoders: dict[str, FrozenEncoder] = {}
+        self._described: dict[str, dict] = {}
         self._stores: dict[str, FeatureStore] = {}
         self._states: dict[str, FeatureStore] = {}
 
@@ -203,6 +204,12 @@ class MediaFeatures:
             ]
 
     def _settings(self, kind: str) -> dict:
+        # Once: the hash of an encoder reads all of its weights.
+        if kind not in self._described:
+            self._described[kind] = self._describe(kind)
+        return self._described[kind]
+
+    def _describe(self, kind: str) -> dict:
         encoder, options = self._encoder(SENSES[kind]), asdict(self._processor.media_options)
         own = {
             "image": ("image_aspect_ratio",),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from unimoe_kernels.distributed import parameter_groups
+from unimoe_model.checkpoints.names import DECODER_LAYERS
 from unimoe_model.precision import multiplies_bf16
 from unimoe_model.training.muon import Muon
 
@@ -16,9 +17,6 @@ SCHEDULES = {
     "constant": lambda done: 1.0,
 }
 """Learning rate relative to its peak, as a function of the share of the decay that is done."""
-
-
-_DECODER_LAYERS = "model.language_model.layers."
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def build_optimizers(
     hidden = {
         name: own
         for name, own in parameters.items()
-        if use_muon and name.startswith(_DECODER_LAYERS) and own.dim() == 2
+        if use_muon and name.startswith(DECODER_LAYERS) and own.dim() == 2
     }
     first = next(iter(parameters.values()))
     is_single = first.dtype == torch.float32

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from unimoe_model.checkpoints.files import TensorFiles, shards
+from unimoe_model.checkpoints.names import DECODER_LAYERS
 from unimoe_model.modeling import UniMoEForConditionalGeneration
 from unimoe_model.training.assemble import FFN_NAMES, assemble_moe, ffn_state
 from unimoe_model.training.recipe import START, Recipe, Stage
@@ -15,7 +16,6 @@ from unimoe_model.training.widening import widen_ffns
 
 ROUTER_BATCHES = 4
 """Number of batches of an expert's stage whose mean hidden states initialise its router weights."""
-_LAYERS = "model.language_model.layers."
 
 
 def stage_model(
@@ -155,14 +155,14 @@ def _last_trained(name: str, lineage: Sequence[Stage]) -> Stage | None:
 def _ffn_state(folder: Path) -> dict[str, torch.Tensor]:
     """Reads the FFN weights of an expert for `assemble_moe` from a model folder."""
     return {
-        name.removeprefix(_LAYERS).replace(".mlp.", "."): tensor
+        name.removeprefix(DECODER_LAYERS).replace(".mlp.", "."): tensor
         for name, tensor in _tensors(folder, _is_ffn)
     }
 
 
 def _is_ffn(name: str) -> bool:
     own = tuple(f".mlp.{projection}.weight" for projection in FFN_NAMES)
-    return name.startswith(_LAYERS) and name.endswith(own)
+    return name.startswith(DECODER_LAYERS) and name.endswith(own)
 
 
 def _tensors(folder: Path, wanted: Callable[[str], bool]):
