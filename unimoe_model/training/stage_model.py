@@ -98,14 +98,14 @@ def kept_parts(recipe: Recipe, stage: Stage, names: Iterable[str]) -> dict[str, 
             and the recipe does not select one of them.
     """
     chosen = {f"model.{kind}_connector.": name for kind, name in stage.assembly.connectors.items()}
-    own = list(_lineage(recipe, stage.parent))
+    parents = list(_lineage(recipe, stage.parent))
     lineages = {name: list(_lineage(recipe, name)) for name in stage.assembly.experts}
     kept = {}
     for name in names:
         if _is_ffn(name):
             continue
         origins = [own for prefix, own in chosen.items() if name.startswith(prefix)]
-        origins = origins or _trained_by(name, stage.parent, own, lineages)
+        origins = origins or _trained_by(name, stage.parent, parents, lineages)
         if len(origins) > 1:
             raise ValueError(
                 f"stages.{stage.name}.assemble: stages {origins[0]} and {origins[1]} both train"
@@ -126,17 +126,17 @@ def _lineage(recipe: Recipe, name: str) -> Iterator[Stage]:
 
 
 def _trained_by(
-    name: str, parent: str, own: Sequence[Stage], lineages: Mapping[str, Sequence[Stage]]
+    name: str, parent: str, parents: Sequence[Stage], lineages: Mapping[str, Sequence[Stage]]
 ) -> list[str]:
     """Experts whose value of a weight is not the parent's or an older one, each value once.
 
     The parent is among them if it trained the weight where they did not.
     """
     found: dict[str, str] = {}
-    first = _last_trained(name, own)
+    first = _last_trained(name, parents)
     for expert, lineage in lineages.items():
         last = _last_trained(name, lineage)
-        if last is None or last in own:
+        if last is None or last in parents:
             continue
         found.setdefault(last.name, expert)
         if first is not None and first not in lineage:
