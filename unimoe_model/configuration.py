@@ -6,7 +6,7 @@ from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig, Whisp
 
 from unimoe_model.config_fields import refuse_unknown_fields
 from unimoe_model.llm_families import expert_activation, has_own_experts, llm_config
-from unimoe_model.value_types import require_at_least
+from unimoe_model.value_types import require_at_least, require_positive
 
 MEDIA_KINDS = ("image", "video", "speech", "audio")
 """Media kinds, each with a placeholder token `<kind>`, in the order in which prompts have them."""
@@ -33,9 +33,12 @@ class UniMoEConfig(PreTrainedConfig):
         expert_origins: name of the task or file that each expert was trained on, in expert order.
         vision_encoder: name of the frozen encoder of images and video frames.
         vision_feature_size: width of the vision encoder's features.
-        vision_num_tokens: soft tokens per image, and per video, which is averaged over its frames.
+        vision_num_tokens: patches per image or frame, each of which becomes a soft token; the soft
+            tokens of a video are averaged over its frames.
         vision_intermediate_size: width of the hidden layer of the image connector; None for the
             width of the LLM, as released.
+        vision_pooled_tokens: soft tokens per image or video, all from the mean of its patches, in
+            the order of the words that they stand for; None for one for each patch, as released.
         video_num_frames: frames sampled from a video.
         speech_encoder: name of the frozen speech encoder.
         speech_feature_size: width of the speech encoder's features.
@@ -46,6 +49,9 @@ class UniMoEConfig(PreTrainedConfig):
         audio_feature_size: width of the audio encoder's features.
         audio_connector: fields of the `Blip2QFormerConfig` of the audio connector.
         audio_num_queries: soft tokens per piece of audio.
+        vocabulary_sharpness: sharpness with which outputs of all connectors become weighted means
+            of the LLM's embeddings (`vocabulary_mixture`); None to leave them as they are, as
+            released.
         media_token_ids: token id of each media kind's placeholder; by default the first ids after
             the vocabulary, which need no row in the embedding table.
 
@@ -75,6 +81,7 @@ class UniMoEConfig(PreTrainedConfig):
     vision_feature_size: int = 1024
     vision_num_tokens: int = 576
     vision_intermediate_size: int | None = None
+    vision_pooled_tokens: int | None = None
     video_num_frames: int = 8
     speech_encoder: str = "whisper-small"
     speech_feature_size: int = 768
@@ -85,6 +92,7 @@ class UniMoEConfig(PreTrainedConfig):
     audio_feature_size: int = 768
     audio_connector: dict | None = None
     audio_num_queries: int = 50
+    vocabulary_sharpness: float | None = None
     media_token_ids: dict | None = None
     tie_word_embeddings: bool = False
 
@@ -118,7 +126,12 @@ class UniMoEConfig(PreTrainedConfig):
         for name, kind in (("speech", WhisperConfig), ("audio", Blip2QFormerConfig)):
             own = f"{name}_connector"
             refuse_unknown_fields(getattr(self, own) or {}, kind, own)
-        require_at_least(1, vision_intermediate_size=self.vision_intermediate_size)
+        require_at_least(
+            1,
+            vision_intermediate_size=self.vision_intermediate_size,
+            vision_pooled_tokens=self.vision_pooled_tokens,
+        )
+        require_positive(vocabulary_sharpness=self.vocabulary_sharpness)
         check_moe_layers(self.moe_layers, self.text_config.num_hidden_layers)
         self._check_modality_experts()
         if self.expert_origins is not None and len(self.expert_origins) != self.num_experts:
@@ -153,7 +166,7 @@ class UniMoEConfig(PreTrainedConfig):
     def num_soft_tokens(self, kind: str) -> int:
         """Number of soft tokens per image, video or piece of a recording of media kind `kind`."""
         if kind in ("image", "video"):
-            return self.vision_num_tokens
+            return self.vision_pooled_tokens or self.vision_num_tokens
         return {"speech": self.speech_num_queries, "audio": self.audio_num_queries}[kind]
 
 

@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 from unimoe_kernels import MoE
 from unimoe_model.causal_lm_loss import causal_lm_loss
 from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
-from unimoe_model.connectors import build_connector
+from unimoe_model.connectors import build_connector, vocabulary_mixture
 from unimoe_model.language_model import build_language_model
 from unimoe_model.media_generation import CACHE, MediaGenerationMixin
 from unimoe_model.modality import modality_ids_of
@@ -294,14 +294,34 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
         media, mask = _pop_media(inputs)
         return self._decode(media, mask, use_cache=False, **inputs).last_hidden_state
 
-    def input_embeddings(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """Computes the inputs of the LLM `[B, S, D]`: text embeddings and soft tokens in place."""
-        return self.model.splice(input_ids, self._soft_tokens(*_pop_media(inputs)))
+    def connector_outputs(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Embeds token ids and replaces placeholders by outputs of the connectors.
+
+        These are the inputs of the LLM, unless the configuration has a `vocabulary_sharpness`.
+
+        Args:
+            input_ids: `[B, S]` int64, with placeholders expanded.
+            **inputs: features or query states of the media; see `forward`.
+
+        Returns:
+            `[B, S, D]`.
+        """
+        return self.model.splice(input_ids, self._connect(*_pop_media(inputs)))
 
     def _decode(self, media: dict[str, tuple], audio_features_mask=None, **inputs):
         return self.model(media=self._soft_tokens(media, audio_features_mask), **inputs)
 
     def _soft_tokens(
+        self, inputs: dict[str, tuple], audio_features_mask: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        outputs = self._connect(inputs, audio_features_mask)
+        sharpness = self.config.vocabulary_sharpness
+        if sharpness is None:
+            return outputs
+        table = self.get_input_embeddings().weight
+        return {kind: vocabulary_mixture(own, table, sharpness) for kind, own in outputs.items()}
+
+    def _connect(
         self, inputs: dict[str, tuple], audio_features_mask: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         media = {}

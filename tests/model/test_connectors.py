@@ -36,6 +36,19 @@ def test_the_hidden_layer_of_the_image_connector_may_have_another_width():
     assert connector(torch.randn(2, 3, 12)).shape == (2, 3, 32)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 12), (2, 5, 3, 12), (0, 3, 12)])
+def test_pooled_tokens_are_parts_of_the_output_for_the_mean_of_the_patches(shape):
+    connector = ImageConnector(12, 32, 20, pooled_tokens=4).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    whole = connector.projector(x.mean(-2))
+    if len(shape) == 4:
+        whole = whole.mean(1)
+    found = connector(x)
+    assert found.shape == (shape[0], 4, 32)
+    if len(found):
+        assert relative_error(found, torch.stack(whole.split(32, -1), 1)) < 1e-12
+
+
 def test_video_is_the_mean_of_its_projected_frames():
     connector = ImageConnector(12, 32)
     frames = torch.randn(2, 5, 3, 12)

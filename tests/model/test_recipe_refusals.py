@@ -56,6 +56,18 @@ def edits():
             lambda raw: raw["connectors"].update(image={"intermediate_size": 0}),
             r"connectors.image: intermediate_size \(0\) must be at least 1",
         ),
+        edit(
+            lambda raw: raw["connectors"].update(image={"pooled_tokens": 0}),
+            r"connectors.image: pooled_tokens \(0\) must be at least 1",
+        ),
+        edit(
+            lambda raw: raw["connectors"].update(vocabulary_sharpness=0),
+            r"connectors.vocabulary_sharpness \(0\) must be above 0",
+        ),
+        edit(
+            lambda raw: raw.update(vocabulary_sharpness=20),
+            r"unknown key 'vocabulary_sharpness'",
+        ),
         edit(stage(0, data=["picture"]), r"stages.align.data \('picture'\) must be among data"),
         edit(stage(0, steps=0), r"stages.align: steps \(0\) must be at least 1"),
         edit(stage(0, widen=0.5), r"stages.align: widen \(0.5\) must be at least 1"),

@@ -265,14 +265,39 @@ def test_the_folder_of_a_run_keeps_its_recipe_and_what_the_command_line_changed(
     assert (tmp_path / "recipe.yaml").read_text() == f"# --seed 9\n{case.read_text()}"
 
 
-def test_the_recipe_may_determine_the_width_of_the_image_connector(case, changed):
-    path = changed(lambda raw: raw["connectors"].update(image={"intermediate_size": 20}))
-    usual, wide = load_recipe(case), load_recipe(path)
-    starts = [describe_start(recipe, []) for recipe in (usual, wide)]
-    assert [start.config.vision_intermediate_size for start in starts] == [None, 20]
+@pytest.mark.parametrize(
+    ("connectors", "field", "expected"),
+    [
+        ({"image": {"intermediate_size": 20}}, "vision_intermediate_size", 20),
+        ({"image": {"pooled_tokens": 2}}, "vision_pooled_tokens", 2),
+        ({"vocabulary_sharpness": 30}, "vocabulary_sharpness", 30),
+    ],
+)
+def test_the_recipe_may_change_the_connectors(case, changed, connectors, field, expected):
+    path = changed(lambda raw: raw["connectors"].update(connectors))
+    usual, other = load_recipe(case), load_recipe(path)
+    starts = [describe_start(recipe, []) for recipe in (usual, other)]
+    assert [getattr(start.config, field) for start in starts] == [None, expected]
+    counts = [start.processor.num_soft_tokens["image"] for start in starts]
+    assert counts[1] == (2 if field == "vision_pooled_tokens" else counts[0])
     digests = dict.fromkeys(usual.data, "")
-    ids = [stage_ids(recipe, "fp32", digests)["align"] for recipe in (usual, wide)]
+    ids = [stage_ids(recipe, "fp32", digests)["align"] for recipe in (usual, other)]
     assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "connectors"),
+    [
+        ("image.pooled_tokens", {"image": {"pooled_tokens": 2}}),
+        ("vocabulary_sharpness", {"vocabulary_sharpness": 30}),
+    ],
+)
+def test_a_model_folder_determines_its_connectors(trained, changed, key, connectors):
+    def edit(raw):
+        raw.update(model=str(stage_folder(trained, "align") / "model"), connectors=connectors)
+
+    with pytest.raises(ValueError, match=f"connectors.{key} is not supported with a model folder"):
+        describe_start(load_recipe(changed(edit)), [])
 
 
 def test_a_recipe_may_change_the_frames_of_a_model_folder(trained, changed):

@@ -185,6 +185,32 @@ def test_trained_soft_tokens_point_at_the_words(model, batch, tmp_path):
     assert soft.norm(dim=1).mean().item() == pytest.approx(lengths, rel=0.3)
 
 
+def test_pooled_tokens_of_pictures_are_in_order(tiny_model, batch):
+    """And `vocabulary_sharpness` does not change the loss, which is about outputs of connectors."""
+    model = tiny_model(num_experts=0, vision_pooled_tokens=3).double()
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    soft = model.model.image_connector(batch["image_features"])
+    sounds = model.model.audio_connector(batch["audio_features"], batch["audio_features_mask"])
+    table = model.get_input_embeddings().weight
+    mean = table.mean(0)
+    end = model.config.text_config.eos_token_id
+
+    def share(own, token):
+        cosines = torch.cosine_similarity((own - mean)[None], table - mean, dim=1)
+        return (SHARPNESS * cosines).log_softmax(0)[token]
+
+    first = share(soft[0, 0], 60) + share(soft[0, 1], 61) + share(soft[0, 2], end)
+    # The other row has the sound after its picture: five places for a word and the end.
+    places = [*soft[1], *sounds[0]]
+    second = share(places[0], 62) + sum(share(own, end) for own in places[1:]) / 4
+    away = torch.cat([*soft, sounds[0]]) - mean
+    lengths = away.norm(dim=1) / (table - mean).norm(dim=1).mean() - 1
+    expected = LENGTH_WEIGHT * lengths.square().mean() - (first + second) / 5
+    assert relative_error(word_loss(model, batch), expected) < 1e-9
+    model.config.vocabulary_sharpness = 30.0
+    assert relative_error(word_loss(model, batch), expected) < 1e-9
+
+
 @pytest.fixture
 def spoken(model):
     """Three sounds of two queries, with answers of one, two and three tokens."""
@@ -221,7 +247,7 @@ def test_tokens_after_an_answer_count_as_one_end_token(model, spoken, said):
     missing = {"word and end": -1, "end": 60, "word": end}[said]
     batch["labels"] = batch["labels"].masked_fill(batch["labels"] == missing, -100)
     with torch.no_grad():
-        soft = model.input_embeddings(batch["input_ids"], audio_features=batch["audio_features"])
+        soft = model.connector_outputs(batch["input_ids"], audio_features=batch["audio_features"])
         table = model.get_input_embeddings().weight
         units = torch.nn.functional.normalize(table - table.mean(0), dim=1)
         soft = soft[0, :2] - table.mean(0)

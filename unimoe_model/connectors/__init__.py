@@ -6,6 +6,7 @@ from unimoe_model.configuration import UniMoEConfig
 from unimoe_model.connectors.audio import AudioConnector
 from unimoe_model.connectors.image import ImageConnector
 from unimoe_model.connectors.speech import SpeechConnector
+from unimoe_model.connectors.vocabulary import vocabulary_mixture
 
 
 def build_connector(config: UniMoEConfig, kind: str) -> nn.Module:
@@ -17,7 +18,12 @@ def build_connector(config: UniMoEConfig, kind: str) -> nn.Module:
     """
     width = config.text_config.hidden_size
     if kind == "image":
-        return ImageConnector(config.vision_feature_size, width, config.vision_intermediate_size)
+        return ImageConnector(
+            config.vision_feature_size,
+            width,
+            config.vision_intermediate_size,
+            config.vision_pooled_tokens,
+        )
     return {"speech": SpeechConnector, "audio": AudioConnector}[kind](
         getattr(config, f"{kind}_feature_size"),
         width,
@@ -26,4 +32,10 @@ def build_connector(config: UniMoEConfig, kind: str) -> nn.Module:
     )
 
 
-__all__ = ["AudioConnector", "ImageConnector", "SpeechConnector", "build_connector"]
+__all__ = [
+    "AudioConnector",
+    "ImageConnector",
+    "SpeechConnector",
+    "build_connector",
+    "vocabulary_mixture",
+]

@@ -59,8 +59,12 @@ def _start_facts(recipe: Recipe, precision: str, digests: Mapping[str, str]) -> 
         "audio": {k: _content(v) for k, v in asdict(recipe.audio).items()},
         "video_frames": recipe.video_frames,
     }
-    if recipe.image.intermediate_size is not None:
-        facts["image"] = asdict(recipe.image)
+    # Defaults count as missing here too.
+    image = {key: value for key, value in asdict(recipe.image).items() if value is not None}
+    if image:
+        facts["image"] = image
+    if recipe.vocabulary_sharpness is not None:
+        facts["vocabulary_sharpness"] = recipe.vocabulary_sharpness
     if recipe.model.vocab_size is not None:
         facts["tokenizer"] = dict(digests)
     return facts

@@ -39,7 +39,7 @@ _LEFT_OUT = (
 )
 _UNFIT = ("unexpected_keys", "missing_keys", "mismatched_keys")
 _DETERMINED = {
-    "image": ("intermediate_size",),
+    "image": ("intermediate_size", "pooled_tokens"),
     "speech": ("queries", "max_frames", "sizes"),
     "audio": ("queries", "sizes"),
 }
@@ -168,6 +168,8 @@ def _own_folder(recipe: Recipe) -> Start:
         for name in names
         if getattr(getattr(recipe, kind), name) is not None
     }
+    if recipe.vocabulary_sharpness is not None:
+        given.add("connectors.vocabulary_sharpness")
     if given:
         raise ValueError(f"{min(given)} is not supported with a model folder, which determines it")
     own = {sense: getattr(processor, f"{sense}_encoder") for sense in _DEFAULT_ENCODERS}
@@ -271,6 +273,8 @@ def _encoder_fields(recipe: Recipe, defaults: dict[str, str]) -> dict[str, Any]:
 def _connector_fields(recipe: Recipe) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "vision_intermediate_size": recipe.image.intermediate_size,
+        "vision_pooled_tokens": recipe.image.pooled_tokens,
+        "vocabulary_sharpness": recipe.vocabulary_sharpness,
         "speech_num_queries": recipe.speech.queries,
         "speech_max_frames": recipe.speech.max_frames,
         "audio_num_queries": recipe.audio.queries,

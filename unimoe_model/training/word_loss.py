@@ -8,14 +8,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from unimoe_model.configuration import MEDIA_KINDS, UniMoEConfig
 from unimoe_model.tokenization import IGNORED
 
 SHARPNESS, BAG_SHARPNESS = 20.0, 40.0
 """Factors of the cosines before the softmax, of tokens in order and in any order: the mean of soft
 tokens has a smaller cosine with each token of a name than a soft token with its only one."""
 LENGTH_WEIGHT = 0.1
-IN_ORDER = ("speech", "audio")
-"""Media kinds whose soft tokens come from learned queries, which can tell positions apart."""
 _ROWS = 64
 """Number of rows of logits at a time."""
 
@@ -64,9 +63,9 @@ def word_loss(
     Soft tokens of speech and audio come from a sequence of queries: the first predicts the first
     token of the answer, the second the second, and so on. Those after the answer predict its end
     token, and their mean counts as one token. Tokens of a longer answer than the row has queries
-    are left out. Soft tokens of images and videos come from patches, which do not know which token
-    of the answer is theirs: together they predict all tokens of the answer, except end tokens, in
-    any order.
+    are left out. The same holds for images and videos with `vision_pooled_tokens`. Otherwise their
+    soft tokens come from patches, which do not know which token of the answer is theirs: together
+    they predict all tokens of the answer, except end tokens, in any order.
 
     The loss is the cross entropy of these predictions under a softmax over the vocabulary. The
     logit of a token is `SHARPNESS` times the cosine similarity between its embedding and the soft
@@ -76,7 +75,7 @@ def word_loss(
     of embeddings from it.
 
     Args:
-        model: a model with `input_embeddings(**inputs)`, an embedding table, for which no gradient
+        model: a model with `connector_outputs(**inputs)`, an embedding table, for which no gradient
             is computed, and the configuration of a Uni-MoE.
         batch: inputs and labels; each row holds one sample with media, whose answer has the tokens
             of a text (`answers_within_text`).
@@ -99,8 +98,8 @@ def word_loss(
     if not is_media.any(1).all():
         row = is_media.sum(1).argmin().item()
         raise ValueError(f"objective (words) requires media in every sample; row {row} has none")
-    in_order = torch.isin(ids, ids.new_tensor([kinds[kind] for kind in IN_ORDER]))
-    soft = model.input_embeddings(**inputs).to(mean.dtype) - mean
+    in_order = torch.isin(ids, ids.new_tensor([kinds[kind] for kind in _in_order(model.config)]))
+    soft = model.connector_outputs(**inputs).to(mean.dtype) - mean
     directions = F.normalize(soft, dim=-1)
     is_end = torch.isin(labels, labels.new_tensor(_stops(model)))
     is_word = (labels != IGNORED) & ~is_end
@@ -195,6 +194,11 @@ def _targets_in_order(
     after = 1 / (held - length).clamp(min=1) * (ends != IGNORED)
     targets = torch.where(spoken, said, ends[rows].clamp(min=0))
     return targets, torch.where(spoken, 1.0, after[rows])
+
+
+def _in_order(config: UniMoEConfig) -> tuple[str, ...]:
+    """Media kinds whose soft tokens have an order: all but those of patches."""
+    return ("speech", "audio") if config.vision_pooled_tokens is None else MEDIA_KINDS
 
 
 def _stops(model: nn.Module) -> list[int]:

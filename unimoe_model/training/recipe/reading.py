@@ -46,6 +46,7 @@ _STAGE_KEYS = (
     "seed",
     "pack",
 )
+_SHARPNESS = "vocabulary_sharpness"
 _LORA_KEYS = ("lora", "alpha", "dropout", "layers")
 
 
@@ -70,7 +71,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
 
 def _recipe(raw: dict[str, Any], path: Path) -> Recipe:
     own = ("connectors", "evaluate")
-    known = {f.name for f in fields(Recipe)} - {"path", "evaluations", *CONNECTORS}
+    known = {f.name for f in fields(Recipe)} - {"path", "evaluations", *CONNECTORS, _SHARPNESS}
     refuse_unknown(raw, (*sorted(known), *own), "")
     values = {key: value for key, value in raw.items() if key not in own}
     for key in ("model", "data", "stages"):
@@ -78,8 +79,9 @@ def _recipe(raw: dict[str, Any], path: Path) -> Recipe:
             raise ValueError(f"{key} is missing; a recipe must have model, data and stages")
     values["model"] = _language_model(raw["model"], path.parent)
     values["encoders"] = _encoders(raw.get("encoders"), path.parent)
-    connectors = require_mapping(raw.get("connectors") or {}, "connectors")
-    refuse_unknown(connectors, CONNECTORS, "connectors")
+    connectors = dict(require_mapping(raw.get("connectors") or {}, "connectors"))
+    refuse_unknown(connectors, (*CONNECTORS, _SHARPNESS), "connectors")
+    values[_SHARPNESS] = connectors.pop(_SHARPNESS, None)
     for kind, value in connectors.items():
         if kind == "image":
             values[kind] = build(ImageConnectorRecipe, value, "connectors.image")

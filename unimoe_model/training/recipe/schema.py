@@ -78,12 +78,16 @@ class ImageConnectorRecipe:
 
     Attributes:
         intermediate_size: width of the hidden layer; None for the width of the LLM.
+        pooled_tokens: soft tokens of the mean of the patches; None for a soft token per patch.
     """
 
     intermediate_size: int | None = None
+    pooled_tokens: int | None = None
 
     def __post_init__(self):
-        require_at_least(1, intermediate_size=self.intermediate_size)
+        require_at_least(
+            1, intermediate_size=self.intermediate_size, pooled_tokens=self.pooled_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -190,8 +194,10 @@ class Recipe:
         precision: `"bf16"`, `"fp32"`, or `"auto"` for bf16 on devices with instructions for it.
         model: the model that the first stage starts from.
         encoders: the frozen encoders.
+        image: the connector of images and videos.
         speech: the speech connector.
         audio: the audio connector.
+        vocabulary_sharpness: see `UniMoEConfig`; the key `connectors.vocabulary_sharpness`.
         video_frames: frames per video; None for the model's own number.
         data: training data by name.
         stages: stages in order.
@@ -211,6 +217,7 @@ class Recipe:
     image: ImageConnectorRecipe = field(default_factory=ImageConnectorRecipe)
     speech: ConnectorRecipe = field(default_factory=ConnectorRecipe)
     audio: ConnectorRecipe = field(default_factory=ConnectorRecipe)
+    vocabulary_sharpness: float | None = None
     video_frames: int | None = None
     evaluations: tuple[Evaluation, ...] = ()
     parallel: Parallel | None = None
@@ -223,6 +230,7 @@ class Recipe:
         seconds = self.checkpoint_seconds
         require_at_least(0, seed=self.seed, checkpoint_seconds=seconds, workers=self.workers)
         require_at_least(1, video_frames=self.video_frames)
+        require_positive(**{"connectors.vocabulary_sharpness": self.vocabulary_sharpness})
         self._check_processes()
 
     def _check_processes(self) -> None:

@@ -1,0 +1,38 @@
+"""Connector outputs as weighted means of the LLM's embeddings."""
+
+import torch
+from torch.nn import functional as F
+
+_ROWS = 8192
+"""Embeddings at a time, so that their directions are not all stored."""
+
+
+def vocabulary_mixture(
+    outputs: torch.Tensor, table: torch.Tensor, sharpness: float
+) -> torch.Tensor:
+    """Replaces each output of a connector by a weighted mean of the LLM's embeddings.
+
+    The weights are a softmax over the vocabulary of `sharpness` times the cosine similarity between
+    the output and each embedding, both relative to the mean embedding, as in the objective `words`.
+    For media unlike those that it was trained on, a connector outputs vectors that are far from all
+    embeddings, which the LLM reads badly. The mixture is near the most similar ones.
+
+    Args:
+        outputs: `[..., D]`.
+        table: embeddings, `[V, D]`.
+        sharpness: positive; the larger, the nearer a mixture is to the most similar embedding.
+
+    Returns:
+        `[..., D]`, in the dtype of `outputs`.
+
+    Reference: arXiv:2502.01341 (AlignVLM), which learns the logits by two linear layers.
+    """
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    mean = table.mean(0, dtype=dtype)
+    directions = F.normalize(outputs.to(dtype) - mean, dim=-1)
+    cosines = [
+        directions @ F.normalize(part.to(dtype) - mean, dim=-1, eps=1e-6).T
+        for part in table.split(_ROWS)
+    ]
+    weights = (sharpness * torch.cat(cosines, -1)).softmax(-1, dtype=dtype)
+    return (weights.to(table.dtype) @ table).to(outputs.dtype)
