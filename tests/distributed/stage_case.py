@@ -19,6 +19,7 @@ model:
   vocab_size: 300
 encoders: {vision: clip, speech: whisper, audio: "ears:Ears"}
 connectors:
+  vocabulary_sharpness: 5
   speech: {queries: 3, max_frames: 25, pretrained: whisper}
   audio:
     queries: 2

@@ -40,7 +40,9 @@ def test_the_hidden_layer_of_the_image_connector_may_have_another_width():
 def test_pooled_tokens_are_parts_of_the_output_for_the_mean_of_the_patches(shape):
     connector = ImageConnector(12, 32, 20, pooled_tokens=4).double()
     x = torch.randn(shape, dtype=torch.float64)
-    whole = connector.projector(x.mean(-2))
+    mean = x.mean(-2)
+    mean = mean - mean.mean(-1, keepdim=True)
+    whole = connector.projector(mean / (mean.square().mean(-1, keepdim=True) + 1e-5).sqrt())
     if len(shape) == 4:
         whole = whole.mean(1)
     found = connector(x)

@@ -3,13 +3,14 @@
 import torch
 from einops import rearrange, reduce
 from torch import nn
+from torch.nn import functional as F
 
 
 class ImageConnector(nn.Module):
     """Linear, GELU, Linear (`mlp2x_gelu`), for images and for the frames of videos.
 
-    It maps each patch to a soft token or, with `pooled_tokens`, the mean of the patches to that
-    many soft tokens.
+    It maps each patch to a soft token or, with `pooled_tokens`, the mean of the patches, after a
+    layer norm without weights, to that many soft tokens.
 
     Args:
         feature_size: width of the vision encoder's features.
@@ -49,9 +50,8 @@ class ImageConnector(nn.Module):
         if self.pooled_tokens is None:
             tokens = self.projector(features)
         else:
-            tokens = rearrange(
-                self.projector(features.mean(-2)), "... (n d) -> ... n d", n=self.pooled_tokens
-            )
+            pooled = F.layer_norm(features.mean(-2), features.shape[-1:])
+            tokens = rearrange(self.projector(pooled), "... (n d) -> ... n d", n=self.pooled_tokens)
         if features.dim() == 4:
             tokens = reduce(tokens, "b frames n d -> b n d", "mean")
         return tokens
