@@ -316,10 +316,14 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
     ) -> dict[str, torch.Tensor]:
         outputs = self._connect(inputs, audio_features_mask)
         sharpness = self.config.vocabulary_sharpness
-        if sharpness is None:
+        if sharpness is None or not outputs:
             return outputs
+        # Together, so that the directions of all embeddings are computed once.
+        flat = [own.flatten(0, 1) for own in outputs.values()]
         table = self.get_input_embeddings().weight
-        return {kind: vocabulary_mixture(own, table, sharpness) for kind, own in outputs.items()}
+        mixed = vocabulary_mixture(torch.cat(flat), table, sharpness).split([*map(len, flat)])
+        pairs = zip(outputs.items(), mixed, strict=True)
+        return {kind: soft.view(own.shape) for (kind, own), soft in pairs}
 
     def _connect(
         self, inputs: dict[str, tuple], audio_features_mask: torch.Tensor | None
