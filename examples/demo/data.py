@@ -10,7 +10,7 @@ Paths of pictures, which remain in the installed package easy-vqa, are absolute.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
@@ -163,11 +163,25 @@ def json_lines(examples: Sequence[Example], folder: Path) -> str:
     lines = []
     for number, example in enumerate(examples):
         line = {"id": f"{example.task}-{number:05d}"}
-        if example.question:
-            line["question"] = example.question
-        line |= {kind: named(path) for kind, path in example.media}
-        lines.append(_to_json(line | {"answer": example.answer}))
+        if example.later:
+            line |= _conversation(example, named)
+        else:
+            if example.question:
+                line["question"] = example.question
+            line |= {kind: named(path) for kind, path in example.media}
+            line["answer"] = example.answer
+        lines.append(_to_json(line))
     return "\n".join(lines) + "\n"
+
+
+def _conversation(example: Example, named: Callable[[Path], str]) -> dict[str, Any]:
+    media: dict[str, list[str]] = {}
+    for kind, path in example.media:
+        media.setdefault(kind, []).append(named(path))
+    turns = []
+    for question, answer in ((example.question, example.answer), *example.later):
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return media | {"conversations": turns}
 
 
 def _written(path: Path, folder: Path) -> str:

@@ -15,6 +15,8 @@ class Example:
         media: kind and file of each media item, in prompt order.
         blind_key: everything that is known without the input that is asked about; the blind
             baseline outputs the most frequent training answer of this key.
+        later: further questions of a conversation and their answers, in training data only. The
+            media belong to the placeholders of all questions, in order.
     """
 
     task: str
@@ -22,3 +24,4 @@ class Example:
     answer: str
     media: tuple[tuple[str, Path], ...] = ()
     blind_key: str = ""
+    later: tuple[tuple[str, str], ...] = ()

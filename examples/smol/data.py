@@ -15,6 +15,7 @@ from the installed package.
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from examples.smol.media import MediaPlan
 from examples.smol.sizes import Sizes
 from examples.smol.sources import conversations, prose, writing
 from examples.smol.split import read_split
+from examples.smol.tasks.follow_ups import follow_ups
 from examples.smol.tasks.mixed import mixed
 from examples.smol.tasks.pictures import held_out_pictures, trained_drawings, training_pictures
 from examples.smol.tasks.sounds import held_out_sounds, training_sounds
 from examples.smol.tasks.speech import held_out_speech, training_speech
 from unimoe_model.training.progress import ProgressReporter
 
-_VERSION = 8  # incremented when the same settings give other data
+_VERSION = 9  # incremented when the same settings give other data
 _PACKAGES = (
     "chatterbot-corpus",
     "easy-vqa",
@@ -124,9 +126,13 @@ def build_examples(
         chat: prompts and replies of `"train"` and `"test"`.
         written: texts that SmolLM2 wrote, by request.
     """
+    pictures = training_pictures(catalogue, split, plan, sizes)
+    speech = training_speech(catalogue, split, plan, sizes, chat["train"], written.values())
+    asked = [*chain.from_iterable(pictures.values()), *speech["spoken_question"]]
     train = {
-        **training_pictures(catalogue, split, plan, sizes),
-        **training_speech(catalogue, split, plan, sizes, chat["train"], written.values()),
+        **pictures,
+        **speech,
+        "follow_up": follow_ups(asked),
         **training_sounds(catalogue, split, plan, sizes),
         "mixed": mixed("train", sizes.mixed, plan),
         "chat": [Example("chat", prompt, answer) for prompt, answer in chat["train"]],
