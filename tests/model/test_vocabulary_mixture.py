@@ -27,27 +27,28 @@ def reference(outputs, table, sharpness):
     width=st.integers(2, 5),
     sharpness=st.sampled_from([0.5, 20.0]),
     rows=st.integers(1, 10),
+    together=st.integers(1, 10),
 )
-def test_mixtures_and_gradients_are_those_of_loops(shape, size, width, sharpness, rows):
+def test_mixtures_and_gradients_are_those_of_loops(shape, size, width, sharpness, rows, together):
     generator = torch.Generator().manual_seed(size)
     outputs = torch.randn(*shape, width, generator=generator, dtype=torch.float64) + 1
     table = torch.randn(size, width, generator=generator, dtype=torch.float64) + 1
     outputs.requires_grad_(), table.requires_grad_()
+    weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "_ROWS", rows)
+        patch.setattr(vocabulary, "_OUTPUTS", together)
         found = vocabulary_mixture(outputs, table, sharpness)
-    assert found.shape == outputs.shape
-    if not outputs.numel():
-        return
+        assert found.shape == outputs.shape
+        if not outputs.numel():
+            return
+        ours = torch.autograd.grad((found * weights).sum(), (outputs, table))
     expected = reference(outputs, table, sharpness)
     assert relative_error(found, expected) < 1e-9
-    weights = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
-    gradients = [
-        torch.autograd.grad((own * weights).sum(), (outputs, table)) for own in (found, expected)
-    ]
-    for ours, theirs in zip(*gradients, strict=True):
-        assert theirs.abs().max() > 1e-12
-        assert (ours - theirs).norm() < 1e-6 * theirs.norm().clamp(min=1e-3)
+    theirs = torch.autograd.grad((expected * weights).sum(), (outputs, table))
+    for own, other in zip(ours, theirs, strict=True):
+        assert other.abs().max() > 1e-12
+        assert (own - other).norm() < 1e-6 * other.norm().clamp(min=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,6 +59,22 @@ def test_precision(dtype):
     assert found.dtype == dtype
     expected = reference(outputs.double(), table.double(), 20)
     assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_weights_of_many_outputs_are_not_stored():
+    stored = []
+
+    def record(tensor):
+        stored.append(tensor.numel())
+        return tensor
+
+    outputs = torch.randn(3 * vocabulary._OUTPUTS, 4, requires_grad=True)
+    table = torch.randn(100, 4)
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        mixtures = vocabulary_mixture(outputs, table, 20.0)
+    mixtures.sum().backward()
+    assert outputs.grad.abs().max() > 0
+    assert sum(stored) <= outputs.numel() + 3 * table.numel()  # the arguments of three parts
 
 
 def test_a_sharp_mixture_is_the_most_similar_embedding():

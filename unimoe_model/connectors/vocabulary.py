@@ -2,9 +2,12 @@
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 _ROWS = 8192
 """Embeddings at a time, so that their directions are not all stored."""
+_OUTPUTS = 1024
+"""Outputs at a time: the weights of more are computed again in the backward instead of stored."""
 
 
 def vocabulary_mixture(
@@ -27,6 +30,17 @@ def vocabulary_mixture(
 
     Reference: arXiv:2502.01341 (AlignVLM), which learns the logits by two linear layers.
     """
+    rows = outputs.reshape(-1, outputs.shape[-1])
+    if len(rows) <= _OUTPUTS:
+        return _mixture(rows, table, sharpness).view(outputs.shape)
+    parts = [
+        checkpoint(_mixture, part, table, sharpness, use_reentrant=False, preserve_rng_state=False)
+        for part in rows.split(_OUTPUTS)
+    ]
+    return torch.cat(parts).view(outputs.shape)
+
+
+def _mixture(outputs: torch.Tensor, table: torch.Tensor, sharpness: float) -> torch.Tensor:
     dtype = torch.promote_types(table.dtype, torch.float32)
     mean = table.mean(0, dtype=dtype)
     directions = F.normalize(outputs.to(dtype) - mean, dim=-1)
