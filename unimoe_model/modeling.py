@@ -318,7 +318,7 @@ class UniMoEForConditionalGeneration(UniMoEPreTrainedModel, MediaGenerationMixin
         sharpness = self.config.vocabulary_sharpness
         if sharpness is None or not outputs:
             return outputs
-        # Together, so that the directions of all embeddings are computed once.
+        # Together, because each call computes the directions of all embeddings.
         flat = [own.flatten(0, 1) for own in outputs.values()]
         table = self.get_input_embeddings().weight
         mixed = vocabulary_mixture(torch.cat(flat), table, sharpness).split([*map(len, flat)])

@@ -158,7 +158,10 @@ def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def json_lines(examples: Sequence[Example], folder: Path) -> str:
-    """Examples as lines of a data file in a subfolder of `folder`."""
+    """Examples as lines of a data file in a subfolder of `folder`.
+
+    A line has `question` and `answer`, or the turns of `conversations` if the example has several.
+    """
     named = cache(partial(_written, folder=folder))
     lines = []
     for number, example in enumerate(examples):

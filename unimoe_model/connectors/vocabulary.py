@@ -31,22 +31,26 @@ def vocabulary_mixture(
     Reference: arXiv:2502.01341 (AlignVLM), which learns the logits by two linear layers.
     """
     rows = outputs.reshape(-1, outputs.shape[-1])
+    mean = table.mean(0, dtype=torch.promote_types(table.dtype, torch.float32))
     if len(rows) <= _OUTPUTS:
-        return _mixture(rows, table, sharpness).view(outputs.shape)
+        return _mixture(rows, table, mean, sharpness).view(outputs.shape)
     parts = [
-        checkpoint(_mixture, part, table, sharpness, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(
+            _mixture, part, table, mean, sharpness, use_reentrant=False, preserve_rng_state=False
+        )
         for part in rows.split(_OUTPUTS)
     ]
     return torch.cat(parts).view(outputs.shape)
 
 
-def _mixture(outputs: torch.Tensor, table: torch.Tensor, sharpness: float) -> torch.Tensor:
-    dtype = torch.promote_types(table.dtype, torch.float32)
-    mean = table.mean(0, dtype=dtype)
-    directions = F.normalize(outputs.to(dtype) - mean, dim=-1)
+def _mixture(
+    outputs: torch.Tensor, table: torch.Tensor, mean: torch.Tensor, sharpness: float
+) -> torch.Tensor:
+    """Mixtures `[N, D]` of outputs `[N, D]`, whose weights `[N, V]` are in the dtype of `mean`."""
+    directions = F.normalize(outputs.to(mean.dtype) - mean, dim=-1)
     cosines = [
-        directions @ F.normalize(part.to(dtype) - mean, dim=-1, eps=1e-6).T
+        directions @ F.normalize(part.to(mean.dtype) - mean, dim=-1, eps=1e-6).T
         for part in table.split(_ROWS)
     ]
-    weights = (sharpness * torch.cat(cosines, -1)).softmax(-1, dtype=dtype)
+    weights = (sharpness * torch.cat(cosines, -1)).softmax(-1)
     return (weights.to(table.dtype) @ table).to(outputs.dtype)

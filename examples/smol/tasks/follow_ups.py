@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from examples.demo.example import Example
-from unimoe_model.prompt import PLACEHOLDERS
+from unimoe_model.prompt import user_turn
 
 MOST_TURNS = 3
 _OF_IT = {
@@ -40,15 +40,15 @@ def _conversation(about: Sequence[Example], rng: random.Random) -> Example:
         if of_it and rng.random() < 0.5:
             turns.append(of_it.pop(rng.randrange(len(of_it))))
         else:
-            turns.append((_question(example), example.answer))
-            media += example.media[1:]
-    text = "\n".join([PLACEHOLDERS["image"], _question(first)])
-    return Example("follow_up", text, first.answer, tuple(media), later=tuple(turns))
+            spoken = example.media[1:]
+            turns.append((_turn(example.question, spoken), example.answer))
+            media += spoken
+    question = _turn(first.question, first.media)
+    return Example("follow_up", question, first.answer, tuple(media), later=tuple(turns))
 
 
-def _question(example: Example) -> str:
-    """The question, or a placeholder for each media item that asks it."""
-    return example.question or "\n".join(PLACEHOLDERS[kind] for kind, _ in example.media[1:])
+def _turn(question: str, media: Iterable[tuple[str, Path]]) -> str:
+    return user_turn(question, [kind for kind, _ in media])
 
 
 def _about_it(example: Example) -> list[tuple[str, str]]:
