@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("PIL", reason="pillow is not installed: pip install .[media]")
+pytest.importorskip("soundfile", reason="soundfile is not installed: pip install .[media]")
+
 from examples.demo.data import json_lines
 from examples.demo.example import Example
 from examples.smol.tasks.follow_ups import MOST_TURNS, follow_ups
